@@ -1,0 +1,22 @@
+"""emd_fast: fused kernels and a trainer for EM Distillation (arXiv 2405.16852)."""
+
+from emd_fast import ops, schedules, teachers
+from emd_fast.backends import backend_report, use_backend
+from emd_fast.denoiser import Denoiser, Generator
+from emd_fast.em.e_step import EStep, e_step
+from emd_fast.noise import Noise
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Denoiser",
+    "EStep",
+    "Generator",
+    "Noise",
+    "backend_report",
+    "e_step",
+    "ops",
+    "schedules",
+    "teachers",
+    "use_backend",
+]

@@ -1,0 +1,64 @@
+"""The ablation: Langevin sampling of (x, z) instead of (eps, z), in plain PyTorch."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emd_fast import ops
+from emd_fast.denoiser import Condition, base, column
+from emd_fast.em.e_step import EStep, GeneratorLike, check_e_step, check_values, frozen
+from emd_fast.em.score_difference import ScoreDifference
+from emd_fast.noise import Noise, Stream
+
+
+def e_step_xz(
+    generator: GeneratorLike,
+    teacher: Any,
+    student: Any,
+    z: Tensor,
+    eps: Tensor,
+    t: Tensor,
+    *,
+    cond: Condition = None,
+    null_cond: Condition = None,
+    guidance: float | Tensor | None = None,
+    steps: int,
+    gamma_eps: float,
+    gamma_z: float,
+    noise: Noise,
+) -> EStep:
+    """As `e_step`, on the density proportional to q(x) / p(x) N(x; alpha g(z), sigma^2) N(z).
+
+        grad_x = delta - (x - alpha g(z)) / sigma^2          step size gamma_eps sigma^2
+        grad_z = J_g(z)^T alpha (x - alpha g(z)) / sigma^2 - z          step size gamma_z
+
+    The chain starts at x = alpha g(z) + sigma eps. The noises that x gathered are left out of `drift`, and `eps` is
+    where x_K stands seen from g(z_K), so that the M-step is the same as for `e_step`.
+    """
+    check_e_step(z, eps, t, steps, gamma_eps, gamma_z, guidance)
+    schedule = base(teacher).schedule
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    check_values("sigma(t)", sigma, low=0.0, open_low=True)
+    difference = ScoreDifference(teacher, student, t, cond, null_cond, guidance)
+    z, noises = z.detach().float(), eps.detach().float()
+    alpha_x, sigma_x = column(alpha, eps), column(sigma, eps)
+    with frozen(generator) as g, torch.no_grad():
+        x = None
+        for k in range(steps):
+            with torch.enable_grad():
+                latent = z.detach().requires_grad_()
+                mean = alpha_x * g(latent, cond).float()
+            x = mean.detach() + sigma_x * noises if x is None else x
+            residual = (x - mean.detach()) / sigma_x**2
+            (z_grad,) = torch.autograd.grad(mean, latent, residual)
+            n = ops.normal(x.shape, noise, stream=Stream.LANGEVIN_EPS, substep=k)
+            m = ops.normal(z.shape, noise, stream=Stream.LANGEVIN_Z, substep=k)
+            x = x + gamma_eps * sigma_x**2 * (difference.at(x) - residual) + math.sqrt(2 * gamma_eps) * sigma_x * n
+            noises = (1 - gamma_eps) * noises + math.sqrt(2 * gamma_eps) * n
+            z = z + gamma_z * (z_grad - z) + math.sqrt(2 * gamma_z) * m
+        eps = (x - alpha_x * g(z, cond).float()) / sigma_x
+    return EStep(z, eps, eps - noises, alpha, sigma, t, cond)

@@ -1,0 +1,55 @@
+"""delta = s_teacher - s_student as an affine combination of x_t and raw network outputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emd_fast.denoiser import Condition, base, both
+
+
+class ScoreDifference:
+    """The coefficients of delta for times t (B,), fixed over an E-step, and the passes that give the outputs.
+
+    Args:
+        teacher, student: Denoisers, bare or wrapped, of one schedule.
+        guidance: None, a number or (B,) float32: the teacher's classifier-free guidance weight.
+
+    Raises:
+        ValueError: two schedules. TypeError: not a Denoiser.
+    """
+
+    def __init__(
+        self, teacher: Any, student: Any, t: Tensor, cond: Condition, null_cond: Condition, guidance: float | Tensor | None
+    ) -> None:
+        self.teacher, self.student, self.t = teacher, student, t
+        self.cond, self.null_cond, self.guided = cond, null_cond, guidance is not None
+        inner_teacher, inner_student = base(teacher), base(student)
+        if inner_teacher.schedule != inner_student.schedule:
+            raise ValueError(
+                f"teacher and student must share a schedule: {inner_teacher.schedule!r}, {inner_student.schedule!r}"
+            )
+        a_teacher, b_teacher = inner_teacher.score_coefficients(t)
+        a_student, b_student = inner_student.score_coefficients(t)
+        self.needs_x = not inner_teacher.same_form(inner_student)
+        k_x = [a_teacher - a_student] if self.needs_x else []
+        k_teacher = [b_teacher] if guidance is None else [b_teacher * guidance, b_teacher * (1 - guidance)]
+        self.coefs = torch.stack([*k_x, *k_teacher, -b_student], dim=1)
+
+    def outputs(self, x: Tensor) -> list[Tensor]:
+        """The raw outputs for x_t (B, ...), in the order of the columns of `coefs`."""
+        if self.guided:
+            teacher = both(self.teacher, x, self.t, self.cond, self.null_cond)
+        else:
+            teacher = (self.teacher(x, self.t, self.cond),)
+        return [*teacher, self.student(x, self.t, self.cond)]
+
+    def at(self, x: Tensor) -> Tensor:
+        """delta (B, ...) float32, for code that has no use for a fused op."""
+        terms = [*([x] if self.needs_x else []), *self.outputs(x)]
+        delta = torch.zeros_like(x, dtype=torch.float32)
+        for k, term in zip(self.coefs.unbind(1), terms, strict=True):
+            delta = delta + k.reshape(-1, *[1] * (x.dim() - 1)) * term.float()
+        return delta

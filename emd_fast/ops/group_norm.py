@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from emd_fast import backends
+from emd_fast.ops import _check
+from emd_fast.ops._define import define, differentiable
+
+_op = define(
+    "group_norm",
+    "Tensor x, SymInt num_groups, Tensor? weight, Tensor? bias, float eps, Tensor? add, Tensor? scale, Tensor? shift, "
+    "bool silu",
+    "(Tensor, Tensor, Tensor)",
+    fake=lambda x, num_groups, *_: (
+        torch.empty_like(x, memory_format=_layout(x)),
+        x.new_empty((x.shape[0], num_groups), dtype=torch.float32),
+        x.new_empty((x.shape[0], num_groups), dtype=torch.float32),
+    ),
+)
+
+
+def _fake_backward(grad, x, mean, rstd, num_groups, weight, bias, add, scale, shift, silu, needs):
+    of_x = torch.empty_like(x, memory_format=_layout(x)) if needs[0] else x.new_empty(0)
+    others = (weight, bias, add, scale, shift)
+    return of_x, *(t.new_empty(t.shape) if need else x.new_empty(0) for t, need in zip(others, needs[1:], strict=True))
+
+
+_backward_op = define(
+    "group_norm_backward",
+    "Tensor grad, Tensor x, Tensor mean, Tensor rstd, SymInt num_groups, Tensor? weight, Tensor? bias, Tensor? add, "
+    "Tensor? scale, Tensor? shift, bool silu, bool[6] needs",
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake_backward,
+)
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    for dim, channels_last in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if x.dim() == dim and not x.is_contiguous() and x.is_contiguous(memory_format=channels_last):
+            return channels_last
+    return torch.contiguous_format
+
+
+# Where each tensor stands among the inputs, in the order in which the backward op returns gradients.
+_TENSORS = {"x": 0, "weight": 2, "bias": 3, "add": 5, "scale": 6, "shift": 7}
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, ctx.num_groups, weight, bias, _, add, scale, shift, ctx.silu, ctx.backend = inputs
+    _, mean, rstd = output
+    ctx.save_for_backward(x, mean, rstd, weight, bias, add, scale, shift)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad, *_):
+    gradients = [None] * 10
+    if grad is None:
+        return tuple(gradients)
+    needs = [ctx.needs_input_grad[place] for place in _TENSORS.values()]
+    x, mean, rstd, *affine = ctx.saved_tensors
+    found = _backward_op(grad, x, mean, rstd, ctx.num_groups, *affine, ctx.silu, needs, ctx.backend)
+    for place, need, gradient in zip(_TENSORS.values(), needs, found, strict=True):
+        gradients[place] = gradient if need else None
+    return tuple(gradients)
+
+
+differentiable("group_norm", _setup_context, _backward)
+
+
+def group_norm(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    add: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """y = activation(norm(x + add) (1 + scale) + shift), norm being group normalisation with weight and bias.
+
+    Args:
+        x: (B, C, ...) float32, bfloat16 or float16; contiguous and channels_last are read as they lie.
+        num_groups: divides C.
+        weight, bias: (C,), any of the three dtypes, or None.
+        eps: added to the variance; positive.
+        add: (B, C), added to x before the norm (Stable Diffusion and SongUNet add the embedding there).
+        scale, shift: (B, C), applied after the norm (ADM).
+        activation: None or "silu".
+
+    Returns:
+        Like x in shape, dtype and layout. Mean and variance are float32. Differentiable in all tensors.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, dtype or device.
+
+    Source: Wu and He, "Group Normalization" (arXiv 1803.08494); Dhariwal and Nichol (arXiv 2105.05233) for scale and
+    shift.
+    """
+    _check.tensor("x", x)
+    if x.dim() < 2:
+        raise ValueError(f"x must have shape (B, C, ...), got {tuple(x.shape)}")
+    batch, channels = x.shape[:2]
+    if isinstance(num_groups, (bool, float)):
+        raise TypeError(f"num_groups must be an int, got {num_groups!r}")
+    if num_groups < 1 or channels % num_groups:
+        raise ValueError(f"num_groups must divide the channels: got {num_groups} for {channels} channels")
+    for name, value, shape in (
+        ("weight", weight, (channels,)),
+        ("bias", bias, (channels,)),
+        ("add", add, (batch, channels)),
+        ("scale", scale, (batch, channels)),
+        ("shift", shift, (batch, channels)),
+    ):
+        if value is not None:
+            _check.tensor(name, value, shape=shape, like=x)
+    if not eps > 0:
+        raise ValueError(f"eps must be positive, got {eps}")
+    if activation not in (None, "silu"):
+        raise ValueError(f"activation must be None or 'silu', got {activation!r}")
+    silu = activation == "silu"
+    return _op(x, num_groups, weight, bias, eps, add, scale, shift, silu, backends.active())[0]

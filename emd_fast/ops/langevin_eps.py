@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from emd_fast import backends
+from emd_fast.noise import Noise, Stream
+from emd_fast.ops import _check
+from emd_fast.ops._define import define
+
+_op = define(
+    "langevin_eps",
+    "Tensor(a!) eps, Tensor(b!) drift, Tensor? x, Tensor[] outputs, Tensor coefs, Tensor alpha, Tensor sigma, "
+    "float step_size, Tensor? step_sizes, Tensor noise, SymInt substep, ScalarType cotangent_dtype",
+    "Tensor",
+    fake=lambda eps, *args: eps.new_empty(eps.shape, dtype=args[-1]),
+)
+
+
+def langevin_eps(
+    eps: Tensor,
+    drift: Tensor,
+    x: Tensor | None,
+    outputs: Sequence[Tensor],
+    coefs: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    *,
+    step_size: float | Tensor,
+    noise: Noise,
+    substep: int = 0,
+    cotangent_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """One Langevin step on eps with its noise cancelled out in drift, from the raw outputs of the networks.
+
+        delta = coefs[:, 0] x + coefs[:, 1] outputs[0] + ...        teacher score minus student score
+        drift = (1 - step_size) drift + step_size sigma delta
+        eps   = eps + step_size (sigma delta - eps) + sqrt(2 step_size) n
+
+    Args:
+        eps, drift: (B, ...) float32, contiguous; updated in place.
+        x: like eps in shape, float32, bfloat16 or float16, any strides; None where its coefficient is 0.
+        outputs: 1 to 4 network outputs, each as x.
+        coefs: (B, 1 + len(outputs)) float32, column 0 for x; (B, len(outputs)) when x is None.
+        alpha, sigma: (B,) float32.
+        step_size: gamma_eps in [0, 1], a number or (B,) float32.
+        noise, substep: n is drawn from stream 2 at this substep.
+        cotangent_dtype: of the result; that of outputs[0] when None.
+
+    Returns:
+        alpha delta, (B, ...) contiguous: the cotangent that the generator's backward pass takes.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, dtype or device; nothing is written then.
+
+    Source: Xie et al., "EM Distillation for One-step Diffusion Models" (arXiv 2405.16852), in the form of
+    docs/algorithm.md. Products are rounded before they are added, so that equal outputs give exactly 0.
+    """
+    _check.state("eps", eps)
+    _check.state("drift", drift, like=eps)
+    if isinstance(outputs, Tensor) or not 1 <= len(outputs) <= 4:
+        raise ValueError("outputs must be a sequence of 1 to 4 tensors")
+    read = {**({} if x is None else {"x": x}), **{f"outputs[{i}]": output for i, output in enumerate(outputs)}}
+    for name, value in read.items():
+        _check.tensor(name, value, shape=eps.shape, like=eps)
+    _check.tensor("coefs", coefs, shape=(len(eps), len(read)), like=eps)
+    if coefs.dtype != torch.float32:
+        raise TypeError(f"coefs must be float32, got {coefs.dtype}")
+    _check.per_sample("alpha", alpha, eps)
+    _check.per_sample("sigma", sigma, eps, positive=True)
+    number, per_sample = _check.step_size(step_size, eps)
+    state = _check.noise(noise, Stream.LANGEVIN_EPS, substep, len(eps), eps.device)
+    cotangent_dtype = _check.dtype("cotangent_dtype", outputs[0].dtype if cotangent_dtype is None else cotangent_dtype)
+    _check.written_apart({"eps": eps, "drift": drift}, read)
+    return _op(
+        eps,
+        drift,
+        None if x is None else x.detach(),
+        [output.detach() for output in outputs],
+        coefs.detach(),
+        alpha,
+        sigma,
+        number,
+        per_sample,
+        state,
+        substep,
+        cotangent_dtype,
+        backends.active(),
+    )

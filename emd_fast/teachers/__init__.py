@@ -1,0 +1,5 @@
+"""Where teachers come from. A teacher is an emd_fast.Denoiser."""
+
+from emd_fast.teachers.analytic import gaussian, gaussian_mixture
+
+__all__ = ["gaussian", "gaussian_mixture"]
