@@ -2,14 +2,18 @@
 
 from emd_fast import ops, schedules, teachers
 from emd_fast.backends import backend_report, use_backend
+from emd_fast.config import EMDConfig
 from emd_fast.denoiser import Denoiser, Generator
 from emd_fast.em.e_step import EStep, e_step
 from emd_fast.noise import Noise
+from emd_fast.trainer import EMDTrainer
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Denoiser",
+    "EMDConfig",
+    "EMDTrainer",
     "EStep",
     "Generator",
     "Noise",

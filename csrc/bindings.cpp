@@ -1,0 +1,16 @@
+// The module emd_fast._C: loading it registers the CPU kernels for the schemas that emd_fast/ops defines; what it
+// offers to Python are the facts of its build.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/isa.h"
+#include "cpu/kernels.h"
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled kernels of emd_fast and the facts of their build.";
+  m.attr("torch_version") = EMD_TORCH_VERSION;
+  m.attr("compiler") = EMD_COMPILER;
+  m.attr("build_type") = EMD_BUILD_TYPE;
+  m.attr("isas_built") = emd::cpu::isas_built();
+  m.def("isa", [] { return emd::cpu::kernels().isa; }, "The instruction set that the kernels use here.");
+}

@@ -1,0 +1,42 @@
+// Group normalization with an affine map: y = (u - mean) rstd weight + bias, times 1 + scale, plus shift; u = x + add.
+#pragma once
+
+#include "arithmetic.h"
+#include "macros.h"
+#include "silu.h"
+
+namespace emd {
+
+// One channel of one sample: y = (x - center) gain + offset. The centre is subtracted first, since x gain - center gain
+// would cancel where the mean is large beside the deviation.
+struct ChannelMap {
+  float center, gain, offset;
+};
+
+EMD_HD ChannelMap channel_map(float mean, float rstd, float weight, float bias, float add, float scale, float shift) {
+  return {mean - add, rstd * weight * (1.0f + scale), bias * (1.0f + scale) + shift};
+}
+
+template <bool Silu>
+EMD_HD float group_norm(float x, float center, float gain, float offset) {
+  const float y = fused(x - center, gain, offset);
+  return Silu ? silu(y) : y;
+}
+
+// The gradient of the map's output, before the activation.
+template <bool Silu>
+EMD_HD float group_norm_inner_gradient(float grad, float x, float center, float gain, float offset) {
+  return Silu ? grad * silu_derivative(fused(x - center, gain, offset)) : grad;
+}
+
+// The gradient of x is inner * gain + (x - center) slope + constant.
+struct ChannelGradient {
+  float slope, constant;
+};
+
+// With k = weight (1 + scale): sum_k is the group's sum of k inner, sum_k_normal that of k inner (u - mean) rstd.
+EMD_HD ChannelGradient channel_gradient(double sum_k, double sum_k_normal, double rstd, double elements) {
+  return {float(-rstd * rstd * sum_k_normal / elements), float(-rstd * sum_k / elements)};
+}
+
+}  // namespace emd

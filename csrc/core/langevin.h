@@ -1,0 +1,23 @@
+// The Langevin step of the E-step (design: "E-step").
+#pragma once
+
+#include <math.h>
+
+#include "arithmetic.h"
+#include "macros.h"
+
+namespace emd {
+
+// state + g (gradient - state) + sqrt(2 g) noise, with kick = sqrt(2 g).
+EMD_HD float langevin_step(float state, float gradient, float step_size, float kick, float noise) {
+  return (state + product(step_size, gradient - state)) + product(kick, noise);
+}
+
+// The same step without its noise: (1 - g) drift + g gradient.
+EMD_HD float langevin_drift(float drift, float gradient, float step_size) {
+  return product(1.0f - step_size, drift) + product(step_size, gradient);
+}
+
+EMD_HD float langevin_kick(float step_size) { return sqrtf(2.0f * step_size); }
+
+}  // namespace emd

@@ -1,0 +1,36 @@
+// Philox4x32-10 (Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
+#pragma once
+
+#include <stdint.h>
+
+#include "macros.h"
+
+namespace emd {
+
+struct Words {
+  uint32_t w0, w1, w2, w3;
+};
+
+EMD_HD uint32_t multiply_high(uint32_t a, uint32_t b) { return uint32_t((uint64_t{a} * b) >> 32); }
+
+EMD_HD Words philox_round(Words c, uint32_t k0, uint32_t k1) {
+  constexpr uint32_t kM0 = 0xD2511F53u, kM1 = 0xCD9E8D57u;
+  return {multiply_high(kM1, c.w2) ^ c.w1 ^ k0, kM1 * c.w2, multiply_high(kM0, c.w0) ^ c.w3 ^ k1, kM0 * c.w0};
+}
+
+EMD_HD Words philox(Words counter, uint32_t k0, uint32_t k1) {
+  constexpr uint32_t kWeyl0 = 0x9E3779B9u, kWeyl1 = 0xBB67AE85u;
+  // Written out, since a loop here would keep the compiler from vectorising the loop over blocks around it.
+  Words c = philox_round(counter, k0, k1);
+  c = philox_round(c, k0 + 1 * kWeyl0, k1 + 1 * kWeyl1);
+  c = philox_round(c, k0 + 2 * kWeyl0, k1 + 2 * kWeyl1);
+  c = philox_round(c, k0 + 3 * kWeyl0, k1 + 3 * kWeyl1);
+  c = philox_round(c, k0 + 4 * kWeyl0, k1 + 4 * kWeyl1);
+  c = philox_round(c, k0 + 5 * kWeyl0, k1 + 5 * kWeyl1);
+  c = philox_round(c, k0 + 6 * kWeyl0, k1 + 6 * kWeyl1);
+  c = philox_round(c, k0 + 7 * kWeyl0, k1 + 7 * kWeyl1);
+  c = philox_round(c, k0 + 8 * kWeyl0, k1 + 8 * kWeyl1);
+  return philox_round(c, k0 + 9 * kWeyl0, k1 + 9 * kWeyl1);
+}
+
+}  // namespace emd

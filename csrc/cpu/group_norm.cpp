@@ -1,0 +1,95 @@
+#include "group_norm.h"
+
+#include <torch/library.h>
+
+namespace emd::cpu {
+namespace {
+
+at::Tensor as_float(const std::optional<at::Tensor>& numbers, at::IntArrayRef size) {
+  if (!numbers) return {};
+  TORCH_CHECK(numbers->is_cpu() && numbers->sizes() == size, "expected ", size, ", got ", numbers->sizes());
+  return numbers->to(at::kFloat).contiguous();
+}
+
+const float* data_or_null(const at::Tensor& tensor) {
+  return tensor.defined() ? tensor.const_data_ptr<float>() : nullptr;
+}
+
+// What y will have, as the fake implementation in emd_fast/ops says.
+at::MemoryFormat layout_of(const at::Tensor& x) {
+  if (x.is_contiguous()) return at::MemoryFormat::Contiguous;
+  for (const at::MemoryFormat format : {at::MemoryFormat::ChannelsLast, at::MemoryFormat::ChannelsLast3d}) {
+    const int64_t dim = format == at::MemoryFormat::ChannelsLast ? 4 : 5;
+    if (x.dim() == dim && x.is_contiguous(format)) return format;
+  }
+  return at::MemoryFormat::Contiguous;
+}
+
+}  // namespace
+
+GroupNormInputs::GroupNormInputs(const at::Tensor& input, int64_t num_groups, const std::optional<at::Tensor>& weight_C,
+                                 const std::optional<at::Tensor>& bias_C, const std::optional<at::Tensor>& add_BC,
+                                 const std::optional<at::Tensor>& scale_BC, const std::optional<at::Tensor>& shift_BC,
+                                 bool silu) {
+  TORCH_CHECK(input.is_cpu() && input.dim() >= 2 && num_groups > 0 && input.size(1) % num_groups == 0,
+              "expected (B, C, ...) with C a multiple of ", num_groups, ", got ", input.sizes());
+  const int64_t samples = input.size(0), channels = input.size(1);
+  layout = layout_of(input);
+  x = input.contiguous(layout);
+  weight = as_float(weight_C, {channels});
+  bias = as_float(bias_C, {channels});
+  add = as_float(add_BC, {samples, channels});
+  scale = as_float(scale_BC, {samples, channels});
+  shift = as_float(shift_BC, {samples, channels});
+  op.x = x.const_data_ptr();
+  op.type = type_of(x.scalar_type());
+  op.silu = silu;
+  op.samples = samples;
+  op.channels = channels;
+  op.positions = c10::multiply_integers(x.sizes().slice(2));
+  op.groups = num_groups;
+  // Where there is but one position the layouts are one, and the loops over channels are the long ones.
+  op.channels_last = layout != at::MemoryFormat::Contiguous || op.positions == 1;
+  op.weight = data_or_null(weight);
+  op.bias = data_or_null(bias);
+  op.add = data_or_null(add);
+  op.scale = data_or_null(scale);
+  op.shift = data_or_null(shift);
+}
+
+int64_t grain_of(int64_t elements_of_an_item) {
+  return 1 + kGrainElements / (elements_of_an_item + 1);
+}
+
+namespace {
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> group_norm(
+    const at::Tensor& input, int64_t num_groups, const std::optional<at::Tensor>& weight,
+    const std::optional<at::Tensor>& bias, double eps, const std::optional<at::Tensor>& add,
+    const std::optional<at::Tensor>& scale, const std::optional<at::Tensor>& shift, bool silu) {
+  GroupNormInputs inputs(input, num_groups, weight, bias, add, scale, shift, silu);
+  GroupNorm& op = inputs.op;
+  const at::Tensor y = at::empty_like(inputs.x, inputs.layout);
+  const at::Tensor mean = at::zeros({op.samples, op.groups}, at::kFloat), rstd = at::zeros_like(mean);
+  op.eps = eps;
+  op.y = y.mutable_data_ptr();
+  op.mean = mean.mutable_data_ptr<float>();
+  op.rstd = rstd.mutable_data_ptr<float>();
+  if (inputs.x.numel() == 0) return {y, mean, rstd};
+  if (!op.channels_last) {
+    in_parallel(op.samples * op.groups, grain_of(op.group_channels() * op.positions), kernels().group_norm, op);
+    return {y, mean, rstd};
+  }
+  const at::Tensor scratch = at::empty({op.samples * (2 * op.chunks() + 3) * op.channels}, at::kFloat);
+  op.scratch = scratch.mutable_data_ptr<float>();
+  const int64_t chunks = op.samples * op.chunks(), grain = grain_of(op.chunk() * op.channels);
+  in_parallel(chunks, grain, kernels().group_norm_moments, op);
+  in_parallel(op.samples, grain_of(op.chunks() * op.channels * 4), kernels().group_norm_maps, op);
+  in_parallel(chunks, grain, kernels().group_norm_apply, op);
+  return {y, mean, rstd};
+}
+
+TORCH_LIBRARY_IMPL(emd_fast_native, CPU, m) { m.impl("group_norm", group_norm); }
+
+}  // namespace
+}  // namespace emd::cpu

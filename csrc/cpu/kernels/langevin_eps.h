@@ -1,0 +1,49 @@
+#pragma once
+
+#include "../../core/langevin.h"
+#include "noise.h"
+
+namespace emd::cpu::EMD_ISA {
+namespace {
+
+void langevin_eps(const LangevinEps& op, int64_t first, int64_t last) {
+  for_tiles(op.shape, first, last, [&](const Tile& tile) {
+    Buffer delta_buffer, drawn, buffer;
+    const int64_t n = tile.size();
+    float* delta = delta_buffer.data;
+    for (int t = 0; t < op.terms; t++) {
+      const float* term = read(op.term[t], tile, op.shape.elements, buffer);
+      with_numbers(
+          tile,
+          [=](auto coef) {
+            if (t == 0) {
+#pragma omp simd
+              for (int64_t i = 0; i < n; i++) delta[i] = product(at(coef, i), term[i]);
+            } else {
+#pragma omp simd
+              for (int64_t i = 0; i < n; i++) delta[i] = delta[i] + product(at(coef, i), term[i]);
+            }
+          },
+          op.coef[t]);
+    }
+    tile_normals(op.noise, tile, drawn);
+    const float* noise = drawn.data;
+    float *eps = op.eps + tile.flat, *drift = op.drift + tile.flat, *out = begin(op.out, tile, buffer);
+    with_numbers(
+        tile,
+        [=](auto alpha, auto sigma, auto step_size) {
+#pragma omp simd
+          for (int64_t i = 0; i < n; i++) {
+            const float gamma = at(step_size, i), gradient = product(at(sigma, i), delta[i]);
+            drift[i] = langevin_drift(drift[i], gradient, gamma);
+            eps[i] = langevin_step(eps[i], gradient, gamma, langevin_kick(gamma), noise[i]);
+            out[i] = product(at(alpha, i), delta[i]);
+          }
+        },
+        op.alpha, op.sigma, op.step_size);
+    finish(op.out, tile, out);
+  });
+}
+
+}  // namespace
+}  // namespace emd::cpu::EMD_ISA

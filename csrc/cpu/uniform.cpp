@@ -1,0 +1,18 @@
+#include <torch/library.h>
+
+#include "tensors.h"
+
+namespace emd::cpu {
+namespace {
+
+at::Tensor uniform(at::IntArrayRef size, const at::Tensor& noise, int64_t stream, int64_t substep) {
+  const at::Tensor out = at::empty(size, at::kFloat);
+  const Draw op = {shape_of(size), noise_key(noise, stream, substep), target(out)};
+  in_parallel(op.shape.tiles(), kNoisyTiles, kernels().uniform, op);
+  return out;
+}
+
+TORCH_LIBRARY_IMPL(emd_fast_native, CPU, m) { m.impl("uniform", uniform); }
+
+}  // namespace
+}  // namespace emd::cpu

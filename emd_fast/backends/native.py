@@ -1,0 +1,88 @@
+"""Finds and loads the kernels that csrc/ builds; nothing is loaded before an op asks for it."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+OPS = frozenset(
+    {
+        "group_norm",
+        "group_norm_backward",
+        "langevin_eps",
+        "langevin_z",
+        "m_step_loss",
+        "m_step_loss_backward",
+        "normal",
+        "perturb",
+        "score_matching_loss",
+        "score_matching_loss_backward",
+        "uniform",
+    }
+)
+"""The ops that compiled kernels serve."""
+
+_FACTS = Path(__file__).resolve().parents[1] / "_build.json"  # written by setup.py
+
+
+def why_not(device_type: str) -> str | None:
+    """None where compiled kernels serve tensors of this device type ("cpu", "cuda"), otherwise the reason, one line."""
+    if device_type != "cpu":
+        return f"no {device_type} kernels in this build" if device_type != "cuda" else "no CUDA kernels in this build"
+    return _load()[1]
+
+
+def load() -> ModuleType:
+    """The compiled module emd_fast._C, its kernels registered.
+
+    Raises:
+        RuntimeError: it cannot be used here; the message is that of why_not("cpu").
+    """
+    module, reason = _load()
+    if module is None:
+        raise RuntimeError(f"the compiled CPU kernels of emd_fast cannot be used: {reason}")
+    return module
+
+
+def facts() -> dict[str, Any]:
+    """How the compiled module was built, and the instruction set it uses here; {"reason": ...} where there is none."""
+    module, reason = _load()
+    if module is None:
+        return {"reason": reason}
+    return {
+        "torch": module.torch_version,
+        "compiler": module.compiler,
+        "build_type": module.build_type,
+        "isas_built": list(module.isas_built),
+        "isa": module.isa(),
+    }
+
+
+@functools.cache
+def _load() -> tuple[ModuleType | None, str | None]:
+    """The module, or None and the reason."""
+    try:
+        build = json.loads(_FACTS.read_text())
+    except (OSError, ValueError):
+        return None, "not built: emd_fast was not installed (pip install --no-build-isolation -e .)"
+    if build["reason"]:
+        return None, build["reason"]
+    # torch keeps its C++ interface within a minor version only, and a mismatch may crash instead of failing to load.
+    if _minor(build["torch"]) != _minor(torch.__version__):
+        return None, f"built against torch {build['torch']}, running {torch.__version__}: install emd_fast again"
+    try:
+        module = importlib.import_module("emd_fast._C")
+        module.isa()
+    except (ImportError, RuntimeError) as error:
+        return None, f"the compiled module does not load: {' '.join(str(error).split())}"
+    return module, None
+
+
+def _minor(version: str) -> list[str]:
+    return version.split(".")[:2]

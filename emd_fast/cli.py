@@ -1,0 +1,262 @@
+"""The command line `emd-fast`. Exit codes: 0 done, 2 usage, 130 and 143 interrupted, 1 otherwise."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import importlib.util
+import json
+import platform
+import re
+import sys
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+import emd_fast
+from emd_fast import config
+from emd_fast.config import ConfigError, EMDConfig, MixtureConfig, RunConfig, TeacherConfig
+
+_TABLES = {"emd": EMDConfig, "teacher": TeacherConfig, "mixture": MixtureConfig}
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, but a wrong word gets the nearest right one."""
+
+    def error(self, message: str) -> NoReturn:
+        choice = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
+        if choice:
+            near = difflib.get_close_matches(choice[1], re.findall(r"[\w-]+", choice[2]), 1)
+            message += f"; did you mean {near[0]!r}?" if near else ""
+        self.exit(2, f"{self.prog}: {message}\nsee {self.prog} --help\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="emd-fast",
+        description="EM Distillation: a diffusion teacher becomes a generator that needs one network call.",
+        epilog="examples:\n"
+        "  emd-fast distill digits --out runs/digits          train, distil, evaluate, report\n"
+        "  emd-fast distill gmm --study --out runs/gmm        K = 1 to 16 on a mixture with exact scores\n"
+        "  emd-fast sample runs/digits -n 100 --out grid.png  pictures of the one-step generator\n"
+        "  emd-fast info                                      every op, its backend here, and why not a faster one",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"emd-fast {emd_fast.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    distill = commands.add_parser(
+        "distill",
+        help="train a teacher where the recipe has one, distil it, evaluate",
+        description="Runs a recipe into a folder. The same command on the same folder goes on where it stopped.",
+        epilog=_keys(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    distill.add_argument("recipe", help=f"{', '.join(config.recipes())}, or the path of a .toml file")
+    distill.add_argument("--out", type=Path, help="run folder (default: runs/RECIPE)")
+    distill.add_argument("--short", action="store_true", help="a tenth of all steps: shows that it works, not how well")
+    distill.add_argument("--study", action="store_true", help="the recipe's study: several K and seeds, a table")
+    distill.add_argument("--tensorboard", action="store_true", help="log to TensorBoard too")
+    distill.add_argument("--wandb", action="store_true", help="log to Weights & Biases too")
+
+    sample = commands.add_parser("sample", help="pictures of a run's one-step generator")
+    sample.add_argument("run", type=Path, help="run folder")
+    sample.add_argument("-n", type=_positive, default=100, help="how many samples (default 100)")
+    sample.add_argument("--out", type=Path, required=True, help=".png for a grid or scatter, .pt for a tensor (n, ...)")
+    sample.add_argument("--label", type=int, help="one class for all; classes in turn by default")
+    sample.add_argument("--first", type=int, default=0, help="index of the first sample in the stream (default 0)")
+    sample.add_argument("--raw", action="store_true", help="the generator itself, not the average of its weights")
+
+    evaluate = commands.add_parser("evaluate", help="metrics.json and report.md of a run, again")
+    evaluate.add_argument("run", type=Path, help="run folder")
+
+    info = commands.add_parser("info", help="ops, backends, versions")
+    info.add_argument("--json", action="store_true", help="for programs")
+    return parser
+
+
+def _keys() -> str:
+    lines = ["configuration (TOML keys as options; those of [emd] also without the prefix):"]
+    for table, cls in {"": RunConfig, **_TABLES}.items():
+        for item in dataclasses.fields(cls):
+            if item.name not in _TABLES:
+                name = f"{table}.{item.name}" if table else item.name
+                default = getattr(cls(**({"emd": EMDConfig(num_classes=10)} if cls is RunConfig else {})), item.name)
+                default = config.to_dict(default) if dataclasses.is_dataclass(default) else default
+                lines.append(f"  --{name.replace('_', '-'):34} {default}")
+    lines += [
+        "units: t-star in the schedule's t (sigma for EDM); time distributions in sigma / alpha; step sizes a number or",
+        "pairs, as in --gamma-z '[[0.05, 1e-4], [0.5, 0.01]]'; steps are optimizer steps of the generator.",
+        "examples: emd-fast distill digits --langevin-steps 8 --seed 1 --out runs/k8",
+        "          emd-fast distill digits --noise-cancellation false --teacher.steps 1000 --out runs/noisy",
+    ]
+    return "\n".join(lines)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _overrides(words: Sequence[str]) -> dict[str, Any]:
+    """{"emd.gamma_z": 0.02} from ["--gamma-z", "0.02"].
+
+    Raises:
+        ConfigError: an unknown option, with the nearest right one, or one without a value.
+    """
+    known = {item.name: item.name for item in dataclasses.fields(RunConfig) if item.name not in _TABLES}
+    for table, cls in _TABLES.items():
+        known |= {f"{table}.{item.name}": f"{table}.{item.name}" for item in dataclasses.fields(cls)}
+    known |= {item.name: f"emd.{item.name}" for item in dataclasses.fields(EMDConfig)}
+    overrides: dict[str, Any] = {}
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        option, has_value, value = word.partition("=")
+        key = option.removeprefix("--").replace("-", "_")
+        nested = key.rpartition(".")[0] in ("emd.time_distribution", "emd.student_time_distribution")
+        if not option.startswith("--") or (key not in known and not nested):
+            near = difflib.get_close_matches(key, known, 1)
+            hint = f"; did you mean --{near[0].replace('_', '-')}?" if near else ""
+            raise ConfigError(f"unknown option {option!r}{hint}")
+        if not has_value:
+            if not rest:
+                raise ConfigError(f"{option} needs a value")
+            value = rest.pop(0)
+        overrides[known.get(key, key)] = _value(value)
+    return overrides
+
+
+def _value(text: str) -> Any:
+    if text.lower() == "none":
+        return None
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit code."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    try:
+        if rest and options.command != "distill":
+            raise ConfigError(f"unknown option {rest[0]!r}; see emd-fast {options.command} --help")
+        return _COMMANDS[options.command](options, rest)
+    except ConfigError as error:
+        return _fail(error, 2)
+    except (OSError, RuntimeError, ValueError, ModuleNotFoundError) as error:
+        return _fail(error, 1)
+    except KeyboardInterrupt:
+        return 130
+    except BaseException as error:
+        code = getattr(error, "exit_code", None)
+        if code is None:
+            raise
+        return code
+
+
+def _fail(error: BaseException, code: int) -> int:
+    print(f"emd-fast: {error}", file=sys.stderr)
+    return code
+
+
+def _distill(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    from emd_fast import run, study
+
+    settings = config.load(options.recipe, _overrides(rest))
+    if options.short:
+        settings = run.shortened(settings)
+    folder = options.out or Path("runs") / Path(options.recipe).stem
+    sinks = tuple(name for name in ("tensorboard", "wandb") if getattr(options, name))
+    if options.study:
+        study.conduct(settings, folder)
+    else:
+        run.distill(settings, folder, sinks)
+    print(folder / ("study.md" if options.study else "report.md"))
+    return 0
+
+
+def _sample(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    from emd_fast import checkpoint, report, run
+
+    if options.out.suffix not in (".png", ".pt"):
+        raise ConfigError(f"--out must end in .png or .pt, got {options.out}")
+    _, _, trainer = run.open_run(options.run)
+    cond = None
+    if options.label is not None:
+        if not 0 <= options.label < trainer.config.num_classes:
+            raise ConfigError(f"--label must be in [0, {trainer.config.num_classes}), got {options.label}")
+        cond = torch.full((options.n,), options.label, dtype=torch.int64)
+    samples = trainer.generate(options.n, cond, ema=not options.raw, first_sample=options.first).cpu()
+    if options.out.suffix == ".pt":
+        checkpoint.write_whole(options.out, lambda file: torch.save(samples, file))
+    elif samples.dim() == 4:
+        report.save_grid(options.out, samples)
+    else:
+        report.scatter(options.out, {"generator": samples})
+    print(options.out)
+    return 0
+
+
+def _evaluate(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    from emd_fast import run
+
+    settings, task, trainer = run.open_run(options.run)
+    path = options.run / "metrics.json"
+    seconds = json.loads(path.read_text())["seconds"] if path.exists() else {}
+    metrics = run.evaluate(settings, options.run, task, trainer, seconds)
+    print(json.dumps(metrics, indent=1))
+    return 0
+
+
+def _info(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    from emd_fast.backends import native
+
+    report = emd_fast.backend_report()
+    facts = {
+        "emd_fast": emd_fast.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        **{name: _found(name) for name in ("triton", "xformers", "diffusers", "sklearn")},
+        "apex": _apex(),
+        "native": native.facts(),
+    }
+    if options.json:
+        print(json.dumps({**facts, "ops": report}, indent=1))
+        return 0
+    for name, value in facts.items():
+        print(f"{name:12} {value}")
+    print(f"\n{'op':22} {'cpu tensors':12} {'cuda tensors':12}")
+    for op, by_device in report.items():
+        print(f"{op:22} {by_device['cpu']['backend']:12} {by_device['cuda']['backend']:12}")
+    reasons = {f"{device}: {row['reason']}" for by_device in report.values() for device, row in by_device.items() if row["reason"]}
+    print("\nwhy not a faster backend:", *(sorted(reasons) or ["every op has its fastest"]), sep="\n  ")
+    return 0
+
+
+def _found(package: str) -> str:
+    """Whether it could be imported, without importing it."""
+    return "installed" if importlib.util.find_spec(package) else "not installed"
+
+
+def _apex() -> str:
+    """NVIDIA's apex is known by its features: the package called apex on PyPI is another thing."""
+    found = importlib.util.find_spec("apex")
+    if found is None:
+        return "not installed"
+    folders = [Path(folder) for folder in found.submodule_search_locations or []]
+    nvidia = any((folder / "optimizers" / "fused_adam.py").exists() for folder in folders)
+    return "NVIDIA's" if nvidia else "installed, but not NVIDIA's apex"
+
+
+_COMMANDS = {"distill": _distill, "sample": _sample, "evaluate": _evaluate, "info": _info}

@@ -1,0 +1,43 @@
+"""What a person sees while a phase runs: a bar with the time left on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from tqdm import tqdm
+
+_LINES = 10  # plain lines in a phase, at most
+
+
+class Progress:
+    """Progress of one phase of `total` steps."""
+
+    def __init__(self, name: str, total: int, done: int = 0) -> None:
+        self.name, self.total, self.done = name, total, done
+        self.began = time.monotonic()
+        self.first = done
+        self.every = max(1, -(-total // _LINES))
+        self.bar = tqdm(total=total, initial=done, desc=name, unit="step") if sys.stderr.isatty() else None
+
+    def update(self, done: int, text: str = "") -> None:
+        """`done` steps are behind us; `text` is what to say beside them (only read where it is shown)."""
+        if self.bar is not None:
+            self.bar.update(done - self.done)
+            if text:
+                self.bar.set_postfix_str(text, refresh=False)
+        elif done % self.every == 0 or done == self.total:
+            seconds = time.monotonic() - self.began
+            left = seconds / max(done - self.first, 1) * (self.total - done)
+            say(f"{self.name} {done}/{self.total}  {text}  {seconds:.0f} s, {left:.0f} s left")
+        self.done = done
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def say(line: str) -> None:
+    """One line for the person who watches: stderr, so that stdout stays for results."""
+    tqdm.write(line, file=sys.stderr)
+    sys.stderr.flush()

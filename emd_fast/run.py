@@ -1,0 +1,243 @@
+"""A run and its folder: config.toml, teacher.pt, checkpoints/, log.jsonl, metrics.json, report.md, samples/.
+
+The same command on the same folder goes on where the run stopped, and says so; on a finished run it says that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from emd_fast import checkpoint, config, journal, report
+from emd_fast.checkpoint import CheckpointError
+from emd_fast.config import RunConfig, to_dict
+from emd_fast.denoiser import Denoiser
+from emd_fast.progress import Progress, say
+from emd_fast.tasks import OnStep, Task, task_of
+from emd_fast.trainer import MAY_CHANGE, Diverged, EMDTrainer, check_health
+
+_MAY_CHANGE = {*(f"emd.{name}" for name in MAY_CHANGE), "log_every", "save_every", "keep_checkpoints", "samples"}
+
+
+class RunError(RuntimeError):
+    """A run folder that cannot be used: one line that names it and the remedy."""
+
+
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM, at a moment where everything worth keeping is kept."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.exit_code = 128 + number
+
+
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[Callable[[], bool]]:
+    """Inside, SIGINT and SIGTERM only set a flag, which is handed out; leaving raises Interrupted if it was set."""
+    caught: list[int] = []
+    previous = {number: signal.signal(number, lambda n, _: caught.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(caught)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if caught:
+        raise Interrupted(caught[0])
+
+
+def distill(settings: RunConfig, folder: Path, sinks: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The whole of a run: teacher, distillation, evaluation, report. Returns what is in metrics.json.
+
+    Raises:
+        RunError: a folder that cannot be written or holds another run. CheckpointError: checkpoints that cannot be
+        read. Diverged: training was stopped, report.md says why. Interrupted: by a signal; what was done is saved.
+    """
+    _open_folder(folder, settings)
+    finished = _finished(folder, settings)
+    if finished is not None:
+        say(f"{folder} is finished: {settings.emd.steps} steps, report in {folder / 'report.md'}")
+        return finished
+    task = task_of(settings)
+    teacher, seconds = _teacher(task, folder)
+    trainer = _latest(settings, folder, task, teacher)
+    seconds["distil"] = _train(trainer, settings, folder, sinks)
+    return evaluate(settings, folder, task, trainer, seconds)
+
+
+def open_run(folder: Path) -> tuple[RunConfig, Task, EMDTrainer]:
+    """A run as its last checkpoint has it.
+
+    Raises:
+        RunError: no run there. CheckpointError: nothing in it that can be read.
+    """
+    path = folder / "config.toml"
+    if not path.exists():
+        raise RunError(f"{folder} is not the folder of a run: it has no config.toml")
+    settings = config.load(str(path))
+    if not checkpoint.found(folder / "checkpoints"):
+        raise RunError(f"{folder} has no checkpoint yet: run `emd-fast distill` on it first")
+    task = task_of(settings)
+    teacher, _ = _teacher(task, folder)
+    return settings, task, _latest(settings, folder, task, teacher)
+
+
+def evaluate(
+    settings: RunConfig, folder: Path, task: Task, trainer: EMDTrainer, seconds: dict[str, float]
+) -> dict[str, Any]:
+    """Writes samples/, metrics.json and report.md."""
+    say("evaluating")
+    began = time.monotonic()
+    untrained = EMDTrainer(trainer.teacher, trainer.config, *task.make_networks())
+    metrics = task.evaluate(trainer, untrained, folder)
+    seconds = {**seconds, "evaluate": time.monotonic() - began}
+    metrics = {**metrics, "steps": trainer.steps_done, "seconds": {k: round(v, 2) for k, v in seconds.items()}}
+    text = json.dumps(metrics, indent=1)
+    checkpoint.write_whole(folder / "metrics.json", lambda file: file.write(text.encode()))
+    report.write(folder)
+    return metrics
+
+
+def _open_folder(folder: Path, settings: RunConfig) -> None:
+    path = folder / "config.toml"
+    try:
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (folder / "samples").mkdir(exist_ok=True)
+        if path.exists():
+            _check_same_run(folder, config.load(str(path)), settings)
+        text = tomli_w.dumps(to_dict(settings))
+        checkpoint.write_whole(path, lambda file: file.write(text.encode()))
+    except OSError as error:
+        raise RunError(f"cannot write the run folder {folder}: {error.strerror}; choose another with --out") from None
+
+
+def _check_same_run(folder: Path, was: RunConfig, now: RunConfig) -> None:
+    before, after = _flat(to_dict(was)), _flat(to_dict(now))
+    for key in sorted({*before, *after}):
+        if before.get(key) != after.get(key) and key not in _MAY_CHANGE:
+            raise RunError(
+                f"{folder} holds a run with {key} = {before.get(key)!r}, not {after.get(key)!r}: choose another --out"
+            )
+
+
+def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _finished(folder: Path, settings: RunConfig) -> dict[str, Any] | None:
+    path = folder / "metrics.json"
+    if not path.exists():
+        return None
+    try:
+        metrics = json.loads(path.read_text())
+    except json.JSONDecodeError:
+        return None
+    return metrics if metrics.get("steps", 0) >= settings.emd.steps else None
+
+
+def _teacher(task: Task, folder: Path) -> tuple[Denoiser, dict[str, float]]:
+    """The teacher, and what making it cost."""
+    progress: Progress | None = None
+    began = time.monotonic()
+    with stop_on_signals() as stopped:
+
+        def on_step(step: int, total: int, loss: Any) -> None:
+            nonlocal progress
+            progress = progress or Progress("teacher", total)
+            progress.update(step)
+            if stopped():
+                say("stopped: the teacher is trained from the start the next time")
+                raise _Stop
+
+        with contextlib.suppress(_Stop):
+            teacher = task.make_teacher(folder, on_step)
+    if progress is not None:
+        progress.close()
+    return teacher, {"teacher": time.monotonic() - began}
+
+
+class _Stop(Exception):
+    """Leaves the training of a teacher."""
+
+
+def _latest(settings: RunConfig, folder: Path, task: Task, teacher: Denoiser) -> EMDTrainer:
+    """The trainer of the last checkpoint that can be read, or a new one where there is none."""
+    paths = checkpoint.found(folder / "checkpoints")
+    for path in reversed(paths):
+        try:
+            checkpoint.load(path)
+        except CheckpointError as error:
+            say(f"skipped: {error}")
+            continue
+        generator, student = task.make_networks()
+        trainer = EMDTrainer.resume(path, teacher, config=settings.emd, generator=generator, student=student)
+        say(f"resuming {folder} at step {trainer.steps_done} of {settings.emd.steps}")
+        return trainer
+    if paths:
+        raise CheckpointError(f"none of the checkpoints in {folder / 'checkpoints'} can be read; delete them to start over")
+    return EMDTrainer(teacher, settings.emd, *task.make_networks())
+
+
+def _train(trainer: EMDTrainer, settings: RunConfig, folder: Path, sinks: tuple[str, ...]) -> float:
+    """Steps until the configured number is done. Returns the seconds that all legs of the run took."""
+    total, first = settings.emd.steps, trainer.steps_done
+    if not settings.emd.noise_cancellation:
+        say("warning: noise_cancellation is off; the gradient of the generator is much noisier so")
+    rows = [row for row in journal.read(folder / "log.jsonl") if row["step"] <= first]
+    before = rows[-1]["seconds"] if rows else 0.0
+    log = journal.Journal(folder, first, sinks, to_dict(settings))
+    progress = Progress("distil", total, first)
+    began = time.monotonic()
+
+    def save() -> None:
+        checkpoint_folder = folder / "checkpoints"
+        trainer.save(checkpoint.path_of(checkpoint_folder, trainer.steps_done))
+        checkpoint.keep_last(checkpoint_folder, settings.keep_checkpoints)
+
+    try:
+        with stop_on_signals() as stopped:
+            while trainer.steps_done < total and not stopped():
+                metrics = trainer.step()
+                done = trainer.steps_done
+                if done % settings.log_every == 0 or done == total:
+                    numbers = {name: value.item() for name, value in metrics.items()}
+                    seconds = time.monotonic() - began
+                    rate = (done - first) * settings.emd.batch_size / seconds
+                    log.write({"step": done, **numbers, "seconds": before + seconds, "images_per_second": rate})
+                    check_health(numbers, settings.emd)
+                    progress.update(done, f"student {numbers['student_loss']:.3g}, drift {numbers['drift_rms']:.3g}")
+                if done % settings.save_every == 0 or done == total:
+                    save()
+            if stopped():
+                save()
+                say(f"stopped at step {trainer.steps_done} of {total}, saved; the same command goes on from there")
+    except Diverged as error:
+        report.write_stopped(folder, str(error))
+        raise
+    finally:
+        progress.close()
+        log.close()
+    return before + time.monotonic() - began
+
+
+def shortened(settings: RunConfig) -> RunConfig:
+    """The same run with a tenth of the steps of everything: to see that it works, not to judge it."""
+
+    def tenth(steps: int) -> int:
+        return max(1, steps // 10)
+
+    emd = dataclasses.replace(
+        settings.emd, steps=tenth(settings.emd.steps), student_warmup=settings.emd.student_warmup // 10
+    )
+    teacher = dataclasses.replace(settings.teacher, steps=tenth(settings.teacher.steps))
+    return dataclasses.replace(settings, emd=emd, teacher=teacher)

@@ -1,0 +1,37 @@
+"""What a recipe distils: where its networks come from, and what its samples are judged by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import nn
+
+from emd_fast.config import RunConfig
+from emd_fast.denoiser import Denoiser
+from emd_fast.trainer import EMDTrainer
+
+OnStep = Callable[[int, int, float], None]  # steps done, steps in all, loss
+
+
+class Task(Protocol):
+    """One task. Building it is cheap; nothing is trained or read before it is asked for."""
+
+    def __init__(self, config: RunConfig) -> None: ...
+
+    def make_teacher(self, folder: Path, on_step: OnStep | None) -> Denoiser:
+        """The teacher: read from the run folder where it is there already, made (and written there) otherwise."""
+
+    def make_networks(self) -> tuple[nn.Module | None, Denoiser | None]:
+        """Generator and student; None for copies of the teacher."""
+
+    def evaluate(self, trainer: EMDTrainer, untrained: EMDTrainer, folder: Path | None) -> dict[str, Any]:
+        """What goes into metrics.json; pictures are written into folder / "samples" where a folder is given."""
+
+
+def task_of(config: RunConfig) -> Task:
+    from emd_fast.tasks.digits import Digits
+    from emd_fast.tasks.gmm import Mixture
+
+    return {"digits": Digits, "gmm": Mixture}[config.task](config)

@@ -1,0 +1,79 @@
+"""Real digits: a small UNet is trained as the teacher, and its one-step copy is judged against held-out images."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from emd_fast import checkpoint, ops, report
+from emd_fast.config import RunConfig, from_dict, to_dict
+from emd_fast.config import TeacherConfig
+from emd_fast.denoiser import Denoiser
+from emd_fast.evaluate import DigitFeatures, digits_metrics
+from emd_fast.noise import Noise, Stream
+from emd_fast.sampler import heun
+from emd_fast.tasks import OnStep
+from emd_fast.teachers import digits
+from emd_fast.trainer import EMDTrainer
+
+_SHOWN = 100  # digits in a picture, ten of a class
+
+
+class Digits:
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+
+    def make_teacher(self, folder: Path, on_step: OnStep | None) -> Denoiser:
+        config, path = self.config.teacher, folder / "teacher.pt"
+        if path.exists():
+            state = checkpoint.load(path)
+            if from_dict(TeacherConfig, state["config"]) != config:
+                raise checkpoint.CheckpointError(f"{path} was trained with another [teacher] configuration")
+            teacher = digits.denoiser(digits.network(config))
+            teacher.load_state_dict(state["teacher"])
+            return teacher.eval()
+        said = None if on_step is None else lambda step, loss: on_step(step, config.steps, loss)
+        teacher = digits.train(config, said)
+        checkpoint.save(path, {"config": to_dict(config), "teacher": teacher.state_dict()})
+        return teacher
+
+    def make_networks(self) -> tuple[nn.Module | None, Denoiser | None]:
+        return None, None
+
+    def evaluate(self, trainer: EMDTrainer, untrained: EMDTrainer, folder: Path | None) -> dict[str, Any]:
+        images, labels = digits.load("test")
+        cond = labels if trainer.config.num_classes else None
+        z = ops.normal((len(labels), *digits.SHAPE), Noise(trainer.config.seed), stream=Stream.SHOWN)
+        samples = {
+            "teacher": heun(trainer.teacher, z, cond),
+            "init": untrained.generate(len(labels), cond, ema=False),
+            "student": trainer.generate(len(labels), cond),
+        }
+        if cond is None:
+            # Nothing was asked for, so there is no class to be right about.
+            samples_with_labels = {name: (x, _features().predict(x)) for name, x in samples.items()}
+        else:
+            samples_with_labels = {name: (x, labels) for name, x in samples.items()}
+        metrics = digits_metrics(samples_with_labels, _features(), seed=trainer.config.seed)
+        if cond is None:
+            del metrics["accuracy"]
+        if folder is not None:
+            shown = _ten_of_each(labels)
+            for name, pictures in {"real": images, **samples}.items():
+                report.save_grid(folder / "samples" / f"{name}.png", pictures[shown], columns=10)
+        return metrics
+
+
+@functools.cache
+def _features() -> DigitFeatures:
+    return DigitFeatures()
+
+
+def _ten_of_each(labels: Tensor) -> Tensor:
+    """Indices of the first ten of each class: a picture with a class in each row."""
+    each = _SHOWN // digits.CLASSES
+    return torch.cat([(labels == digit).nonzero()[:each, 0] for digit in range(digits.CLASSES)])

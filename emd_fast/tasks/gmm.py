@@ -1,0 +1,66 @@
+"""A ring of equal modes in the plane: the score is exact, so what is seen is the algorithm and nothing else."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from emd_fast import ops, report
+from emd_fast.config import RunConfig
+from emd_fast.denoiser import Denoiser
+from emd_fast.evaluate import mixture_metrics
+from emd_fast.noise import Noise, Stream
+from emd_fast.sampler import heun
+from emd_fast.schedules import EDM
+from emd_fast.tasks import OnStep
+from emd_fast.teachers import gaussian_mixture
+from emd_fast.teachers.mlp import PointGenerator, TimeMLP
+from emd_fast.trainer import EMDTrainer
+
+
+class Mixture:
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        mixture = config.mixture
+        angles = torch.arange(mixture.modes) * (2 * math.pi / mixture.modes)
+        self.weights = torch.full((mixture.modes,), 1 / mixture.modes)
+        self.means = mixture.radius * torch.stack([angles.cos(), angles.sin()], dim=1)
+
+    def make_teacher(self, folder: Path, on_step: OnStep | None) -> Denoiser:
+        covariances = (self.config.mixture.std**2 * torch.eye(2)).expand(len(self.means), 2, 2)
+        return gaussian_mixture(self.weights, self.means, covariances, EDM())
+
+    def make_networks(self) -> tuple[nn.Module | None, Denoiser | None]:
+        mixture, seed = self.config.mixture, self.config.emd.seed
+        generator = PointGenerator(
+            2,
+            mixture.generator_width,
+            mixture.generator_layers,
+            seed,
+            collapsed_at=tuple(self.means[0].tolist()) if mixture.collapsed else None,
+        )
+        # Each coordinate of a ring has variance radius^2 / 2, and that of a mode beside it.
+        sigma_data = math.sqrt(mixture.radius**2 / 2 + mixture.std**2)
+        network = TimeMLP(2, mixture.student_width, mixture.student_layers, seed + 1)
+        return generator, Denoiser(network, EDM(), "edm", sigma_data=sigma_data, sample_shape=(2,))
+
+    def evaluate(self, trainer: EMDTrainer, untrained: EMDTrainer, folder: Path | None) -> dict[str, Any]:
+        n, seed = self.config.samples, trainer.config.seed
+        z = ops.normal((n, 2), Noise(seed), stream=Stream.SHOWN)
+        samples = {
+            "teacher": heun(trainer.teacher, z),
+            "init": untrained.generate(n, ema=False),
+            "student": trainer.generate(n),
+        }
+        rows = {
+            name: mixture_metrics(points, self.weights, self.means, self.config.mixture.std, seed)
+            for name, points in samples.items()
+        }
+        if folder is not None:
+            report.scatter(folder / "samples" / "points.png", samples)
+        by_metric = {key: {name: row[key] for name, row in rows.items()} for key in rows["student"]}
+        return {**by_metric, "n": n, "seed": seed}

@@ -1,0 +1,187 @@
+"""A UNet for small images, 83 thousand parameters at its defaults: big enough for digits, fast on two cores."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate, scaled_dot_product_attention, silu
+
+from emd_fast import ops
+from emd_fast.noise import Noise, Stream
+
+_GROUPS = 4  # of every norm: groups of 4 and 8 channels
+
+
+class SmallUNet(nn.Module):
+    """Residual blocks at two resolutions, attention at the lower one, noise level and class as scale and shift.
+
+    Args:
+        in_channels: of the image, and of the result.
+        channels: at full resolution, a multiple of 4; twice as many at half resolution.
+        num_classes: 0 for a network without labels.
+        embedding: width of the embedding of noise level and class.
+
+    The network starts as the zero function, as is usual for UNets of diffusion: the last convolution of each residual
+    branch, and of all, starts at zero. Its weights are those of `initialise(network, seed)` once that is called, and
+    PyTorch's own, which depend on its global generator, before.
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, in_channels: int, channels: int = 16, num_classes: int = 10, embedding: int = 64) -> None:
+        super().__init__()
+        for name, value, least in (("in_channels", in_channels, 1), ("num_classes", num_classes, 0)):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        if channels < _GROUPS or channels % _GROUPS:
+            raise ValueError(f"channels must be a multiple of {_GROUPS}, got {channels}")
+        self.num_classes = num_classes
+        # c_noise = log(sigma) / 4 spans about 2.7 for sigma in [0.002, 80]: from a part of a wave to 8 waves over that.
+        self.register_buffer("frequencies", torch.logspace(0, math.log10(20), channels), persistent=False)
+        self.noise_embedding = nn.Linear(2 * channels, embedding)
+        self.class_embedding = nn.Embedding(num_classes, embedding) if num_classes else None
+        self.embedding = nn.Linear(embedding, embedding)
+
+        self.first = nn.Conv2d(in_channels, channels, 3, padding=1)
+        self.down_block = ResidualBlock(channels, channels)
+        self.down = nn.Conv2d(channels, 2 * channels, 3, stride=2, padding=1)
+        self.middle_block = ResidualBlock(2 * channels, 2 * channels)
+        self.attention = SelfAttention(2 * channels)
+        self.second_block = ResidualBlock(2 * channels, 2 * channels)
+        self.up = nn.Conv2d(2 * channels, channels, 3, padding=1)
+        self.up_block = ResidualBlock(2 * channels, channels)
+        self.norm = nn.GroupNorm(_GROUPS, channels)
+        self.last = _starts_at_zero(nn.Conv2d(channels, in_channels, 3, padding=1))
+
+        blocks = (self.down_block, self.middle_block, self.second_block, self.up_block)
+        # One matrix product for the scale and shift of all blocks: at this size a small op costs as much as a big one.
+        self._modulated = [2 * block.channels for block in blocks]
+        self.modulation = nn.Linear(embedding, sum(self._modulated))
+
+    def forward(self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The network's output (B, C, H, W), dtype of the parameters.
+
+        Args:
+            x: (B, C, H, W), H and W even, dtype of the parameters.
+            c_noise: (B,), log(sigma) / 4 for EDM.
+            labels: (B,) int64 in [0, num_classes), or None for a network without labels.
+
+        Raises:
+            ValueError: labels missing, not wanted, of a wrong shape or (CPU tensors) out of range; odd H or W.
+            TypeError: labels that are not int64.
+        """
+        if x.shape[2] % 2 or x.shape[3] % 2:
+            raise ValueError(f"x must have even height and width, got {tuple(x.shape)}")
+        modulation = self.modulation(self._embed(c_noise, labels)).split(self._modulated, dim=1)
+        # Channels last: convolutions and norms of this size run faster so, on CPUs and GPUs.
+        full = self.first(x).contiguous(memory_format=torch.channels_last)
+        full = self.down_block(full, modulation[0])
+        half = self.middle_block(self.down(full), modulation[1])
+        half = self.second_block(self.attention(half), modulation[2])
+        raised = self.up(interpolate(half, scale_factor=2.0, mode="nearest"))
+        full = self.up_block(torch.cat([raised, full], dim=1), modulation[3])
+        return self.last(silu(self.norm(full)))
+
+    def _embed(self, c_noise: Tensor, labels: Tensor | None) -> Tensor:
+        angles = c_noise.float()[:, None] * self.frequencies
+        waves = torch.cat([angles.cos(), angles.sin()], dim=1)
+        embedded = self.noise_embedding(waves.to(self.noise_embedding.weight.dtype))
+        if (labels is None) != (self.class_embedding is None):
+            raise ValueError(
+                "this network has no classes: labels must be None"
+                if self.class_embedding is None
+                else f"labels must be given: int64 (B,) in [0, {self.num_classes})"
+            )
+        if labels is not None and self.class_embedding is not None:
+            _check_labels(labels, len(c_noise), self.num_classes)
+            embedded = embedded + self.class_embedding(labels)
+        return silu(self.embedding(silu(embedded)))
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(silu(scale and shift(norm(conv(silu(norm(x))))))), with a 1x1 convolution on x where channels differ."""
+
+    def __init__(self, in_channels: int, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+        self.norm1 = nn.GroupNorm(_GROUPS, in_channels)
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1)
+        self.norm2 = nn.GroupNorm(_GROUPS, channels)
+        self.conv2 = _starts_at_zero(nn.Conv2d(channels, channels, 3, padding=1))
+        self.skip = nn.Identity() if in_channels == channels else nn.Conv2d(in_channels, channels, 1)
+
+    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
+        """(B, channels, H, W) of x (B, in_channels, H, W) and the scale and shift (B, 2 channels)."""
+        scale, shift = modulation[:, :, None, None].chunk(2, dim=1)
+        h = self.conv1(silu(self.norm1(x)))
+        h = torch.addcmul(shift, self.norm2(h), 1 + scale)
+        return self.skip(x) + self.conv2(silu(h))
+
+
+class SelfAttention(nn.Module):
+    """x + projection(softmax(q k^T / sqrt(channels)) v), one head over all pixels."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(_GROUPS, channels)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.projection = _starts_at_zero(nn.Linear(channels, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, channels, H, W) of x (B, channels, H, W)."""
+        tokens = self.norm(x).flatten(2).transpose(1, 2)
+        q, k, v = self.qkv(tokens)[:, None].chunk(3, dim=-1)
+        mixed = scaled_dot_product_attention(q, k, v)[:, 0]
+        return x + self.projection(mixed).transpose(1, 2).reshape(x.shape)
+
+
+def _check_labels(labels: Tensor, batch: int, num_classes: int) -> None:
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels must be int64, got {labels.dtype}")
+    if labels.shape != (batch,):
+        raise ValueError(f"labels must have shape ({batch},), got {tuple(labels.shape)}")
+    # Reading values from a GPU would make the host wait, and compiled code would break its graph here.
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling() and type(labels) is Tensor and batch:
+        low, high = (end.item() for end in torch.aminmax(labels))
+        if low < 0 or high >= num_classes:
+            raise ValueError(f"labels must be in [0, {num_classes}), got from {low} to {high}")
+
+
+def _starts_at_zero(layer: nn.Module) -> nn.Module:
+    layer.starts_at_zero = True  # type: ignore[assignment]
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
+
+
+@torch.no_grad()
+def initialise(module: nn.Module, seed: int) -> None:
+    """Fills every parameter from the noise contract (stream 13), in place: the same weights on every machine.
+
+    Weights of convolutions and linear layers are normal with variance 1 / fan-in, embeddings standard normal, biases 0,
+    norms the identity, layers marked `starts_at_zero` zero. The substep is the index of the parameter in
+    `module.parameters()`, the sample its first dimension.
+
+    Args:
+        module: of nn.Conv2d, nn.Linear, nn.Embedding and nn.GroupNorm, however nested.
+        seed: 0 <= seed < 2^63.
+
+    Raises:
+        TypeError: a layer with parameters that is none of these.
+    """
+    index = {parameter: substep for substep, parameter in enumerate(module.parameters())}
+    for layer in module.modules():
+        for name, parameter in layer.named_parameters(recurse=False):
+            if getattr(layer, "starts_at_zero", False) or name == "bias":
+                parameter.zero_()
+            elif isinstance(layer, nn.GroupNorm):
+                parameter.fill_(1)
+            elif isinstance(layer, (nn.Conv2d, nn.Linear, nn.Embedding)):
+                fan_in = 1 if isinstance(layer, nn.Embedding) else parameter[0].numel()
+                noise = Noise(seed, device=parameter.device)
+                drawn = ops.normal(parameter.shape, noise, stream=Stream.WEIGHTS, substep=index[parameter])
+                parameter.copy_(drawn / math.sqrt(fan_in))
+            else:
+                raise TypeError(f"initialise knows no rule for the parameter {name!r} of {type(layer).__name__}")

@@ -1,0 +1,226 @@
+"""The digits teacher: data, network, initial weights, training."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+
+from emd_fast.config import TeacherConfig
+from emd_fast.evaluate import DigitFeatures, digits_metrics
+from emd_fast.noise import Noise
+from emd_fast.ops import normal
+from emd_fast.sampler import heun
+from emd_fast.teachers import digits
+from emd_fast.teachers.small_unet import SmallUNet, initialise
+
+SHORT = TeacherConfig(steps=30, batch_size=32, warmup=5)
+
+
+def randomised(network, seed=0):
+    """Every weight drawn: with zeros in the last layers any two networks are equal."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in network.parameters():
+        parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
+    return network
+
+
+# Data -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_split_is_fixed_disjoint_and_balanced():
+    from sklearn.datasets import load_digits
+
+    (train, train_labels), (test, test_labels) = digits.load("train"), digits.load("test")
+    assert train.shape == (1198, 1, 8, 8) and test.shape == (599, 1, 8, 8)
+    assert train.dtype == torch.float32 and train_labels.dtype == torch.int64
+    assert train.min() == -1 and train.max() == 1
+    # Together they are the whole data set, each image once.
+    counts, _ = load_digits(return_X_y=True)
+    whole = torch.cat([train, test]).flatten(1)
+    assert sorted(map(tuple, (whole * 8 + 8).tolist())) == sorted(map(tuple, counts.tolist()))
+    share = test_labels.bincount() / torch.cat([train_labels, test_labels]).bincount()
+    assert (share - 1 / 3).abs().max() < 0.005
+    again, _ = digits.load("test")
+    assert torch.equal(again, test)
+    # The split that published figures are for.
+    assert test_labels[:12].tolist() == [0, 3, 5, 6, 0, 1, 2, 5, 6, 8, 3, 4]
+
+
+def test_the_images_go_with_their_labels():
+    images, labels = digits.load("train")
+    centres = torch.stack([images[labels == digit].flatten(1).mean(0) for digit in range(10)])
+    held_out, truth = digits.load("test")
+    nearest = torch.cdist(held_out.flatten(1), centres).argmin(1)
+    assert (nearest == truth).float().mean() > 0.85
+
+
+def test_sigma_data_is_that_of_the_data():
+    assert digits.SIGMA_DATA == pytest.approx(digits.load("train")[0].std().item(), abs=0.005)
+
+
+def test_an_unknown_split():
+    with pytest.raises(ValueError, match="'train' or 'test', got 'validation'"):
+        digits.load("validation")
+
+
+def test_without_scikit_learn_the_message_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "sklearn.datasets", None)
+    with pytest.raises(ModuleNotFoundError, match=r"emd_fast\[digits\]"):
+        digits.load("train")
+
+
+# Network ----------------------------------------------------------------------------------------------------------
+
+
+def test_initial_weights_are_those_of_the_contract():
+    network = SmallUNet(1)
+    initialise(network, 5)
+    names = [name for name, _ in network.named_parameters()]
+    index = names.index("middle_block.conv1.weight")
+    drawn = normal((32, 32, 3, 3), Noise(5), stream=13, substep=index)
+    torch.testing.assert_close(network.middle_block.conv1.weight, drawn / (32 * 9) ** 0.5)
+    assert not network.last.weight.any() and not network.down_block.conv2.weight.any()
+    assert (network.norm.weight == 1).all() and not network.norm.bias.any()
+    assert network.embedding.weight.std().item() == pytest.approx(64**-0.5, rel=0.1)
+    assert network.class_embedding.weight.std().item() == pytest.approx(1, rel=0.1)
+
+
+def test_initial_weights_depend_on_the_seed_alone():
+    torch.manual_seed(0)
+    one, two = SmallUNet(1), randomised(SmallUNet(1))
+    initialise(one, 5)
+    initialise(two, 5)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+    initialise(two, 6)
+    assert not torch.equal(one.first.weight, two.first.weight)
+
+
+def test_initialise_refuses_layers_it_has_no_rule_for():
+    with pytest.raises(TypeError, match="'weight_ih_l0' of LSTM"):
+        initialise(torch.nn.LSTM(2, 2), 0)
+
+
+def test_the_network_has_the_size_it_claims_and_starts_as_zero():
+    network = SmallUNet(1)
+    assert sum(parameter.numel() for parameter in network.parameters()) == 82_801
+    assert not network(torch.randn(2, 1, 8, 8), torch.zeros(2), torch.tensor([0, 9])).any()
+
+
+def test_the_output_depends_on_everything_and_on_no_other_sample():
+    network = randomised(SmallUNet(1))
+    x, c_noise, labels = torch.randn(4, 1, 8, 8), torch.randn(4), torch.tensor([0, 3, 3, 9])
+    before = network(x, c_noise, labels)
+    changed = (
+        (x + torch.tensor([0, 1, 0, 0.0])[:, None, None, None], c_noise, labels),
+        (x, c_noise + torch.tensor([0, 0.3, 0, 0]), labels),
+        (x, c_noise, torch.tensor([0, 4, 3, 9])),
+    )
+    for arguments in changed:
+        difference = (network(*arguments) - before).abs().amax((1, 2, 3))
+        assert difference[1] > 1e-3
+        assert difference[[0, 2, 3]].max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("labels", "error", "message"),
+    [
+        (torch.tensor([0, 10]), ValueError, r"labels must be in \[0, 10\), got from 0 to 10"),
+        (torch.tensor([-1, 3]), ValueError, r"labels must be in \[0, 10\), got from -1 to 3"),
+        (torch.tensor([1, 2, 3]), ValueError, r"labels must have shape \(2,\), got \(3,\)"),
+        (torch.tensor([1.0, 2.0]), TypeError, "labels must be int64, got torch.float32"),
+        (None, ValueError, "labels must be given"),
+    ],
+)
+def test_bad_labels(labels, error, message):
+    with pytest.raises(error, match=message):
+        SmallUNet(1)(torch.zeros(2, 1, 8, 8), torch.zeros(2), labels)
+
+
+def test_other_bad_input():
+    with pytest.raises(ValueError, match="no classes"):
+        SmallUNet(1, num_classes=0)(torch.zeros(2, 1, 8, 8), torch.zeros(2), torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(ValueError, match="even height and width"):
+        SmallUNet(1)(torch.zeros(2, 1, 7, 8), torch.zeros(2), torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(ValueError, match="channels must be a multiple of 4, got 6"):
+        SmallUNet(1, channels=6)
+
+
+def test_colour_images_without_classes_and_a_copy():
+    network = randomised(SmallUNet(3, channels=8, num_classes=0))
+    x, c_noise = torch.randn(2, 3, 16, 12), torch.randn(2)
+    out = network(x, c_noise)
+    assert out.shape == x.shape
+    fresh = SmallUNet(3, channels=8, num_classes=0)
+    fresh.load_state_dict(copy.deepcopy(network.state_dict()))
+    torch.testing.assert_close(fresh(x.contiguous(memory_format=torch.channels_last), c_noise), out)
+
+
+# Training ---------------------------------------------------------------------------------------------------------
+
+
+def weights(denoiser):
+    return torch.cat([parameter.detach().flatten() for parameter in denoiser.parameters()])
+
+
+def test_training_depends_on_the_configuration_alone_and_lowers_the_loss():
+    losses = []
+    torch.manual_seed(1)
+    one = digits.train(SHORT, lambda step, loss: losses.append((step, loss.item())))
+    torch.manual_seed(2)
+    two = digits.train(SHORT)
+    assert torch.equal(weights(one), weights(two))
+    assert [step for step, _ in losses] == list(range(1, 31))
+    first, last = (sum(loss for _, loss in part) / 5 for part in (losses[:5], losses[-5:]))
+    assert last < 0.75 * first
+    assert not one.training and one.sample_shape == (1, 8, 8) and one.sigma_data == digits.SIGMA_DATA
+    other = digits.train(dataclasses.replace(SHORT, steps=3, seed=1))
+    assert not torch.equal(weights(other), weights(digits.train(dataclasses.replace(SHORT, steps=3))))
+
+
+def test_the_result_is_the_average_of_the_weights(monkeypatch):
+    seen = []
+    average = digits._average
+    monkeypatch.setattr(digits, "_average", lambda a, b, decay: (seen.append(weights(b)), average(a, b, decay)))
+    result = digits.train(dataclasses.replace(SHORT, steps=4, ema=0.2))
+    expected = weights(digits.denoiser(digits.network(SHORT)))
+    for decay, after_step in zip((1 / 10, 2 / 11, 0.2, 0.2), seen, strict=True):
+        expected = decay * expected + (1 - decay) * after_step
+    torch.testing.assert_close(weights(result), expected)
+    assert (weights(result) - seen[-1]).abs().max() > 1e-5
+
+
+def test_unconditional_training_and_one_interrupted():
+    teacher = digits.train(dataclasses.replace(SHORT, steps=2, conditional=False))
+    assert teacher.denoise(torch.zeros(2, 1, 8, 8), torch.ones(2)).shape == (2, 1, 8, 8)
+
+    def stop(step, loss):
+        assert step == 1
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        digits.train(SHORT, stop)
+
+
+def test_a_training_that_diverges_says_so():
+    with pytest.raises(FloatingPointError, match="lower its lr"):
+        digits.train(dataclasses.replace(SHORT, steps=8, lr=1e30, warmup=0))
+
+
+def test_the_learning_rate_warms_up_and_falls_to_zero():
+    factors = [digits.learning_rate_factor(step, 100, 10) for step in range(100)]
+    assert factors[0] == pytest.approx(0.1) and factors.index(max(factors)) == 9
+    assert factors[50] == pytest.approx(0.5) and 0 < factors[99] < 1e-3
+    assert digits.learning_rate_factor(0, 1, 0) == 1
+
+
+@pytest.mark.slow
+def test_the_teacher_makes_digits():
+    """All of it: 40 seconds on two cores. The bounds are those that the README's figures rest on."""
+    teacher = digits.train(TeacherConfig())
+    _, labels = digits.load("test")
+    z = normal((len(labels), *digits.SHAPE), Noise(0), stream=9)
+    metrics = digits_metrics({"teacher": (heun(teacher, z, labels), labels)}, DigitFeatures())
+    assert metrics["frechet"]["teacher"] < 1.4 * metrics["frechet"]["real"]
+    assert metrics["accuracy"]["teacher"] > 0.97
+    assert metrics["recall"]["teacher"] > 0.8
