@@ -17,6 +17,15 @@ from emd_fast.teachers.small_unet import SmallUNet, initialise
 SHORT = TeacherConfig(steps=30, batch_size=32, warmup=5)
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Trainings of a few small steps: where the cores are shared, a second thread makes them slow beyond reason."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def randomised(network, seed=0):
     """Every weight drawn: with zeros in the last layers any two networks are equal."""
     generator = torch.Generator().manual_seed(seed)
@@ -216,7 +225,7 @@ def test_the_learning_rate_warms_up_and_falls_to_zero():
 
 @pytest.mark.slow
 def test_the_teacher_makes_digits():
-    """All of it: 40 seconds on two cores. The bounds are those that the README's figures rest on."""
+    """All of it: a minute on one core. The bounds are those that the README's figures rest on."""
     teacher = digits.train(TeacherConfig())
     _, labels = digits.load("test")
     z = normal((len(labels), *digits.SHAPE), Noise(0), stream=9)

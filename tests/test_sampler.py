@@ -1,5 +1,6 @@
 """The Heun sampler against the exact solution of the probability-flow ODE of a normal distribution."""
 
+import itertools
 import math
 
 import pytest
@@ -34,16 +35,16 @@ def test_second_order_towards_the_exact_solution(schedule):
     teacher = gaussian(MEAN, COVARIANCE, schedule)
     truth = exact(Z, highest_ratio(schedule))
     errors = [(heun(teacher, Z, steps=steps).double() - truth).abs().max().item() for steps in (18, 36, 72)]
-    assert errors[0] < 0.02
-    for coarse, fine in zip(errors, errors[1:], strict=False):
+    assert errors[0] < 0.06
+    for coarse, fine in itertools.pairwise(errors):
         assert 3.0 < coarse / fine < 6.0, errors  # 4 for order 2, 2 for order 1, 8 for order 3
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
 def test_the_samples_have_the_covariance_of_the_data(schedule):
-    sampled = heun(gaussian(MEAN, COVARIANCE, schedule), Z, steps=18).double()
+    sampled = heun(gaussian(MEAN, COVARIANCE, schedule), Z, steps=72).double()
     jacobian = sampled[1:4] - sampled[0]  # the map is affine, so this is all of it
-    torch.testing.assert_close(jacobian.T @ jacobian, COVARIANCE, atol=0.03, rtol=0)
+    torch.testing.assert_close(jacobian.T @ jacobian, COVARIANCE, atol=0.006, rtol=0)
 
 
 def counting(dims=1):

@@ -83,10 +83,16 @@ Gradients group_norm_backward(const at::Tensor& grad, const at::Tensor& input, c
   op.grad_x = needs[0] ? grad_x.mutable_data_ptr() : nullptr;
   std::vector<double> sums(size_t(norm.samples * 3 * norm.channels));
   op.sums = sums.data();
+  op.sums_x = needs[3];
   if (x.numel() > 0) {
     if (!norm.channels_last) {
-      in_parallel(norm.samples * norm.groups, grain_of(norm.group_channels() * norm.positions),
-                  kernels().group_norm_backward, op);
+      const int64_t size = norm.group_channels() * norm.positions;
+      const at::Tensor scratch = at::empty({at::get_num_threads(), size}, at::kFloat);
+      at::parallel_for(0, norm.samples * norm.groups, grain_of(size), [&](int64_t first, int64_t last) {
+        GroupNormBackward mine = op;
+        mine.scratch = scratch.mutable_data_ptr<float>() + at::get_thread_num() * size;
+        kernels().group_norm_backward(mine, first, last);
+      });
     } else {
       const at::Tensor scratch = at::empty({norm.samples * (3 * norm.chunks() + 5) * norm.channels}, at::kFloat);
       op.scratch = scratch.mutable_data_ptr<float>();

@@ -142,7 +142,9 @@ struct GroupNormBackward {
   const void* grad;
   void* grad_x;     // null where not needed
   double* sums;     // (samples, 3, channels): of the inner gradient, of it times (x - center), of x - center
-  float* scratch;   // channels_last: the sums of chunks, (samples, chunks, 3, channels), then maps and gradients
+  bool sums_x;      // whether the last of the sums is needed
+  float* scratch;   // a group's inner gradient; channels_last: the sums of chunks, (samples, chunks, 3, channels),
+                    // then the numbers of channels, (samples, 5, channels)
 };
 
 // One table per instruction set. Each function does the items first to last - 1 of its op.

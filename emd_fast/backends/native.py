@@ -34,7 +34,7 @@ _FACTS = Path(__file__).resolve().parents[1] / "_build.json"  # written by setup
 def why_not(device_type: str) -> str | None:
     """None where compiled kernels serve tensors of this device type ("cpu", "cuda"), otherwise the reason, one line."""
     if device_type != "cpu":
-        return f"no {device_type} kernels in this build" if device_type != "cuda" else "no CUDA kernels in this build"
+        return f"no {device_type.upper()} kernels in this build"
     return _load()[1]
 
 

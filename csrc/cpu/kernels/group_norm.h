@@ -57,12 +57,55 @@ inline void apply_map(bool silu, int64_t n, const float* x, float* y, Center cen
   }
 }
 
-// Channels before positions: a group is one dense row, small enough in most networks to be in the cache still when it
-// is read again.
+// The maps of several channels, one entry per element of a tile.
+struct MapTile {
+  Buffer center, gain, offset;
+};
+
+// Channels before positions, taken in parts of at most a tile: of one channel where it is long, of several whole ones
+// where they are short, since a loop of a few elements costs more to enter than to run.
+inline int64_t channels_together(const GroupNorm& op) {
+  return op.positions < 64 && op.positions > 0 ? kTile / op.positions : 1;
+}
+
+// Calls function(first channel, channels, offset of the elements, number of elements, center, gain, offset) for the
+// parts of a group; the last three are numbers or arrays.
+template <class Function>
+inline void for_parts(const GroupNorm& op, int64_t sample, int64_t group, float mean, float rstd, Function function) {
+  const int64_t width = op.group_channels(), positions = op.positions, together = channels_together(op);
+  const int64_t start = sample * op.channels * positions, end = (group + 1) * width;
+  if (together > 1) {
+    for (int64_t c0 = group * width; c0 < end; c0 += together) {
+      MapTile maps;
+      const int64_t channels = end - c0 < together ? end - c0 : together;
+      for (int64_t c = 0; c < channels; c++) {
+        const ChannelMap map = map_of(op, sample, c0 + c, mean, rstd);
+#pragma omp simd
+        for (int64_t i = c * positions; i < (c + 1) * positions; i++) {
+          maps.center.data[i] = map.center;
+          maps.gain.data[i] = map.gain;
+          maps.offset.data[i] = map.offset;
+        }
+      }
+      const float *center = maps.center.data, *gain = maps.gain.data, *offset = maps.offset.data;
+      function(c0, channels, start + c0 * positions, channels * positions, center, gain, offset);
+    }
+  } else {
+    for (int64_t c = group * width; c < end; c++) {
+      const ChannelMap map = map_of(op, sample, c, mean, rstd);
+      for (int64_t done = 0; done < positions; done += kTile) {
+        const int64_t count = positions - done < kTile ? positions - done : kTile;
+        function(c, 1, start + c * positions + done, count, map.center, map.gain, map.offset);
+      }
+    }
+  }
+}
+
+// A group is one dense row, small enough in most networks to be in the cache still when it is read again.
 void group_norm(const GroupNorm& op, int64_t first, int64_t last) {
   const int64_t width = op.group_channels(), positions = op.positions;
   for (int64_t item = first; item < last; item++) {
-    const int64_t sample = item / op.groups, channel0 = item % op.groups * width;
+    const int64_t sample = item / op.groups, group_index = item % op.groups, channel0 = group_index * width;
     const int64_t start = (sample * op.channels + channel0) * positions;
     Moments group = {0, 0, 0};
     if (op.add) {
@@ -77,17 +120,14 @@ void group_norm(const GroupNorm& op, int64_t first, int64_t last) {
     const float mean = float(group.mean), rstd = rstd_of(group, op.eps);
     op.mean[item] = mean;
     op.rstd[item] = rstd;
-    for (int64_t c = 0; c < width; c++) {
-      const ChannelMap map = map_of(op, sample, channel0 + c, mean, rstd);
-      for (int64_t done = 0; done < positions; done += kTile) {
-        Buffer x_buffer, y_buffer;
-        const int64_t count = positions - done < kTile ? positions - done : kTile, row = start + c * positions + done;
-        const float* x = read_row(op.x, op.type, row, count, x_buffer.data);
-        float* y = begin_row(op.y, op.type, row, y_buffer.data);
-        apply_map(op.silu, count, x, y, map.center, map.gain, map.offset);
-        finish_row(op.y, op.type, row, count, y);
-      }
-    }
+    for_parts(op, sample, group_index, mean, rstd,
+              [&](int64_t, int64_t, int64_t row, int64_t count, auto center, auto gain, auto offset) {
+                Buffer x_buffer, y_buffer;
+                const float* x = read_row(op.x, op.type, row, count, x_buffer.data);
+                float* y = begin_row(op.y, op.type, row, y_buffer.data);
+                apply_map(op.silu, count, x, y, center, gain, offset);
+                finish_row(op.y, op.type, row, count, y);
+              });
   }
 }
 
@@ -104,6 +144,45 @@ inline Chunk chunk_of(const GroupNorm& op, int64_t item) {
   return {sample, rest < op.chunk() ? rest : op.chunk(), (sample * op.positions + position) * op.channels};
 }
 
+// Part of a chunk, at most a tile: several positions with all their channels, or some channels of one position.
+struct Part {
+  int64_t channels, positions, start;
+
+  EMD_HD int64_t size() const { return channels * positions; }
+};
+
+inline int64_t positions_together(const GroupNorm& op) { return op.channels < kTile ? kTile / op.channels : 1; }
+
+// Calls function(part) for the parts of a chunk, and block(channel, channels) before those of the same channels.
+template <class Block, class Function>
+inline void for_parts_of(const GroupNorm& op, const Chunk& chunk, Block block, Function function) {
+  const int64_t together = positions_together(op);
+  for (int64_t channel = 0; channel < op.channels; channel += kTile) {
+    const int64_t rest = op.channels - channel, channels = rest < kTile ? rest : kTile;
+    block(channel, channels);
+    for (int64_t p = 0; p < chunk.positions; p += together) {
+      const int64_t left = chunk.positions - p;
+      function(Part{channels, left < together ? left : together, chunk.start + p * op.channels + channel});
+    }
+  }
+}
+
+// The same numbers for every position of a part.
+inline void repeat(const GroupNorm& op, const float* numbers, int64_t channels, Buffer& out) {
+  const int64_t times = positions_together(op);
+  for (int64_t t = 0; t < times; t++) memcpy(out.data + t * channels, numbers, size_t(channels) * sizeof(float));
+}
+
+// sums[c] of the entries of channel c, over the positions that share a tile.
+inline void fold(const GroupNorm& op, const Buffer& lanes, int64_t channels, float* sums) {
+  memcpy(sums, lanes.data, size_t(channels) * sizeof(float));
+  for (int64_t t = 1; t < positions_together(op); t++) {
+    const float* more = lanes.data + t * channels;
+#pragma omp simd
+    for (int64_t c = 0; c < channels; c++) sums[c] += more[c];
+  }
+}
+
 inline float* chunk_moments(const GroupNorm& op, int64_t item) { return op.scratch + item * 2 * op.channels; }
 
 // (samples, 3, channels): center, gain, offset.
@@ -112,33 +191,36 @@ inline float* channel_maps(const GroupNorm& op, int64_t sample) {
 }
 
 void group_norm_moments(const GroupNorm& op, int64_t first, int64_t last) {
-  const int64_t channels = op.channels;
   for (int64_t item = first; item < last; item++) {
     const Chunk chunk = chunk_of(op, item);
-    float *mean = chunk_moments(op, item), *squares = mean + channels;
+    float *mean = chunk_moments(op, item), *squares = mean + op.channels;
     const float inverse = 1.0f / float(chunk.positions);
-    for (int64_t c0 = 0; c0 < channels; c0 += kTile) {
-      const int64_t width = channels - c0 < kTile ? channels - c0 : kTile;
-      float *m = mean + c0, *s = squares + c0;
-      Buffer buffer;
-      for (int64_t p = 0; p < chunk.positions; p++) {
-        const float* x = read_row(op.x, op.type, chunk.start + p * channels + c0, width, buffer.data);
-        if (p == 0) {
-#pragma omp simd
-          for (int64_t c = 0; c < width; c++) m[c] = x[c];
-        } else {
-#pragma omp simd
-          for (int64_t c = 0; c < width; c++) m[c] += x[c];
+    for (int64_t channel = 0; channel < op.channels; channel += kTile) {
+      const int64_t rest = op.channels - channel, channels = rest < kTile ? rest : kTile;
+      const int64_t together = positions_together(op);
+      Buffer lanes, repeated, buffer;
+      float *lane = lanes.data, *m = mean + channel;
+      const auto for_rows = [&](auto function) {
+        memset(lane, 0, size_t(together * channels) * sizeof(float));
+        for (int64_t p = 0; p < chunk.positions; p += together) {
+          const int64_t left = chunk.positions - p, n = (left < together ? left : together) * channels;
+          function(read_row(op.x, op.type, chunk.start + p * op.channels + channel, n, buffer.data), n);
         }
-      }
+      };
+      for_rows([=](const float* x, int64_t n) {
 #pragma omp simd
-      for (int64_t c = 0; c < width; c++) m[c] *= inverse;
-      memset(s, 0, size_t(width) * sizeof(float));
-      for (int64_t p = 0; p < chunk.positions; p++) {
-        const float* x = read_row(op.x, op.type, chunk.start + p * channels + c0, width, buffer.data);
+        for (int64_t i = 0; i < n; i++) lane[i] += x[i];
+      });
+      fold(op, lanes, channels, m);
 #pragma omp simd
-        for (int64_t c = 0; c < width; c++) s[c] += product(x[c] - m[c], x[c] - m[c]);
-      }
+      for (int64_t c = 0; c < channels; c++) m[c] *= inverse;
+      repeat(op, m, channels, repeated);
+      const float* means = repeated.data;
+      for_rows([=](const float* x, int64_t n) {
+#pragma omp simd
+        for (int64_t i = 0; i < n; i++) lane[i] += product(x[i] - means[i], x[i] - means[i]);
+      });
+      fold(op, lanes, channels, squares + channel);
     }
   }
 }
@@ -174,20 +256,25 @@ void group_norm_maps(const GroupNorm& op, int64_t first, int64_t last) {
 }
 
 void group_norm_apply(const GroupNorm& op, int64_t first, int64_t last) {
-  const int64_t channels = op.channels;
   for (int64_t item = first; item < last; item++) {
     const Chunk chunk = chunk_of(op, item);
     const float* maps = channel_maps(op, chunk.sample);
-    for (int64_t p = 0; p < chunk.positions; p++) {
-      for (int64_t c0 = 0; c0 < channels; c0 += kTile) {
-        Buffer x_buffer, y_buffer;
-        const int64_t width = channels - c0 < kTile ? channels - c0 : kTile, row = chunk.start + p * channels + c0;
-        const float* x = read_row(op.x, op.type, row, width, x_buffer.data);
-        float* y = begin_row(op.y, op.type, row, y_buffer.data);
-        apply_map(op.silu, width, x, y, maps + c0, maps + channels + c0, maps + 2 * channels + c0);
-        finish_row(op.y, op.type, row, width, y);
-      }
-    }
+    MapTile tile;
+    Buffer x_buffer, y_buffer;
+    for_parts_of(
+        op, chunk,
+        [&](int64_t channel, int64_t channels) {
+          repeat(op, maps + channel, channels, tile.center);
+          repeat(op, maps + op.channels + channel, channels, tile.gain);
+          repeat(op, maps + 2 * op.channels + channel, channels, tile.offset);
+        },
+        [&](const Part& part) {
+          const float *center = tile.center.data, *gain = tile.gain.data, *offset = tile.offset.data;
+          const float* x = read_row(op.x, op.type, part.start, part.size(), x_buffer.data);
+          float* y = begin_row(op.y, op.type, part.start, y_buffer.data);
+          apply_map(op.silu, part.size(), x, y, center, gain, offset);
+          finish_row(op.y, op.type, part.start, part.size(), y);
+        });
   }
 }
 

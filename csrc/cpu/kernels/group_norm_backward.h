@@ -49,48 +49,47 @@ inline ChannelGradient group_gradient(const GroupNormBackward& op, int64_t sampl
   return channel_gradient(sum_k, sum_k_normal, rstd, double(width * norm.positions));
 }
 
+// scratch holds the inner gradient of a group, so that the exponential is taken once.
 void group_norm_backward(const GroupNormBackward& op, int64_t first, int64_t last) {
   const GroupNorm& norm = op.forward;
   const int64_t width = norm.group_channels(), positions = norm.positions;
   for (int64_t item = first; item < last; item++) {
     const int64_t sample = item / norm.groups, group = item % norm.groups;
+    const int64_t start = (sample * norm.channels + group * width) * positions;
     const float mean = norm.mean[item], rstd = norm.rstd[item];
     double* sums = channel_sums(op, sample);
-    Buffer grad_buffer, x_buffer, inner_buffer, out_buffer;
-    float* inner = inner_buffer.data;
     for (int64_t c = group * width; c < (group + 1) * width; c++) {
-      const ChannelMap map = map_of(norm, sample, c, mean, rstd);
-      double inner_sum = 0, product_sum = 0, centered_sum = 0;
-      for (int64_t done = 0; done < positions; done += kTile) {
-        const int64_t count = positions - done < kTile ? positions - done : kTile;
-        const int64_t row = (sample * norm.channels + c) * positions + done;
-        const float* grad = read_row(op.grad, norm.type, row, count, grad_buffer.data);
-        const float* x = read_row(norm.x, norm.type, row, count, x_buffer.data);
-        inner_gradient(norm.silu, count, grad, x, inner, map.center, map.gain, map.offset);
-        const float center = map.center;
-        inner_sum += double(sum<float>(count, [=](int64_t i) { return inner[i]; }));
-        product_sum += double(sum<float>(count, [=](int64_t i) { return product(inner[i], x[i] - center); }));
-        centered_sum += double(sum<float>(count, [=](int64_t i) { return x[i] - center; }));
-      }
-      sums[c] = inner_sum;
-      sums[norm.channels + c] = product_sum;
-      sums[2 * norm.channels + c] = centered_sum;
+      sums[c] = sums[norm.channels + c] = sums[2 * norm.channels + c] = 0;
     }
+    Buffer grad_buffer, x_buffer, out_buffer;
+    for_parts(norm, sample, group, mean, rstd,
+              [&](int64_t channel, int64_t channels, int64_t row, int64_t count, auto center, auto gain, auto offset) {
+                const float* grad = read_row(op.grad, norm.type, row, count, grad_buffer.data);
+                const float* x = read_row(norm.x, norm.type, row, count, x_buffer.data);
+                float* inner = op.scratch + (row - start);
+                inner_gradient(norm.silu, count, grad, x, inner, center, gain, offset);
+                const int64_t n = count / channels;
+                for (int64_t c = 0; c < channels; c++) {
+                  const float *inner_c = inner + c * n, *x_c = x + c * n;
+                  const float center_c = at(center, c * n);
+                  double* sum_c = sums + channel + c;
+                  sum_c[0] += double(sum<float>(n, [=](int64_t i) { return inner_c[i]; }));
+                  sum_c[norm.channels] +=
+                      double(sum<float>(n, [=](int64_t i) { return product(inner_c[i], x_c[i] - center_c); }));
+                  if (op.sums_x) {
+                    sum_c[2 * norm.channels] += double(sum<float>(n, [=](int64_t i) { return x_c[i] - center_c; }));
+                  }
+                }
+              });
     if (!op.grad_x) continue;
     const ChannelGradient shared = group_gradient(op, sample, group);
-    for (int64_t c = group * width; c < (group + 1) * width; c++) {
-      const ChannelMap map = map_of(norm, sample, c, mean, rstd);
-      for (int64_t done = 0; done < positions; done += kTile) {
-        const int64_t count = positions - done < kTile ? positions - done : kTile;
-        const int64_t row = (sample * norm.channels + c) * positions + done;
-        const float* grad = read_row(op.grad, norm.type, row, count, grad_buffer.data);
-        const float* x = read_row(norm.x, norm.type, row, count, x_buffer.data);
-        inner_gradient(norm.silu, count, grad, x, inner, map.center, map.gain, map.offset);
-        float* out = begin_row(op.grad_x, norm.type, row, out_buffer.data);
-        gradient_of_x(count, inner, x, out, map.center, map.gain, shared.slope, shared.constant);
-        finish_row(op.grad_x, norm.type, row, count, out);
-      }
-    }
+    for_parts(norm, sample, group, mean, rstd,
+              [&](int64_t, int64_t, int64_t row, int64_t count, auto center, auto gain, auto) {
+                const float* x = read_row(norm.x, norm.type, row, count, x_buffer.data);
+                float* out = begin_row(op.grad_x, norm.type, row, out_buffer.data);
+                gradient_of_x(count, op.scratch + (row - start), x, out, center, gain, shared.slope, shared.constant);
+                finish_row(op.grad_x, norm.type, row, count, out);
+              });
   }
 }
 
@@ -109,30 +108,37 @@ inline float* channel_numbers(const GroupNormBackward& op, int64_t sample) {
 
 void group_norm_backward_sums(const GroupNormBackward& op, int64_t first, int64_t last) {
   const GroupNorm& norm = op.forward;
-  const int64_t channels = norm.channels;
   for (int64_t item = first; item < last; item++) {
     const Chunk chunk = chunk_of(norm, item);
     const float* numbers = channel_numbers(op, chunk.sample);
     float* sums = chunk_sums(op, item);
-    memset(sums, 0, size_t(3 * channels) * sizeof(float));
-    Buffer grad_buffer, x_buffer, inner_buffer;
-    for (int64_t p = 0; p < chunk.positions; p++) {
-      for (int64_t c0 = 0; c0 < channels; c0 += kTile) {
-        const int64_t width = channels - c0 < kTile ? channels - c0 : kTile, row = chunk.start + p * channels + c0;
-        const float* grad = read_row(op.grad, norm.type, row, width, grad_buffer.data);
-        const float* x = read_row(norm.x, norm.type, row, width, x_buffer.data);
-        const float* center = numbers + c0;
+    const int64_t together = positions_together(norm);
+    for (int64_t channel = 0; channel < norm.channels; channel += kTile) {
+      const int64_t rest = norm.channels - channel, channels = rest < kTile ? rest : kTile;
+      MapTile tile;
+      Buffer lanes[3], grad_buffer, x_buffer, inner_buffer;
+      repeat(norm, numbers + channel, channels, tile.center);
+      repeat(norm, numbers + norm.channels + channel, channels, tile.gain);
+      repeat(norm, numbers + 2 * norm.channels + channel, channels, tile.offset);
+      const float *center = tile.center.data, *gain = tile.gain.data, *offset = tile.offset.data;
+      float *inner_sum = lanes[0].data, *product_sum = lanes[1].data, *centered_sum = lanes[2].data;
+      for (Buffer& lane : lanes) memset(lane.data, 0, size_t(together * channels) * sizeof(float));
+      for (int64_t p = 0; p < chunk.positions; p += together) {
+        const int64_t left = chunk.positions - p, n = (left < together ? left : together) * channels;
+        const int64_t row = chunk.start + p * norm.channels + channel;
+        const float* grad = read_row(op.grad, norm.type, row, n, grad_buffer.data);
+        const float* x = read_row(norm.x, norm.type, row, n, x_buffer.data);
         float* inner = inner_buffer.data;
-        inner_gradient(norm.silu, width, grad, x, inner, center, center + channels, center + 2 * channels);
-        float *inner_sum = sums + c0, *product_sum = inner_sum + channels, *centered_sum = product_sum + channels;
+        inner_gradient(norm.silu, n, grad, x, inner, center, gain, offset);
 #pragma omp simd
-        for (int64_t c = 0; c < width; c++) {
-          const float centered = x[c] - center[c];
-          inner_sum[c] += inner[c];
-          product_sum[c] += product(inner[c], centered);
-          centered_sum[c] += centered;
+        for (int64_t i = 0; i < n; i++) {
+          const float centered = x[i] - center[i];
+          inner_sum[i] += inner[i];
+          product_sum[i] += product(inner[i], centered);
+          centered_sum[i] += centered;
         }
       }
+      for (int k = 0; k < 3; k++) fold(norm, lanes[k], channels, sums + k * norm.channels + channel);
     }
   }
 }
@@ -175,24 +181,26 @@ void group_norm_backward_totals(const GroupNormBackward& op, int64_t first, int6
 
 void group_norm_backward_apply(const GroupNormBackward& op, int64_t first, int64_t last) {
   const GroupNorm& norm = op.forward;
-  const int64_t channels = norm.channels;
   for (int64_t item = first; item < last; item++) {
     const Chunk chunk = chunk_of(norm, item);
     const float* numbers = channel_numbers(op, chunk.sample);
-    Buffer grad_buffer, x_buffer, inner_buffer, out_buffer;
-    for (int64_t p = 0; p < chunk.positions; p++) {
-      for (int64_t c0 = 0; c0 < channels; c0 += kTile) {
-        const int64_t width = channels - c0 < kTile ? channels - c0 : kTile, row = chunk.start + p * channels + c0;
-        const float* grad = read_row(op.grad, norm.type, row, width, grad_buffer.data);
-        const float* x = read_row(norm.x, norm.type, row, width, x_buffer.data);
-        const float *center = numbers + c0, *gain = center + channels, *offset = gain + channels;
-        const float *slope = offset + channels, *constant = slope + channels;
-        inner_gradient(norm.silu, width, grad, x, inner_buffer.data, center, gain, offset);
-        float* out = begin_row(op.grad_x, norm.type, row, out_buffer.data);
-        gradient_of_x(width, inner_buffer.data, x, out, center, gain, slope, constant);
-        finish_row(op.grad_x, norm.type, row, width, out);
-      }
-    }
+    Buffer tile[5], grad_buffer, x_buffer, inner_buffer, out_buffer;
+    for_parts_of(
+        norm, chunk,
+        [&](int64_t channel, int64_t channels) {
+          for (int k = 0; k < 5; k++) repeat(norm, numbers + k * norm.channels + channel, channels, tile[k]);
+        },
+        [&](const Part& part) {
+          const float *center = tile[0].data, *gain = tile[1].data, *offset = tile[2].data;
+          const float *slope = tile[3].data, *constant = tile[4].data;
+          const int64_t n = part.size();
+          const float* grad = read_row(op.grad, norm.type, part.start, n, grad_buffer.data);
+          const float* x = read_row(norm.x, norm.type, part.start, n, x_buffer.data);
+          inner_gradient(norm.silu, n, grad, x, inner_buffer.data, center, gain, offset);
+          float* out = begin_row(op.grad_x, norm.type, part.start, out_buffer.data);
+          gradient_of_x(n, inner_buffer.data, x, out, center, gain, slope, constant);
+          finish_row(op.grad_x, norm.type, part.start, n, out);
+        });
   }
 }
 

@@ -1,0 +1,172 @@
+"""The compiled kernels as a whole: how they were built, and that neither the number of threads nor the instruction set
+changes a bit of what they compute. What each op computes is tested beside the op."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from emd_fast.backends import native
+
+ROOT = Path(__file__).resolve().parents[1]
+
+needs_kernels = pytest.mark.skipif(native.why_not("cpu") is not None, reason=str(native.why_not("cpu")))
+
+# Prints a digest of what every kernel computes. Sizes leave rests in vectors, tiles, chunks and threads.
+DIGEST = """
+import hashlib, json, sys
+import torch
+import emd_fast.ops
+from emd_fast.backends import native
+
+ops = torch.ops.emd_fast_native
+native.load()
+torch.set_num_threads(int(sys.argv[1]))
+digests = {}
+
+
+def record(name, *tensors):
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    digests[name] = digest.hexdigest()
+
+
+noise = torch.tensor([0x123456789ABCDEF, 3, 1000, 2])
+for shape in [(700, 2), (130, 3, 41, 37)]:
+    for dtype in [torch.float32, torch.bfloat16, torch.float16]:
+        torch.manual_seed(0)
+        batch = shape[0]
+        state, drift, x0 = torch.randn(3, *shape)
+        a, b, c = torch.randn(3, *shape).to(dtype)
+        alpha, sigma, weight, coefs = *torch.rand(3, batch) + 0.1, torch.randn(batch, 3)
+        key = f"{shape} {dtype}"
+        record("uniform " + key, ops.uniform(shape, noise, 6, 1))
+        record("normal " + key, ops.normal(shape, noise, 1, 1, dtype))
+        record("perturb " + key, ops.perturb(a, alpha, sigma, None, noise, 5, 0, dtype))
+        record("perturb given " + key, ops.perturb(a, alpha, sigma, b, None, 0, 0, dtype))
+        for sizes in (None, weight):
+            eps = state.clone()
+            cotangent = ops.langevin_eps(eps, drift, a, [b, c], coefs, alpha, sigma, 0.16, sizes, noise, 1, dtype)
+            record(f"langevin_eps {sizes is None} " + key, eps, drift, cotangent)
+            ops.langevin_z(eps, a, 0.01, sizes, noise, 1)
+            record(f"langevin_z {sizes is None} " + key, eps)
+        record("m_step_loss " + key, ops.m_step_loss(a, drift, alpha, sigma, weight))
+        record("m_step_loss_backward " + key, ops.m_step_loss_backward(weight, drift, alpha, sigma, weight, dtype))
+        record("score_matching_loss " + key, ops.score_matching_loss(a, x0, b, alpha, sigma, weight))
+        record(
+            "score_matching_loss_backward " + key,
+            ops.score_matching_loss_backward(weight, a, x0, b, alpha, sigma, weight),
+        )
+for shape in [(3, 12, 50, 47), (40, 32, 4, 4), (9, 48, 1, 1), (2, 1056, 9, 7)]:
+    for dtype in [torch.float32, torch.bfloat16, torch.float16]:
+        for layout in [torch.contiguous_format, torch.channels_last]:
+            torch.manual_seed(0)
+            x, grad = torch.randn(2, *shape).to(dtype)
+            x, grad = x.contiguous(memory_format=layout), grad.contiguous(memory_format=layout)
+            weight, bias = torch.randn(2, shape[1])
+            add, scale, shift = torch.randn(3, *shape[:2])
+            y, mean, rstd = ops.group_norm(x, 4, weight, bias, 1e-5, add, scale, shift, True)
+            gradients = ops.group_norm_backward(
+                grad, x, mean, rstd, 4, weight, bias, add, scale, shift, True, [True] * 6
+            )
+            record(f"group_norm {shape} {dtype} {layout}", y, mean, rstd, *gradients)
+print(json.dumps({"isa": native.facts()["isa"], "digests": digests}))
+"""
+
+
+def digests(threads: int, isa: str) -> dict:
+    done = subprocess.run(
+        [sys.executable, "-c", DIGEST, str(threads)],
+        env={**os.environ, "EMD_FAST_ISA": isa, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def runs_here(isa: str) -> bool:
+    capability = torch.backends.cpu.get_cpu_capability()
+    return isa == "baseline" or capability == "AVX512" or (capability == "AVX2" and isa == "avx2")
+
+
+@needs_kernels
+def test_facts():
+    facts = native.facts()
+    assert facts["torch"] == torch.__version__
+    assert facts["build_type"] == "Release"
+    assert facts["isas_built"][0] == "baseline"
+    assert facts["isa"] in facts["isas_built"]
+
+
+@needs_kernels
+def test_the_fastest_instruction_set_is_chosen():
+    if "EMD_FAST_ISA" in os.environ:
+        pytest.skip("EMD_FAST_ISA is set")
+    assert native.facts()["isa"] == [isa for isa in native.facts()["isas_built"] if runs_here(isa)][-1]
+
+
+@needs_kernels
+def test_every_op_is_registered():
+    import emd_fast.ops  # noqa: F401
+
+    native.load()
+    for op in native.OPS:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"emd_fast_native::{op}", "CPU"), op
+
+
+@needs_kernels
+def test_same_bits_for_any_threads_and_instruction_set():
+    expected = digests(1, "baseline")
+    assert expected["isa"] == "baseline"
+    for isa in filter(runs_here, native.facts()["isas_built"]):
+        for threads in (1, 2, 3):
+            got = digests(threads, isa)
+            assert got["isa"] == isa
+            different = [name for name, digest in got["digests"].items() if digest != expected["digests"][name]]
+            assert not different, f"{isa}, {threads} threads: {different}"
+
+
+@needs_kernels
+def test_an_instruction_set_that_is_not_there_is_refused():
+    code = "from emd_fast.backends import native; print(native.why_not('cpu'))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "EMD_FAST_ISA": "sse9", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "EMD_FAST_ISA must be one of baseline" in done.stdout
+
+
+def write_facts(tmp_path, monkeypatch, **facts):
+    path = tmp_path / "_build.json"
+    path.write_text(json.dumps(facts))
+    monkeypatch.setattr(native, "_FACTS", path)
+    monkeypatch.setattr(native, "_load", native._load.__wrapped__)
+
+
+def test_the_reason_of_a_missing_build_is_told(tmp_path, monkeypatch):
+    write_facts(tmp_path, monkeypatch, reason="not built: EMD_FAST_BUILD=none", torch=None)
+    assert native.why_not("cpu") == "not built: EMD_FAST_BUILD=none"
+    assert native.facts() == {"reason": "not built: EMD_FAST_BUILD=none"}
+    with pytest.raises(RuntimeError, match="EMD_FAST_BUILD=none"):
+        native.load()
+
+
+def test_a_build_against_another_torch_is_not_loaded(tmp_path, monkeypatch):
+    write_facts(tmp_path, monkeypatch, reason=None, torch="2.0.1")
+    assert native.why_not("cpu") == f"built against torch 2.0.1, running {torch.__version__}: install emd_fast again"
+
+
+def test_no_kernels_for_other_devices():
+    assert native.why_not("cuda") == "no CUDA kernels in this build"

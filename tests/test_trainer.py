@@ -1,0 +1,278 @@
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from emd_fast import Denoiser, EMDConfig, EMDTrainer, ops, schedules, teachers
+from emd_fast.checkpoint import CheckpointError
+from emd_fast.noise import Noise
+from emd_fast.teachers.mlp import PointGenerator, TimeMLP
+from emd_fast.teachers.small_unet import SmallUNet
+from emd_fast.trainer import Diverged, check_health
+
+
+def points_teacher() -> Denoiser:
+    return Denoiser(TimeMLP(2, 16, 1, seed=1), schedules.EDM(), "edm", sigma_data=0.5, sample_shape=(2,))
+
+
+def digits_teacher() -> Denoiser:
+    network = SmallUNet(1, 8, num_classes=3)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in network.parameters():
+        parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
+    return Denoiser(network, schedules.EDM(), "edm", sigma_data=0.5, sample_shape=(1, 8, 8))
+
+
+def config(**changes) -> EMDConfig:
+    return EMDConfig(**{"steps": 4, "batch_size": 8, "langevin_steps": 2, **changes})
+
+
+def states(trainer: EMDTrainer) -> dict[str, torch.Tensor]:
+    flat = {}
+    for name in ("generator", "student"):
+        flat |= {f"{name}.{key}": value for key, value in getattr(trainer, name).state_dict().items()}
+    return flat | {f"ema.{key}": value for key, value in trainer.ema.module.state_dict().items()}
+
+
+def assert_same_state(a: EMDTrainer, b: EMDTrainer) -> None:
+    first, second = states(a), states(b)
+    assert first.keys() == second.keys()
+    for key, value in first.items():
+        assert torch.equal(value, second[key]), key
+
+
+def test_the_metrics_are_the_ones_promised():
+    metrics = EMDTrainer(points_teacher(), config()).step()
+    assert set(metrics) == {
+        "generator_loss",
+        "student_loss",
+        "drift_rms",
+        "z_rms",
+        "generator_grad_norm",
+        "student_grad_norm",
+        "skipped",
+    }
+    assert all(value.dim() == 0 and math.isfinite(value.item()) for value in metrics.values())
+
+
+def test_teacher_stays_and_generator_and_student_move():
+    teacher = digits_teacher()
+    before = copy.deepcopy(teacher.state_dict())
+    trainer = EMDTrainer(teacher, config(num_classes=3))
+    started = copy.deepcopy(states(trainer))
+    trainer.step()
+    assert all(torch.equal(before[key], value) for key, value in teacher.state_dict().items())
+    moved = {key for key, value in states(trainer).items() if not torch.equal(started[key], value)}
+    assert {key.split(".")[0] for key in moved} == {"generator", "student", "ema"}
+
+
+@pytest.mark.parametrize("changes", [{}, {"guidance": 1.5}, {"sampling": "x_z"}, {"objective": "vsd"}])
+def test_n_steps_and_n_more_are_two_n_bit_for_bit(tmp_path, changes):
+    teacher = digits_teacher()
+    teacher.null_cond = 0
+    settings = config(num_classes=3, lr_warmup=3, student_warmup=2, **changes)
+    whole = EMDTrainer(teacher, settings)
+    for _ in range(4):
+        whole.step()
+    half = EMDTrainer(teacher, settings)
+    half.step()
+    half.step()
+    half.save(tmp_path / "half.pt")
+    resumed = EMDTrainer.resume(tmp_path / "half.pt", teacher)
+    assert resumed.steps_done == 2 and resumed.config == settings
+    resumed.step()
+    resumed.step()
+    assert_same_state(whole, resumed)
+
+
+def test_two_trainers_of_one_seed_are_equal_and_of_two_seeds_are_not():
+    teacher = points_teacher()
+    first, same, other = (EMDTrainer(teacher, config(seed=seed)) for seed in (1, 1, 2))
+    for trainer in (first, same, other):
+        trainer.step()
+    assert_same_state(first, same)
+    assert not torch.equal(first.generator.denoiser.network.last.weight, other.generator.denoiser.network.last.weight)
+
+
+def test_vsd_and_emd_of_one_step_give_the_same_direction_on_the_same_noise():
+    # Statement 1 of the algorithm, through the trainer: the gradients differ by the factor gamma_eps alone.
+    teacher = points_teacher()
+    settings = config(langevin_steps=1, gamma_z=0.0, gamma_eps=0.25, grad_clip=0.0, student_updates=1)
+    gradients = []
+    for objective in ("emd", "vsd"):
+        trainer = EMDTrainer(teacher, dataclasses.replace(settings, objective=objective))
+        trainer.step()
+        gradients.append([parameter.grad for parameter in trainer.generator.parameters()])
+    for emd, vsd in zip(*gradients, strict=True):
+        torch.testing.assert_close(emd, 0.25 * vsd, rtol=1e-4, atol=1e-8)
+    assert any(bool(gradient.abs().max() > 0) for gradient in gradients[0])
+
+
+@pytest.mark.parametrize("cancel", [True, False])
+def test_the_m_step_regresses_on_drift_or_without_cancellation_on_eps(cancel):
+    trainer = EMDTrainer(points_teacher(), config(noise_cancellation=cancel, weighting="one"))
+    trainer.step()
+    sampled = trainer.sample_posterior()
+    residual = sampled.drift if cancel else sampled.eps
+    loss, _ = trainer._generator_update(sampled)
+    assert loss.item() == pytest.approx(residual.square().mean().item() / 2, rel=1e-5)
+    assert not torch.equal(sampled.drift, sampled.eps)
+
+
+@pytest.mark.parametrize("network", ["generator", "student"])
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(network):
+    trainer = EMDTrainer(points_teacher(), config())
+    trainer.step()
+    before = copy.deepcopy(states(trainer))
+    module = getattr(trainer, network)
+    optimizer = getattr(trainer, f"{network}_optimizer")
+    moments = copy.deepcopy(optimizer.state_dict())
+    loss = sum((parameter * math.nan).sum() for parameter in module.parameters())
+    trainer._update(module, optimizer, loss)
+    assert all(torch.equal(value, states(trainer)[key]) for key, value in before.items())
+    for index, state in optimizer.state_dict()["state"].items():
+        assert all(torch.equal(value, moments["state"][index][key]) for key, value in state.items())
+    assert trainer.skipped.item() == 1
+    assert trainer.step()["skipped"].item() == 1
+
+
+def test_a_run_that_diverges_is_stopped():
+    healthy = {"skipped": 0.0, "z_rms": 1.0, "drift_rms": 0.1}
+    check_health(healthy, config())
+    for change, said in (
+        ({"z_rms": 11.0}, "gamma_z"),
+        ({"z_rms": math.nan}, "gamma_z"),
+        ({"skipped": 11.0}, "not finite"),
+        ({"drift_rms": math.inf}, "drift"),
+    ):
+        with pytest.raises(Diverged, match=said):
+            check_health({**healthy, **change}, config())
+
+
+def test_a_step_size_too_large_for_sigma_is_seen_in_z_rms():
+    # Stable for about gamma_z < 2 sigma^2 / |J|^2, where the teacher's data hardly vary and the generator's do.
+    network = TimeMLP(2, 32, 1, seed=0)
+    trainer = EMDTrainer(
+        teachers.gaussian(torch.zeros(2), 1e-4 * torch.eye(2), schedules.EDM()),
+        config(
+            langevin_steps=16,
+            gamma_z=0.5,
+            student_warmup=20,
+            time_distribution={"low": 0.05, "high": 0.06},
+            student_time_distribution={"low": 0.05, "high": 0.06},
+        ),
+        PointGenerator(2, 32, 1, seed=0),
+        Denoiser(network, schedules.EDM(), "edm", sigma_data=1.0, sample_shape=(2,)),
+    )
+    metrics = {key: value.item() for key, value in trainer.step().items()}
+    with pytest.raises(Diverged, match="z"):
+        check_health(metrics, trainer.config)
+
+
+def test_step_sizes_by_sigma_are_interpolated():
+    trainer = EMDTrainer(points_teacher(), config())
+    t = torch.tensor([0.01, 0.1, math.sqrt(0.1), 1.0, 50.0])
+    size = trainer._step_size([(0.1, 0.001), (1.0, 0.1)], t)
+    torch.testing.assert_close(size, torch.tensor([0.001, 0.001, 0.01, 0.1, 0.1]), rtol=1e-4, atol=0)
+    assert trainer._step_size(0.3, t) == 0.3
+    torch.testing.assert_close(trainer._step_size([(0.1, 0.02)], t), torch.full((5,), 0.02))
+
+
+@pytest.mark.parametrize("schedule", [schedules.EDM(), schedules.Cosine(), schedules.RectifiedFlow()])
+@pytest.mark.parametrize("kind", ["log_uniform", "log_normal"])
+def test_times_lie_where_the_distribution_says(schedule, kind):
+    teacher = Denoiser(TimeMLP(2, 16, 1, seed=1), schedule, "x0", sample_shape=(2,))
+    trainer = EMDTrainer(
+        teacher,
+        config(t_star=0.5, batch_size=512, time_distribution={"kind": kind, "low": 0.1, "high": 2.0}),
+    )
+    t = trainer._times(trainer.config.time_distribution, 6, 0)
+    ratio = torch.exp(-schedule.log_snr(t) / 2)
+    assert 0.0999 < ratio.min() and ratio.max() < 2.001
+    if kind == "log_uniform":
+        middle = ratio.log().mean().item()
+        expected, spread = math.log(0.1 * 2.0) / 2, math.log(20) / math.sqrt(12 * 512)
+        assert abs(middle - expected) < 5 * spread
+
+
+def test_conditions_are_drawn_by_the_contract():
+    trainer = EMDTrainer(digits_teacher(), config(num_classes=3))
+    trainer.step()
+    sampled = trainer.sample_posterior()
+    expected = ops.integers(3, (8,), Noise(0, step=0), stream=8)
+    assert torch.equal(sampled.cond, expected)
+
+
+def test_generate_is_the_same_for_any_split():
+    trainer = EMDTrainer(digits_teacher(), config(num_classes=3))
+    whole = trainer.generate(6)
+    parts = torch.cat([trainer.generate(2), trainer.generate(4, first_sample=2)])
+    torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(trainer.generate(2, torch.tensor([0, 0])), trainer.generate(2, torch.tensor([2, 2])))
+
+
+def test_the_average_follows_with_its_warm_up():
+    trainer = EMDTrainer(points_teacher(), config(ema=0.9))
+    started = copy.deepcopy(trainer.generator.state_dict())
+    trainer.step()
+    for key, average in trainer.ema.module.state_dict().items():
+        now = trainer.generator.state_dict()[key]
+        torch.testing.assert_close(average, 0.1 * started[key] + 0.9 * now, rtol=1e-5, atol=1e-7)
+
+
+def test_a_teacher_with_nan_is_named():
+    teacher = points_teacher()
+    teacher.network.first.weight.data[0, 0] = math.nan
+    with pytest.raises(ValueError, match=r"teacher's weights are not finite: network\.first\.weight"):
+        EMDTrainer(teacher, config())
+
+
+def test_a_teacher_whose_output_has_another_shape_is_named():
+    teacher = points_teacher()
+    teacher.network.last = torch.nn.Linear(16, 4)
+    trainer = EMDTrainer(teacher, config())
+    with pytest.raises(ValueError, match=r"returned shape \(8, 4\) for an input of shape \(8, 2\)"):
+        trainer.step()
+
+
+def test_a_teacher_without_parameters_needs_networks():
+    teacher = teachers.gaussian(torch.zeros(2), torch.eye(2), schedules.EDM())
+    with pytest.raises(ValueError, match="give EMDTrainer a generator and a student"):
+        EMDTrainer(teacher, config())
+
+
+def test_labels_out_of_range_are_named():
+    trainer = EMDTrainer(digits_teacher(), config(num_classes=3))
+    with pytest.raises(ValueError, match=r"labels must be in \[0, 3\)"):
+        trainer.step(torch.full((8,), 7))
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    teacher = points_teacher()
+    path = tmp_path / "x.pt"
+    EMDTrainer(teacher, config()).save(path)
+    with pytest.raises(CheckpointError, match="gamma_eps = 0.16, not 0.2"):
+        EMDTrainer.resume(path, teacher, config=config(gamma_eps=0.2))
+    assert EMDTrainer.resume(path, teacher, config=config(steps=9)).config.steps == 9
+    wider = Denoiser(TimeMLP(2, 24, 1, seed=1), schedules.EDM(), "edm", sigma_data=0.5, sample_shape=(2,))
+    with pytest.raises(CheckpointError, match="does not fit this generator"):
+        EMDTrainer.resume(path, wider)
+
+
+def test_bfloat16_compute_keeps_float32_weights_and_state():
+    trainer = EMDTrainer(digits_teacher(), config(num_classes=3, precision="bfloat16"))
+    metrics = trainer.step()
+    assert all(math.isfinite(value.item()) for value in metrics.values())
+    assert {parameter.dtype for parameter in trainer.generator.parameters()} == {torch.float32}
+    assert trainer.generate(2).dtype == torch.float32
+
+
+def test_a_student_without_parameters_is_refused():
+    teacher = points_teacher()
+    student = teachers.gaussian(torch.zeros(2), torch.eye(2), schedules.EDM())
+    with pytest.raises(ValueError, match="no parameters to train"):
+        EMDTrainer(teacher, config(), student=student)
