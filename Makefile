@@ -1,6 +1,7 @@
 # make demo and make test do all there is to do on a fresh machine; make help lists the rest.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+OUT ?= runs/digits
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -42,7 +43,7 @@ test: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
 
 demo: $(STAMP)
-	$(BIN)/emd-fast distill digits --out runs/digits $(if $(filter 1,$(SHORT)),--short)
+	$(BIN)/emd-fast distill digits --out $(OUT) $(if $(filter 1,$(SHORT)),--short)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -59,13 +59,22 @@ def tool(name: str) -> str | None:
     return str(beside) if beside.exists() else shutil.which(name)
 
 
+def first_error(output: str) -> str | None:
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    for i, line in enumerate(lines):
+        if line.startswith("CMake Error") and line.endswith(":"):  # what it has to say follows
+            return " ".join(lines[i + 1 : i + 3])
+        if "error" in line.lower():
+            return line
+    return None
+
+
 def run(command: list[str], what: str) -> None:
     print(" ".join(command), flush=True)
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     print(done.stdout, flush=True)
     if done.returncode != 0:
-        errors = [line.strip() for line in done.stdout.splitlines() if "error" in line.lower()]
-        raise NotBuilt(f"{what} failed: {errors[0] if errors else f'exit code {done.returncode}'}")
+        raise NotBuilt(f"{what} failed: {first_error(done.stdout) or f'exit code {done.returncode}'}")
 
 
 def compile_extension(source: Path, build: Path, output: Path, torch: dict[str, str]) -> None:
@@ -85,10 +94,12 @@ def compile_extension(source: Path, build: Path, output: Path, torch: dict[str, 
     if ninja:
         definitions["CMAKE_MAKE_PROGRAM"] = ninja
     generator = ["-G", "Ninja" if ninja else "Unix Makefiles"]
-    run(
-        [cmake, "-S", str(source), "-B", str(build), *generator, *(f"-D{k}={v}" for k, v in definitions.items())],
-        "the configuration by cmake",
-    )
+    configure = [cmake, "-S", str(source), "-B", str(build), *generator, *(f"-D{k}={v}" for k, v in definitions.items())]
+    try:
+        run(configure, "the configuration by cmake")
+    except NotBuilt:
+        shutil.rmtree(build)  # or CMake would remember the compiler that did not work
+        raise
     jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
     run([cmake, "--build", str(build), "--parallel", jobs], "the compilation")
     if not output.exists():

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import json
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -42,6 +43,9 @@ class Interrupted(BaseException):
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[Callable[[], bool]]:
     """Inside, SIGINT and SIGTERM only set a flag, which is handed out; leaving raises Interrupted if it was set."""
+    if threading.current_thread() is not threading.main_thread():  # Python delivers signals to the main thread alone
+        yield lambda: False
+        return
     caught: list[int] = []
     previous = {number: signal.signal(number, lambda n, _: caught.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -191,12 +191,12 @@ def test_the_result_is_the_average_of_the_weights(monkeypatch):
     seen = []
     average = digits._average
     monkeypatch.setattr(digits, "_average", lambda a, b, decay: (seen.append(weights(b)), average(a, b, decay)))
-    result = digits.train(dataclasses.replace(SHORT, steps=4, ema=0.2))
+    result = digits.train(dataclasses.replace(SHORT, steps=4, ema=0.2, lr=0.1, warmup=0))
     expected = weights(digits.denoiser(digits.network(SHORT)))
     for decay, after_step in zip((1 / 10, 2 / 11, 0.2, 0.2), seen, strict=True):
         expected = decay * expected + (1 - decay) * after_step
     torch.testing.assert_close(weights(result), expected)
-    assert (weights(result) - seen[-1]).abs().max() > 1e-5
+    assert (weights(result) - seen[-1]).abs().max() > 1e-3
 
 
 def test_unconditional_training_and_one_interrupted():

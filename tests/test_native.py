@@ -127,12 +127,12 @@ def test_every_op_is_registered():
 def test_same_bits_for_any_threads_and_instruction_set():
     expected = digests(1, "baseline")
     assert expected["isa"] == "baseline"
-    for isa in filter(runs_here, native.facts()["isas_built"]):
-        for threads in (1, 2, 3):
-            got = digests(threads, isa)
-            assert got["isa"] == isa
-            different = [name for name, digest in got["digests"].items() if digest != expected["digests"][name]]
-            assert not different, f"{isa}, {threads} threads: {different}"
+    others = [isa for isa in native.facts()["isas_built"] if runs_here(isa)]
+    for isa, threads in [*((isa, 1) for isa in others[1:]), (others[-1], 2), (others[-1], 3)]:
+        got = digests(threads, isa)
+        assert got["isa"] == isa
+        different = [name for name, digest in got["digests"].items() if digest != expected["digests"][name]]
+        assert not different, f"{isa}, {threads} threads: {different}"
 
 
 @needs_kernels

@@ -70,18 +70,20 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> group_norm(
   GroupNormInputs inputs(input, num_groups, weight, bias, add, scale, shift, silu);
   GroupNorm& op = inputs.op;
   const at::Tensor y = at::empty_like(inputs.x, inputs.layout);
-  const at::Tensor mean = at::zeros({op.samples, op.groups}, at::kFloat), rstd = at::zeros_like(mean);
+  const at::Tensor mean = at::empty({op.samples, op.groups}, at::kFloat), rstd = at::empty_like(mean);
   op.eps = eps;
   op.y = y.mutable_data_ptr();
   op.mean = mean.mutable_data_ptr<float>();
   op.rstd = rstd.mutable_data_ptr<float>();
-  if (inputs.x.numel() == 0) return {y, mean, rstd};
+  if (inputs.x.numel() == 0) return {y, mean.zero_(), rstd.zero_()};
   if (!op.channels_last) {
     in_parallel(op.samples * op.groups, grain_of(op.group_channels() * op.positions), kernels().group_norm, op);
     return {y, mean, rstd};
   }
   const at::Tensor scratch = at::empty({op.samples * (2 * op.chunks() + 3) * op.channels}, at::kFloat);
   op.scratch = scratch.mutable_data_ptr<float>();
+  const at::Tensor moments = at::empty({op.samples * 2 * op.channels}, at::kDouble);
+  op.moments = moments.mutable_data_ptr<double>();
   const int64_t chunks = op.samples * op.chunks(), grain = grain_of(op.chunk() * op.channels);
   in_parallel(chunks, grain, kernels().group_norm_moments, op);
   in_parallel(op.samples, grain_of(op.chunks() * op.channels * 4), kernels().group_norm_maps, op);

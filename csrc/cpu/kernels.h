@@ -126,7 +126,8 @@ struct GroupNorm {
   const float *add, *scale, *shift;   // (samples, channels) or null
   float *mean, *rstd;                 // (samples, groups)
   void* y;
-  float* scratch;  // channels_last: the moments of chunks, then the maps of channels
+  float* scratch;    // channels_last: (samples, chunks, 2, channels) moments of chunks, then (samples, 3, channels) maps
+  double* moments;   // channels_last: (samples, 2, channels) means and sums of squared deviations
 
   EMD_HD int64_t group_channels() const { return channels / groups; }
   // Positions that are taken together where channels come last: about 8192 elements, to stay in the cache.

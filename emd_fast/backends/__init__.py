@@ -43,13 +43,14 @@ class use_backend:
         if name not in NAMES:
             raise ValueError(f"backend must be one of {', '.join(NAMES)}, got {name!r}")
         self.name = name
+        self.previous: list[str] = []  # one for each block that this object has open
 
     def __enter__(self) -> None:
-        self.previous = _active.name
+        self.previous.append(_active.name)
         _active.name = self.name
 
     def __exit__(self, *exc: object) -> None:
-        _active.name = self.previous
+        _active.name = self.previous.pop()
 
 
 def active() -> str:
@@ -89,7 +90,12 @@ def backend_report() -> dict[str, dict[str, dict[str, str | None]]]:
     Returns:
         report[op][device_type] = {"backend": name, "reason": None or why each faster backend cannot serve}.
     """
-    return {
+    # Attention chooses among backends of its own.
+    attention = {
+        "cpu": {"backend": "sdpa", "reason": None},
+        "cuda": {"backend": "sdpa", "reason": f"triton: {why_not('attention', 'triton', 'cuda')}"},
+    }
+    by_backend = {
         op: {
             device_type: {"backend": _fastest(op, device_type), "reason": _reasons(op, device_type)}
             for device_type in _PREFERENCE
@@ -97,6 +103,7 @@ def backend_report() -> dict[str, dict[str, dict[str, str | None]]]:
         for op in sorted(reference.OPS)
         if not op.endswith("_backward")
     }
+    return {"attention": attention, **by_backend}
 
 
 def _order(device_type: str) -> tuple[str, ...]:

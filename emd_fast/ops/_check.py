@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from emd_fast.noise import LIMITS, Noise, Stream
 
@@ -47,13 +48,17 @@ def state(name: str, value: Tensor, *, like: Tensor | None = None) -> None:
 
 def written_apart(written: dict[str, Tensor], read: dict[str, Tensor]) -> None:
     """What is written shares no memory with anything else: two tensors that are only read may."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not all(_has_memory(value) for value in (*written.values(), *read.values())):
         return
     spans = {name: _span(value) for name, value in {**written, **read}.items() if value.numel()}
     for name in written:
         for other, (start, end) in spans.items():
             if other != name and name in spans and start < spans[name][1] and spans[name][0] < end:
                 raise ValueError(f"{name} is updated in place and overlaps {other} in memory; each needs its own")
+
+
+def _has_memory(value: Tensor) -> bool:
+    return not value.is_meta and not isinstance(value, FakeTensor)
 
 
 def _span(value: Tensor) -> tuple[int, int]:
@@ -89,6 +94,11 @@ def _values(name: str, value: Tensor, *, low: float, high: float = math.inf, ope
         raise ValueError(f"{name} must be {wanted}, got values from {smallest:g} to {largest:g}")
 
 
+def finite(name: str, value: Tensor) -> None:
+    if _readable(value):
+        _values(name, value, low=-math.inf)
+
+
 def step_size(value: float | Tensor, like: Tensor) -> tuple[float, Tensor | None]:
     """A number or (B,) float32 in [0, 1], as the pair that the schemas take."""
     if isinstance(value, Tensor):
@@ -103,13 +113,17 @@ def step_size(value: float | Tensor, like: Tensor) -> tuple[float, Tensor | None
     return float(value), None
 
 
+def integer(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+
+
 def size(value: Iterable[int]) -> list[int]:
     result = [value] if isinstance(value, int) else list(value)
     if not result:
         raise ValueError("size must have a batch dimension, got ()")
     for n in result:
-        if isinstance(n, (bool, float)):
-            raise TypeError(f"size must hold integers, got {n!r}")
+        integer("size", n)
         if n < 0:
             raise ValueError(f"size must not be negative, got {tuple(result)}")
     return result
@@ -128,8 +142,7 @@ def noise(value: Noise, stream: int, substep: int, batch: int, device: torch.dev
     if device is not None and value.device != device:
         raise ValueError(f"noise must be on {device} as the other tensors are, got {value.device}")
     for name, number, limit in (("stream", stream, Stream.LIMIT), ("substep", substep, LIMITS["substep"])):
-        if isinstance(number, (bool, float)):
-            raise TypeError(f"{name} must be an int, got {number!r}")
+        integer(name, number)
         if number < 0 or number >= limit:
             raise ValueError(f"{name} must be in [0, {limit}), got {number}")
     if _readable(value.state):

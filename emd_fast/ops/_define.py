@@ -23,14 +23,21 @@ def define(name: str, arguments: str, returns: str, fake: Callable[..., Any]) ->
     """
     LIBRARY.define(f"{name}({arguments}, str backend) -> {returns}")
     _NATIVE.define(f"{name}({arguments}) -> {returns}")
+    op = getattr(torch.ops.emd_fast, name).default
+    written = [i for i, argument in enumerate(op._schema.arguments) if argument.is_write]
 
     def run(*args: Any) -> Any:
         *args, backend = args
-        return backends.implementation(name, backend, _device_type(args))(*args)
+        result = backends.implementation(name, backend, _device_type(args))(*args)
+        for i in written:
+            if not args[i].is_inference():
+                # Compiled kernels write past autograd, which must still notice that a tensor it saved has changed.
+                torch.autograd.graph.increment_version(args[i])
+        return result
 
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"emd_fast::{name}", lambda *args: fake(*args[:-1]), lib=LIBRARY)
-    return getattr(torch.ops.emd_fast, name).default
+    return op
 
 
 def differentiable(name: str, setup_context: Callable[..., None], backward: Callable[..., Any]) -> None:

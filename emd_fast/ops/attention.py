@@ -22,7 +22,7 @@ def attention(
         k, v: (B, keys, heads, head_dim), dtype of q; keys may be fewer or more than tokens.
         scale: 1 / sqrt(head_dim) when None.
         backend: "sdpa" (torch.nn.functional.scaled_dot_product_attention), "reference" (float32 arithmetic), "triton"
-            or "xformers"; None takes "sdpa", or "reference" inside use_backend("reference").
+            or "xformers"; None takes "sdpa", or what use_backend names.
 
     Returns:
         (B, tokens, heads, head_dim), dtype of q.
@@ -49,8 +49,12 @@ def attention(
         raise ValueError(f"backend must be None or one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend in ("triton", "xformers"):
         raise RuntimeError(f"backend {backend!r} cannot run attention: this version has no {backend} attention")
+    active = backends.active()
+    if backend is None and active not in ("auto", "reference"):
+        reason = backends.why_not("attention", active, q.device.type)
+        raise RuntimeError(f"backend {active!r} cannot run attention on {q.device.type} tensors: {reason}")
     scale = 1 / math.sqrt(max(q.shape[3], 1)) if scale is None else scale
-    if backend == "reference" or (backend is None and backends.active() == "reference"):
+    if backend == "reference" or (backend is None and active == "reference"):
         return _reference(q, k, v, scale)
     heads_first = (t.transpose(1, 2) for t in (q, k, v))
     return torch.nn.functional.scaled_dot_product_attention(*heads_first, scale=scale).transpose(1, 2)

@@ -104,8 +104,7 @@ def group_norm(
     if x.dim() < 2:
         raise ValueError(f"x must have shape (B, C, ...), got {tuple(x.shape)}")
     batch, channels = x.shape[:2]
-    if isinstance(num_groups, (bool, float)):
-        raise TypeError(f"num_groups must be an int, got {num_groups!r}")
+    _check.integer("num_groups", num_groups)
     if num_groups < 1 or channels % num_groups:
         raise ValueError(f"num_groups must divide the channels: got {num_groups} for {channels} channels")
     for name, value, shape in (

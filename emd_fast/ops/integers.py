@@ -35,8 +35,7 @@ def integers(high: int, size: Iterable[int], noise: Noise, *, stream: int, subst
         TypeError, ValueError: an argument of the wrong type, or a number outside its range.
     """
     size = _check.size(size)
-    if isinstance(high, (bool, float)):
-        raise TypeError(f"high must be an int, got {high!r}")
+    _check.integer("high", high)
     if high < 1 or high > 2**31:
         raise ValueError(f"high must be in [1, 2^31], got {high}")
     return _op(high, size, _check.noise(noise, stream, substep, size[0]), stream, substep, backends.active())

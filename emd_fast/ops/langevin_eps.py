@@ -60,20 +60,24 @@ def langevin_eps(
     """
     _check.state("eps", eps)
     _check.state("drift", drift, like=eps)
-    if isinstance(outputs, Tensor) or not 1 <= len(outputs) <= 4:
-        raise ValueError("outputs must be a sequence of 1 to 4 tensors")
+    if not isinstance(outputs, Sequence):
+        raise TypeError(f"outputs must be a sequence of tensors, got {type(outputs).__name__}")
+    if not 1 <= len(outputs) <= 4:
+        raise ValueError(f"outputs must be 1 to 4 tensors, got {len(outputs)}")
     read = {**({} if x is None else {"x": x}), **{f"outputs[{i}]": output for i, output in enumerate(outputs)}}
     for name, value in read.items():
         _check.tensor(name, value, shape=eps.shape, like=eps)
     _check.tensor("coefs", coefs, shape=(len(eps), len(read)), like=eps)
     if coefs.dtype != torch.float32:
         raise TypeError(f"coefs must be float32, got {coefs.dtype}")
+    _check.finite("coefs", coefs)
     _check.per_sample("alpha", alpha, eps)
     _check.per_sample("sigma", sigma, eps, positive=True)
     number, per_sample = _check.step_size(step_size, eps)
     state = _check.noise(noise, Stream.LANGEVIN_EPS, substep, len(eps), eps.device)
     cotangent_dtype = _check.dtype("cotangent_dtype", outputs[0].dtype if cotangent_dtype is None else cotangent_dtype)
-    _check.written_apart({"eps": eps, "drift": drift}, read)
+    others = {"coefs": coefs, "alpha": alpha, "sigma": sigma, **({} if per_sample is None else {"step_size": per_sample})}
+    _check.written_apart({"eps": eps, "drift": drift}, {**read, **others})
     return _op(
         eps,
         drift,

@@ -33,5 +33,6 @@ def langevin_z(z: Tensor, z_grad: Tensor, *, step_size: float | Tensor, noise: N
     _check.tensor("z_grad", z_grad, shape=z.shape, like=z)
     number, per_sample = _check.step_size(step_size, z)
     state = _check.noise(noise, Stream.LANGEVIN_Z, substep, len(z), z.device)
-    _check.written_apart({"z": z}, {"z_grad": z_grad})
+    read = {"z_grad": z_grad, **({} if per_sample is None else {"step_size": per_sample})}
+    _check.written_apart({"z": z}, read)
     _op(z, z_grad.detach(), number, per_sample, state, substep, backends.active())

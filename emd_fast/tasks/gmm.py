@@ -12,7 +12,7 @@ from torch import nn
 from emd_fast import ops, report
 from emd_fast.config import RunConfig
 from emd_fast.denoiser import Denoiser
-from emd_fast.evaluate import mixture_metrics
+from emd_fast.evaluate import mixture_comparison
 from emd_fast.noise import Noise, Stream
 from emd_fast.sampler import heun
 from emd_fast.schedules import EDM
@@ -56,11 +56,6 @@ class Mixture:
             "init": untrained.generate(n, ema=False),
             "student": trainer.generate(n),
         }
-        rows = {
-            name: mixture_metrics(points, self.weights, self.means, self.config.mixture.std, seed)
-            for name, points in samples.items()
-        }
         if folder is not None:
             report.scatter(folder / "samples" / "points.png", samples)
-        by_metric = {key: {name: row[key] for name, row in rows.items()} for key in rows["student"]}
-        return {**by_metric, "n": n, "seed": seed}
+        return mixture_comparison(samples, self.weights, self.means, self.config.mixture.std, seed)

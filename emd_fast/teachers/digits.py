@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from emd_fast import ops
 from emd_fast.denoiser import Denoiser
+from emd_fast.ema import EMA
 from emd_fast.noise import Noise, Stream
 from emd_fast.schedules import EDM
 from emd_fast.teachers.small_unet import SmallUNet, initialise
@@ -103,7 +103,7 @@ def train(
     """
     images, labels = (data.to(device) for data in load("train"))
     trained = denoiser(network(config)).to(device)
-    averaged = copy.deepcopy(trained)
+    average = EMA(trained, config.ema)
     optimizer = torch.optim.AdamW(trained.parameters(), lr=config.lr, betas=_ADAM_BETAS, weight_decay=0.0, fused=True)
     noise = Noise(config.seed, device=device)
 
@@ -125,23 +125,17 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = config.lr * learning_rate_factor(step, config.steps, config.warmup)
         optimizer.step()
-        _average(averaged, trained, min(config.ema, (1 + step) / (10 + step)))
+        average.update(trained, step)
         if on_step is not None:
             on_step(step + 1, loss.detach())
 
-    if not all(bool(parameter.isfinite().all()) for parameter in averaged.parameters()):
+    if not all(bool(parameter.isfinite().all()) for parameter in average.module.parameters()):
         raise FloatingPointError(
             "the teacher's weights are not finite after training: lower its lr or raise its warmup"
         )
-    return averaged.eval()
+    return average.module.eval()
 
 
 def learning_rate_factor(step: int, steps: int, warmup: int) -> float:
     """In (0, 1]: linear to 1 over the first `warmup` steps, times half a cosine wave that is 0 at `steps`."""
     return min(1.0, (step + 1) / max(warmup, 1)) * 0.5 * (1 + math.cos(math.pi * step / steps))
-
-
-@torch.no_grad()
-def _average(averaged: Denoiser, trained: Denoiser, decay: float) -> None:
-    """The decay grows from 0.1, so that a short training does not average the random start in."""
-    torch._foreach_lerp_(list(averaged.parameters()), list(trained.parameters()), 1 - decay)

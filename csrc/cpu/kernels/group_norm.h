@@ -57,9 +57,22 @@ inline void apply_map(bool silu, int64_t n, const float* x, float* y, Center cen
   }
 }
 
-// The maps of several channels, one entry per element of a tile.
-struct MapTile {
-  Buffer center, gain, offset;
+// The maps of several channels, one entry per element of a tile. Channels are written in order and in whole vectors,
+// each over what the one before wrote too much; hence the room at the end.
+struct alignas(64) MapTile {
+  static constexpr int64_t kVector = 16;
+  float center[kTile + kVector], gain[kTile + kVector], offset[kTile + kVector];
+
+  EMD_HD void write(int64_t at, int64_t n, const ChannelMap& map) {
+    for (int64_t i = at; i < at + n; i += kVector) {
+#pragma omp simd
+      for (int64_t j = i; j < i + kVector; j++) {
+        center[j] = map.center;
+        gain[j] = map.gain;
+        offset[j] = map.offset;
+      }
+    }
+  }
 };
 
 // Channels before positions, taken in parts of at most a tile: of one channel where it is long, of several whole ones
@@ -79,15 +92,9 @@ inline void for_parts(const GroupNorm& op, int64_t sample, int64_t group, float 
       MapTile maps;
       const int64_t channels = end - c0 < together ? end - c0 : together;
       for (int64_t c = 0; c < channels; c++) {
-        const ChannelMap map = map_of(op, sample, c0 + c, mean, rstd);
-#pragma omp simd
-        for (int64_t i = c * positions; i < (c + 1) * positions; i++) {
-          maps.center.data[i] = map.center;
-          maps.gain.data[i] = map.gain;
-          maps.offset.data[i] = map.offset;
-        }
+        maps.write(c * positions, positions, map_of(op, sample, c0 + c, mean, rstd));
       }
-      const float *center = maps.center.data, *gain = maps.gain.data, *offset = maps.offset.data;
+      const float *center = maps.center, *gain = maps.gain, *offset = maps.offset;
       function(c0, channels, start + c0 * positions, channels * positions, center, gain, offset);
     }
   } else {
@@ -151,7 +158,8 @@ struct Part {
   EMD_HD int64_t size() const { return channels * positions; }
 };
 
-inline int64_t positions_together(const GroupNorm& op) { return op.channels < kTile ? kTile / op.channels : 1; }
+// Enough for the loop over them to be worth entering, few enough for the maps to be worth repeating.
+inline int64_t positions_together(const GroupNorm& op) { return op.channels < 256 ? 256 / op.channels : 1; }
 
 // Calls function(part) for the parts of a chunk, and block(channel, channels) before those of the same channels.
 template <class Block, class Function>
@@ -168,9 +176,13 @@ inline void for_parts_of(const GroupNorm& op, const Chunk& chunk, Block block, F
 }
 
 // The same numbers for every position of a part.
-inline void repeat(const GroupNorm& op, const float* numbers, int64_t channels, Buffer& out) {
+inline void repeat(const GroupNorm& op, const float* numbers, int64_t channels, float* out) {
   const int64_t times = positions_together(op);
-  for (int64_t t = 0; t < times; t++) memcpy(out.data + t * channels, numbers, size_t(channels) * sizeof(float));
+  for (int64_t t = 0; t < times; t++) {
+    float* to = out + t * channels;
+#pragma omp simd
+    for (int64_t c = 0; c < channels; c++) to[c] = numbers[c];
+  }
 }
 
 // sums[c] of the entries of channel c, over the positions that share a tile.
@@ -214,7 +226,7 @@ void group_norm_moments(const GroupNorm& op, int64_t first, int64_t last) {
       fold(op, lanes, channels, m);
 #pragma omp simd
       for (int64_t c = 0; c < channels; c++) m[c] *= inverse;
-      repeat(op, m, channels, repeated);
+      repeat(op, m, channels, repeated.data);
       const float* means = repeated.data;
       for_rows([=](const float* x, int64_t n) {
 #pragma omp simd
@@ -226,27 +238,42 @@ void group_norm_moments(const GroupNorm& op, int64_t first, int64_t last) {
 }
 
 void group_norm_maps(const GroupNorm& op, int64_t first, int64_t last) {
-  const int64_t channels = op.channels, width = op.group_channels();
+  const int64_t channels = op.channels, width = op.group_channels(), chunks = op.chunks();
   for (int64_t sample = first; sample < last; sample++) {
-    for (int64_t g = 0; g < op.groups; g++) {
-      Moments group = {0, 0, 0};
-      for (int64_t c = g * width; c < (g + 1) * width; c++) {
-        Moments channel = {0, 0, 0};
-        for (int64_t k = 0; k < op.chunks(); k++) {
-          const int64_t item = sample * op.chunks() + k;
-          const float* moments = chunk_moments(op, item);
-          const Moments part = {double(chunk_of(op, item).positions), double(moments[c]), double(moments[channels + c])};
-          channel = k == 0 ? part : merged(channel, part);
-        }
-        channel.mean += double(number_or(op.add, sample * channels + c, 0));
-        group = c == g * width ? channel : merged(group, channel);
+    double *mean = op.moments + sample * 2 * channels, *squares = mean + channels;
+    memset(mean, 0, size_t(2 * channels) * sizeof(double));
+    for (int64_t item = sample * chunks; item < (sample + 1) * chunks; item++) {
+      const double share = double(chunk_of(op, item).positions) / double(op.positions);
+      const float* part = chunk_moments(op, item);
+#pragma omp simd
+      for (int64_t c = 0; c < channels; c++) mean[c] += share * double(part[c]);
+    }
+    for (int64_t item = sample * chunks; item < (sample + 1) * chunks; item++) {
+      const double n = double(chunk_of(op, item).positions);
+      const float* part = chunk_moments(op, item);
+#pragma omp simd
+      for (int64_t c = 0; c < channels; c++) {
+        const double apart = double(part[c]) - mean[c];
+        squares[c] += double(part[channels + c]) + n * (apart * apart);
       }
-      const float mean = float(group.mean), rstd = rstd_of(group, op.eps);
-      op.mean[sample * op.groups + g] = mean;
-      op.rstd[sample * op.groups + g] = rstd;
-      float* maps = channel_maps(op, sample);
+    }
+    if (op.add) {
+      for (int64_t c = 0; c < channels; c++) mean[c] += double(op.add[sample * channels + c]);
+    }
+    float* maps = channel_maps(op, sample);
+    for (int64_t g = 0; g < op.groups; g++) {
+      Moments group = {double(width * op.positions), 0, 0};
+      for (int64_t c = g * width; c < (g + 1) * width; c++) group.mean += mean[c];
+      group.mean /= double(width);
       for (int64_t c = g * width; c < (g + 1) * width; c++) {
-        const ChannelMap map = map_of(op, sample, c, mean, rstd);
+        const double apart = mean[c] - group.mean;
+        group.squares += squares[c] + double(op.positions) * (apart * apart);
+      }
+      const float group_mean = float(group.mean), rstd = rstd_of(group, op.eps);
+      op.mean[sample * op.groups + g] = group_mean;
+      op.rstd[sample * op.groups + g] = rstd;
+      for (int64_t c = g * width; c < (g + 1) * width; c++) {
+        const ChannelMap map = map_of(op, sample, c, group_mean, rstd);
         maps[c] = map.center;
         maps[channels + c] = map.gain;
         maps[2 * channels + c] = map.offset;
@@ -269,7 +296,7 @@ void group_norm_apply(const GroupNorm& op, int64_t first, int64_t last) {
           repeat(op, maps + 2 * op.channels + channel, channels, tile.offset);
         },
         [&](const Part& part) {
-          const float *center = tile.center.data, *gain = tile.gain.data, *offset = tile.offset.data;
+          const float *center = tile.center, *gain = tile.gain, *offset = tile.offset;
           const float* x = read_row(op.x, op.type, part.start, part.size(), x_buffer.data);
           float* y = begin_row(op.y, op.type, part.start, y_buffer.data);
           apply_map(op.silu, part.size(), x, y, center, gain, offset);

@@ -120,7 +120,7 @@ void group_norm_backward_sums(const GroupNormBackward& op, int64_t first, int64_
       repeat(norm, numbers + channel, channels, tile.center);
       repeat(norm, numbers + norm.channels + channel, channels, tile.gain);
       repeat(norm, numbers + 2 * norm.channels + channel, channels, tile.offset);
-      const float *center = tile.center.data, *gain = tile.gain.data, *offset = tile.offset.data;
+      const float *center = tile.center, *gain = tile.gain, *offset = tile.offset;
       float *inner_sum = lanes[0].data, *product_sum = lanes[1].data, *centered_sum = lanes[2].data;
       for (Buffer& lane : lanes) memset(lane.data, 0, size_t(together * channels) * sizeof(float));
       for (int64_t p = 0; p < chunk.positions; p += together) {
@@ -188,7 +188,7 @@ void group_norm_backward_apply(const GroupNormBackward& op, int64_t first, int64
     for_parts_of(
         norm, chunk,
         [&](int64_t channel, int64_t channels) {
-          for (int k = 0; k < 5; k++) repeat(norm, numbers + k * norm.channels + channel, channels, tile[k]);
+          for (int k = 0; k < 5; k++) repeat(norm, numbers + k * norm.channels + channel, channels, tile[k].data);
         },
         [&](const Part& part) {
           const float *center = tile[0].data, *gain = tile[1].data, *offset = tile[2].data;

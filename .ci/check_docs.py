@@ -1,0 +1,45 @@
+"""Every relative link in the docs leads to a file, every make target and emd-fast command in them exists, and the
+README's Python runs."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def main() -> int:
+    wrong = [problem for doc in DOCS for problem in problems(doc)]
+    print("\n".join(wrong) or f"docs: {len(DOCS)} files, links, commands and the example are right")
+    return 1 if wrong else 0
+
+
+def problems(doc: Path) -> list[str]:
+    text = doc.read_text()
+    name = doc.relative_to(ROOT)
+    found = []
+    for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
+        if not link.startswith("http") and not (doc.parent / link).exists():
+            found.append(f"{name}: the link {link} leads nowhere")
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
+    for line in re.findall(r"^    make (.*?)(?:\s{2,}.*)?(?:#.*)?$", text, re.M):
+        for target in re.sub(r"'[^']*'|\S+='[^']*'|\S+=\S*", "", line).split():
+            if target not in targets:
+                found.append(f"{name}: there is no target {target!r} in the Makefile")
+    for command in sorted(set(re.findall(r"^    emd-fast (\w+)", text, re.M))):
+        done = subprocess.run([sys.executable, "-m", "emd_fast", command, "--help"], capture_output=True)
+        if done.returncode:
+            found.append(f"{name}: there is no command emd-fast {command}")
+    for example in re.findall(r"^```python\n(.*?)^```", text, re.M | re.S):
+        done = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True)
+        if done.returncode:
+            found.append(f"{name}: the example fails: {done.stderr.strip().splitlines()[-1]}")
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

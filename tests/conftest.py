@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+import hypothesis
+import pytest
+
+import emd_fast
+
+# Fixtures here only name a backend, which every example may share; and the first call of an op may load a library.
+hypothesis.settings.register_profile(
+    "emd_fast",
+    deadline=None,
+    derandomize=True,
+    max_examples=25,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("emd_fast")
+
+
+def native_missing() -> str | None:
+    """Why the compiled CPU backend cannot serve here, or None."""
+    served = emd_fast.backend_report()["normal"]["cpu"]
+    return None if served["backend"] == "cpu" else served["reason"]
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def backend(request: pytest.FixtureRequest):
+    """The test runs inside use_backend of each backend that CPU tensors have."""
+    if request.param == "cpu" and (reason := native_missing()):
+        pytest.skip(reason)
+    with emd_fast.use_backend(request.param):
+        yield request.param

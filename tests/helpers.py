@@ -1,0 +1,185 @@
+"""What the tests share: an independent noise generator, assertions, shapes and layouts."""
+
+import math
+
+import numpy as np
+import torch
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+NOISE_ERROR = 5e-6  # what the noise contract allows a normal number
+
+# The noise contract, in numpy ------------------------------------------------------------------------------------------
+
+
+def philox(counter, key):
+    """Philox4x32-10 as published: counter of four and key of two uint64 arrays that hold 32-bit words."""
+    mask = np.uint64(0xFFFFFFFF)
+    c = [np.asarray(word, dtype=np.uint64) for word in counter]
+    k = [np.asarray(word, dtype=np.uint64) for word in key]
+    for _ in range(10):
+        # A product of two 32-bit words fits into uint64.
+        p0, p1 = np.uint64(0xD2511F53) * c[0], np.uint64(0xCD9E8D57) * c[2]
+        c = [(p1 >> np.uint64(32)) ^ c[1] ^ k[0], p1 & mask, (p0 >> np.uint64(32)) ^ c[3] ^ k[1], p0 & mask]
+        k = [(k[0] + np.uint64(0x9E3779B9)) & mask, (k[1] + np.uint64(0xBB67AE85)) & mask]
+    return c
+
+
+def noise_words(size, *, seed=0, step=0, first_sample=0, stream=0, substep=0):
+    """uint64 words (B, 4 * blocks), element by element, and the number of elements of a sample."""
+    batch, elements = size[0], math.prod(size[1:])
+    sample, block = np.meshgrid(
+        np.arange(batch, dtype=np.uint64) + np.uint64(first_sample),
+        np.arange(-(-elements // 4), dtype=np.uint64),
+        indexing="ij",
+    )
+    words = philox(
+        (block, sample, np.full_like(block, stream * 65536 + substep), np.full_like(block, step)),
+        (seed % 2**32, seed // 2**32),
+    )
+    return np.stack(words, axis=-1).reshape(batch, 4 * block.shape[1]), elements
+
+
+def to_uniform(words):
+    u = words.astype(np.float32) * np.float32(2.0**-32) + np.float32(2.0**-33)
+    return np.minimum(u, np.float32(1 - 2.0**-24))
+
+
+def uniforms(size, **where):
+    """float32, exactly what the contract says."""
+    words, elements = noise_words(size, **where)
+    return to_uniform(words)[:, :elements].reshape(size)
+
+
+def normals(size, **where):
+    """float64 arithmetic on the float32 uniform numbers."""
+    words, elements = noise_words(size, **where)
+    u = to_uniform(words).astype(np.float64).reshape(len(words), words.shape[1] // 2, 2)
+    radius, angle = np.sqrt(-2 * np.log(u[..., 0])), 2 * math.pi * u[..., 1]
+    n = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=-1).reshape(words.shape)
+    return torch.from_numpy(n[:, :elements].reshape(size).copy())
+
+
+def integers(high, size, **where):
+    words, elements = noise_words(size, **where)
+    return ((words * np.uint64(high)) >> np.uint64(32))[:, :elements].reshape(size).astype(np.int64)
+
+
+# Assertions ------------------------------------------------------------------------------------------------------------
+
+
+def assert_within(actual: Tensor, exact: Tensor, tolerance: float | Tensor, what: str = "value") -> None:
+    """|actual - exact| <= tolerance everywhere; otherwise says where it is worst, and how often it fails."""
+    assert actual.shape == exact.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
+    a, e = actual.detach().double(), exact.detach().double()
+    same = (a == e) | (a.isnan() & e.isnan())
+    error = torch.where(same, 0.0, (a - e).abs())
+    failed = ~(error <= torch.as_tensor(tolerance, dtype=torch.float64).expand_as(error))
+    if failed.any():
+        excess = (error - tolerance).nan_to_num(nan=math.inf).masked_fill(~failed, -math.inf)
+        worst = tuple(int(i) for i in np.unravel_index(int(excess.argmax()), error.shape)) if error.dim() else ()
+        raise AssertionError(
+            f"{what}: {int(failed.sum())} of {failed.numel()} wrong; worst at {worst}: got {a[worst].item():.9g}, "
+            f"expected {e[worst].item():.9g}, off by {error[worst].item():.3g}"
+        )
+
+
+def assert_as_good_as_eager(
+    actual: Tensor, exact: Tensor, eager: Tensor, *, more: float = 0.0, what: str = "value"
+) -> None:
+    """Error against float64 at most twice that of eager PyTorch in the same dtypes plus 1e-6 (plus `more`).
+
+    Args:
+        more: what is allowed besides, where the op draws noise: the contract's error of a normal number.
+    """
+    eager_error = (eager.detach().double() - exact.double()).abs()
+    finite = eager_error[torch.isfinite(eager_error)]
+    worst = finite.max().item() if finite.numel() else 0.0
+    assert_within(actual, exact, 2 * worst + 1e-6 + more, what)
+
+
+def assert_same(actual: Tensor, expected: Tensor, what: str = "value") -> None:
+    """Equal bit for bit, dtype included."""
+    assert actual.dtype == expected.dtype, f"{what}: {actual.dtype}, expected {expected.dtype}"
+    assert_within(actual, expected, 0.0, what)
+
+
+# Shapes and layouts ------------------------------------------------------------------------------------------------------
+
+_SIZES = st.sampled_from([1, 2, 3, 4, 5, 7, 8, 13, 16, 17, 31])
+
+
+@st.composite
+def shapes(draw):
+    """(B, ...): an empty batch, one element, (B,) only, odd and prime sizes."""
+    return (draw(st.sampled_from([0, 1, 2, 3, 5])), *draw(st.lists(_SIZES, max_size=3)))
+
+
+LAYOUTS = ["contiguous", "transposed", "sliced", "expanded", "batch_last"]
+dtypes = st.sampled_from(DTYPES)
+layouts = st.sampled_from(LAYOUTS)
+seeds = st.integers(0, 2**31)
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    """x in another layout in memory; its values too, where "expanded" makes all samples those of the first."""
+    if layout == "transposed" and x.dim() > 2:
+        return x.transpose(1, -1).contiguous().transpose(1, -1)  # of four dimensions (B, C, W, H): unusual, not channels_last
+    if layout == "channels_last" and x.dim() == 4:
+        return x.contiguous(memory_format=torch.channels_last)
+    if layout == "sliced":
+        wide = torch.full((*x.shape[:-1], 2 * x.shape[-1] + 1), float("nan"), dtype=x.dtype)
+        wide[..., 1::2] = x
+        return wide[..., 1::2]
+    if layout == "expanded" and len(x):
+        return x[:1].expand(x.shape)
+    if layout == "batch_last":
+        return x.movedim(0, -1).contiguous().movedim(-1, 0)
+    return x
+
+
+def draw(shape, generator, dtype=torch.float32, layout="contiguous", scale=1.0) -> Tensor:
+    return laid_out((scale * torch.randn(shape, generator=generator)).to(dtype), layout)
+
+
+def per_sample(batch, generator, low=0.05, high=2.0) -> Tensor:
+    return low + (high - low) * torch.rand(batch, generator=generator)
+
+
+def column(values: Tensor, like: Tensor) -> Tensor:
+    return values.reshape(-1, *[1] * (like.dim() - 1))
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+# Networks ----------------------------------------------------------------------------------------------------------------
+
+
+def randomised(network: nn.Module, seed: int, scale: float = 1.0) -> nn.Module:
+    """Every weight random, so that no two networks are equal by accident (zero-initialised last layers make them so)."""
+    generator = seeded(seed)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            fan_in = parameter[0].numel() if parameter.dim() > 1 else 4
+            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator) / math.sqrt(fan_in))
+    return network
+
+
+class Mlp(nn.Module):
+    """network(x, t, cond) on (B, d), with or without labels."""
+
+    def __init__(self, dimension: int = 3, seed: int = 0, classes: int = 0, width: int = 16) -> None:
+        super().__init__()
+        self.first = nn.Linear(dimension + 1, width)
+        self.last = nn.Linear(width, dimension)
+        self.label = nn.Embedding(classes, width) if classes else None
+        randomised(self, seed)
+
+    def forward(self, x, t, cond=None):
+        hidden = self.first(torch.cat([x, t[:, None].to(x.dtype)], dim=1))
+        if self.label is not None:
+            hidden = hidden + self.label(cond["label"] if isinstance(cond, dict) else cond)
+        return self.last(torch.tanh(hidden))

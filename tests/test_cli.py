@@ -1,0 +1,166 @@
+"""The command line: as a process where that matters, in this process where only words and exit codes do."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from emd_fast import checkpoint, cli
+
+TINY = (
+    "--steps=4 --batch-size=16 --langevin-steps=2 --student-warmup=0 --samples=50 --log-every=2 "
+    "--mixture.generator-width=8 --mixture.student-width 8"
+).split()
+
+
+def emd_fast(*words, **options):
+    return subprocess.run(
+        [sys.executable, "-m", "emd_fast", *map(str, words)], capture_output=True, text=True, timeout=300, **options
+    )
+
+
+@pytest.fixture
+def call(capsys, monkeypatch, tmp_path):
+    """The command line in this process, in an empty folder: (exit code, stdout, stderr)."""
+
+    def run(*words):
+        monkeypatch.chdir(tmp_path)
+        try:
+            code = cli.main([str(word) for word in words])
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def gmm(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "gmm"
+    done = emd_fast("distill", "gmm", "--out", folder, *TINY)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(folder / "report.md")
+    return folder
+
+
+def test_distill_shows_plain_lines_where_there_is_no_terminal(gmm):
+    again = emd_fast("distill", "gmm", "--out", gmm, *TINY, "--steps=6")
+    assert again.returncode == 0
+    assert "resuming" in again.stderr and "distil 6/6" in again.stderr and "\r" not in again.stderr
+
+
+def test_sample_writes_points_and_tensors(gmm, call, tmp_path):
+    for name in ("points.png", "points.pt"):
+        assert call("sample", gmm, "-n", 7, "--out", tmp_path / name)[0] == 0
+    assert (tmp_path / "points.png").read_bytes().startswith(b"\x89PNG")
+    assert torch.load(tmp_path / "points.pt").shape == (7, 2)
+
+
+def test_evaluate_writes_the_metrics_again(gmm, call):
+    before = json.loads((gmm / "metrics.json").read_text())
+    (gmm / "metrics.json").unlink()
+    code, out, _ = call("evaluate", gmm)
+    assert code == 0
+    assert json.loads(out)["frechet"] == json.loads((gmm / "metrics.json").read_text())["frechet"]
+    assert json.loads(out)["frechet"]["teacher"] == before["frechet"]["teacher"]
+
+
+def test_info_names_every_op_and_its_backend(call):
+    facts = json.loads(call("info", "--json")[1])
+    assert facts["torch"] == torch.__version__
+    assert {"langevin_eps", "group_norm", "normal"} <= facts["ops"].keys()
+    assert facts["ops"]["langevin_eps"]["cuda"]["reason"]
+    assert "langevin_eps" in call("info")[1]
+
+
+def test_an_apex_that_is_not_nvidias_is_told_apart(call, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    package = tmp_path / "site" / "apex"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    assert "not NVIDIA's apex" in call("info")[1]
+    (package / "optimizers").mkdir()
+    (package / "optimizers" / "fused_adam.py").write_text("")
+    assert "apex         NVIDIA's" in call("info")[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["distil", "digits"], "did you mean 'distill'"),
+        (["distill", "digit"], "did you mean 'digits'"),
+        (["distill", "gmm", "--gama-z", "0.1"], "did you mean --gamma-z"),
+        (["distill", "gmm", "--gamma-z"], "needs a value"),
+        (["distill", "gmm", "--gamma-z", "2"], "gamma_z must be in [0, 1)"),
+        (["distill", "gmm", "--langevin-steps", "0"], "langevin_steps"),
+        (["distill", "gmm", "--steps", "many"], "steps must be int"),
+        (["distill", "gmm", "--weighting", "sgima2"], "did you mean 'sigma2'"),
+        (["sample", "x", "--out", "y.png", "--wat"], "unknown option '--wat'"),
+        (["sample", "x", "--out", "y.jpeg"], ".png or .pt"),
+        ([], "COMMAND"),
+    ],
+)
+def test_a_wrong_word_is_a_usage_error_in_one_line(call, words, said, tmp_path):
+    code, _, err = call(*words)
+    assert code == 2, err
+    assert said in err
+    assert len(err.strip().splitlines()) <= 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_usage_error_is_no_traceback_of_the_process():
+    done = emd_fast("distill", "gmm", "--gama-z", "0.1")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+
+
+def test_other_failures_are_one_line_and_exit_code_1(gmm, call, tmp_path):
+    checks = {
+        "is not the folder of a run": ["evaluate", tmp_path],
+        "cannot write the run folder": ["distill", "gmm", "--out", gmm / "config.toml" / "x", *TINY],
+        "choose another --out": ["distill", "gmm", "--out", gmm, *TINY, "--gamma-eps", "0.3"],
+    }
+    for said, words in checks.items():
+        code, _, err = call(*words)
+        assert code == 1, err
+        assert said in err and len(err.strip().splitlines()) == 1
+
+
+def test_help_has_examples_and_units(call):
+    assert "emd-fast distill digits" in call("--help")[1]
+    told = call("distill", "--help")[1]
+    assert "--emd.gamma-z" in told and "units:" in told and "examples:" in told
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_it_saves_says_so_and_exits_with_the_usual_code(tmp_path, number, code):
+    folder = tmp_path / "run"
+    words = ["distill", "gmm", "--out", str(folder), *TINY, "--steps=100000", "--save-every=100000"]
+    process = subprocess.Popen([sys.executable, "-m", "emd_fast", *words], stderr=subprocess.PIPE, text=True)
+    log = folder / "log.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == code, said
+    assert "saved" in said and "Traceback" not in said
+    (path,) = checkpoint.found(folder / "checkpoints")
+    assert checkpoint.load(path)["step"] >= 2
+
+
+def test_importing_the_library_imports_nothing_optional():
+    script = (
+        "import sys, torch; before = set(sys.modules); import emd_fast; new = set(sys.modules) - before\n"
+        "bad = [m for m in new if m.split('.')[0] in ('triton', 'sklearn', 'diffusers', 'matplotlib', 'PIL', 'scipy',"
+        " 'tqdm', 'xformers', 'apex', 'transformers')]\n"
+        "assert not bad, bad\n"
+        "assert 'torch._dynamo' not in new and 'torch._inductor' not in new"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

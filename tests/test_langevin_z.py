@@ -1,0 +1,107 @@
+import pytest
+import torch
+from helpers import (
+    LAYOUTS, NOISE_ERROR, assert_as_good_as_eager, assert_same, column, draw, dtypes, layouts, normals, per_sample,
+    seeded, seeds, shapes,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+from emd_fast import Noise, ops
+
+
+def formula(z, z_grad, gamma, m):
+    return z + gamma * (z_grad - z) + (2 * gamma) ** 0.5 * m
+
+
+def check(z, z_grad, step_size, where, substep=0):
+    result = z.clone()
+    before = z_grad.clone()
+    assert ops.langevin_z(result, z_grad, step_size=step_size, noise=Noise(**where), substep=substep) is None
+    m = normals(tuple(z.shape), stream=3, substep=substep, **where)
+    gamma = column(step_size, z) if isinstance(step_size, torch.Tensor) else torch.tensor(step_size).float()
+    exact = formula(z.double(), z_grad.double(), gamma.double(), m)
+    # sqrt(2 gamma) is at most 1.42
+    assert_as_good_as_eager(result, exact, formula(z, z_grad, gamma, m.float()), more=1.42 * NOISE_ERROR)
+    assert_same(z_grad, before)
+
+
+@given(
+    shape=shapes(), dtype=dtypes, layout=layouts, by_sample=st.booleans(), substep=st.sampled_from([0, 3, 65535]),
+    seed=seeds,
+)  # fmt: skip
+def test_against_float64(backend, shape, dtype, layout, by_sample, substep, seed):
+    g = seeded(seed)
+    step_size = per_sample(shape[0], g, 0.0, 1.0) if by_sample else torch.rand((), generator=g).item()
+    z_grad = draw(shape, g, dtype, layout, scale=10)
+    check(draw(shape, g), z_grad, step_size, {"seed": seed, "step": 2, "first_sample": 4}, substep)
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "channels_last"])
+def test_large_and_strided(backend, layout):
+    g = seeded(0)
+    check(draw((3, 5, 33, 31), g), draw((3, 5, 33, 31), g, torch.float16, layout), 0.1, {"seed": 1})
+
+
+@pytest.mark.parametrize("step_size", [0, 1, 0.0, 1.0])
+def test_ends_of_the_step_size(backend, step_size):
+    g = seeded(0)
+    check(draw((2, 9), g), draw((2, 9), g), step_size, {"seed": 1})
+
+
+def test_a_step_of_zero_changes_nothing(backend):
+    z = torch.randn(3, 7)
+    before = z.clone()
+    ops.langevin_z(z, torch.randn(3, 7), step_size=torch.tensor([0.0, 0.5, 0.0]), noise=Noise(0))
+    assert torch.equal(z[0], before[0]) and torch.equal(z[2], before[2]) and not (z[1] == before[1]).any()
+
+
+def test_a_split_batch_is_the_whole(backend):
+    z, z_grad = torch.randn(5, 6), torch.randn(5, 6)
+    first, second = z[:2].clone(), z[2:].clone()
+    ops.langevin_z(first, z_grad[:2], step_size=0.1, noise=Noise(0, first_sample=7))
+    ops.langevin_z(second, z_grad[2:], step_size=0.1, noise=Noise(0, first_sample=9))
+    ops.langevin_z(z, z_grad, step_size=0.1, noise=Noise(0, first_sample=7))
+    assert torch.equal(torch.cat([first, second]), z)
+
+
+BAD = {
+    "z bfloat16": ({"z": lambda: torch.ones(2, 3).bfloat16()}, TypeError, "z"),
+    "z not contiguous": ({"z": lambda: torch.ones(3, 2).T}, ValueError, "z"),
+    "z requires grad": ({"z": lambda: torch.ones(2, 3, requires_grad=True)}, ValueError, "z"),
+    "z None": ({"z": lambda: None}, TypeError, "z"),
+    "z_grad shape": ({"z_grad": lambda: torch.ones(2, 2)}, ValueError, "z_grad"),
+    "z_grad float64": ({"z_grad": lambda: torch.ones(2, 3).double()}, TypeError, "z_grad"),
+    "z_grad meta": ({"z_grad": lambda: torch.ones(2, 3, device="meta")}, ValueError, "z_grad"),
+    "z_grad None": ({"z_grad": lambda: None}, TypeError, "z_grad"),
+    "step size negative": ({"step_size": lambda: -1e-9}, ValueError, "step_size"),
+    "step size NaN": ({"step_size": lambda: float("nan")}, ValueError, "step_size"),
+    "step sizes shape": ({"step_size": lambda: torch.ones(2, 1)}, ValueError, "step_size"),
+    "step sizes NaN": ({"step_size": lambda: torch.tensor([float("nan"), 0.1])}, ValueError, "step_size"),
+    "step sizes meta": ({"step_size": lambda: torch.ones(2, device="meta")}, ValueError, "step_size"),
+    "noise": ({"noise": lambda: None}, TypeError, "noise"),
+    "noise meta": ({"noise": lambda: Noise(0, device="meta")}, ValueError, "noise"),
+    "substep": ({"substep": lambda: -1}, ValueError, "substep"),
+    "substep text": ({"substep": lambda: "1"}, TypeError, "substep"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_named_and_nothing_is_written(backend, name):
+    changed, error, named = BAD[name]
+    z = torch.full((2, 3), 2.0)
+    given = {"z": z, "z_grad": torch.ones(2, 3), "step_size": 0.1, "noise": Noise(0)}
+    given |= {key: make() for key, make in changed.items()}
+    with pytest.raises(error, match=named):
+        ops.langevin_z(given.pop("z"), given.pop("z_grad"), **given)
+    assert bool((z == 2).all())
+
+
+def test_overlapping_memory_is_refused(backend):
+    memory = torch.ones(6)
+    for z_grad in (memory[:4], memory[3:], memory[1:2].expand(4)):
+        with pytest.raises(ValueError, match="overlap"):
+            ops.langevin_z(memory[:4], z_grad.expand(4) if len(z_grad) == 4 else memory[2:], step_size=0.1, noise=Noise(0))
+    with pytest.raises(ValueError, match="overlap"):
+        ops.langevin_z(memory[:2], memory[2:4], step_size=memory[1:3], noise=Noise(0))
+    assert bool((memory == 1).all())

@@ -1,0 +1,121 @@
+import pytest
+import torch
+from helpers import (
+    assert_as_good_as_eager, column, draw, dtypes, layouts, per_sample, seeded, seeds, shapes,
+)
+from hypothesis import given
+
+import emd_fast
+from emd_fast import ops
+
+
+def regression(generated, drift, alpha, sigma, weight):
+    """Section 1 read literally, in float64: weight / 2 mean((alpha g - target)^2 / sigma^2), the target fixed."""
+    g, d = generated.double(), drift.double()
+    a, s = column(alpha.double(), g), column(sigma.double(), g)
+    target = (a * g + s * d).detach()
+    squares = ((a * g - target) / s).square().reshape(len(g), -1)
+    return weight.double() / 2 * squares.mean(1)
+
+
+def case(shape, g, dtype=torch.float32, layout="contiguous", scale=1.0):
+    return (
+        draw(shape, g, dtype, layout), draw(shape, g, scale=scale),
+        *(per_sample(shape[0], g, 0.01, 1.0) for _ in range(3)),
+    )  # fmt: skip
+
+
+def eager_value(drift, weight):
+    return weight / 2 * drift.square().reshape(len(drift), -1).mean(1)
+
+
+@given(shape=shapes(), dtype=dtypes, layout=layouts, seed=seeds)
+def test_value_and_gradient_against_the_regression(backend, shape, dtype, layout, seed):
+    g = seeded(seed)
+    generated, drift, alpha, sigma, weight = case(shape, g, dtype, layout)
+    generated = generated.detach().requires_grad_()
+    loss = ops.m_step_loss(generated, drift, alpha, sigma, weight)
+    assert loss.dtype == torch.float32 and loss.shape == shape[:1]
+    cotangent = torch.randn(shape[0], generator=g)
+    (grad,) = torch.autograd.grad(loss, generated, cotangent)
+    assert grad.dtype == dtype and grad.shape == shape
+
+    wide = generated.detach().double().requires_grad_()
+    exact = regression(wide, drift, alpha, sigma, weight)
+    # Of the regression itself a little is lost even in float64, of the size of 1e-16 / sigma^2.
+    assert_as_good_as_eager(loss, exact.detach(), eager_value(drift, weight))
+    (exact_grad,) = torch.autograd.grad(exact, wide, cotangent.double())
+    n = max(drift[0].numel() if len(drift) else 1, 1)
+    eager_grad = (column(-cotangent * weight * (alpha / sigma) / n, drift) * drift).to(dtype)
+    assert_as_good_as_eager(grad, exact_grad, eager_grad)
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 33, 31), (2, 3, 128, 128)])
+def test_large(backend, shape):
+    drift, weight = draw(shape, seeded(0), scale=30) + 5, torch.rand(shape[0])
+    loss = ops.m_step_loss(torch.zeros(shape), drift, torch.ones(shape[0]), torch.ones(shape[0]), weight)
+    assert_as_good_as_eager(loss, eager_value(drift.double(), weight.double()), eager_value(drift, weight))
+
+
+def test_small_noise_loses_nothing(backend):
+    """alpha g is 1, sigma drift 1e-9: their float32 sum is 1, and the difference that the formula avoids is 0."""
+    x = torch.ones(1, 4, requires_grad=True)
+    drift, one = torch.full((1, 4), 1e-6), torch.ones(1)
+    ops.m_step_loss(x, drift, one, torch.tensor([1e-3]), one).sum().backward()
+    assert torch.allclose(x.grad, torch.full((1, 4), -1e-6 * 1e3 / 4), rtol=1e-5)
+
+
+def test_zero_drift_gives_exactly_no_loss_and_no_gradient(backend):
+    x = torch.randn(3, 7, requires_grad=True)
+    loss = ops.m_step_loss(x, torch.zeros(3, 7), torch.ones(3), torch.full((3,), 0.01), torch.ones(3))
+    loss.sum().backward()
+    assert not loss.any() and not x.grad.any()
+
+
+def test_gradient_of_a_channels_last_input_and_an_expanded_cotangent(backend):
+    x = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last).requires_grad_()
+    drift, one = torch.randn(2, 3, 4, 5), torch.ones(2)
+    ops.m_step_loss(x, drift, one, one, one).mean().backward()
+    assert torch.allclose(x.grad, -drift / 60 / 2)
+
+
+def test_no_gradient_is_computed_where_none_is_asked(backend):
+    assert not ops.m_step_loss(torch.ones(2, 3), torch.ones(2, 3), *[torch.ones(2)] * 3).requires_grad
+
+
+@pytest.mark.parametrize("shape", [(3, 0), (2, 0, 4)])
+def test_samples_without_elements_agree_between_backends(shape):
+    results = []
+    for name in ("reference", "auto"):
+        with emd_fast.use_backend(name):
+            results.append(ops.m_step_loss(torch.empty(shape), torch.empty(shape), *[torch.ones(shape[0])] * 3))
+    assert torch.equal(results[0].isnan(), results[1].isnan())
+
+
+ONE, X = torch.ones(2), torch.ones(2, 3)
+BAD = [
+    ({"generated": X.double()}, TypeError, "generated"),
+    ({"generated": None}, TypeError, "generated"),
+    ({"generated": torch.tensor(1.0)}, ValueError, "generated"),
+    ({"drift": torch.ones(2, 4)}, ValueError, "drift"),
+    ({"drift": X.half()}, TypeError, "drift"),
+    ({"drift": torch.ones(3, 2).T}, ValueError, "drift"),
+    ({"drift": X.clone().requires_grad_()}, ValueError, "drift"),
+    ({"drift": X.to("meta")}, ValueError, "drift"),
+    ({"alpha": torch.ones(3)}, ValueError, "alpha"),
+    ({"alpha": 1.0}, TypeError, "alpha"),
+    ({"sigma": torch.zeros(2)}, ValueError, "sigma"),
+    ({"sigma": -ONE}, ValueError, "sigma"),
+    ({"sigma": ONE.bfloat16()}, TypeError, "sigma"),
+    ({"weight": torch.tensor([1.0, float("nan")])}, ValueError, "weight"),
+    ({"weight": torch.ones(2, 1)}, ValueError, "weight"),
+    ({"weight": ONE.clone().requires_grad_()}, ValueError, "weight"),
+    ({"weight": ONE.to("meta")}, ValueError, "weight"),
+]
+
+
+@pytest.mark.parametrize(("changed", "error", "named"), BAD)
+def test_bad_input(backend, changed, error, named):
+    given = {"generated": X, "drift": X, "alpha": ONE, "sigma": ONE, "weight": ONE, **changed}
+    with pytest.raises(error, match=named):
+        ops.m_step_loss(**given)

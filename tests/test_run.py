@@ -1,0 +1,192 @@
+"""A run in its folder, in this process; the command line as a process is in test_cli.py."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import threading
+
+import pytest
+import torch
+
+from emd_fast import checkpoint, config, journal, run, study
+from emd_fast.checkpoint import CheckpointError
+from emd_fast.em import score_difference
+from emd_fast.trainer import Diverged
+
+TINY = {
+    "emd.steps": 6,
+    "emd.batch_size": 16,
+    "emd.langevin_steps": 2,
+    "emd.student_warmup": 2,
+    "log_every": 2,
+    "save_every": 2,
+    "samples": 50,
+    "mixture.generator_width": 8,
+    "mixture.student_width": 8,
+}
+
+
+def settings(**changes):
+    return config.load("gmm", {**TINY, **{key.replace("__", "."): value for key, value in changes.items()}})
+
+
+def weights(folder, step=6):
+    return checkpoint.load(checkpoint.path_of(folder / "checkpoints", step))["generator"]
+
+
+def assert_same(first, second):
+    assert first.keys() == second.keys() and all(torch.equal(value, second[key]) for key, value in first.items())
+
+
+def test_a_run_leaves_the_promised_folder(tmp_path):
+    metrics = run.distill(settings(), tmp_path)
+    for name in ("config.toml", "log.jsonl", "metrics.json", "report.md", "samples/points.png"):
+        assert (tmp_path / name).stat().st_size > 0, name
+    assert config.load(str(tmp_path / "config.toml")) == settings()
+    assert [row["step"] for row in journal.read(tmp_path / "log.jsonl")] == [2, 4, 6]
+    assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
+    assert set(metrics["frechet"]) == {"real", "teacher", "init", "student"}
+    assert set(metrics["seconds"]) == {"teacher", "distil", "evaluate"}
+    assert [path.name for path in checkpoint.found(tmp_path / "checkpoints")] == ["step-00000004.pt", "step-00000006.pt"]
+    assert not [name for name in os.listdir(tmp_path) if name.endswith(".tmp")]
+
+
+def test_a_finished_run_says_so_and_trains_nothing(tmp_path, capsys, monkeypatch):
+    metrics = run.distill(settings(), tmp_path)
+    monkeypatch.setattr(run.EMDTrainer, "step", lambda self: pytest.fail("a finished run trained on"))
+    assert run.distill(settings(), tmp_path) == metrics
+    assert "is finished: 6 steps" in capsys.readouterr().err
+
+
+def test_more_steps_go_on_from_a_finished_run(tmp_path, capsys):
+    run.distill(settings(emd__steps=2), tmp_path / "legs")
+    run.distill(settings(), tmp_path / "legs")
+    assert "resuming" in capsys.readouterr().err
+    run.distill(settings(), tmp_path / "whole")
+    assert_same(weights(tmp_path / "legs"), weights(tmp_path / "whole"))
+    legs, whole = (journal.read(tmp_path / name / "log.jsonl") for name in ("legs", "whole"))
+    assert [row["drift_rms"] for row in legs] == [row["drift_rms"] for row in whole]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_stops_and_the_run_goes_on_bit_for_bit(tmp_path, monkeypatch, number):
+    step = run.EMDTrainer.step
+
+    def interrupted(self, cond=None):
+        if self.steps_done == 2:
+            os.kill(os.getpid(), number)
+        return step(self, cond)
+
+    monkeypatch.setattr(run.EMDTrainer, "step", interrupted)
+    with pytest.raises(run.Interrupted) as stop:
+        run.distill(settings(save_every=100), tmp_path / "legs")
+    assert stop.value.exit_code == 128 + number
+    assert not (tmp_path / "legs" / "metrics.json").exists()
+    monkeypatch.undo()
+    run.distill(settings(save_every=100), tmp_path / "legs")
+    run.distill(settings(save_every=100), tmp_path / "whole")
+    assert_same(weights(tmp_path / "legs"), weights(tmp_path / "whole"))
+
+
+def test_signals_work_again_as_before_after_a_run(tmp_path):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    run.distill(settings(emd__steps=2), tmp_path)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_a_run_works_outside_of_the_main_thread(tmp_path):
+    failures = []
+
+    def work():
+        try:
+            run.distill(settings(emd__steps=2), tmp_path)
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert not failures
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(tmp_path, capsys):
+    run.distill(settings(), tmp_path / "damaged")
+    run.distill(settings(emd__steps=8), tmp_path / "whole")
+    last = checkpoint.path_of(tmp_path / "damaged" / "checkpoints", 6)
+    last.write_bytes(last.read_bytes()[:500])
+    run.distill(settings(emd__steps=8), tmp_path / "damaged")
+    said = capsys.readouterr().err
+    assert "step-00000006.pt is truncated, damaged" in said and "at step 4 of 8" in said
+    assert_same(weights(tmp_path / "damaged", 8), weights(tmp_path / "whole", 8))
+
+
+def test_when_no_checkpoint_can_be_read_nothing_is_overwritten(tmp_path):
+    run.distill(settings(emd__steps=2), tmp_path)
+    path = checkpoint.path_of(tmp_path / "checkpoints", 2)
+    path.write_bytes(b"gone")
+    with pytest.raises(CheckpointError, match="delete them to start over"):
+        run.distill(settings(), tmp_path)
+    assert path.read_bytes() == b"gone"
+
+
+def test_another_configuration_in_the_same_folder_is_refused(tmp_path):
+    run.distill(settings(emd__steps=2), tmp_path)
+    before = (tmp_path / "config.toml").read_text()
+    with pytest.raises(run.RunError, match=r"emd\.gamma_eps = 0\.16, not 0\.2"):
+        run.distill(settings(emd__gamma_eps=0.2), tmp_path)
+    assert (tmp_path / "config.toml").read_text() == before
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(run.RunError, match="cannot write the run folder"):
+        run.distill(settings(), tmp_path / "file" / "run")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_run_that_diverges_ends_with_a_report(tmp_path, monkeypatch):
+    at = score_difference.ScoreDifference.outputs
+    monkeypatch.setattr(
+        score_difference.ScoreDifference, "outputs", lambda self, x: [F * math.nan for F in at(self, x)]
+    )
+    with pytest.raises(Diverged, match="z"):
+        run.distill(settings(), tmp_path)
+    report = (tmp_path / "report.md").read_text()
+    assert "stopped" in report and "gamma_z" in report
+    assert not (tmp_path / "metrics.json").exists()
+    state = checkpoint.found(tmp_path / "checkpoints")
+    assert all(torch.isfinite(v).all() for path in state for v in checkpoint.load(path)["generator"].values())
+
+
+def test_rows_after_the_checkpoint_are_taken_out_of_the_log(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 2, "x": 1}\n{"step": 4, "x": 1}\n{"step": 6, "x"')
+    log = journal.Journal(tmp_path, 3)
+    log.write({"step": 5, "x": 2})
+    log.close()
+    assert [row["step"] for row in journal.read(path)] == [2, 5]
+
+
+def test_a_logger_that_is_not_installed_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    with pytest.raises(ModuleNotFoundError, match=r"emd_fast\[log\]"):
+        journal.Journal(tmp_path, 0, ("wandb",))
+
+
+def test_a_study_spends_the_same_on_every_variant():
+    variants = study._mixture(config.load("gmm"))
+    spent = [variant.settings.emd.steps * study.passes(variant.settings.emd) for variant in variants]
+    assert max(spent) / min(spent) < 1.02
+    assert {variant.settings.emd.objective for variant in variants} == {"vsd", "emd"}
+
+
+def test_a_study_writes_its_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "_mixture", lambda s: [study.Variant("A", s), study.Variant("B", s)])
+    path = study.conduct(settings(emd__steps=2), tmp_path)
+    lines = path.read_text().splitlines()
+    assert [line.split(" | ")[0] for line in lines[-2:]] == ["| A", "| B"] and "±" in lines[-1]
+    rows = json.loads((tmp_path / "study.json").read_text())
+    assert len(rows["A"]) == 5 and len({row["frechet"] for row in rows["A"]}) == 5
