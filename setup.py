@@ -63,7 +63,7 @@ def first_error(output: str) -> str | None:
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     for i, line in enumerate(lines):
         if line.startswith("CMake Error") and line.endswith(":"):  # what it has to say follows
-            return " ".join(lines[i + 1 : i + 3])
+            return " ".join(lines[i + 1 : i + 4])
         if "error" in line.lower():
             return line
     return None
@@ -94,7 +94,15 @@ def compile_extension(source: Path, build: Path, output: Path, torch: dict[str, 
     if ninja:
         definitions["CMAKE_MAKE_PROGRAM"] = ninja
     generator = ["-G", "Ninja" if ninja else "Unix Makefiles"]
-    configure = [cmake, "-S", str(source), "-B", str(build), *generator, *(f"-D{k}={v}" for k, v in definitions.items())]
+    configure = [
+        cmake,
+        "-S",
+        str(source),
+        "-B",
+        str(build),
+        *generator,
+        *(f"-D{k}={v}" for k, v in definitions.items()),
+    ]
     try:
         run(configure, "the configuration by cmake")
     except NotBuilt:

@@ -25,16 +25,16 @@ def problems(doc: Path) -> list[str]:
     for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
         if not link.startswith("http") and not (doc.parent / link).exists():
             found.append(f"{name}: the link {link} leads nowhere")
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
-    for line in re.findall(r"^    make (.*?)(?:\s{2,}.*)?(?:#.*)?$", text, re.M):
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for line in re.findall(r"^    make (.*?)(?:\s{2,}.*)?(?:#.*)?$", text, re.MULTILINE):
         for target in re.sub(r"'[^']*'|\S+='[^']*'|\S+=\S*", "", line).split():
             if target not in targets:
                 found.append(f"{name}: there is no target {target!r} in the Makefile")
-    for command in sorted(set(re.findall(r"^    emd-fast (\w+)", text, re.M))):
+    for command in sorted(set(re.findall(r"^    emd-fast (\w+)", text, re.MULTILINE))):
         done = subprocess.run([sys.executable, "-m", "emd_fast", command, "--help"], capture_output=True)
         if done.returncode:
             found.append(f"{name}: there is no command emd-fast {command}")
-    for example in re.findall(r"^```python\n(.*?)^```", text, re.M | re.S):
+    for example in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
         done = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True)
         if done.returncode:
             found.append(f"{name}: the example fails: {done.stderr.strip().splitlines()[-1]}")

@@ -21,7 +21,7 @@ class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written or read: one line that names the file and the remedy."""
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Writes to a temporary name beside `path`, then renames: a crash or a full disk leaves what was there.
 
     Raises:
@@ -50,7 +50,9 @@ def save(path: str | Path, state: dict[str, Any]) -> None:
         write_whole(path, lambda file: torch.save({"format": _FORMAT, "version": _VERSION, **state}, file))
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
-        raise CheckpointError(f"cannot write the checkpoint {path}: {reason}; what was there before is intact") from error
+        raise CheckpointError(
+            f"cannot write the checkpoint {path}: {reason}; what was there before is intact"
+        ) from error
 
 
 def load(path: str | Path) -> dict[str, Any]:

@@ -89,8 +89,8 @@ def _keys() -> str:
                 default = config.to_dict(default) if dataclasses.is_dataclass(default) else default
                 lines.append(f"  --{name.replace('_', '-'):34} {default}")
     lines += [
-        "units: t-star in the schedule's t (sigma for EDM); time distributions in sigma / alpha; step sizes a number or",
-        "pairs, as in --gamma-z '[[0.05, 1e-4], [0.5, 0.01]]'; steps are optimizer steps of the generator.",
+        "units: t-star in the schedule's t (sigma for EDM); time distributions in sigma / alpha; step sizes a number",
+        "or pairs, as in --gamma-z '[[0.05, 1e-4], [0.5, 0.01]]'; steps are optimizer steps of the generator.",
         "examples: emd-fast distill digits --langevin-steps 8 --seed 1 --out runs/k8",
         "          emd-fast distill digits --noise-cancellation false --teacher.steps 1000 --out runs/noisy",
     ]
@@ -239,7 +239,12 @@ def _info(options: argparse.Namespace, rest: Sequence[str]) -> int:
     print(f"\n{'op':22} {'cpu tensors':12} {'cuda tensors':12}")
     for op, by_device in report.items():
         print(f"{op:22} {by_device['cpu']['backend']:12} {by_device['cuda']['backend']:12}")
-    reasons = {f"{device}: {row['reason']}" for by_device in report.values() for device, row in by_device.items() if row["reason"]}
+    reasons = {
+        f"{device}: {row['reason']}"
+        for by_device in report.values()
+        for device, row in by_device.items()
+        if row["reason"]
+    }
     print("\nwhy not a faster backend:", *(sorted(reasons) or ["every op has its fastest"]), sep="\n  ")
     return 0
 

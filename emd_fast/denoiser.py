@@ -139,7 +139,7 @@ class Denoiser(nn.Module):
         t = torch.linspace(low, high, 17)
         if self._form.holds(self.schedule.alpha(t), self.schedule.sigma(t)).abs().max() > 1e-4:
             raise ValueError(
-                f"parametrization {self.parametrization!r} needs {self._form.needs}: {self.schedule!r} is another schedule"
+                f"parametrization {self.parametrization!r} needs {self._form.needs}, which {self.schedule!r} has not"
             )
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Condition = None) -> Tensor:
@@ -184,9 +184,7 @@ class Denoiser(nn.Module):
         w = column(guidance, x_t) if isinstance(guidance, Tensor) else guidance
         return unconditional + w * (conditional - unconditional)
 
-    def denoise(
-        self, x_t: Tensor, t: Tensor, cond: Condition = None, guidance: float | Tensor | None = None
-    ) -> Tensor:
+    def denoise(self, x_t: Tensor, t: Tensor, cond: Condition = None, guidance: float | Tensor | None = None) -> Tensor:
         """D = c_skip x_t + c_out F, float32."""
         c_skip, c_out = self.coefficients(t)
         return column(c_skip, x_t) * x_t + column(c_out, x_t) * self.guided(x_t, t, cond, guidance)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import copy
+from typing import Generic, TypeVar
 
 import torch
 from torch import nn
 
+Module = TypeVar("Module", bound=nn.Module)
 
-class EMA:
+
+class EMA(Generic[Module]):
     """A copy of `module` whose floating weights follow it: average = d average + (1 - d) weights.
 
     The decay d is warmed up as min(decay, (1 + step) / (10 + step)), so that a short run is not held by its start.
     """
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
+    def __init__(self, module: Module, decay: float) -> None:
         self.decay = decay
         self.module = copy.deepcopy(module).requires_grad_(False)
 

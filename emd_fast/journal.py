@@ -31,11 +31,13 @@ class Journal:
         ModuleNotFoundError: a sink that is not installed, with the extra that brings it.
     """
 
-    def __init__(self, folder: Path, step: int, sinks: tuple[str, ...] = (), config: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, folder: Path, step: int, sinks: tuple[str, ...] = (), config: dict[str, Any] | None = None
+    ) -> None:
         self.path = folder / "log.jsonl"
         kept = [row for row in read(self.path) if row["step"] <= step]
         write_whole(self.path, lambda file: file.write("".join(json.dumps(row) + "\n" for row in kept).encode()))
-        self._file = open(self.path, "a", buffering=1)  # noqa: SIM115 - closed by close()
+        self._file = open(self.path, "a", buffering=1)  # closed by close()
         self._sinks = [_SINKS[name](folder, config or {}) for name in sinks]
 
     def write(self, row: dict[str, float]) -> None:
@@ -80,7 +82,7 @@ class _WandB:
         self._run.finish()
 
 
-_SINKS = {"tensorboard": _TensorBoard, "wandb": _WandB}
+_SINKS: dict[str, type[_TensorBoard | _WandB]] = {"tensorboard": _TensorBoard, "wandb": _WandB}
 
 
 def _missing(name: str, error: ModuleNotFoundError) -> ModuleNotFoundError:

@@ -81,7 +81,9 @@ class Noise:
 
     def __repr__(self) -> str:
         seed, step, first_sample, substep = self.state.tolist()
-        return f"Noise(seed={seed}, step={step}, first_sample={first_sample}, substep={substep}, device='{self.device}')"
+        return (
+            f"Noise(seed={seed}, step={step}, first_sample={first_sample}, substep={substep}, device='{self.device}')"
+        )
 
 
 def _check(name: str, value: int) -> None:

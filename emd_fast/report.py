@@ -326,7 +326,7 @@ def _metrics(path: Path) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(metrics, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(metrics).__name__}")  # noqa: TRY004
+        raise ValueError(f"{path} must hold a JSON object, got {type(metrics).__name__}")
     return metrics
 
 

@@ -22,7 +22,7 @@ from emd_fast.checkpoint import CheckpointError
 from emd_fast.config import RunConfig, to_dict
 from emd_fast.denoiser import Denoiser
 from emd_fast.progress import Progress, say
-from emd_fast.tasks import OnStep, Task, task_of
+from emd_fast.tasks import Task, task_of
 from emd_fast.trainer import MAY_CHANGE, Diverged, EMDTrainer, check_health
 
 _MAY_CHANGE = {*(f"emd.{name}" for name in MAY_CHANGE), "log_every", "save_every", "keep_checkpoints", "samples"}
@@ -47,7 +47,9 @@ def stop_on_signals() -> Iterator[Callable[[], bool]]:
         yield lambda: False
         return
     caught: list[int] = []
-    previous = {number: signal.signal(number, lambda n, _: caught.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {
+        number: signal.signal(number, lambda n, _: caught.append(n)) for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield lambda: bool(caught)
     finally:
@@ -188,7 +190,9 @@ def _latest(settings: RunConfig, folder: Path, task: Task, teacher: Denoiser) ->
         say(f"resuming {folder} at step {trainer.steps_done} of {settings.emd.steps}")
         return trainer
     if paths:
-        raise CheckpointError(f"none of the checkpoints in {folder / 'checkpoints'} can be read; delete them to start over")
+        raise CheckpointError(
+            f"none of the checkpoints in {folder / 'checkpoints'} can be read; delete them to start over"
+        )
     return EMDTrainer(teacher, settings.emd, *task.make_networks())
 
 

@@ -48,7 +48,12 @@ def conduct(settings: RunConfig, folder: Path) -> Path:
             metrics = run.distill(dataclasses.replace(variant.settings, emd=emd), own)
             results.setdefault(variant.name, []).append({**_numbers(metrics), **_spread(own)})
     write_whole(folder / "study.json", lambda file: file.write(json.dumps(results, indent=1).encode()))
-    lines = [f"# {'Digits' if settings.task == 'digits' else 'A mixture'}: the study", "", _question(settings, seeds), ""]
+    lines = [
+        f"# {'Digits' if settings.task == 'digits' else 'A mixture'}: the study",
+        "",
+        _question(settings, seeds),
+        "",
+    ]
     text = "\n".join([*lines, _table(results), ""])
     write_whole(folder / "study.md", lambda file: file.write(text.encode()))
     return folder / "study.md"
@@ -81,7 +86,7 @@ def _mixture(settings: RunConfig) -> list[Variant]:
 
 
 def passes(config: EMDConfig) -> int:
-    """Network evaluations in one optimizer step, in forward passes; a backward pass counts 1 to the input, 2 in full."""
+    """Network passes in one optimizer step: a forward pass is 1, a backward pass 1 to the input and 2 in full."""
     student_step = 1 + 1 + 2
     langevin_step = 3 if config.objective == "vsd" else 4
     m_step = 1 + 2
@@ -117,7 +122,7 @@ def _question(settings: RunConfig, seeds: int) -> str:
             "spread of the seeds say nothing."
         )
     return (
-        f"Whether Langevin steps help to cover a mixture: {seeds} seeds each, exact teacher score. Every variant spends "
+        f"Whether Langevin steps help to cover a mixture: {seeds} seeds each, exact teacher score. Each variant spends "
         f"{settings.emd.steps * passes(settings.emd)} network passes, so a larger K makes fewer optimizer steps. Too "
         "small: 12 hidden units in 2 layers. Collapsed: every sample starts near one mode."
     )

@@ -9,7 +9,6 @@ import contextlib
 import copy
 import dataclasses
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -136,9 +135,7 @@ class EMDTrainer:
             # The gradient is linear in drift, and drift is gamma_eps times that of score distillation.
             weight = weight / self._step_size(self.config.gamma_eps, sampled.t)
         with self._compute_dtype():
-            loss = m_step(
-                self.generator, sampled, weight, noise_cancellation=self.config.noise_cancellation
-            ).mean()
+            loss = m_step(self.generator, sampled, weight, noise_cancellation=self.config.noise_cancellation).mean()
         return loss.detach(), self._update(self.generator, self.generator_optimizer, loss)
 
     def _student_update(self, cond: Condition, substep: int) -> tuple[Tensor, Tensor]:
@@ -161,12 +158,13 @@ class EMDTrainer:
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         parameters = [p for p in network.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if self.config.grad_clip:
             nn.utils.clip_grads_with_norm_(parameters, self.config.grad_clip, norm)
+        found_inf = (~torch.isfinite(norm)).float()
         # What GradScaler hands to a fused optimizer: it skips the update without asking the host.
-        optimizer.found_inf = (~torch.isfinite(norm)).float()
-        self.skipped += optimizer.found_inf
+        optimizer.found_inf = found_inf  # type: ignore[attr-defined]
+        self.skipped += found_inf
         optimizer.step()
         return norm
 
@@ -177,7 +175,6 @@ class EMDTrainer:
         optimizer = torch.optim.AdamW(
             parameters, lr=lr, betas=self.config.betas, weight_decay=self.config.weight_decay, fused=True
         )
-        optimizer.grad_scale = None
         return optimizer
 
     def _set_learning_rates(self) -> None:
@@ -275,12 +272,14 @@ class EMDTrainer:
         try:
             saved = from_dict(EMDConfig, state["config"])
         except (ConfigError, KeyError) as error:
-            raise checkpoint.CheckpointError(f"{path} holds a configuration this release cannot read: {error}") from None
+            raise checkpoint.CheckpointError(
+                f"{path} holds a configuration this release cannot read: {error}"
+            ) from None
         for item in dataclasses.fields(EMDConfig):
             was, now = getattr(saved, item.name), getattr(config or saved, item.name)
             if was != now and item.name not in MAY_CHANGE:
                 raise checkpoint.CheckpointError(
-                    f"{path} was made with {item.name} = {was!r}, not {now!r}; use another output folder for another run"
+                    f"{path} was made with {item.name} = {was!r}, not {now!r}; another run needs another folder"
                 )
         trainer = cls(teacher, config or saved, generator, student)
         for name, part in trainer._parts().items():

@@ -13,10 +13,17 @@ import torch
 
 from emd_fast import checkpoint, cli
 
-TINY = (
-    "--steps=4 --batch-size=16 --langevin-steps=2 --student-warmup=0 --samples=50 --log-every=2 "
-    "--mixture.generator-width=8 --mixture.student-width 8"
-).split()
+TINY = [
+    "--steps=4",
+    "--batch-size=16",
+    "--langevin-steps=2",
+    "--student-warmup=0",
+    "--samples=50",
+    "--log-every=2",
+    "--mixture.generator-width=8",
+    "--mixture.student-width",
+    "8",
+]
 
 
 def emd_fast(*words, **options):

@@ -37,7 +37,6 @@ def test_recipes_survive_the_way_through_toml(name, tmp_path):
         ({"seed": -1}, "seed"),
         ({"time_distribution": {"low": 2.0, "high": 1.0}}, "low"),
         ({"time_distribution": {"kidn": "log_normal"}}, "did you mean 'kind'"),
-        ({"sampling": "x_z", "gamma_z": [[0.1, 0.01]]}, "one number"),
     ],
 )
 def test_a_wrong_value_is_named(changes, said):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from emd_fast.config import TeacherConfig
+from emd_fast.ema import EMA
 from emd_fast.evaluate import DigitFeatures, digits_metrics
 from emd_fast.noise import Noise
 from emd_fast.ops import normal
@@ -189,8 +190,10 @@ def test_training_depends_on_the_configuration_alone_and_lowers_the_loss():
 
 def test_the_result_is_the_average_of_the_weights(monkeypatch):
     seen = []
-    average = digits._average
-    monkeypatch.setattr(digits, "_average", lambda a, b, decay: (seen.append(weights(b)), average(a, b, decay)))
+    update = EMA.update
+    monkeypatch.setattr(
+        EMA, "update", lambda self, module, step: (seen.append(weights(module)), update(self, module, step))
+    )
     result = digits.train(dataclasses.replace(SHORT, steps=4, ema=0.2, lr=0.1, warmup=0))
     expected = weights(digits.denoiser(digits.network(SHORT)))
     for decay, after_step in zip((1 / 10, 2 / 11, 0.2, 0.2), seen, strict=True):

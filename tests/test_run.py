@@ -50,7 +50,10 @@ def test_a_run_leaves_the_promised_folder(tmp_path):
     assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
     assert set(metrics["frechet"]) == {"real", "teacher", "init", "student"}
     assert set(metrics["seconds"]) == {"teacher", "distil", "evaluate"}
-    assert [path.name for path in checkpoint.found(tmp_path / "checkpoints")] == ["step-00000004.pt", "step-00000006.pt"]
+    assert [path.name for path in checkpoint.found(tmp_path / "checkpoints")] == [
+        "step-00000004.pt",
+        "step-00000006.pt",
+    ]
     assert not [name for name in os.listdir(tmp_path) if name.endswith(".tmp")]
 
 

@@ -70,7 +70,10 @@ def test_teacher_stays_and_generator_and_student_move():
     assert {key.split(".")[0] for key in moved} == {"generator", "student", "ema"}
 
 
-@pytest.mark.parametrize("changes", [{}, {"guidance": 1.5}, {"sampling": "x_z"}, {"objective": "vsd"}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"guidance": 1.5}, {"sampling": "x_z", "gamma_z": [[0.1, 0.001], [1.0, 0.01]]}, {"objective": "vsd"}],
+)
 def test_n_steps_and_n_more_are_two_n_bit_for_bit(tmp_path, changes):
     teacher = digits_teacher()
     teacher.null_cond = 0
@@ -255,7 +258,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     teacher = points_teacher()
     path = tmp_path / "x.pt"
     EMDTrainer(teacher, config()).save(path)
-    with pytest.raises(CheckpointError, match="gamma_eps = 0.16, not 0.2"):
+    with pytest.raises(CheckpointError, match=r"gamma_eps = 0\.16, not 0\.2"):
         EMDTrainer.resume(path, teacher, config=config(gamma_eps=0.2))
     assert EMDTrainer.resume(path, teacher, config=config(steps=9)).config.steps == 9
     wider = Denoiser(TimeMLP(2, 24, 1, seed=1), schedules.EDM(), "edm", sigma_data=0.5, sample_shape=(2,))

@@ -91,11 +91,11 @@ def backend_report() -> dict[str, dict[str, dict[str, str | None]]]:
         report[op][device_type] = {"backend": name, "reason": None or why each faster backend cannot serve}.
     """
     # Attention chooses among backends of its own.
-    attention = {
+    attention: dict[str, dict[str, str | None]] = {
         "cpu": {"backend": "sdpa", "reason": None},
         "cuda": {"backend": "sdpa", "reason": f"triton: {why_not('attention', 'triton', 'cuda')}"},
     }
-    by_backend = {
+    by_backend: dict[str, dict[str, dict[str, str | None]]] = {
         op: {
             device_type: {"backend": _fastest(op, device_type), "reason": _reasons(op, device_type)}
             for device_type in _PREFERENCE

@@ -23,7 +23,7 @@ MAX_STEPS = 2**16
 
 @dataclass(frozen=True)
 class EStep:
-    """What an E-step leaves for the M-step: z_K, eps_K and drift (B, ...) float32; alpha, sigma, t (B,); the condition."""
+    """What an E-step leaves for the M-step: z_K, eps_K, drift (B, ...) float32; alpha, sigma, t (B,); the condition."""
 
     z: Tensor
     eps: Tensor
@@ -189,6 +189,5 @@ def check_values(
     smallest, largest = torch.stack(torch.aminmax(value)).tolist()
     inside = math.isfinite(smallest) and (smallest > low if open_low else smallest >= low)
     if not inside or not largest < high:
-        raise ValueError(
-            f"{name} must be in {'(' if open_low else '['}{low:g}, {high:g}), got values from {smallest:g} to {largest:g}"
-        )
+        bracket = "(" if open_low else "["
+        raise ValueError(f"{name} must be in {bracket}{low:g}, {high:g}), got from {smallest:g} to {largest:g}")

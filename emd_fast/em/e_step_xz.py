@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -27,8 +26,8 @@ def e_step_xz(
     null_cond: Condition = None,
     guidance: float | Tensor | None = None,
     steps: int,
-    gamma_eps: float,
-    gamma_z: float,
+    gamma_eps: float | Tensor,
+    gamma_z: float | Tensor,
     noise: Noise,
 ) -> EStep:
     """As `e_step`, on the density proportional to q(x) / p(x) N(x; alpha g(z), sigma^2) N(z).
@@ -46,19 +45,23 @@ def e_step_xz(
     difference = ScoreDifference(teacher, student, t, cond, null_cond, guidance)
     z, noises = z.detach().float(), eps.detach().float()
     alpha_x, sigma_x = column(alpha, eps), column(sigma, eps)
+    step_x, step_z = _column(gamma_eps, eps), _column(gamma_z, z)
     with frozen(generator) as g, torch.no_grad():
-        x = None
+        x = alpha_x * g(z, cond).float() + sigma_x * noises
         for k in range(steps):
             with torch.enable_grad():
                 latent = z.detach().requires_grad_()
                 mean = alpha_x * g(latent, cond).float()
-            x = mean.detach() + sigma_x * noises if x is None else x
             residual = (x - mean.detach()) / sigma_x**2
             (z_grad,) = torch.autograd.grad(mean, latent, residual)
             n = ops.normal(x.shape, noise, stream=Stream.LANGEVIN_EPS, substep=k)
             m = ops.normal(z.shape, noise, stream=Stream.LANGEVIN_Z, substep=k)
-            x = x + gamma_eps * sigma_x**2 * (difference.at(x) - residual) + math.sqrt(2 * gamma_eps) * sigma_x * n
-            noises = (1 - gamma_eps) * noises + math.sqrt(2 * gamma_eps) * n
-            z = z + gamma_z * (z_grad - z) + math.sqrt(2 * gamma_z) * m
+            x = x + step_x * sigma_x**2 * (difference.at(x) - residual) + torch.sqrt(2 * step_x) * sigma_x * n
+            noises = (1 - step_x) * noises + torch.sqrt(2 * step_x) * n
+            z = z + step_z * (z_grad - z) + torch.sqrt(2 * step_z) * m
         eps = (x - alpha_x * g(z, cond).float()) / sigma_x
     return EStep(z, eps, eps - noises, alpha, sigma, t, cond)
+
+
+def _column(gamma: float | Tensor, like: Tensor) -> Tensor:
+    return column(torch.as_tensor(gamma, dtype=torch.float32, device=like.device), like)

@@ -22,7 +22,13 @@ class ScoreDifference:
     """
 
     def __init__(
-        self, teacher: Any, student: Any, t: Tensor, cond: Condition, null_cond: Condition, guidance: float | Tensor | None
+        self,
+        teacher: Any,
+        student: Any,
+        t: Tensor,
+        cond: Condition,
+        null_cond: Condition,
+        guidance: float | Tensor | None,
     ) -> None:
         self.teacher, self.student, self.t = teacher, student, t
         self.cond, self.null_cond, self.guided = cond, null_cond, guidance is not None
@@ -41,9 +47,9 @@ class ScoreDifference:
     def outputs(self, x: Tensor) -> list[Tensor]:
         """The raw outputs for x_t (B, ...), in the order of the columns of `coefs`."""
         if self.guided:
-            teacher = both(self.teacher, x, self.t, self.cond, self.null_cond)
+            teacher = list(both(self.teacher, x, self.t, self.cond, self.null_cond))
         else:
-            teacher = (self.teacher(x, self.t, self.cond),)
+            teacher = [self.teacher(x, self.t, self.cond)]
         return [*teacher, self.student(x, self.t, self.cond)]
 
     def at(self, x: Tensor) -> Tensor:

@@ -119,7 +119,7 @@ def integer(name: str, value: int) -> None:
 
 
 def size(value: Iterable[int]) -> list[int]:
-    result = [value] if isinstance(value, int) else list(value)
+    result: list[int] = [value] if isinstance(value, int) else list(value)
     if not result:
         raise ValueError("size must have a batch dimension, got ()")
     for n in result:

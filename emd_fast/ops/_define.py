@@ -27,12 +27,12 @@ def define(name: str, arguments: str, returns: str, fake: Callable[..., Any]) ->
     written = [i for i, argument in enumerate(op._schema.arguments) if argument.is_write]
 
     def run(*args: Any) -> Any:
-        *args, backend = args
-        result = backends.implementation(name, backend, _device_type(args))(*args)
+        *given, backend = args
+        result = backends.implementation(name, backend, _device_type(given))(*given)
         for i in written:
-            if not args[i].is_inference():
+            if not given[i].is_inference():
                 # Compiled kernels write past autograd, which must still notice that a tensor it saved has changed.
-                torch.autograd.graph.increment_version(args[i])
+                torch.autograd.graph.increment_version(given[i])
         return result
 
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")

@@ -12,9 +12,7 @@ BACKENDS = ("triton", "sdpa", "xformers", "reference")
 _MAX_HEAD_DIM = 256
 
 
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, backend: str | None = None
-) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, backend: str | None = None) -> Tensor:
     """softmax(scale q k^T) v. Differentiable.
 
     Args:
@@ -56,8 +54,8 @@ def attention(
     scale = 1 / math.sqrt(max(q.shape[3], 1)) if scale is None else scale
     if backend == "reference" or (backend is None and active == "reference"):
         return _reference(q, k, v, scale)
-    heads_first = (t.transpose(1, 2) for t in (q, k, v))
-    return torch.nn.functional.scaled_dot_product_attention(*heads_first, scale=scale).transpose(1, 2)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
 
 
 def _reference(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

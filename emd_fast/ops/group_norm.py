@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from emd_fast import backends
+from emd_fast.backends.reference.group_norm import layout
 from emd_fast.ops import _check
 from emd_fast.ops._define import define, differentiable
 
@@ -13,7 +14,7 @@ _op = define(
     "bool silu",
     "(Tensor, Tensor, Tensor)",
     fake=lambda x, num_groups, *_: (
-        torch.empty_like(x, memory_format=_layout(x)),
+        torch.empty_like(x, memory_format=layout(x)),
         x.new_empty((x.shape[0], num_groups), dtype=torch.float32),
         x.new_empty((x.shape[0], num_groups), dtype=torch.float32),
     ),
@@ -21,7 +22,7 @@ _op = define(
 
 
 def _fake_backward(grad, x, mean, rstd, num_groups, weight, bias, add, scale, shift, silu, needs):
-    of_x = torch.empty_like(x, memory_format=_layout(x)) if needs[0] else x.new_empty(0)
+    of_x = torch.empty_like(x, memory_format=layout(x)) if needs[0] else x.new_empty(0)
     others = (weight, bias, add, scale, shift)
     return of_x, *(t.new_empty(t.shape) if need else x.new_empty(0) for t, need in zip(others, needs[1:], strict=True))
 
@@ -33,13 +34,6 @@ _backward_op = define(
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_backward,
 )
-
-
-def _layout(x: Tensor) -> torch.memory_format:
-    for dim, channels_last in ((4, torch.channels_last), (5, torch.channels_last_3d)):
-        if x.dim() == dim and not x.is_contiguous() and x.is_contiguous(memory_format=channels_last):
-            return channels_last
-    return torch.contiguous_format
 
 
 # Where each tensor stands among the inputs, in the order in which the backward op returns gradients.

@@ -76,7 +76,12 @@ def langevin_eps(
     number, per_sample = _check.step_size(step_size, eps)
     state = _check.noise(noise, Stream.LANGEVIN_EPS, substep, len(eps), eps.device)
     cotangent_dtype = _check.dtype("cotangent_dtype", outputs[0].dtype if cotangent_dtype is None else cotangent_dtype)
-    others = {"coefs": coefs, "alpha": alpha, "sigma": sigma, **({} if per_sample is None else {"step_size": per_sample})}
+    others = {
+        "coefs": coefs,
+        "alpha": alpha,
+        "sigma": sigma,
+        **({} if per_sample is None else {"step_size": per_sample}),
+    }
     _check.written_apart({"eps": eps, "drift": drift}, {**read, **others})
     return _op(
         eps,

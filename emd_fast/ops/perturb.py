@@ -70,7 +70,7 @@ def perturb(
             raise ValueError("eps must not require a gradient: perturb is differentiable in x0 alone")
     elif stream is None:
         raise ValueError("perturb needs the stream that eps is drawn from")
-    else:
+    elif noise is not None:
         state = _check.noise(noise, stream, substep, len(x0), x0.device)
     dtype = _check.dtype("dtype", x0.dtype if dtype is None else dtype)
     return _op(x0, alpha, sigma, eps, state, stream or 0, substep, dtype, backends.active())

@@ -34,4 +34,4 @@ def task_of(config: RunConfig) -> Task:
     from emd_fast.tasks.digits import Digits
     from emd_fast.tasks.gmm import Mixture
 
-    return {"digits": Digits, "gmm": Mixture}[config.task](config)
+    return Digits(config) if config.task == "digits" else Mixture(config)

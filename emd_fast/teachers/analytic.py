@@ -50,6 +50,10 @@ class _MixtureNoise(nn.Module):
 
     def __init__(self, weights: Tensor, means: Tensor, covariances: Tensor, schedule: Schedule) -> None:
         super().__init__()
+        self.log_weights: Tensor
+        self.means: Tensor
+        self.eigenvalues: Tensor
+        self.vectors: Tensor
         if means.dim() < 1 or weights.shape != means.shape[:1]:
             raise ValueError(f"weights {tuple(weights.shape)} and means {tuple(means.shape)} must agree on components")
         weights, flat, covariances = weights.double(), means.double().reshape(len(means), -1), covariances.double()

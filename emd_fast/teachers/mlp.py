@@ -19,6 +19,7 @@ class TimeMLP(nn.Module):
 
     def __init__(self, dimension: int, width: int, layers: int, seed: int) -> None:
         super().__init__()
+        self.frequencies: Tensor
         # c_noise = log(sigma) / 4 spans 2.7 over EDM's range: from a part of a wave to 2 waves over that.
         self.register_buffer("frequencies", torch.linspace(0.5, 5.0, 8), persistent=False)
         self.first = nn.Linear(dimension + 16, width)

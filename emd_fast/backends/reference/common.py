@@ -9,9 +9,9 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def per_sample(values: Tensor | float, like: Tensor) -> Tensor | float:
-    """(B,) shaped to broadcast against (B, ...); a number stays one."""
-    return values.reshape(-1, *[1] * (like.dim() - 1)) if isinstance(values, Tensor) else values
+def per_sample(values: Tensor, like: Tensor) -> Tensor:
+    """(B,) shaped to broadcast against (B, ...)."""
+    return values.reshape(-1, *[1] * (like.dim() - 1))
 
 
 def mean_per_sample(x: Tensor) -> Tensor:

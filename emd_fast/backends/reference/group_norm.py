@@ -105,13 +105,16 @@ def group_norm_backward(
         by_weight = grad_slope if weight is None else grad_slope * wide(weight)
         return by_weight if bias is None else by_weight + grad_offset * wide(bias)
 
-    to_input = grad_x() if needs[0] or needs[3] else None
+    to_input = grad_x() if needs[0] or needs[3] else flat.new_empty(0)
     gradients = (
-        lambda: _like(to_input, x),
-        lambda: one_plus_scale(grad_slope).sum(0).to(weight.dtype),
-        lambda: one_plus_scale(grad_offset).sum(0).to(bias.dtype),
-        lambda: to_input.sum(2).to(add.dtype),
-        lambda: grad_scale().to(scale.dtype),
-        lambda: grad_offset.to(shift.dtype),
+        (x, lambda: _like(to_input, x)),
+        (weight, lambda: one_plus_scale(grad_slope).sum(0)),
+        (bias, lambda: one_plus_scale(grad_offset).sum(0)),
+        (add, lambda: to_input.sum(2)),
+        (scale, grad_scale),
+        (shift, lambda: grad_offset),
     )
-    return tuple(gradient() if need else x.new_empty(0) for need, gradient in zip(needs, gradients, strict=True))
+    return tuple(
+        gradient().to(of.dtype) if need and of is not None else x.new_empty(0)
+        for need, (of, gradient) in zip(needs, gradients, strict=True)
+    )

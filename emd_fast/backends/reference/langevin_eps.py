@@ -34,7 +34,10 @@ def langevin_eps(
     return (per_sample(alpha, eps) * delta).to(cotangent_dtype).contiguous()
 
 
-def step(step_size: float, step_sizes: Tensor | None, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
+def step(step_size: float, step_sizes: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
     """gamma and sqrt(2 gamma), in float32 as the kernels have them."""
-    gamma = torch.full((), step_size, dtype=like.dtype, device=like.device) if step_sizes is None else per_sample(step_sizes, like)
+    if step_sizes is None:
+        gamma = torch.full((), step_size, dtype=like.dtype, device=like.device)
+    else:
+        gamma = per_sample(step_sizes, like)
     return gamma, torch.sqrt(2 * gamma)

@@ -18,6 +18,7 @@ def perturb(
     dtype: torch.dtype,
 ) -> Tensor:
     if eps is None:
+        assert noise is not None
         eps = normal(list(x0.shape), noise, stream, substep, torch.float32)
     x_t = per_sample(alpha, x0) * wide(x0) + per_sample(sigma, x0) * wide(eps)
     return x_t.to(dtype).contiguous()
