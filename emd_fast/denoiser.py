@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -82,7 +83,7 @@ class Denoiser(nn.Module):
         schedule: alpha, sigma and log-SNR of t.
         parametrization: what the output is: "eps", "x0", "v", "flow" (eps - x) or "edm".
         sigma_data: standard deviation of the data; needed for "edm" and for it alone.
-        c_in, c_noise: functions of t (B,); 1 and t by default, for "edm" 1 / sqrt(t^2 + sigma_data^2) and log(t) / 4.
+        c_in, c_noise: functions of t (B,); 1 and t by default, for "edm" 1 / sqrt(sigma^2 + sigma_data^2) and log(sigma) / 4.
         output: takes what the network returns to F, (B, ...) like x_t: an attribute, half of the channels, a sign.
         sample_shape: shape of one sample, where the denoiser alone must say what to generate.
         null_cond: the condition that means "none", for guidance: a pytree like cond, batched on dimension 0 with size
@@ -123,14 +124,21 @@ class Denoiser(nn.Module):
         self._form = _edm(sigma_data) if sigma_data is not None else _FORMS[parametrization]
         self._check_schedule()
         if sigma_data is not None:
-            c_in = c_in or (lambda t: torch.rsqrt(t**2 + sigma_data**2))
-            c_noise = c_noise or (lambda t: torch.log(t) / 4)
+            c_in = c_in or (lambda t: torch.rsqrt(schedule.sigma(t) ** 2 + sigma_data**2))
+            c_noise = c_noise or (lambda t: torch.log(schedule.sigma(t)) / 4)
         self._c_in, self._c_noise, self._output = c_in, c_noise or _identity, output
 
     @classmethod
     def from_x0(cls, function: Callable[[Tensor, Tensor, Condition], Tensor], schedule: Schedule, **options: Any):
         """The denoiser whose function (x_t, t, cond) already returns the denoised image D."""
         return cls(function, schedule, "x0", **options)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Denoiser:
+        # Schedules have no state; with one that knows no other equality, a copy must still be of the same schedule.
+        memo[id(self.schedule)] = self.schedule
+        copied = memo[id(self)] = self.__class__.__new__(self.__class__)
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
     def _check_schedule(self) -> None:
         if self._form.holds is None:
@@ -246,6 +254,8 @@ def null_like(null_cond: Condition, cond: Condition, batch: int) -> Condition:
     Raises:
         ValueError: there is none, or it has another structure than cond.
     """
+    if cond is None:
+        raise ValueError("guidance needs a condition: give cond, or leave guidance None")
     if null_cond is None:
         raise ValueError("guidance needs a null condition: give null_cond, here or to the Denoiser")
     if isinstance(null_cond, int) and isinstance(cond, Tensor):

@@ -42,9 +42,23 @@ def check_times(schedule: Schedule, t: Tensor) -> Tensor:
     if t.device.type == "cpu" and not torch.compiler.is_compiling() and t.numel():
         low, high = (end.item() for end in torch.aminmax(t))
         first, last = getattr(schedule, "domain", (schedule.t_min, schedule.t_max))
-        if not (first <= low and high <= last):  # also false for a NaN
+        if not (first <= low and high <= last and high < math.inf):  # also false for a NaN
             raise ValueError(f"t must be in [{first:g}, {last:g}] for {schedule!r}, got from {low:g} to {high:g}")
     return t
+
+
+def check_log_snr(log_snr: Tensor) -> Tensor:
+    """log_snr, if it is a log-SNR, of any size; where `check_times` checks.
+
+    Raises:
+        ValueError: a NaN. TypeError: not a floating-point tensor.
+    """
+    if not isinstance(log_snr, Tensor) or not log_snr.is_floating_point():
+        found = getattr(log_snr, "dtype", type(log_snr).__name__)
+        raise TypeError(f"log_snr must be a floating-point tensor, got {found}")
+    if log_snr.device.type == "cpu" and not torch.compiler.is_compiling() and bool(log_snr.isnan().any()):
+        raise ValueError("log_snr must not be NaN")
+    return log_snr
 
 
 class _Named:
@@ -78,7 +92,7 @@ class EDM(_Named):
         return -2 * torch.log(check_times(self, t))
 
     def t_from_log_snr(self, log_snr: Tensor) -> Tensor:
-        return torch.exp(-log_snr / 2)
+        return torch.exp(-check_log_snr(log_snr) / 2)
 
 
 class Cosine(_Named):
@@ -98,7 +112,7 @@ class Cosine(_Named):
         return 2 * (torch.log(self.alpha(t)) - torch.log(self.sigma(t)))
 
     def t_from_log_snr(self, log_snr: Tensor) -> Tensor:
-        return 2 / math.pi * torch.atan(torch.exp(-log_snr / 2))
+        return 2 / math.pi * torch.atan(torch.exp(-check_log_snr(log_snr) / 2))
 
 
 class RectifiedFlow(_Named):
@@ -116,7 +130,7 @@ class RectifiedFlow(_Named):
         return 2 * (torch.log1p(-check_times(self, t)) - torch.log(t))
 
     def t_from_log_snr(self, log_snr: Tensor) -> Tensor:
-        return torch.sigmoid(-log_snr / 2)
+        return torch.sigmoid(-check_log_snr(log_snr) / 2)
 
 
 class VP(_Named):
@@ -163,8 +177,8 @@ class VP(_Named):
 
     def t_from_log_snr(self, log_snr: Tensor) -> Tensor:
         """The inverse; a log-SNR outside the chain's gives the nearer end."""
-        falling = self._table(log_snr.device)
-        log_alpha = (logsigmoid(log_snr) / 2).clamp(falling[-1].item(), falling[0].item())
+        falling = self._table(check_log_snr(log_snr).device)
+        log_alpha = (logsigmoid(log_snr) / 2).clamp(falling[-1], falling[0])
         index = torch.searchsorted(-falling, -log_alpha).clamp(1, self.indices - 1)
         before, after = falling[index - 1], falling[index]
         return (index - 1 + (log_alpha - before) / (after - before)) / (self.indices - 1)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 from helpers import (
-    assert_as_good_as_eager, column, draw, dtypes, layouts, per_sample, seeded, seeds, shapes,
+    assert_as_good_as_eager, column, draw, dtypes, layouts, per_element, per_sample, seeded, seeds, shapes,
 )
 from hypothesis import given
 
@@ -14,8 +14,7 @@ def regression(generated, drift, alpha, sigma, weight):
     g, d = generated.double(), drift.double()
     a, s = column(alpha.double(), g), column(sigma.double(), g)
     target = (a * g + s * d).detach()
-    squares = ((a * g - target) / s).square().reshape(len(g), -1)
-    return weight.double() / 2 * squares.mean(1)
+    return weight.double() / 2 * per_element(((a * g - target) / s).square()).mean(1)
 
 
 def case(shape, g, dtype=torch.float32, layout="contiguous", scale=1.0):
@@ -26,7 +25,7 @@ def case(shape, g, dtype=torch.float32, layout="contiguous", scale=1.0):
 
 
 def eager_value(drift, weight):
-    return weight / 2 * drift.square().reshape(len(drift), -1).mean(1)
+    return weight / 2 * per_element(drift.square()).mean(1)
 
 
 @given(shape=shapes(), dtype=dtypes, layout=layouts, seed=seeds)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 from helpers import (
-    LAYOUTS, assert_as_good_as_eager, assert_same, column, draw, dtypes, layouts, per_sample, seeded, seeds, shapes,
+    LAYOUTS, assert_as_good_as_eager, assert_same, column, draw, dtypes, layouts, per_element, per_sample, seeded, seeds, shapes,
 )
 from hypothesis import given
 
@@ -13,7 +13,7 @@ from emd_fast.backends import reference
 def formula(output, x0, x_t, c_skip, c_out, weight):
     """As the design writes it, in the dtypes of its arguments."""
     residual = column(c_skip, x0) * x_t + column(c_out, x0) * output - x0
-    return weight * residual.square().reshape(len(x0), -1).mean(1)
+    return weight * per_element(residual.square()).mean(1)
 
 
 def case(shape, g, of_output, of_x0, of_x_t, layout, scale=1.0):
@@ -39,8 +39,7 @@ def check(arguments, g):
         results.append((loss.detach(), grad))
     (loss, grad), (exact, exact_grad), (eager, eager_grad) = results
     assert loss.dtype == torch.float32 and grad.dtype == dtype and grad.shape == shape
-    if not loss.isnan().any() or not exact.isnan().any():
-        assert_as_good_as_eager(loss, exact, eager, what="loss")
+    assert_as_good_as_eager(loss, exact, eager, what="loss")
     assert_as_good_as_eager(grad, exact_grad, eager_grad, what="gradient")
     for now, before in zip(arguments, kept, strict=True):
         assert_same(now, before)

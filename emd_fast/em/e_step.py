@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils import _pytree as pytree
 
 from emd_fast import ops
 from emd_fast.denoiser import Condition, base
@@ -72,7 +73,7 @@ def e_step(
 
     Source: Xie et al., arXiv 2405.16852, algorithm 1; docs/algorithm.md.
     """
-    check_e_step(z, eps, t, steps, gamma_eps, gamma_z, guidance)
+    check_e_step(z, eps, t, cond, steps, gamma_eps, gamma_z, guidance, noise)
     schedule = base(teacher).schedule
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
     check_values("sigma(t)", sigma, low=0.0, open_low=True)
@@ -139,52 +140,85 @@ def check_e_step(
     z: Tensor,
     eps: Tensor,
     t: Tensor,
+    cond: Condition,
     steps: int,
     gamma_eps: float | Tensor,
     gamma_z: float | Tensor,
     guidance: float | Tensor | None,
+    noise: Noise,
 ) -> None:
     """What both samplers ask of their arguments."""
     for name, value in (("z", z), ("eps", eps)):
         if not isinstance(value, Tensor) or not value.is_floating_point():
             raise TypeError(f"{name} must be a floating-point tensor, got {getattr(value, 'dtype', type(value))}")
-        if value.dim() == 0 or len(value) != len(z):
-            raise ValueError(f"{name} must have a batch of {len(z)}, got shape {tuple(value.shape)}")
+        if value.dim() == 0:
+            raise ValueError(f"{name} must have a batch dimension, got a tensor without dimensions")
+        if len(value) != len(z):
+            raise ValueError(f"{name} must have a batch of {len(z)} as z has, got shape {tuple(value.shape)}")
     if not isinstance(t, Tensor) or t.dtype != torch.float32:
         raise TypeError(f"t must be a float32 tensor, got {getattr(t, 'dtype', type(t).__name__)}")
     if t.shape != z.shape[:1]:
         raise ValueError(f"t must have shape ({len(z)},), got {tuple(t.shape)}")
+    if not isinstance(noise, Noise):
+        raise TypeError(f"noise must be an emd_fast.Noise, got {type(noise).__name__}")
+    for name, device in (("eps", eps.device), ("t", t.device), ("noise", noise.device)):
+        if device != z.device:
+            raise ValueError(f"{name} must be on {z.device} as z is, got {device}")
+    for leaf in pytree.tree_leaves(cond):
+        if isinstance(leaf, Tensor) and leaf.shape[:1] != z.shape[:1]:
+            raise ValueError(f"cond must hold tensors with a batch of {len(z)}, got shape {tuple(leaf.shape)}")
     if isinstance(steps, bool) or not isinstance(steps, int):
         raise TypeError(f"steps must be an int, got {steps!r}")
     if not 1 <= steps < MAX_STEPS:
         raise ValueError(f"steps must be in [1, {MAX_STEPS}), got {steps}")
+    if _readable(noise.state) and (offset := noise.state.tolist()[3]) + steps > MAX_STEPS:
+        raise ValueError(f"substeps must stay below {MAX_STEPS}, got {steps} steps from substep {offset} of the noise")
     _check_step_size("gamma_eps", gamma_eps, z, open_low=True)
     _check_step_size("gamma_z", gamma_z, z, open_low=False)
     if isinstance(guidance, Tensor):
-        if guidance.shape != z.shape[:1]:
-            raise ValueError(f"guidance must have shape ({len(z)},), got {tuple(guidance.shape)}")
+        _check_per_sample("guidance", guidance, z)
         check_values("guidance", guidance)
-    elif guidance is not None and not math.isfinite(guidance):
-        raise ValueError(f"guidance must be finite, got {guidance}")
+    elif guidance is not None:
+        _check_number("guidance", guidance)
+        if not math.isfinite(guidance):
+            raise ValueError(f"guidance must be finite, got {guidance}")
+
+
+def _check_per_sample(name: str, value: Tensor, like: Tensor) -> None:
+    if value.shape != like.shape[:1]:
+        raise ValueError(f"{name} must be a number or have shape ({len(like)},), got {tuple(value.shape)}")
+    if value.dtype != torch.float32:
+        raise TypeError(f"{name} must be a number or float32, got {value.dtype}")
+    if value.device != like.device:
+        raise ValueError(f"{name} must be on {like.device} as z is, got {value.device}")
+
+
+def _check_number(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
 
 
 def _check_step_size(name: str, value: float | Tensor, like: Tensor, open_low: bool) -> None:
     if isinstance(value, Tensor):
-        if value.shape != like.shape[:1]:
-            raise ValueError(f"{name} must be a number or have shape ({len(like)},), got {tuple(value.shape)}")
+        _check_per_sample(name, value, like)
         check_values(name, value, low=0.0, high=1.0, open_low=open_low)
-    elif isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
-    elif not (0 < value if open_low else 0 <= value) or not value < 1:
+        return
+    _check_number(name, value)
+    if not (0 < value if open_low else 0 <= value) or not value < 1:
         raise ValueError(f"{name} must be in {'(' if open_low else '['}0, 1), got {value}")
+
+
+def _readable(value: Tensor) -> bool:
+    """Whether the host may ask for values: not inside compiled code or a capture."""
+    capturing = value.is_cuda and torch.cuda.is_current_stream_capturing()
+    return not (torch.compiler.is_compiling() or capturing or value.is_meta)
 
 
 def check_values(
     name: str, value: Tensor, low: float = -math.inf, high: float = math.inf, open_low: bool = False
 ) -> None:
     """Every value finite, at least (or, open_low, above) low and below high. No check inside a capture."""
-    capturing = value.is_cuda and torch.cuda.is_current_stream_capturing()
-    if torch.compiler.is_compiling() or capturing or value.is_meta or not value.numel():
+    if not _readable(value) or not value.numel():
         return
     smallest, largest = torch.stack(torch.aminmax(value)).tolist()
     inside = math.isfinite(smallest) and (smallest > low if open_low else smallest >= low)

@@ -38,7 +38,7 @@ def e_step_xz(
     The chain starts at x = alpha g(z) + sigma eps. The noises that x gathered are left out of `drift`, and `eps` is
     where x_K stands seen from g(z_K), so that the M-step is the same as for `e_step`.
     """
-    check_e_step(z, eps, t, steps, gamma_eps, gamma_z, guidance)
+    check_e_step(z, eps, t, cond, steps, gamma_eps, gamma_z, guidance, noise)
     schedule = base(teacher).schedule
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
     check_values("sigma(t)", sigma, low=0.0, open_low=True)

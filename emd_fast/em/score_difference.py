@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emd_fast.denoiser import Condition, base, both
+from emd_fast.denoiser import Condition, base, both, null_like
 
 
 class ScoreDifference:
@@ -31,8 +31,10 @@ class ScoreDifference:
         guidance: float | Tensor | None,
     ) -> None:
         self.teacher, self.student, self.t = teacher, student, t
-        self.cond, self.null_cond, self.guided = cond, null_cond, guidance is not None
         inner_teacher, inner_student = base(teacher), base(student)
+        self.cond, self.null_cond, self.guided = cond, None, guidance is not None
+        if self.guided:
+            self.null_cond = null_like(inner_teacher.null_cond if null_cond is None else null_cond, cond, len(t))
         if inner_teacher.schedule != inner_student.schedule:
             raise ValueError(
                 f"teacher and student must share a schedule: {inner_teacher.schedule!r}, {inner_student.schedule!r}"

@@ -34,6 +34,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, ba
     _check.tensor("q", q)
     if q.dim() != 4 or q.shape[3] > _MAX_HEAD_DIM:
         raise ValueError(f"q must have shape (B, tokens, heads, head_dim), head_dim <= 256, got {tuple(q.shape)}")
+    _check.tensor("k", k)
     if k.dim() != 4:
         raise ValueError(f"k must have shape (B, keys, heads, head_dim), got {tuple(k.shape)}")
     for name, value in (("k", k), ("v", v)):
@@ -47,11 +48,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, ba
         raise ValueError(f"backend must be None or one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend in ("triton", "xformers"):
         raise RuntimeError(f"backend {backend!r} cannot run attention: this version has no {backend} attention")
+    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float))):
+        raise TypeError(f"scale must be a number, got {type(scale).__name__}")
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
     active = backends.active()
     if backend is None and active not in ("auto", "reference"):
         reason = backends.why_not("attention", active, q.device.type)
         raise RuntimeError(f"backend {active!r} cannot run attention on {q.device.type} tensors: {reason}")
-    scale = 1 / math.sqrt(max(q.shape[3], 1)) if scale is None else scale
+    if scale is None:
+        scale = 1 / math.sqrt(max(q.shape[3], 1))
     if backend == "reference" or (backend is None and active == "reference"):
         return _reference(q, k, v, scale)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))

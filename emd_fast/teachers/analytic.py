@@ -61,8 +61,11 @@ class _MixtureNoise(nn.Module):
         if tuple(covariances.shape) != (components, dimension, dimension):
             wanted = (components, dimension, dimension)
             raise ValueError(f"covariance must have shape {wanted} over components, got {tuple(covariances.shape)}")
-        if not bool((weights > 0).all()):
-            raise ValueError("weights must be positive")
+        for name, value in (("means", flat), ("covariances", covariances)):
+            if not bool(torch.isfinite(value).all()):
+                raise ValueError(f"{name} must be finite")
+        if not bool(((weights > 0) & (weights < torch.inf)).all()):
+            raise ValueError("weights must be positive and finite")
         if not torch.allclose(covariances, covariances.mT, rtol=1e-5, atol=1e-8):
             raise ValueError("covariance must be symmetric")
         eigenvalues, vectors = torch.linalg.eigh(covariances)
@@ -76,7 +79,7 @@ class _MixtureNoise(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         alpha, sigma = self.schedule.alpha(t).double(), self.schedule.sigma(t).double()
-        centred = x_t.reshape(len(x_t), 1, -1).double() - alpha[:, None, None] * self.means
+        centred = x_t.reshape(len(x_t), 1, self.means.shape[1]).double() - alpha[:, None, None] * self.means
         along = torch.einsum("bmd,mde->bme", centred, self.vectors)
         variance = alpha[:, None, None] ** 2 * self.eigenvalues + sigma[:, None, None] ** 2
         log_density = -0.5 * (along**2 / variance + torch.log(variance)).sum(2)

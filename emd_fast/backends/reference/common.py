@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,7 @@ def per_sample(values: Tensor, like: Tensor) -> Tensor:
 
 
 def mean_per_sample(x: Tensor) -> Tensor:
-    return x.reshape(x.shape[0], -1).mean(1) if x.numel() else x.new_zeros(x.shape[0])
+    return x.reshape(x.shape[0], math.prod(x.shape[1:])).mean(1)
 
 
 def elements(x: Tensor) -> int:

@@ -59,6 +59,9 @@ def group_norm(
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     flat = _flat(x)
+    if not x.numel():
+        moments = flat.new_zeros(x.shape[0], num_groups)
+        return _like(flat, x), moments, moments.clone()
     u = flat if add is None else flat + _per_channel(add)
     grouped = u.reshape(x.shape[0], num_groups, -1 if x.numel() else 0)
     variance, mean = torch.var_mean(grouped, dim=2, correction=0)

@@ -1,0 +1,200 @@
+"""Every schedule against its formula in float64, its inverse, and its domain."""
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+from helpers import assert_within
+
+from emd_fast.denoiser import Denoiser
+from emd_fast.em.score_difference import ScoreDifference
+from emd_fast.schedules import EDM, VP, Cosine, RectifiedFlow, Schedule
+
+BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+SCHEDULES = [EDM(), Cosine(), RectifiedFlow(), VP(BETAS), VP([0.1, 0.2, 0.3])]
+
+
+def by_formula(schedule, t):
+    """alpha and sigma in float64."""
+    t = t.double()
+    match schedule:
+        case EDM():
+            return torch.ones_like(t), t
+        case Cosine():
+            return torch.cos(math.pi / 2 * t), torch.sin(math.pi / 2 * t)
+        case RectifiedFlow():
+            return 1 - t, t
+        case VP():
+            betas = BETAS if schedule.indices == 1000 else torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)
+            log_alpha = torch.log(torch.cumprod(1 - betas, 0)) / 2
+            place = t * (len(betas) - 1)
+            index = place.floor().long().clamp(0, len(betas) - 2)
+            log_alpha = log_alpha[index] + (place - index) * (log_alpha[index + 1] - log_alpha[index])
+            return torch.exp(log_alpha), torch.sqrt(1 - torch.exp(2 * log_alpha))
+
+
+def times(schedule, n=1001):
+    if isinstance(schedule, EDM):
+        return torch.exp(torch.linspace(math.log(schedule.t_min), math.log(schedule.t_max), n))
+    return torch.linspace(schedule.t_min, schedule.t_max, n)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
+def test_alpha_sigma_and_log_snr(schedule):
+    t = times(schedule)
+    alpha, sigma = by_formula(schedule, t)
+    for what, mine, exact in (("alpha", schedule.alpha(t), alpha), ("sigma", schedule.sigma(t), sigma)):
+        assert mine.dtype == torch.float32 and mine.shape == t.shape
+        # A few float32 roundings, relative where alpha or sigma is small; t itself is exact.
+        assert_within(mine, exact, 4e-7 + 2e-6 * exact, what)
+    exact = torch.log(alpha**2 / sigma**2)
+    # A relative error of 2e-6 in alpha or sigma; toward the far end of VP, a rounding of t moves log alpha.
+    assert_within(schedule.log_snr(t), exact, 1e-5 + 2e-6 * exact.abs(), "log_snr")
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
+def test_inverse(schedule):
+    t = times(schedule)
+    log_snr = schedule.log_snr(t)
+    back = schedule.t_from_log_snr(log_snr)
+    assert back.dtype == torch.float32
+    # log-SNR is the better measure: where it is flat in t, t cannot be told.
+    assert_within(schedule.log_snr(back.clamp(schedule.t_min, schedule.t_max)), log_snr, 1e-4)
+    assert bool((log_snr.diff() < 0).all()), "noise grows with t"
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
+def test_inverse_beyond_the_ends(schedule):
+    t = schedule.t_from_log_snr(torch.tensor([-60.0, 60.0]))
+    assert bool(torch.isfinite(t).all())
+    low, high = getattr(schedule, "domain", (0, 1))
+    assert low <= t[1] < t[0] <= high
+    if isinstance(schedule, VP):
+        assert t.tolist() == [1.0, 0.0]
+    schedule.alpha(t)  # and it is a time that the schedule takes
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES[1:], ids=repr)
+@pytest.mark.parametrize("bad", [-1e-3, 1.001, math.nan, math.inf, -math.inf])
+def test_times_outside_the_domain(schedule, bad):
+    for function in (schedule.alpha, schedule.sigma, schedule.log_snr):
+        with pytest.raises(ValueError, match="t must be in"):
+            function(torch.tensor([0.5, bad]))
+
+
+@pytest.mark.parametrize("bad", [-1e-3, math.nan, math.inf])
+def test_noise_levels_outside_the_domain(bad):
+    for function in (EDM().alpha, EDM().sigma, EDM().log_snr):
+        with pytest.raises(ValueError, match="t must be in"):
+            function(torch.tensor([0.5, bad]))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
+def test_log_snr_that_is_none(schedule):
+    with pytest.raises(ValueError, match="log_snr"):
+        schedule.t_from_log_snr(torch.tensor([0.0, math.nan]))
+    for bad in (0.0, torch.tensor([1])):
+        with pytest.raises(TypeError, match="log_snr"):
+            schedule.t_from_log_snr(bad)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
+@pytest.mark.parametrize("bad", [0.5, torch.tensor([1]), None])
+def test_times_of_another_type(schedule, bad):
+    for function in (schedule.alpha, schedule.sigma, schedule.log_snr):
+        with pytest.raises(TypeError, match="t must be"):
+            function(bad)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
+def test_an_empty_batch(schedule):
+    t = torch.empty(0)
+    for function in (schedule.alpha, schedule.sigma, schedule.log_snr, schedule.t_from_log_snr):
+        assert function(t).shape == (0,)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
+def test_ends_are_inside(schedule):
+    ends = torch.tensor([schedule.t_min, schedule.t_max])
+    assert bool((schedule.sigma(ends) > 0).all())
+    assert bool((schedule.alpha(ends) > 0).all())
+    assert bool(torch.isfinite(schedule.log_snr(ends)).all())
+
+
+def test_ddpm_indices_of_vp():
+    """Index i of N stands at i / (N - 1), and there alpha^2 is the running product of 1 - beta."""
+    schedule = VP(BETAS)
+    index = torch.tensor([0, 1, 17, 500, 998, 999])
+    exact = torch.cumprod(1 - BETAS, 0)[index]
+    assert_within(schedule.alpha(index / 999) ** 2, exact, 2e-6)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
+def test_equality_copies_and_pickles(schedule):
+    for same in (copy.deepcopy(schedule), pickle.loads(pickle.dumps(schedule))):
+        assert same == schedule and hash(same) == hash(schedule)
+    assert all(schedule != other for other in SCHEDULES if other is not schedule)
+    assert isinstance(schedule, Schedule)
+
+
+@pytest.mark.parametrize("betas", [[0.1], [], [[0.1, 0.2]], [0.1, 1.0], [0.0, 0.1], [-0.1, 0.1], [0.1, math.nan]])
+def test_betas_that_are_none(betas):
+    with pytest.raises(ValueError, match="betas"):
+        VP(betas)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
+def test_compiles_without_a_graph_break(schedule):
+    t = times(schedule, 5)
+
+    def everything(t):
+        return schedule.alpha(t), schedule.sigma(t), schedule.t_from_log_snr(schedule.log_snr(t))
+
+    for mine, exact in zip(torch.compile(everything, fullgraph=True, backend="aot_eager")(t), everything(t), strict=True):
+        assert_within(mine, exact, 1e-6)
+
+
+class Squared:
+    """A variance-exploding schedule of a user's own: sigma = t^2, and no base class."""
+
+    t_min, t_max = 0.1, 3.0
+
+    def alpha(self, t):
+        return torch.ones_like(t)
+
+    def sigma(self, t):
+        return t**2
+
+    def log_snr(self, t):
+        return -4 * torch.log(t)
+
+    def t_from_log_snr(self, log_snr):
+        return torch.exp(-log_snr / 4)
+
+
+def test_any_object_with_the_members_is_a_schedule():
+    assert isinstance(Squared(), Schedule)
+    t, x = torch.tensor([0.5, 2.0]), torch.randn(2, 3)
+    denoiser = Denoiser.from_x0(lambda x_t, t, cond: 0 * x_t, Squared())
+    assert torch.allclose(denoiser.score(x, t), -x / t[:, None] ** 4)
+    # The preconditioning of EDM is a function of sigma, not of the name that the schedule gives to time.
+    seen = []
+    edm = Denoiser(lambda x, t, cond: seen.append((x, t)) or x, Squared(), "edm", sigma_data=0.5)
+    edm(x, t)
+    assert torch.allclose(seen[0][0], x / torch.sqrt(t**4 + 0.25)[:, None])
+    assert torch.allclose(seen[0][1], torch.log(t**2) / 4)
+
+
+def test_a_copied_denoiser_keeps_its_schedule():
+    """A student starts as a copy of the teacher: they must share a schedule whatever equality it knows."""
+    teacher = Denoiser(torch.nn.Linear(1, 1), Squared(), "x0")
+    student = copy.deepcopy(teacher)
+    assert student.network is not teacher.network and student.schedule is teacher.schedule
+    assert not ScoreDifference(teacher, student, torch.tensor([0.5]), None, None, None).needs_x
+
+
+def test_an_object_without_the_members_is_none():
+    with pytest.raises(TypeError, match="schedule"):
+        Denoiser(lambda x, t, cond: x, object(), "x0")
