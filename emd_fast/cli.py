@@ -25,7 +25,10 @@ _TABLES = {"emd": EMDConfig, "teacher": TeacherConfig, "mixture": MixtureConfig}
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse, but a wrong word gets the nearest right one."""
+    """argparse, but a wrong word gets the nearest right one, and no part of a word passes for it."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **options})
 
     def error(self, message: str) -> NoReturn:
         choice = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)

@@ -102,7 +102,7 @@ class EMDConfig:
     batch_size: int = 128
     langevin_steps: int = 4
     gamma_eps: StepSize = 0.16
-    gamma_z: StepSize = 0.01
+    gamma_z: StepSize = 0.02
     noise_cancellation: bool = True
     sampling: Literal["eps_z", "x_z"] = "eps_z"
     objective: Literal["emd", "vsd"] = "emd"

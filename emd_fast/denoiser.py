@@ -242,7 +242,9 @@ def base(network: Any) -> Denoiser:
     """The Denoiser inside what may be wrapped by DDP or torch.compile."""
     inner = network
     while not isinstance(inner, Denoiser):
-        inner = getattr(inner, "module", None) or getattr(inner, "_orig_mod", None)
+        # Not `or`: the truth of a module is its len(), which a compiled one refuses to tell.
+        wrapped = getattr(inner, "module", None)
+        inner = getattr(inner, "_orig_mod", None) if wrapped is None else wrapped
         if inner is None:
             raise TypeError(f"expected an emd_fast.Denoiser, bare or wrapped, got {type(network).__name__}")
     return inner

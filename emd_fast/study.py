@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 import statistics
 from collections.abc import Sequence
@@ -39,7 +40,7 @@ def conduct(settings: RunConfig, folder: Path) -> Path:
     results: dict[str, list[dict[str, Any]]] = {}
     for variant in variants:
         for seed in range(seeds):
-            own = folder / f"{variant.name.replace(' ', '-').replace(',', '')}-seed{seed}"
+            own = folder / f"{re.sub('[^A-Za-z0-9]+', '-', variant.name)}-seed{seed}"
             own.mkdir(exist_ok=True)
             if (folder / "teacher.pt").exists() and not (own / "teacher.pt").exists():
                 shutil.copyfile(folder / "teacher.pt", own / "teacher.pt")

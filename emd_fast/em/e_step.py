@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -126,6 +127,8 @@ def frozen(generator: GeneratorLike) -> Iterator[GeneratorLike]:
     that requires one, wanted or not. DDP is taken off: it would wait for gradients that never come.
     """
     bare = generator.module if isinstance(generator, DistributedDataParallel) else generator
+    if isinstance(bare, nn.Module):
+        _settle_sharding(bare)
     trainable = [p for p in bare.parameters() if p.requires_grad] if isinstance(bare, nn.Module) else []
     for parameter in trainable:
         parameter.requires_grad_(False)
@@ -134,6 +137,20 @@ def frozen(generator: GeneratorLike) -> Iterator[GeneratorLike]:
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
+
+
+_settled: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def _settle_sharding(generator: nn.Module) -> None:
+    """FSDP2 takes the dtype of its gradients, once and for all, from the parameters that require some when it is first
+    used: let that be before they are frozen."""
+    for module in generator.modules():
+        # By name: importing FSDP2 would cost everybody a moment at import.
+        if module not in _settled and any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
+            module.unshard()
+            module.reshard()
+            _settled.add(module)
 
 
 def check_e_step(
