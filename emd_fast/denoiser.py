@@ -83,7 +83,8 @@ class Denoiser(nn.Module):
         schedule: alpha, sigma and log-SNR of t.
         parametrization: what the output is: "eps", "x0", "v", "flow" (eps - x) or "edm".
         sigma_data: standard deviation of the data; needed for "edm" and for it alone.
-        c_in, c_noise: functions of t (B,); 1 and t by default, for "edm" 1 / sqrt(sigma^2 + sigma_data^2) and log(sigma) / 4.
+        c_in, c_noise: functions of t (B,); 1 and t by default, for "edm" 1 / sqrt(sigma^2 + sigma_data^2) and
+            log(sigma) / 4.
         output: takes what the network returns to F, (B, ...) like x_t: an attribute, half of the channels, a sign.
         sample_shape: shape of one sample, where the denoiser alone must say what to generate.
         null_cond: the condition that means "none", for guidance: a pytree like cond, batched on dimension 0 with size

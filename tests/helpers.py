@@ -10,7 +10,7 @@ from torch import Tensor, nn
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NOISE_ERROR = 5e-6  # what the noise contract allows a normal number
 
-# The noise contract, in numpy ------------------------------------------------------------------------------------------
+# The noise contract, in numpy ---------------------------------------------------------------------------------------
 
 
 def philox(counter, key):
@@ -66,7 +66,7 @@ def integers(high, size, **where):
     return ((words * np.uint64(high)) >> np.uint64(32))[:, :elements].reshape(size).astype(np.int64)
 
 
-# Assertions ------------------------------------------------------------------------------------------------------------
+# Assertions ---------------------------------------------------------------------------------------------------------
 
 
 def assert_within(actual: Tensor, exact: Tensor, tolerance: float | Tensor, what: str = "value") -> None:
@@ -108,7 +108,12 @@ def assert_same(actual: Tensor, expected: Tensor, what: str = "value") -> None:
     assert_within(actual, expected, 0.0, what)
 
 
-# Shapes and layouts ------------------------------------------------------------------------------------------------------
+def naming(named: str) -> str:
+    """What a message must match that names this argument: the word itself, not a letter of another."""
+    return rf"(?<!\w){named}(?!\w)" if named.isidentifier() else named
+
+
+# Shapes and layouts -------------------------------------------------------------------------------------------------
 
 _SIZES = st.sampled_from([1, 2, 3, 4, 5, 7, 8, 13, 16, 17, 31])
 
@@ -128,7 +133,9 @@ seeds = st.integers(0, 2**31)
 def laid_out(x: Tensor, layout: str) -> Tensor:
     """x in another layout in memory; its values too, where "expanded" makes all samples those of the first."""
     if layout == "transposed" and x.dim() > 2:
-        return x.transpose(1, -1).contiguous().transpose(1, -1)  # of four dimensions (B, C, W, H): unusual, not channels_last
+        return (
+            x.transpose(1, -1).contiguous().transpose(1, -1)
+        )  # of four dimensions (B, C, W, H): unusual, not channels_last
     if layout == "channels_last" and x.dim() == 4:
         return x.contiguous(memory_format=torch.channels_last)
     if layout == "sliced":
@@ -163,11 +170,11 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-# Networks ----------------------------------------------------------------------------------------------------------------
+# Networks -----------------------------------------------------------------------------------------------------------
 
 
 def randomised(network: nn.Module, seed: int, scale: float = 1.0) -> nn.Module:
-    """Every weight random, so that no two networks are equal by accident (zero-initialised last layers make them so)."""
+    """Every weight random, so that no two are equal by accident (as zero-initialised last layers make them)."""
     generator = seeded(seed)
     with torch.no_grad():
         for parameter in network.parameters():

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import assert_within, seeded
+from helpers import assert_within, naming, seeded
 
 from emd_fast.schedules import EDM, VP, Cosine, RectifiedFlow
 from emd_fast.teachers import gaussian, gaussian_mixture
@@ -21,7 +21,8 @@ def log_density(x_t, alpha, sigma, weights, means, covariances):
     means, covariances = means.double().flatten(1), covariances.double()
     eye = torch.eye(means.shape[1], dtype=torch.float64)
     components = torch.distributions.MultivariateNormal(
-        alpha[:, None, None] * means, alpha[:, None, None, None] ** 2 * covariances + sigma[:, None, None, None] ** 2 * eye
+        alpha[:, None, None] * means,
+        alpha[:, None, None, None] ** 2 * covariances + sigma[:, None, None, None] ** 2 * eye,
     )
     mixture = torch.distributions.Categorical((weights / weights.sum()).double().expand(len(x_t), -1))
     return torch.distributions.MixtureSameFamily(mixture, components).log_prob(x_t.flatten(1))
@@ -120,5 +121,5 @@ def test_weights_are_relative():
     ],
 )
 def test_parts_that_do_not_fit(weights, means, covariances, named):
-    with pytest.raises(ValueError, match=named):
+    with pytest.raises(ValueError, match=naming(named)):
         gaussian_mixture(weights, means, covariances, EDM())

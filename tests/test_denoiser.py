@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from helpers import Mlp, assert_same, assert_within, column, randomised, seeded
+from helpers import Mlp, assert_same, assert_within, column, naming, randomised, seeded
 from torch import nn
 
 from emd_fast import Denoiser, Generator
@@ -116,7 +116,7 @@ def test_small_noise_does_not_cancel(parametrization, schedule):
     terms = (a * x_t).abs().double() + (b * F).abs().double()
     assert_within(score, -x_t / total, 2e-6 * terms + 1e-6)
     if parametrization in ("v", "edm"):
-        # And the terms themselves stay of the size of the score over sigma at most; the general formula has 1 / sigma^2.
+        # And a itself stays small, where the general formula adds terms of 1 / sigma^2.
         assert float(a.abs()) <= 4.0 + 1e-3
 
 
@@ -155,7 +155,8 @@ class TestRealNetworks:
         diffusers = pytest.importorskip("diffusers")
         network = diffusers.UNet2DConditionModel(
             sample_size=8, in_channels=3, out_channels=3, block_out_channels=(16, 32), layers_per_block=1,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
             cross_attention_dim=8, norm_num_groups=8, attention_head_dim=4,
         ).eval()  # fmt: skip
         randomised(network, 1)
@@ -184,7 +185,7 @@ class TestRealNetworks:
         denoiser = Denoiser(call, VP(BETAS), "eps", output=lambda F: F[:, :3])
         x, t = torch.randn(2, 3, 5, 5), torch.tensor([0.3, 0.9])
         assert_same(denoiser(x, t), network(x)[:, :3])
-        with pytest.raises(ValueError, match="shape.*output"):
+        with pytest.raises(ValueError, match=r"shape.*output"):
             Denoiser(call, VP(BETAS), "eps")(x, t)
 
     def test_a_flow_model_of_reversed_sign(self):
@@ -231,12 +232,16 @@ class TestGuidance:
     def test_a_number_and_every_form_of_a_null_condition(self, w, null):
         denoiser = self.denoiser(null_cond=null)
         expected = self.expected(denoiser, self.labels, torch.full((4,), 10), w)
-        assert_within(denoiser.score(self.x, self.t, self.labels, guidance=w), expected, 1e-5 * float(expected.abs().max()))
+        assert_within(
+            denoiser.score(self.x, self.t, self.labels, guidance=w), expected, 1e-5 * float(expected.abs().max())
+        )
 
     def test_by_sample(self):
         denoiser, w = self.denoiser(null_cond=10), torch.tensor([0.0, 1.0, 2.0, 5.0])
         expected = self.expected(denoiser, self.labels, torch.full((4,), 10), w[:, None])
-        assert_within(denoiser.score(self.x, self.t, self.labels, guidance=w), expected, 1e-5 * float(expected.abs().max()))
+        assert_within(
+            denoiser.score(self.x, self.t, self.labels, guidance=w), expected, 1e-5 * float(expected.abs().max())
+        )
 
     def test_of_one_is_the_conditional_score(self):
         denoiser = self.denoiser(null_cond=10)
@@ -272,7 +277,7 @@ class TestGuidance:
         ],
     )
     def test_conditions_that_do_not_fit(self, null, cond, named):
-        with pytest.raises(ValueError, match=named):
+        with pytest.raises(ValueError, match=naming(named)):
             self.denoiser(null_cond=null).score(self.x, self.t, cond, guidance=2.0)
 
 
@@ -288,7 +293,7 @@ class TestErrors:
         ids=str,
     )
     def test_a_parametrization_that_does_not_fit_the_schedule(self, name, schedule):
-        with pytest.raises(ValueError, match=name):
+        with pytest.raises(ValueError, match=naming(name)):
             Denoiser(nn.Identity(), schedule, name)
 
     @pytest.mark.parametrize("schedule", [Cosine(), RectifiedFlow(), VP(BETAS)], ids=repr)

@@ -1,8 +1,20 @@
 import pytest
 import torch
 from helpers import (
-    LAYOUTS, NOISE_ERROR, assert_as_good_as_eager, assert_same, column, draw, dtypes, layouts, normals, per_sample,
-    seeded, seeds, shapes,
+    LAYOUTS,
+    NOISE_ERROR,
+    assert_as_good_as_eager,
+    assert_same,
+    column,
+    draw,
+    dtypes,
+    layouts,
+    naming,
+    normals,
+    per_sample,
+    seeded,
+    seeds,
+    shapes,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -92,7 +104,7 @@ def test_bad_input_is_named_and_nothing_is_written(backend, name):
     z = torch.full((2, 3), 2.0)
     given = {"z": z, "z_grad": torch.ones(2, 3), "step_size": 0.1, "noise": Noise(0)}
     given |= {key: make() for key, make in changed.items()}
-    with pytest.raises(error, match=named):
+    with pytest.raises(error, match=naming(named)):
         ops.langevin_z(given.pop("z"), given.pop("z_grad"), **given)
     assert bool((z == 2).all())
 
@@ -101,7 +113,9 @@ def test_overlapping_memory_is_refused(backend):
     memory = torch.ones(6)
     for z_grad in (memory[:4], memory[3:], memory[1:2].expand(4)):
         with pytest.raises(ValueError, match="overlap"):
-            ops.langevin_z(memory[:4], z_grad.expand(4) if len(z_grad) == 4 else memory[2:], step_size=0.1, noise=Noise(0))
+            ops.langevin_z(
+                memory[:4], z_grad.expand(4) if len(z_grad) == 4 else memory[2:], step_size=0.1, noise=Noise(0)
+            )
     with pytest.raises(ValueError, match="overlap"):
         ops.langevin_z(memory[:2], memory[2:4], step_size=memory[1:3], noise=Noise(0))
     assert bool((memory == 1).all())

@@ -1,7 +1,17 @@
 import pytest
 import torch
 from helpers import (
-    assert_as_good_as_eager, column, draw, dtypes, layouts, per_element, per_sample, seeded, seeds, shapes,
+    assert_as_good_as_eager,
+    column,
+    draw,
+    dtypes,
+    layouts,
+    naming,
+    per_element,
+    per_sample,
+    seeded,
+    seeds,
+    shapes,
 )
 from hypothesis import given
 
@@ -116,5 +126,5 @@ BAD = [
 @pytest.mark.parametrize(("changed", "error", "named"), BAD)
 def test_bad_input(backend, changed, error, named):
     given = {"generated": X, "drift": X, "alpha": ONE, "sigma": ONE, "weight": ONE, **changed}
-    with pytest.raises(error, match=named):
+    with pytest.raises(error, match=naming(named)):
         ops.m_step_loss(**given)

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import NOISE_ERROR, assert_within, noise_words, normals, philox, uniforms
+from helpers import NOISE_ERROR, assert_within, naming, noise_words, normals, philox, uniforms
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -92,9 +92,13 @@ def test_every_number_matters(backend, changed):
 
 
 def test_streams_and_substeps_do_not_collide(backend):
-    seen = torch.stack([
-        ops.uniform((64,), Noise(0), stream=stream, substep=substep) for stream in range(14) for substep in (0, 1, 65535)
-    ])
+    seen = torch.stack(
+        [
+            ops.uniform((64,), Noise(0), stream=stream, substep=substep)
+            for stream in range(14)
+            for substep in (0, 1, 65535)
+        ]
+    )
     assert len(seen.unique(dim=0)) == len(seen)
 
 
@@ -114,9 +118,7 @@ def test_set_and_advance_change_the_tensor_in_place(backend):
     noise.set(substep=5)
     assert noise.state is state and state.data_ptr() == where
     assert state.dtype == torch.int64 and state.tolist() == [7, 4, 11, 5]
-    assert torch.equal(
-        ops.normal((3, 4), noise, stream=1), ops.normal((3, 4), Noise(7, 4, 11, 5), stream=1)
-    )
+    assert torch.equal(ops.normal((3, 4), noise, stream=1), ops.normal((3, 4), Noise(7, 4, 11, 5), stream=1))
 
 
 def test_a_failed_set_changes_nothing():
@@ -132,10 +134,10 @@ def test_a_failed_set_changes_nothing():
 def test_numbers_outside_their_range(name, limit):
     Noise(**{"seed": 0, name: limit - 1})
     for value in (-1, limit):
-        with pytest.raises(ValueError, match=name):
+        with pytest.raises(ValueError, match=naming(name)):
             Noise(**{"seed": 0, name: value})
     for value in (1.0, "1", None, True):
-        with pytest.raises(TypeError, match=name):
+        with pytest.raises(TypeError, match=naming(name)):
             Noise(**{"seed": 0, name: value})
 
 
@@ -155,7 +157,7 @@ def test_bad_arguments_of_the_drawing_ops(backend, draw):
         ({"size": (2, 1.0)}, TypeError, "size"),
     ):
         given = {"size": (2, 3), "noise": Noise(0), "stream": 0, **arguments}
-        with pytest.raises(error, match=named):
+        with pytest.raises(error, match=naming(named)):
             draw(given.pop("size"), given.pop("noise"), **given)
 
 

@@ -1,8 +1,22 @@
 import pytest
 import torch
 from helpers import (
-    DTYPES, LAYOUTS, NOISE_ERROR, assert_as_good_as_eager, assert_same, column, draw, dtypes, laid_out, layouts, normals,
-    per_sample, seeded, seeds, shapes,
+    DTYPES,
+    LAYOUTS,
+    NOISE_ERROR,
+    assert_as_good_as_eager,
+    assert_same,
+    column,
+    draw,
+    dtypes,
+    laid_out,
+    layouts,
+    naming,
+    normals,
+    per_sample,
+    seeded,
+    seeds,
+    shapes,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -129,7 +143,7 @@ BAD = [
 @pytest.mark.parametrize(("changed", "error", "named"), BAD)
 def test_bad_input(backend, changed, error, named):
     given = {"x0": X, "alpha": ONE, "sigma": ONE, "eps": X, **changed}
-    with pytest.raises(error, match=named):
+    with pytest.raises(error, match=naming(named)):
         ops.perturb(given.pop("x0"), given.pop("alpha"), given.pop("sigma"), **given)
 
 

@@ -60,8 +60,10 @@ def test_inverse(schedule):
     log_snr = schedule.log_snr(t)
     back = schedule.t_from_log_snr(log_snr)
     assert back.dtype == torch.float32
-    # log-SNR is the better measure: where it is flat in t, t cannot be told.
-    assert_within(schedule.log_snr(back.clamp(schedule.t_min, schedule.t_max)), log_snr, 1e-4)
+    # In log-SNR: where it is flat in t, t cannot be told, and where it is steep one rounding of t shows.
+    rounding = (schedule.log_snr(torch.nextafter(t, t.new_tensor(schedule.t_min))) - log_snr).abs()
+    tolerance = (1e-4 + 2 * rounding).double()
+    assert_within(schedule.log_snr(back.clamp(schedule.t_min, schedule.t_max)), log_snr, tolerance)
     assert bool((log_snr.diff() < 0).all()), "noise grows with t"
 
 
@@ -152,7 +154,9 @@ def test_compiles_without_a_graph_break(schedule):
     def everything(t):
         return schedule.alpha(t), schedule.sigma(t), schedule.t_from_log_snr(schedule.log_snr(t))
 
-    for mine, exact in zip(torch.compile(everything, fullgraph=True, backend="aot_eager")(t), everything(t), strict=True):
+    for mine, exact in zip(
+        torch.compile(everything, fullgraph=True, backend="aot_eager")(t), everything(t), strict=True
+    ):
         assert_within(mine, exact, 1e-6)
 
 

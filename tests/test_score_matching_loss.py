@@ -1,7 +1,19 @@
 import pytest
 import torch
 from helpers import (
-    LAYOUTS, assert_as_good_as_eager, assert_same, column, draw, dtypes, layouts, per_element, per_sample, seeded, seeds, shapes,
+    LAYOUTS,
+    assert_as_good_as_eager,
+    assert_same,
+    column,
+    draw,
+    dtypes,
+    layouts,
+    naming,
+    per_element,
+    per_sample,
+    seeded,
+    seeds,
+    shapes,
 )
 from hypothesis import given
 
@@ -18,7 +30,8 @@ def formula(output, x0, x_t, c_skip, c_out, weight):
 
 def case(shape, g, of_output, of_x0, of_x_t, layout, scale=1.0):
     return [
-        draw(shape, g, of_output, layout, scale), draw(shape, g, of_x0, layout, scale), draw(shape, g, of_x_t, layout, scale),
+        draw(shape, g, of_output, layout, scale), draw(shape, g, of_x0, layout, scale),
+        draw(shape, g, of_x_t, layout, scale),
         torch.randn(shape[0], generator=g), torch.randn(shape[0], generator=g), per_sample(shape[0], g),
     ]  # fmt: skip
 
@@ -117,5 +130,5 @@ BAD = [
 @pytest.mark.parametrize(("changed", "error", "named"), BAD)
 def test_bad_input(backend, changed, error, named):
     given = {"output": X, "x0": X, "x_t": X, "c_skip": ONE, "c_out": ONE, "weight": ONE, **changed}
-    with pytest.raises(error, match=named):
+    with pytest.raises(error, match=naming(named)):
         ops.score_matching_loss(**given)

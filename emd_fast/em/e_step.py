@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -139,18 +138,14 @@ def frozen(generator: GeneratorLike) -> Iterator[GeneratorLike]:
             parameter.requires_grad_(True)
 
 
-_settled: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-
-
 def _settle_sharding(generator: nn.Module) -> None:
     """FSDP2 takes the dtype of its gradients, once and for all, from the parameters that require some when it is first
     used: let that be before they are frozen."""
     for module in generator.modules():
-        # By name: importing FSDP2 would cost everybody a moment at import.
-        if module not in _settled and any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
-            module.unshard()
-            module.reshard()
-            _settled.add(module)
+        # By what it has: importing FSDP2 to ask would cost everybody. What happens at its first forward pass happens
+        # here instead, outermost module first; after that it does nothing.
+        if (state_of := getattr(module, "_get_fsdp_state", None)) is not None:
+            state_of()._lazy_init()
 
 
 def check_e_step(

@@ -1,0 +1,306 @@
+"""What must hold of the algorithm (design, section 1): six statements, each against analytic values."""
+
+import copy
+import math
+
+import pytest
+import torch
+from helpers import Mlp, assert_within, column, normals, seeded
+
+from emd_fast import Denoiser, Generator, Noise, e_step, ops
+from emd_fast.em.m_step import WEIGHTINGS, m_step
+from emd_fast.em.student_step import student_step
+from emd_fast.schedules import EDM, VP, Cosine, RectifiedFlow
+from emd_fast.teachers import gaussian
+
+SCHEDULES = [EDM(), Cosine(), RectifiedFlow(), VP(torch.linspace(1e-4, 0.02, 1000))]
+FORMS = [
+    ("eps", VP(torch.linspace(1e-4, 0.02, 1000))),
+    ("x0", Cosine()),
+    ("v", Cosine()),
+    ("flow", RectifiedFlow()),
+    ("edm", EDM()),
+]
+
+
+class Linear(torch.nn.Module):
+    """g(z) = A z, for (B, 2)."""
+
+    def __init__(self, A):
+        super().__init__()
+        self.A = torch.nn.Parameter(A.clone())
+
+    def forward(self, z, cond=None):
+        return z @ self.A.T
+
+    def score(self, schedule):
+        """The exact student: the score of the generator's diffused samples."""
+        A = self.A.detach().double()
+        return gaussian(torch.zeros(2), A @ A.T, schedule)
+
+
+def denoiser(form, schedule, seed):
+    return Denoiser(Mlp(seed=seed), schedule, form, **({"sigma_data": 0.5} if form == "edm" else {}))
+
+
+def latents(n, schedule, seed=0, dimension=3):
+    g = seeded(seed)
+    t = schedule.t_from_log_snr(4 * torch.rand(n, generator=g) - 2)
+    return torch.randn(n, dimension, generator=g), torch.randn(n, dimension, generator=g), t
+
+
+def gradient(loss, network):
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(network.parameters()))])
+
+
+@pytest.mark.parametrize(("form", "schedule"), FORMS, ids=str)
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_1_one_step_is_variational_score_distillation(backend, form, schedule, weighting):
+    """K = 1 at gamma_z = 0: gamma_eps times the gradient -w alpha delta J_g of Diff-Instruct, for the same noise."""
+    gamma = 0.16
+    z, eps, t = latents(16, schedule)
+    teacher, student = denoiser(form, schedule, 1), denoiser(form, schedule, 2)
+    generator = Generator(denoiser(form, schedule, 3), float(schedule.t_from_log_snr(torch.tensor([-1.0]))))
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    weight = WEIGHTINGS[weighting](alpha, sigma)
+    result = e_step(generator, teacher, student, z, eps, t, steps=1, gamma_eps=gamma, gamma_z=0.0, noise=Noise(0))
+    mine = gradient(m_step(generator, result, weight).mean(), generator)
+
+    wide = [copy.deepcopy(net).double() for net in (generator, teacher, student)]
+    x0 = wide[0](z.double())
+    a, s, w = (column(v.double(), z) for v in (alpha, sigma, weight))
+    with torch.no_grad():
+        x_t = a * x0 + s * eps
+        delta = wide[1].score(x_t, t) - wide[2].score(x_t, t)
+    vsd = gradient(-(w * a * delta * x0).mean(), wide[0])
+    # float32 networks and coefficients; delta is a difference.
+    assert_within(mine, gamma * vsd, 2e-5 * float(vsd.abs().max()))
+    assert mine.abs().max() > 1e-3 * gamma * vsd.abs().max()
+
+
+@pytest.mark.parametrize(("form", "schedule"), FORMS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_2_equal_networks_leave_exactly_nothing(backend, form, schedule, dtype):
+    z, eps, t = latents(9, schedule)
+    teacher = denoiser(form, schedule, 1).to(dtype)
+    student, generator = copy.deepcopy(teacher), Generator(copy.deepcopy(teacher), 0.9)
+    result = e_step(generator, teacher, student, z, eps, t, steps=3, gamma_eps=0.16, gamma_z=0.01, noise=Noise(0))
+    assert not result.drift.any()
+    loss = m_step(generator, result, torch.ones(9))
+    assert not loss.any() and not gradient(loss.sum(), generator).any()
+    assert float(result.eps.std()) > 0.5, "the chain itself moves"
+
+
+@pytest.mark.parametrize("gamma_z", [0.0, 0.02])
+@pytest.mark.parametrize("by_sample", [False, True])
+def test_3_eps_minus_drift_is_the_accumulated_noise(backend, gamma_z, by_sample):
+    """a_{k+1} = (1 - gamma) a_k + sqrt(2 gamma) n_k from a_0 = eps_0, the noises regenerated from the contract."""
+    schedule, steps = Cosine(), 6
+    z, eps, t = latents(7, schedule)
+    gamma = 0.05 + 0.3 * torch.rand(7, generator=seeded(1)) if by_sample else 0.16
+    generator = Generator(denoiser("v", schedule, 3), 0.8)
+    where = {"seed": 2**40 + 3, "step": 12, "first_sample": 1000}
+    result = e_step(
+        generator, denoiser("v", schedule, 1), denoiser("x0", schedule, 2), z, eps, t, steps=steps, gamma_eps=gamma,
+        gamma_z=gamma_z, noise=Noise(**where),
+    )  # fmt: skip
+    a = eps.double()
+    gamma = column(gamma.double(), z) if by_sample else gamma
+    for k in range(steps):
+        a = (1 - gamma) * a + math.sqrt(2) * gamma**0.5 * normals((7, 3), stream=2, substep=k, **where)
+    # Six steps of float32, and of normals within 5e-6: both decay with the chain.
+    size = 1 + float(result.drift.abs().max())
+    assert result.drift.abs().max() > 1e-2
+    assert_within(result.eps - result.drift, a, 2e-6 * size * steps + 1e-5)
+
+
+# Statements 4 to 6: a Gaussian teacher, a linear generator, exact scores --------------------------------------------
+
+SIGMA = torch.tensor([[0.9, -0.3], [-0.3, 0.6]])
+MEAN = torch.tensor([0.4, -0.2])
+GENERATORS = {
+    "wide": torch.tensor([[1.4, 0.5], [0.0, 1.1]]),
+    "narrow and turned": torch.tensor([[0.5, -0.4], [0.5, 0.5]]),
+}
+
+
+def stiffest(A, schedule, t):
+    """The largest eigenvalue of C_p C_q^-1: that of the chain's Hessian in x_t (the others are 1)."""
+    alpha, sigma = schedule.alpha(t[:1]).double(), schedule.sigma(t[:1]).double()
+    noise = sigma**2 * torch.eye(2, dtype=torch.float64)
+    p, q = alpha**2 * A.double() @ A.double().T + noise, alpha**2 * SIGMA.double() + noise
+    return float(torch.linalg.eigvals(p @ torch.linalg.inv(q)).real.max()), q
+
+
+def chain(A, schedule, n, log_snr, gamma, steps, seed=0):
+    g = seeded(seed)
+    t = schedule.t_from_log_snr(torch.tensor([log_snr])).expand(n).contiguous()
+    z, eps = torch.randn(n, 2, generator=g), torch.randn(n, 2, generator=g)
+    generator = Linear(A)
+    result = e_step(
+        generator, gaussian(MEAN, SIGMA, schedule), generator.score(schedule), z, eps, t, steps=steps, gamma_eps=gamma,
+        gamma_z=gamma, noise=Noise(seed),
+    )  # fmt: skip
+    alpha, sigma = result.alpha[:1], result.sigma[:1]
+    return t, alpha * result.z @ A.T + sigma * result.eps
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
+@pytest.mark.parametrize("name", GENERATORS)
+def test_4_a_long_chain_samples_the_teacher(schedule, name):
+    """x_t ends as N(alpha m, alpha^2 Sigma + sigma^2), whatever the generator.
+
+    In directions in which the chain's Hessian is lambda, the discrete chain has 1 / (1 - gamma lambda / 2) times the
+    variance: the bias of order gamma, at most that of the largest lambda. Means have none. Sampling errors in the
+    teacher's own units: 1 / sqrt(n) of a mean, sqrt(2 / n) of a variance; five of them. The start has decayed by
+    (1 - gamma lambda)^(2 steps) < e^-8, with lambda > 0.4 here.
+    """
+    A, n, gamma, steps = GENERATORS[name], 4096, 0.06, 170
+    t, x = chain(A, schedule, n, 0.5, gamma, steps)
+    stiffness, q = stiffest(A, schedule, t)
+    whiten = torch.linalg.inv(torch.linalg.cholesky(q))
+    w = (x.double() - schedule.alpha(t[:1]).double() * MEAN) @ whiten.T
+    assert_within(w.mean(0), torch.zeros(2), 5 / math.sqrt(n) + 1e-2, "mean")
+    bias = 1 / (1 - gamma * stiffness / 2) - 1
+    assert bias < 0.1
+    assert_within(torch.cov(w.T, correction=0), torch.eye(2), 5 * math.sqrt(2 / n) + bias, "covariance")
+
+
+@pytest.mark.slow
+def test_4_the_bias_is_of_order_gamma():
+    """Along the stiffest direction: the variance is 1 / (1 - gamma lambda / 2), to the sampling error."""
+    A, schedule, n = GENERATORS["wide"], Cosine(), 40_000
+    for gamma, steps in ((0.4, 40), (0.2, 80)):
+        t, x = chain(A, schedule, n, 0.5, gamma, steps)
+        alpha, sigma = schedule.alpha(t[:1]).double(), schedule.sigma(t[:1]).double()
+        stiffness, q = stiffest(A, schedule, t)
+        p = alpha**2 * (A @ A.T).double() + sigma**2 * torch.eye(2, dtype=torch.float64)
+        # x moves by -gamma C_p C_q^-1 (x - alpha m) and noise of 2 gamma C_p: along a left eigenvector v of that matrix
+        # the variance is v' C_p v / (lambda - gamma lambda^2 / 2).
+        v = torch.linalg.eig((p @ torch.linalg.inv(q)).T).eigenvectors.real[
+            :, torch.linalg.eigvals((p @ torch.linalg.inv(q)).T).real.argmax()
+        ]
+        exact = (v @ p @ v) / (stiffness * (1 - gamma * stiffness / 2))
+        assert abs(exact / (v @ q @ v) - 1) > 0.1 * gamma
+        along = (x.double() - alpha * MEAN) @ v
+        assert abs(float(along.var()) / float(exact) - 1) < 5 * math.sqrt(2 / n)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
+@pytest.mark.parametrize("name", GENERATORS)
+def test_5_training_finds_the_maximum_likelihood(schedule, name):
+    """A A^T = Sigma, for a teacher N(0, Sigma) and the exact student.
+
+    There teacher and student agree, drift is 0 for every sample, and no noise is left to average: the tolerance is that
+    of an optimisation which has not quite ended.
+    """
+    generator = Linear(GENERATORS[name])
+    teacher = gaussian(torch.zeros(2), SIGMA, schedule)
+    steps, n = 220, 128
+    optimizer = torch.optim.Adam(generator.parameters(), lr=0.05, betas=(0.5, 0.9))
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    noise = Noise(0)
+    for _ in range(steps):
+        t = schedule.t_from_log_snr(3 * ops.uniform((n,), noise, stream=6) - 1)
+        z, eps = ops.normal((n, 2), noise, stream=0), ops.normal((n, 2), noise, stream=1)
+        result = e_step(
+            generator, teacher, generator.score(schedule), z, eps, t, steps=2, gamma_eps=0.2, gamma_z=0.1, noise=noise
+        )
+        optimizer.zero_grad()
+        m_step(generator, result, result.sigma.square()).mean().backward()
+        optimizer.step()
+        decay.step()
+        noise.advance()
+    A = generator.A.detach()
+    start = float((GENERATORS[name] @ GENERATORS[name].T - SIGMA).norm())
+    assert start > 0.3
+    assert_within(A @ A.T, SIGMA, 0.015)
+
+
+def gradients_by_sample(A, gamma_z, cancellation, n=20_000, sigma=SIGMA, schedule=None):
+    """(n, 4): every sample's gradient to A."""
+    schedule = schedule or Cosine()
+    generator = Linear(A)
+    g = seeded(3)
+    t = schedule.t_from_log_snr(3 * torch.rand(n, generator=g) - 1)
+    z, eps = torch.randn(n, 2, generator=g), torch.randn(n, 2, generator=g)
+    result = e_step(
+        generator, gaussian(torch.zeros(2), sigma, schedule), generator.score(schedule), z, eps, t, steps=4,
+        gamma_eps=0.16, gamma_z=gamma_z, noise=Noise(0),
+    )  # fmt: skip
+    x = generator(result.z).detach().requires_grad_()
+    drift = result.drift if cancellation else result.eps
+    loss = ops.m_step_loss(x, drift, result.alpha, result.sigma, result.sigma.square())
+    (to_x,) = torch.autograd.grad(loss.sum(), x)
+    return torch.einsum("bi,bj->bij", to_x.double(), result.z.double()).flatten(1)
+
+
+def test_6_cancellation_lowers_the_variance_and_keeps_the_mean_at_gamma_z_zero():
+    A = GENERATORS["wide"]
+    with_it, without = (gradients_by_sample(A, 0.0, c) for c in (True, False))
+    difference = without - with_it
+    error = difference.std(0) / math.sqrt(len(difference))
+    assert_within(difference.mean(0), torch.zeros(4), 5 * float(error.max()), "mean")
+    assert bool((with_it.mean(0).abs() > 5 * with_it.std(0) / math.sqrt(len(with_it))).any()), "there is a gradient"
+    assert bool((with_it.var(0) < 0.6 * without.var(0)).all())
+
+
+def test_6_at_gamma_z_above_zero_the_mean_moves():
+    """z_K is correlated with the noises that are dropped."""
+    with_it, without = (gradients_by_sample(GENERATORS["wide"], 0.1, c) for c in (True, False))
+    difference = without - with_it
+    error = difference.std(0) / math.sqrt(len(difference))
+    assert bool((difference.mean(0).abs() > 5 * error).any())
+    assert bool((with_it.var(0) < without.var(0)).all())
+
+
+@pytest.mark.parametrize("gamma_z", [0.0, 0.1])
+def test_6_the_fixed_point_stays(gamma_z):
+    """At A A^T = Sigma the mean gradient is 0 without cancellation, and with it every sample's is."""
+    A = torch.linalg.cholesky(SIGMA)
+    exactly = gradients_by_sample(A, gamma_z, True)
+    assert float(exactly.abs().max()) < 1e-4  # scores that agree to float32
+    without = gradients_by_sample(A, gamma_z, False)
+    error = without.std(0) / math.sqrt(len(without))
+    assert_within(without.mean(0), torch.zeros(4), 5 * float(error.max()))
+    assert float(without.std()) > 0.05
+
+
+# The student step ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("form", "schedule"), FORMS, ids=str)
+def test_student_step_is_denoising_score_matching(backend, form, schedule):
+    """Its gradient is that of mean (F - F_target)^2, in float64; the generator gets none."""
+    z, eps, t = latents(8, schedule)
+    student = denoiser(form, schedule, 2)
+    generator = Generator(denoiser(form, schedule, 3), float(schedule.t_from_log_snr(torch.tensor([-1.0]))))
+    loss = student_step(generator, student, z, eps, t)
+    assert loss.shape == (8,)
+    mine = gradient(loss.mean(), student)
+    wide, made = copy.deepcopy(student).double(), copy.deepcopy(generator).double()(z.double()).detach()
+    a, s = (column(f(t).double(), z) for f in (schedule.alpha, schedule.sigma))
+    x_t = a * made + s * eps
+    c_skip, c_out = (column(c.double(), z) for c in student.coefficients(t))
+    target = (made - c_skip * x_t) / c_out
+    exact = (wide(x_t, t) - target).square().mean(1)
+    assert_within(loss, exact, 2e-4 * float(1 + exact.detach().abs().max()))
+    expected = gradient(exact.mean(), wide)
+    assert_within(mine, expected, 2e-4 * float(expected.abs().max()))
+    assert all(p.grad is None for p in generator.parameters())
+
+
+def test_student_step_has_its_least_at_the_score_of_the_generator():
+    """Of the linear students F = c x_t in the eps form, the exact one has c = sigma / (alpha^2 s^2 + sigma^2)."""
+    schedule, n = Cosine(), 50_000
+    t = torch.full((n,), 0.5)
+    g = seeded(0)
+    z, eps = torch.randn(n, 1, generator=g), torch.randn(n, 1, generator=g)
+    scale = torch.tensor(1.0, requires_grad=True)
+    alpha, sigma = schedule.alpha(t)[0].item(), schedule.sigma(t)[0].item()
+    exact = sigma / (alpha**2 * 1.7**2 + sigma**2)
+    student = Denoiser(lambda x, t, cond: scale * exact * x, schedule, "eps")
+    loss = student_step(lambda z, cond: 1.7 * z, student, z, eps, t)
+    (slope,) = torch.autograd.grad(loss.mean(), scale)
+    # The gradient 2 (F - eps) F of a sample has a standard deviation below 2; five standard errors.
+    assert abs(slope.item()) < 5 * 2 / math.sqrt(n)
