@@ -115,7 +115,7 @@ def test_weights_are_relative():
         (WEIGHTS, MEANS, COVARIANCES[:, :1], "covariance"),
         (WEIGHTS, MEANS, COVARIANCES + torch.tensor([[0.0, 1.0], [0.0, 0.0]]), "symmetric"),
         (WEIGHTS, MEANS, -COVARIANCES, "semidefinite"),
-        (WEIGHTS, MEANS, COVARIANCES * math.nan, "covariance"),
+        (WEIGHTS, MEANS, COVARIANCES * math.nan, "covariances"),
         (WEIGHTS, MEANS * math.nan, COVARIANCES, "means"),
         (WEIGHTS, torch.tensor(1.0), COVARIANCES, "means"),
     ],

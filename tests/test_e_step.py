@@ -570,7 +570,7 @@ def bad_arguments():
         "null of another structure": (
             {"guidance": 2.0, "cond": labels, "null_cond": {"a": labels}},
             ValueError,
-            "null",
+            "null_cond",
         ),
         "cond batch": ({"cond": torch.zeros(3, dtype=torch.int64)}, ValueError, "cond"),
         "noise": ({"noise": 3}, TypeError, "noise"),

@@ -151,7 +151,7 @@ def test_bad_arguments_of_the_drawing_ops(backend, draw):
         ({"substep": 2**16}, ValueError, "substep"),
         ({"substep": -1}, ValueError, "substep"),
         ({"noise": Noise(0, substep=65535), "substep": 1}, ValueError, "substep"),
-        ({"noise": Noise(0, first_sample=2**32 - 1)}, ValueError, "sample"),
+        ({"noise": Noise(0, first_sample=2**32 - 1)}, ValueError, "samples"),
         ({"size": ()}, ValueError, "size"),
         ({"size": (2, -1)}, ValueError, "size"),
         ({"size": (2, 1.0)}, TypeError, "size"),
