@@ -40,7 +40,7 @@ def conduct(settings: RunConfig, folder: Path) -> Path:
     results: dict[str, list[dict[str, Any]]] = {}
     for variant in variants:
         for seed in range(seeds):
-            own = folder / f"{re.sub('[^A-Za-z0-9]+', '-', variant.name)}-seed{seed}"
+            own = folder / f"{re.sub('[^A-Za-z0-9]+', '-', variant.name).strip('-')}-seed{seed}"
             own.mkdir(exist_ok=True)
             if (folder / "teacher.pt").exists() and not (own / "teacher.pt").exists():
                 shutil.copyfile(folder / "teacher.pt", own / "teacher.pt")
@@ -96,16 +96,17 @@ def passes(config: EMDConfig) -> int:
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
-    """The student's numbers, and the Fréchet distance relative to real data where there is one."""
+    """The student's numbers; the Fréchet distance relative to real data, the masses of its poorest and richest mode."""
     row = {
         key: value["student"]
         for key, value in metrics.items()
         if isinstance(value, dict) and isinstance(value.get("student"), (int, float))
     }
-    if "real" in metrics["frechet"]:
-        row["frechet over real"] = metrics["frechet"]["student"] / metrics["frechet"]["real"]
     if "mass" in metrics:
-        row["mass"] = metrics["mass"]["student"]
+        masses = metrics["mass"]["student"]
+        row |= {"least mass": min(masses), "greatest mass": max(masses), "mass": masses}
+    else:
+        row["frechet over real"] = metrics["frechet"]["student"] / metrics["frechet"]["real"]
     return {**row, "steps": metrics["steps"], "seconds": metrics["seconds"]["distil"]}
 
 
@@ -140,4 +141,5 @@ def _table(results: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def _mean_and_spread(values: list[float]) -> str:
-    return f"{statistics.mean(values):.3g} ± {statistics.stdev(values):.2g}"
+    mean, spread = statistics.mean(values), statistics.stdev(values)
+    return f"{mean:.3g} ± {spread:.2g}" if spread else f"{mean:g}"
