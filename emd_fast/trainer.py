@@ -310,7 +310,7 @@ def check_health(metrics: dict[str, float], config: EMDConfig) -> None:
     """
     if metrics["skipped"] > config.max_skipped:
         raise Diverged(
-            f"{metrics['skipped']:.0f} updates had gradients that were not finite (max_skipped is {config.max_skipped}); "
+            f"{metrics['skipped']:.0f} gradients were not finite (max_skipped = {config.max_skipped}); "
             "the weights are those before them. Try smaller learning rates, or a smaller gamma_z"
         )
     if not metrics["z_rms"] <= config.max_z_rms:  # also true for a NaN
