@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import os
+
 import hypothesis
 import pytest
 
 import emd_fast
+from emd_fast import backends
 
 # Fixtures here only name a backend, which every example may share; and the first call of an op may load a library.
 hypothesis.settings.register_profile(
@@ -22,10 +25,16 @@ def native_missing() -> str | None:
     return None if served["backend"] == "cpu" else served["reason"]
 
 
-@pytest.fixture(params=["reference", "cpu"])
+# Under TRITON_INTERPRET=1 Triton serves CPU tensors too; tests/test_triton.py runs the tests of the ops so.
+BACKENDS = ["reference", "cpu", *(["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else [])]
+
+
+@pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest):
     """The test runs inside use_backend of each backend that CPU tensors have."""
     if request.param == "cpu" and (reason := native_missing()):
+        pytest.skip(reason)
+    if request.param == "triton" and (reason := backends.why_not("uniform", "triton", "cpu")):
         pytest.skip(reason)
     with emd_fast.use_backend(request.param):
         yield request.param
