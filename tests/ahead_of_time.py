@@ -69,6 +69,16 @@ class Compiled:
     def count(self, pattern: str) -> int:
         return len(re.findall(pattern, self.ptx))
 
+    def sass(self) -> str:
+        """The machine code, by the disassembler in Triton's package."""
+        import triton.knobs
+
+        with tempfile.TemporaryDirectory() as folder:
+            binary = Path(folder, "kernel.cubin")
+            binary.write_bytes(self.cubin)
+            command = [triton.knobs.nvidia.cuobjdump.path, "-sass", str(binary)]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
 
 def compiled(submitted: Submitted, target: int) -> Compiled:
     """Compiles what was launched for sm_`target`, with the options of the launch."""

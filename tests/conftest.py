@@ -4,6 +4,7 @@ import os
 
 import hypothesis
 import pytest
+from interpreter import round_to_bfloat16_as_a_gpu_does
 
 import emd_fast
 from emd_fast import backends
@@ -26,15 +27,16 @@ def native_missing() -> str | None:
 
 
 # Under TRITON_INTERPRET=1 Triton serves CPU tensors too; tests/test_triton.py runs the tests of the ops so.
-BACKENDS = ["reference", "cpu", *(["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else [])]
+BACKENDS = ["reference", "cpu"]
+if os.environ.get("TRITON_INTERPRET") == "1" and not backends.why_not("uniform", "triton", "cpu"):
+    round_to_bfloat16_as_a_gpu_does()
+    BACKENDS.append("triton")
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest):
     """The test runs inside use_backend of each backend that CPU tensors have."""
     if request.param == "cpu" and (reason := native_missing()):
-        pytest.skip(reason)
-    if request.param == "triton" and (reason := backends.why_not("uniform", "triton", "cpu")):
         pytest.skip(reason)
     with emd_fast.use_backend(request.param):
         yield request.param

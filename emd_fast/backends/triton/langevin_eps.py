@@ -36,6 +36,7 @@ def langevin_eps_kernel(
     COLUMNS: tl.constexpr,
     PLANES: tl.constexpr,
     WIDE: tl.constexpr,
+    RUN: tl.constexpr,
 ):
     sample, row, column, block, inside = tile(batch, sizes, down, across, ROWS, COLUMNS, PLANES, WIDE)
     # Each product is rounded before it is added (launch.submit): equal outputs must cancel to exactly 0.
@@ -50,7 +51,7 @@ def langevin_eps_kernel(
     d = load(drift, sizes, sample, row, column, inside, PLANES)
     store(drift, (1 - gamma) * d + gamma * pull, sizes, sample, row, column, inside, PLANES)
     e = load(eps, sizes, sample, row, column, inside, PLANES)
-    n = normals(noise, stream, substep, sample, block, ROWS, COLUMNS)
+    n = normals(noise, stream, substep, sample, block, ROWS, COLUMNS, RUN)
     store(eps, e + gamma * (pull - e) + root * n, sizes, sample, row, column, inside, PLANES)
 
 
@@ -89,5 +90,6 @@ def langevin_eps(
         substep,
         like=eps,
         sizes=sizes,
+        RUN=launch.neighbours(cotangent, *terms),
     )
     return cotangent

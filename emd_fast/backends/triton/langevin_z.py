@@ -25,12 +25,13 @@ def langevin_z_kernel(
     COLUMNS: tl.constexpr,
     PLANES: tl.constexpr,
     WIDE: tl.constexpr,
+    RUN: tl.constexpr,
 ):
     sample, row, column, block, inside = tile(batch, sizes, down, across, ROWS, COLUMNS, PLANES, WIDE)
     gamma, root = step(step_size, step_sizes, sample)
     old = load(z, sizes, sample, row, column, inside, PLANES)
     pull = load(z_grad, sizes, sample, row, column, inside, PLANES)
-    m = normals(noise, stream, substep, sample, block, ROWS, COLUMNS)
+    m = normals(noise, stream, substep, sample, block, ROWS, COLUMNS, RUN)
     store(z, old + gamma * (pull - old) + root * m, sizes, sample, row, column, inside, PLANES)
 
 
@@ -51,4 +52,5 @@ def langevin_z(
         substep,
         like=z,
         sizes=sizes,
+        RUN=launch.neighbours(z_grad),
     )

@@ -45,11 +45,11 @@ def pick(batch: int, sizes: Sequence[int], tile: int = TILE) -> Launch:
     planes = len(sizes) == 2 and sizes[1] % 4 == 0
     if planes:
         rows = min(_power_of_two(sizes[0]), _PLANE_ROWS)
-        columns = min(max(_power_of_two(sizes[1]), 4), tile // rows)
+        columns = min(max(_power_of_two(sizes[1]), 8), tile // rows)
         down, across = _ceil(sizes[0], rows), _ceil(sizes[1], columns)
         programs = batch * down * across
     else:
-        columns = min(max(_power_of_two(elements), 4), tile)
+        columns = min(max(_power_of_two(elements), 8), tile)
         rows = tile // columns
         down, across = 1, _ceil(elements, columns)
         programs = _ceil(batch, rows) * across
@@ -95,7 +95,19 @@ def by_sample(x: Tensor) -> tuple[Any, ...]:
     return (x, *x.stride())
 
 
-def run(kernel: Any, *args: Any, like: Tensor, sizes: tuple[int, ...], tile: int = TILE) -> None:
+def neighbours(*tensors: Tensor) -> int:
+    """How many neighbours one thread should draw: as many as it needs for 128 bits of the narrowest tensor."""
+    return 8 if any(x.element_size() == 2 for x in tensors) else 4
+
+
+def run(
+    kernel: Any,
+    *args: Any,
+    like: Tensor,
+    sizes: tuple[int, ...],
+    tile: int = TILE,
+    **constants: Any,
+) -> None:
     """Launches kernel(*args, batch, sizes, down, across, ...) over samples of these sizes, on the device of `like`."""
     batch = like.shape[0]
     launch = pick(batch, sizes, tile)
@@ -103,7 +115,13 @@ def run(kernel: Any, *args: Any, like: Tensor, sizes: tuple[int, ...], tile: int
         kernel,
         launch.programs,
         (*args, batch, sizes, launch.down, launch.across),
-        {"ROWS": launch.rows, "COLUMNS": launch.columns, "PLANES": launch.planes, "WIDE": launch.wide},
+        {
+            "ROWS": launch.rows,
+            "COLUMNS": launch.columns,
+            "PLANES": launch.planes,
+            "WIDE": launch.wide,
+            **constants,
+        },
         launch.warps,
         like.device,
     )

@@ -24,9 +24,10 @@ def normal_kernel(
     COLUMNS: tl.constexpr,
     PLANES: tl.constexpr,
     WIDE: tl.constexpr,
+    RUN: tl.constexpr,
 ):
     sample, row, column, block, inside = tile(batch, sizes, down, across, ROWS, COLUMNS, PLANES, WIDE)
-    n = normals(noise, stream, substep, sample, block, ROWS, COLUMNS)
+    n = normals(noise, stream, substep, sample, block, ROWS, COLUMNS, RUN)
     store(out, n, sizes, sample, row, column, inside, PLANES)
 
 
@@ -34,5 +35,5 @@ def normal(size: list[int], noise: Tensor, stream: int, substep: int, dtype: tor
     n = torch.empty(size, dtype=dtype, device=noise.device)
     if math.prod(size):
         sizes, (view,) = launch.views(n)
-        launch.run(normal_kernel, view, noise, stream, substep, like=n, sizes=sizes)
+        launch.run(normal_kernel, view, noise, stream, substep, like=n, sizes=sizes, RUN=launch.neighbours(n))
     return n

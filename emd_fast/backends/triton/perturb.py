@@ -26,11 +26,12 @@ def perturb_kernel(
     COLUMNS: tl.constexpr,
     PLANES: tl.constexpr,
     WIDE: tl.constexpr,
+    RUN: tl.constexpr,
 ):
     sample, row, column, block, inside = tile(batch, sizes, down, across, ROWS, COLUMNS, PLANES, WIDE)
     x = load(x0, sizes, sample, row, column, inside, PLANES)
     if eps is None:
-        n = normals(noise, stream, substep, sample, block, ROWS, COLUMNS)
+        n = normals(noise, stream, substep, sample, block, ROWS, COLUMNS, RUN)
     else:
         n = load(eps, sizes, sample, row, column, inside, PLANES)
     x_t = of_sample(alpha, sample) * x + of_sample(sigma, sample) * n
@@ -63,5 +64,6 @@ def perturb(
         substep,
         like=x_t,
         sizes=sizes,
+        RUN=launch.neighbours(x_t, x0),
     )
     return x_t

@@ -17,7 +17,7 @@ def _multiply(x, MULTIPLIER: tl.constexpr):
 
 @triton.jit
 def words(noise, stream, substep, sample, block):
-    """The four uint32 words of each Philox4x32-10 block (Salmon et al., SC 2011).
+    """The four uint32 words of Philox4x32-10 blocks (Salmon et al., SC 2011).
 
     noise points to seed, step, first sample and substep (int64), which are read here: a captured graph that replays
     sees what they are then.
@@ -92,20 +92,52 @@ def _normal_pair(word0, word1):
 
 
 @triton.jit
-def _in_order(a0, a1, a2, a3, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Element 4 * block + i from tensor i; no thread gives anything away, as a block's four stay where it was."""
+def _four_uniforms(noise, stream, substep, sample, block):
+    w0, w1, w2, w3 = words(noise, stream, substep, sample, block)
+    return _uniform(w0), _uniform(w1), _uniform(w2), _uniform(w3)
+
+
+@triton.jit
+def _four_normals(noise, stream, substep, sample, block):
+    w0, w1, w2, w3 = words(noise, stream, substep, sample, block)
+    n0, n1 = _normal_pair(w0, w1)
+    n2, n3 = _normal_pair(w2, w3)
+    return n0, n1, n2, n3
+
+
+@triton.jit
+def _drawn(
+    FOUR: tl.constexpr,
+    noise,
+    stream,
+    substep,
+    sample,
+    first,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    RUN: tl.constexpr,
+):
+    """What FOUR makes of each block, element by element; `first` is the block of the first column.
+
+    A thread makes RUN neighbours, 4 or 8: the number that it loads and stores at a time. Otherwise they would have to
+    be exchanged between threads. The joins only name what a thread has; the last one is the fastest index.
+    """
+    run = first + tl.arange(0, COLUMNS // RUN)[None, :] * (RUN // 4)
+    a0, a1, a2, a3 = FOUR(noise, stream, substep, sample, run)
+    if RUN == 8:
+        b0, b1, b2, b3 = FOUR(noise, stream, substep, sample, run + 1)
+        a0 = tl.join(a0, b0)
+        a1 = tl.join(a1, b1)
+        a2 = tl.join(a2, b2)
+        a3 = tl.join(a3, b3)
     return tl.reshape(tl.join(tl.join(a0, a2), tl.join(a1, a3)), [ROWS, COLUMNS])
 
 
 @triton.jit
-def uniforms(noise, stream, substep, sample, block, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    w0, w1, w2, w3 = words(noise, stream, substep, sample, block)
-    return _in_order(_uniform(w0), _uniform(w1), _uniform(w2), _uniform(w3), ROWS, COLUMNS)
+def uniforms(noise, stream, substep, sample, first, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RUN: tl.constexpr):
+    return _drawn(_four_uniforms, noise, stream, substep, sample, first, ROWS, COLUMNS, RUN)
 
 
 @triton.jit
-def normals(noise, stream, substep, sample, block, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    w0, w1, w2, w3 = words(noise, stream, substep, sample, block)
-    n0, n1 = _normal_pair(w0, w1)
-    n2, n3 = _normal_pair(w2, w3)
-    return _in_order(n0, n1, n2, n3, ROWS, COLUMNS)
+def normals(noise, stream, substep, sample, first, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RUN: tl.constexpr):
+    return _drawn(_four_normals, noise, stream, substep, sample, first, ROWS, COLUMNS, RUN)

@@ -19,19 +19,19 @@ def tile(
     PLANES: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """sample (a number, or (ROWS, 1)), row, column (1, COLUMNS), Philox block (.., COLUMNS / 4), and what is inside."""
+    """sample (a number, or (ROWS, 1)), row, column (1, COLUMNS), first Philox block of a row, and what is inside."""
     program = tl.program_id(0)
     if WIDE:
         program = program.to(tl.int64)
     start = program % across * COLUMNS
     column = start + tl.arange(0, COLUMNS)[None, :]
-    block = start // 4 + tl.arange(0, COLUMNS // 4)[None, :]
+    block = start // 4
     if PLANES:
         above = program // across
         sample = (above // down).to(tl.int64)
         row = above % down * ROWS + tl.arange(0, ROWS)[:, None]
         inside = (row < sizes[0]) & (column < sizes[1])
-        block = row * (sizes[1] // 4) + block
+        block = row * (sizes[1] // 4) + start // 4
     else:
         row = (program // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
         elements = sizes[0]

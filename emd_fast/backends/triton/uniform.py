@@ -24,9 +24,10 @@ def uniform_kernel(
     COLUMNS: tl.constexpr,
     PLANES: tl.constexpr,
     WIDE: tl.constexpr,
+    RUN: tl.constexpr,
 ):
     sample, row, column, block, inside = tile(batch, sizes, down, across, ROWS, COLUMNS, PLANES, WIDE)
-    u = uniforms(noise, stream, substep, sample, block, ROWS, COLUMNS)
+    u = uniforms(noise, stream, substep, sample, block, ROWS, COLUMNS, RUN)
     store(out, u, sizes, sample, row, column, inside, PLANES)
 
 
@@ -34,5 +35,5 @@ def uniform(size: list[int], noise: Tensor, stream: int, substep: int) -> Tensor
     u = torch.empty(size, dtype=torch.float32, device=noise.device)
     if math.prod(size):
         sizes, (view,) = launch.views(u)
-        launch.run(uniform_kernel, view, noise, stream, substep, like=u, sizes=sizes)
+        launch.run(uniform_kernel, view, noise, stream, substep, like=u, sizes=sizes, RUN=4)
     return u
