@@ -46,7 +46,9 @@ def specialised(value: Any, path: tuple[int, ...], fixed: bool, constants: dict,
     if value is None or (isinstance(value, int) and value == 1 and not fixed):
         constants[path] = value
         return "constexpr"
-    aligned = value.data_ptr() % 16 == 0 if isinstance(value, torch.Tensor) else isinstance(value, int) and value % 16 == 0
+    aligned = (
+        value.data_ptr() % 16 == 0 if isinstance(value, torch.Tensor) else isinstance(value, int) and value % 16 == 0
+    )
     if aligned and not fixed:
         attributes[path] = [["tt.divisibility", 16]]
     if isinstance(value, torch.Tensor):
@@ -68,6 +70,19 @@ class Compiled:
 
     def count(self, pattern: str) -> int:
         return len(re.findall(pattern, self.ptx))
+
+    def fused(self) -> tuple[int, list[str]]:
+        """How many fused multiply-adds there are, and those without a number among their operands.
+
+        A number may be in a register, or twice in a pair of them, as sm_100 has it.
+        """
+        numbers: set[str] = set()
+        for register, operand in re.findall(r"mov\.b(?:32|64)\s+(%\w+), (.*?);", self.ptx):
+            if all(part in numbers or re.match(r"0f|\d", part) for part in operand.strip("{}").split(", ")):
+                numbers.add(register)
+        found = re.findall(r"fma\.\S+\s+([^;]*);", self.ptx)
+        free = [f for f in found if not any(o in numbers or o.startswith("0f") for o in f.split(", "))]
+        return len(found), free
 
     def sass(self) -> str:
         """The machine code, by the disassembler in Triton's package."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import os
 import re
-import subprocess
 
 import pytest
 import torch
@@ -56,13 +55,7 @@ VECTORS = {
     "m_step_loss_backward": {BF16: (2, 1), F32: (1, 1)},
     "score_matching_loss_backward": {BF16: (3, 1), F32: (3, 1)},
 }
-# bfloat16 for every target; float32, which has less to go wrong, for one of each generation.
-CASES = [
-    (op, dtype, target)
-    for op in OPS
-    for dtype in VECTORS[op]
-    for target in (TARGETS if dtype == BF16 or op == "uniform" else (80, 90, 100))
-]
+CASES = [(op, dtype, target) for op in OPS for dtype in VECTORS[op] for target in TARGETS]
 
 
 @functools.cache
@@ -94,11 +87,10 @@ def test_contiguous(op, dtype, target):
 @pytest.mark.parametrize(("op", "dtype", "target"), CASES, ids=name)
 def test_products_are_rounded_before_they_are_added(op, dtype, target):
     for kernel, code in kernels(op, dtype, target):
-        found = re.findall(r"fma\.\S+\s[^;]*;", code.ptx)
-        # The polynomials of Box-Muller fuse, and each of their fmas has a number in it; those of data would not.
-        wrong = [line for line in found if "0f" not in line]
-        assert not wrong, f"{kernel}: {wrong[:3]}"
-        assert (len(found) > 0) == (op in ("uniform", "normal", "perturb", "langevin_eps", "langevin_z"))
+        # The polynomials of Box-Muller fuse, and each of their fmas has a number in it; one of two tensors has none.
+        found, wrong = code.fused()
+        assert not wrong, f"{kernel}: fma of {wrong[:3]}"
+        assert (found > 0) == (op in ("uniform", "normal", "perturb", "langevin_eps", "langevin_z"))
         # Without .rn, ptxas may contract a product into a sum.
         loose = re.findall(r"(?:mul|add|sub)(?:\.ftz)?\.f32", code.ptx)
         assert not loose, f"{kernel}: {loose[:3]}"
@@ -118,7 +110,7 @@ def test_both_words_of_a_product_come_from_one_instruction():
     ((_, code),) = kernels("normal", F32, 90)
     blocks = 2  # of a thread: 1024 elements, 128 threads
     assert code.count(r"mul\.wide\.u32") <= 20 * blocks and not code.count(r"mul\.hi")
-    assert code.count(r"sqrt") == 2 * blocks  # a radius serves two numbers
+    assert code.count(r"sqrt\.approx") == 2 * blocks  # a radius serves two numbers
 
 
 @pytest.mark.parametrize("op", ["perturb", "langevin_eps", "langevin_z", "score_matching_loss"])
@@ -146,31 +138,35 @@ def test_any_number_of_outputs(terms):
     assert code.spills == code.stack == 0 and code.registers <= 80
 
 
+def with_substep(op, substep):
+    """The launch of a call at this substep, and from this stream where the op takes one."""
+    args = list(call(op, BF16))
+    at = {"uniform": 3, "normal": 3, "perturb": 6, "langevin_eps": 10, "langevin_z": 5}[op]
+    args[at] = substep
+    if op in ("uniform", "normal", "perturb"):
+        args[at - 1] = substep
+    with pytest.MonkeyPatch.context() as patch:
+        (found,) = launches(patch, op, *args)
+    return found
+
+
 @pytest.mark.parametrize("op", ["uniform", "normal", "perturb", "langevin_eps", "langevin_z"])
 def test_no_substep_or_stream_asks_for_another_kernel(op):
     keys = set()
     for substep in (0, 1, 16, 65535):
-        args = list(call(op, BF16))
-        if op in ("langevin_eps", "langevin_z"):
-            args[-1 if op == "langevin_z" else -2] = substep
-        else:
-            last = 4 if op == "uniform" else -1
-            args[-3 if op == "perturb" else -2 if op == "uniform" else -3] = substep  # the stream
-            args[-2 if op == "perturb" else last - 1 if op == "uniform" else -2] = substep
-        with pytest.MonkeyPatch.context() as patch:
-            (found,) = launches(patch, op, *args)
+        found = with_substep(op, substep)
+        assert found.args[found.kernel.arg_names.index("substep")] == substep
         constants, attributes = {}, {}
         types = [
             specialised(value, (i,), parameter.do_not_specialize, constants, attributes)
             for i, (value, parameter) in enumerate(zip(found.args, found.kernel.params, strict=False))
         ]
-        assert substep in found.args
         keys.add(str((types, sorted(constants), sorted(attributes), found.constants)))
     assert len(keys) == 1
 
 
 def test_registers(capsys):
-    """The table of registers a thread, by kernel and target: at most 64, so that 8 programs of 4 warps fit a processor."""
+    """The table of registers a thread: at most 64, so that 8 programs of 4 warps fit a multiprocessor."""
     rows = {}
     for op, dtype, target in CASES:
         for kernel, code in kernels(op, dtype, target):

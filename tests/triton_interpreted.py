@@ -1,11 +1,19 @@
-"""Run by tests/test_triton.py under TRITON_INTERPRET=1: what the tests of the ops do not reach in the Triton kernels."""
+"""Run by tests/test_triton.py under TRITON_INTERPRET=1: what the tests of the ops do not reach in these kernels."""
 
 import os
 
 import pytest
 import torch
 from helpers import (
-    DTYPES, NOISE_ERROR, assert_as_good_as_eager, assert_same, assert_within, column, draw, per_sample, seeded,
+    DTYPES,
+    NOISE_ERROR,
+    assert_as_good_as_eager,
+    assert_same,
+    assert_within,
+    column,
+    draw,
+    per_sample,
+    seeded,
     uniforms,
 )  # fmt: skip
 
@@ -17,13 +25,15 @@ from emd_fast.backends.triton import launch
 assert os.environ.get("TRITON_INTERPRET") == "1"
 
 # One dimension, planes (channels_last, transposed), general strides, many samples a program, several tiles a sample.
-SHAPES = [(3,), (7, 1), (300, 5), (2, 3, 8, 8), (2, 5, 7, 4), (2, 3, 7, 7), (2, 37, 6, 6), (2, 3, 37, 19), (3, 2, 3, 2, 5)]
-LAYOUTS = ["contiguous", "channels_last", "transposed", "sliced", "expanded", "batch_last"]
+SHAPES = [(3,), (7, 1), (300, 5), (2, 3, 8, 8), (2, 3, 7, 7), (2, 37, 6, 6), (1, 3, 37, 19), (3, 2, 3, 2, 5)]
+LAYOUTS = ["contiguous", "channels_last", "transposed", "sliced", "batch_last"]
+CASES = [(s, x) for s in SHAPES for x in LAYOUTS if x in ("contiguous", "sliced") or len(s) == 4]
 
 
-@pytest.fixture(params=[False, True], ids=["32-bit", "64-bit"])
-def wide(request, monkeypatch):
-    if request.param:
+@pytest.fixture
+def wide(monkeypatch, shape):
+    """Every other shape is counted as if its samples had more than 2^31 elements."""
+    if SHAPES.index(shape) % 2:
         monkeypatch.setattr(launch, "_INT32", 0)
 
 
@@ -46,10 +56,9 @@ def doubled(values):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "layout"), CASES)
 def test_langevin_eps_against_float64_and_the_reference(shape, layout, wide):
-    for dtype in DTYPES:
+    for dtype in (torch.float32, torch.bfloat16):
         values = arguments(shape, dtype, layout, by_sample=dtype != torch.float32)
         exact, eager = doubled(values), [v.clone() if i < 2 else v for i, v in enumerate(values)]
         exact[-1] = torch.float64
@@ -67,8 +76,7 @@ def test_langevin_eps_against_float64_and_the_reference(shape, layout, wide):
             assert_as_good_as_eager(ours, right, theirs, more=more, what=f"{name} {dtype}")
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "layout"), CASES)
 def test_losses_against_float64_and_the_reference(shape, layout, wide):
     g = seeded(1)
     output, x0, x_t = (draw(shape, g, dtype, layout) for dtype in (torch.bfloat16, torch.float16, torch.float32))
@@ -90,7 +98,10 @@ def test_losses_against_float64_and_the_reference(shape, layout, wide):
 def test_words_bit_for_bit_and_normals(shape, wide):
     where = {"seed": 2**62 + 12345, "step": 2**32 - 1, "first_sample": 2**32 - shape[0], "substep": 65535}
     noise = Noise(**where).state
-    assert_same(triton.implementation("uniform")(list(shape), noise, 65535, 0), torch.from_numpy(uniforms(shape, stream=65535, **where)))
+    assert_same(
+        triton.implementation("uniform")(list(shape), noise, 65535, 0),
+        torch.from_numpy(uniforms(shape, stream=65535, **where)),
+    )
     for dtype in DTYPES:
         ours = triton.implementation("normal")(list(shape), noise, 65535, 0, dtype)
         right = reference.OPS["normal"](list(shape), noise, 65535, 0, torch.float32)
@@ -147,7 +158,9 @@ def test_nothing_to_do_launches_nothing(shape, monkeypatch):
     with emd_fast.use_backend("triton"):
         assert ops.uniform(shape, noise, stream=0).shape == ops.normal(shape, noise, stream=0).shape == shape
         assert ops.perturb(x, v, v, noise=noise, stream=0).shape == shape
-        assert ops.langevin_eps(x.clone(), x.clone(), None, [x], v[:, None], v, v, step_size=0.1, noise=noise).shape == shape
+        drift = x.clone()
+        cotangent = ops.langevin_eps(x.clone(), drift, None, [x], v[:, None], v, v, step_size=0.1, noise=noise)
+        assert cotangent.shape == shape
         ops.langevin_z(x.clone(), x, step_size=0.1, noise=noise)
         y = x.clone().requires_grad_()
         for loss in (ops.m_step_loss(y, x, v, v, v), ops.score_matching_loss(y, x, x, v, v, v)):
@@ -179,7 +192,7 @@ def test_new_noise_through_the_tensor():
 
 def test_langevin_z_and_perturb_at_any_strides():
     for shape in SHAPES:
-        for layout in LAYOUTS:
+        for layout in LAYOUTS if len(shape) == 4 else ["sliced"]:
             g = seeded(2)
             z, z_grad, s = draw(shape, g), draw(shape, g, torch.float16, layout), per_sample(shape[0], g, 0.0, 1.0)
             noise, before = Noise(3), z.clone()

@@ -66,7 +66,7 @@ def _minus_two_log(u):
 
 @triton.jit
 def _cos_sin_of_revolutions(u):
-    """(cos, sin)(2 pi u), as csrc/core/normal.h has it: quarter turns come off exactly, as they would not in radians."""
+    """(cos, sin)(2 pi u), as csrc/core/normal.h has it: quarter turns come off exactly, unlike in radians."""
     shifted = tl.fma(u, 4.0, 12582912.0)  # 1.5 * 2^23 leaves the nearest integer in the low bits
     quarter = shifted.to(tl.int32, bitcast=True)
     r = tl.fma(shifted - 12582912.0, -0.25, u)

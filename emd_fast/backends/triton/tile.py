@@ -1,7 +1,7 @@
 """Where a program's tile lies: which sample, which elements, and where those are in the memory of each tensor.
 
-A kernel takes a tensor as a view, (pointer, batch stride, strides), and (B,) or (B, k) tensors as (pointer, strides...);
-launch.py makes both. Strides of 1 are compile-time constants then, which is what makes contiguous tensors fast.
+A kernel takes a tensor as a view, (pointer, batch stride, strides), and tensors (B,) or (B, k) as (pointer,
+strides...); launch.py makes both. Strides of 1 become compile-time constants, which makes contiguous tensors fast.
 """
 
 import triton
