@@ -117,7 +117,7 @@ def compiled(submitted: Submitted, target: int) -> Compiled:
     result = triton.compile(
         source,
         target=GPUTarget("cuda", target, 32),
-        options={"num_warps": submitted.warps, "enable_fp_fusion": False},
+        options={"num_warps": submitted.warps, **launch.OPTIONS},
     )
     with tempfile.TemporaryDirectory() as folder:
         ptx = Path(folder, "kernel.ptx")

@@ -14,6 +14,8 @@ REDUCED_TILE = 2048  # where a program leaves a single sum behind, more of them 
 _WARPS = 4
 _PLANE_ROWS = 32  # 64 bytes of bfloat16: two whole sectors of a channels_last tensor
 _INT32 = 2**31
+# No product is contracted into a sum: equal outputs must give a delta of exactly 0.
+OPTIONS = {"enable_fp_fusion": False}
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Launch:
     programs: int
     planes: bool
     wide: bool  # the elements of one sample need 64-bit numbers; offsets in memory always have them
-    warps: int = _WARPS
+    warps: int
 
 
 def pick(batch: int, sizes: Sequence[int], tile: int = TILE) -> Launch:
@@ -53,7 +55,8 @@ def pick(batch: int, sizes: Sequence[int], tile: int = TILE) -> Launch:
         rows = tile // columns
         down, across = 1, _ceil(elements, columns)
         programs = _ceil(batch, rows) * across
-    return Launch(rows, columns, down, across, programs, planes, wide=elements + 2 * tile >= _INT32)
+    warps = max(_WARPS * rows * columns // tile, 1)  # a thread has as many elements in a tile of a small image
+    return Launch(rows, columns, down, across, programs, planes, wide=elements + 2 * tile >= _INT32, warps=warps)
 
 
 def collapse(shape: Sequence[int], *strides: Sequence[int]) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
@@ -136,9 +139,8 @@ def submit(
     device: torch.device,
 ) -> None:
     """The one place where a kernel is launched: on the tensors' device, which need not be the current one."""
-    # Without fp fusion no product is contracted into a sum: equal outputs must give a delta of exactly 0.
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[(programs,)](*args, **constants, num_warps=warps, enable_fp_fusion=False)
+        kernel[(programs,)](*args, **constants, num_warps=warps, **OPTIONS)
 
 
 def _power_of_two(n: int) -> int:
