@@ -1,5 +1,7 @@
 """What Triton's interpreter must be told before it stands for a GPU."""
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -19,3 +21,22 @@ def round_to_bfloat16_as_a_gpu_does() -> None:
         return interpreter.TensorHandle(rounded.view(torch.uint16).numpy(), tl.bfloat16)
 
     builder.cast_impl = cast
+
+
+def leave_what_is_masked_undefined() -> None:
+    """The interpreter reads 0 where a mask is off and a kernel asks for nothing; on a GPU that may be any number."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    builder = interpreter.InterpreterBuilder
+    load = builder.create_masked_load
+    # Not a number, in the bits that the interpreter keeps of each dtype.
+    undefined = {tl.float32: np.float32("nan"), tl.float16: np.float16("nan"), tl.bfloat16: np.uint16(0x7FC0)}
+
+    def masked(self, pointers, mask, other, *rest: Any):
+        dtype = pointers.get_element_ty()
+        if other is None and dtype in undefined:
+            other = interpreter.TensorHandle(np.full(pointers.data.shape, undefined[dtype]), dtype)
+        return load(self, pointers, mask, other, *rest)
+
+    builder.create_masked_load = masked

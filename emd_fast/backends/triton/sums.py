@@ -39,12 +39,13 @@ def store_sum(
 
 
 @triton.jit(do_not_specialize=["tiles"])
-def weighted_mean_kernel(out, sums, weight, factor, elements, tiles, STRIP: tl.constexpr):
+def weighted_mean_kernel(out, sums, weight, factor, elements, tiles, STRIP: tl.constexpr, STRIPS: tl.constexpr):
     sample = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, STRIP)
     total = tl.zeros([STRIP], tl.float32)
-    for start in range(0, tiles, STRIP):
-        total += tl.load(sums + sample * tiles + start + column, mask=start + column < tiles, other=0.0)
+    for strip in range(STRIPS):
+        tile = strip * STRIP + column
+        total += tl.load(sums + sample * tiles + tile, mask=tile < tiles, other=0.0)
     mean = tl.div_rn(tl.sum(total, axis=0), elements)
     tl.store(out + sample, of_sample(weight, sample) * factor * mean)
 
@@ -67,7 +68,7 @@ def weighted_mean(
         weighted_mean_kernel,
         batch,
         (loss, sums, launch.by_sample(weight), factor, elements, tiles),
-        {"STRIP": strip},
+        {"STRIP": strip, "STRIPS": -(-tiles // strip)},
         1,
         like.device,
     )
