@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import os
+
 import hypothesis
 import pytest
+from interpreter import leave_what_is_masked_undefined, round_to_bfloat16_as_a_gpu_does
 
 import emd_fast
+from emd_fast import backends
 
 # Fixtures here only name a backend, which every example may share; and the first call of an op may load a library.
 hypothesis.settings.register_profile(
@@ -22,7 +26,15 @@ def native_missing() -> str | None:
     return None if served["backend"] == "cpu" else served["reason"]
 
 
-@pytest.fixture(params=["reference", "cpu"])
+# Under TRITON_INTERPRET=1 Triton serves CPU tensors too; tests/test_triton.py runs the tests of the ops so.
+BACKENDS = ["reference", "cpu"]
+if os.environ.get("TRITON_INTERPRET") == "1" and not backends.why_not("uniform", "triton", "cpu"):
+    round_to_bfloat16_as_a_gpu_does()
+    leave_what_is_masked_undefined()
+    BACKENDS.append("triton")
+
+
+@pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest):
     """The test runs inside use_backend of each backend that CPU tensors have."""
     if request.param == "cpu" and (reason := native_missing()):

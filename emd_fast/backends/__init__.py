@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from emd_fast.backends import native, reference
+from emd_fast.backends import native, reference, triton
 
 NAMES = ("reference", "cpu", "triton", "cuda", "auto")
 # Fastest first: what "auto" tries for tensors of a device.
@@ -63,7 +63,7 @@ def why_not(op: str, backend: str, device_type: str) -> str | None:
     if backend == "reference":
         return None
     if backend == "triton":
-        return "this version has no Triton kernels"
+        return triton.why_not(op, device_type)
     if backend != device_type:
         return f"it serves {backend} tensors only"
     return native.why_not(device_type) or (None if op in native.OPS else "it does not have this op")
@@ -80,6 +80,8 @@ def implementation(op: str, backend: str, device_type: str) -> Callable[..., Any
         raise RuntimeError(f"backend {backend!r} cannot run {op} on {device_type} tensors: {reason}")
     if backend == "reference":
         return reference.OPS[op]
+    if backend == "triton":
+        return triton.implementation(op)
     native.load()
     return getattr(torch.ops.emd_fast_native, op)
 

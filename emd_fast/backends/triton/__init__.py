@@ -1,0 +1,55 @@
+"""Triton kernels for GPU tensors. Triton itself is imported when an op first asks for a kernel, never before."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Any
+
+OPS = frozenset(
+    {
+        "langevin_eps",
+        "langevin_z",
+        "m_step_loss",
+        "m_step_loss_backward",
+        "normal",
+        "perturb",
+        "score_matching_loss",
+        "score_matching_loss_backward",
+        "uniform",
+    }
+)
+"""The ops that Triton kernels serve."""
+
+
+def why_not(op: str, device_type: str) -> str | None:
+    """None where a Triton kernel serves `op` on tensors of this device type, otherwise the reason, one line."""
+    if op not in OPS:
+        return "it does not have this op"
+    if device_type not in ("cpu", "cuda"):
+        return "it serves cuda tensors only"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    # Triton reads the variable where a kernel is defined: set later, it turns nothing into an interpreted kernel.
+    if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "CPU tensors need TRITON_INTERPRET=1"
+    return _triton_fails()
+
+
+def implementation(op: str) -> Callable[..., Any]:
+    """The function that computes `op`, with the arguments of the reference function of that name."""
+    module = importlib.import_module(f"emd_fast.backends.triton.{op.removesuffix('_backward')}")
+    function: Callable[..., Any] = getattr(module, op)
+    return function
+
+
+@functools.cache
+def _triton_fails() -> str | None:
+    try:
+        importlib.import_module("triton")
+    except Exception as error:  # a broken installation raises whatever its parts raise
+        return f"Triton does not import: {' '.join(str(error).split())}"
+    return None

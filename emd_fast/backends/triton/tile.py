@@ -1,0 +1,84 @@
+"""Where a program's tile lies: which sample, which elements, and where those are in the memory of each tensor.
+
+A kernel takes a tensor as a view, (pointer, batch stride, strides), and tensors (B,) or (B, k) as (pointer,
+strides...); launch.py makes both. Strides of 1 become compile-time constants, which makes contiguous tensors fast.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tile(
+    batch,
+    sizes,
+    down,
+    across,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PLANES: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """sample (a number, or (ROWS, 1)), row, column (1, COLUMNS), first Philox block of a row, and what is inside."""
+    program = tl.program_id(0)
+    if WIDE:
+        program = program.to(tl.int64)
+    start = program % across * COLUMNS
+    column = start + tl.arange(0, COLUMNS)[None, :]
+    block = start // 4
+    if PLANES:
+        above = program // across
+        sample = (above // down).to(tl.int64)
+        row = above % down * ROWS + tl.arange(0, ROWS)[:, None]
+        inside = (row < sizes[0]) & (column < sizes[1])
+        block = row * (sizes[1] // 4) + start // 4
+    else:
+        row = (program // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+        elements = sizes[0]
+        for d in tl.static_range(1, len(sizes)):
+            elements = elements * sizes[d]
+        inside = (row < batch) & (column < elements)
+        sample = tl.minimum(row, batch - 1)  # numbers of a sample need no mask then
+    return sample, row, column, block, inside
+
+
+@triton.jit
+def _offset(view, sizes, sample, row, column, PLANES: tl.constexpr):
+    strides = view[2]
+    offset = sample * view[1]
+    if PLANES:
+        offset = offset + row.to(tl.int64) * strides[0] + column.to(tl.int64) * strides[1]
+    else:
+        rest = column
+        for i in tl.static_range(1, len(sizes)):
+            size = sizes[len(sizes) - i]
+            offset = offset + (rest % size).to(tl.int64) * strides[len(sizes) - i]
+            rest = rest // size
+        offset = offset + rest.to(tl.int64) * strides[0]
+    return offset
+
+
+@triton.jit
+def load(view, sizes, sample, row, column, inside, PLANES: tl.constexpr):
+    """float32; anything at all outside of `inside`."""
+    return tl.load(view[0] + _offset(view, sizes, sample, row, column, PLANES), mask=inside).to(tl.float32)
+
+
+@triton.jit
+def store(view, value, sizes, sample, row, column, inside, PLANES: tl.constexpr):
+    pointer = view[0] + _offset(view, sizes, sample, row, column, PLANES)
+    tl.store(pointer, value.to(view[0].dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def of_sample(values, sample):
+    """One number of each sample, from (pointer, stride)."""
+    return tl.load(values[0] + sample * values[1])
+
+
+@triton.jit
+def step(step_size, step_sizes, sample):
+    """gamma and sqrt(2 gamma), of the call or of each sample."""
+    if step_sizes is not None:
+        step_size = of_sample(step_sizes, sample)
+    return step_size, tl.sqrt_rn(2 * step_size)

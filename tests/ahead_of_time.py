@@ -1,0 +1,135 @@
+"""Triton kernels compiled for GPUs that are not here: the launches of a call, and their compilation for a target."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from emd_fast.backends import triton as backend
+from emd_fast.backends.triton import launch
+
+
+@dataclass(frozen=True)
+class Submitted:
+    kernel: Any
+    args: tuple[Any, ...]
+    constants: dict[str, Any]
+    warps: int
+
+
+def launches(monkeypatch: pytest.MonkeyPatch, op: str, *args: Any) -> list[Submitted]:
+    """The launches that this call of the op makes. Nothing runs."""
+    found: list[Submitted] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            launch,
+            "submit",
+            lambda kernel, programs, args, constants, warps, device: found.append(
+                Submitted(kernel, args, constants, warps)
+            ),
+        )
+        backend.implementation(op)(*args)
+    return found
+
+
+def specialised(value: Any, path: tuple[int, ...], fixed: bool, constants: dict, attributes: dict) -> Any:
+    """The type of an argument as Triton's launcher has it: 1 becomes a constant, multiples of 16 are known as such."""
+    if isinstance(value, tuple):
+        return tuple(specialised(v, (*path, i), fixed, constants, attributes) for i, v in enumerate(value))
+    if value is None or (isinstance(value, int) and value == 1 and not fixed):
+        constants[path] = value
+        return "constexpr"
+    aligned = (
+        value.data_ptr() % 16 == 0 if isinstance(value, torch.Tensor) else isinstance(value, int) and value % 16 == 0
+    )
+    if aligned and not fixed:
+        attributes[path] = [["tt.divisibility", 16]]
+    if isinstance(value, torch.Tensor):
+        names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64"}
+        return f"*{names[value.dtype]}"
+    if isinstance(value, float):
+        return "fp32"
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+@dataclass(frozen=True)
+class Compiled:
+    ptx: str
+    cubin: bytes
+    shared: int
+    registers: int
+    spills: int  # bytes, stored and loaded
+    stack: int
+
+    def count(self, pattern: str) -> int:
+        return len(re.findall(pattern, self.ptx))
+
+    def fused(self) -> tuple[int, list[str]]:
+        """How many fused multiply-adds there are, and those without a number among their operands.
+
+        A number may be in a register, or twice in a pair of them, as sm_100 has it.
+        """
+        numbers: set[str] = set()
+        for register, operand in re.findall(r"mov\.b(?:32|64)\s+(%\w+), (.*?);", self.ptx):
+            if all(part in numbers or re.match(r"0f|\d", part) for part in operand.strip("{}").split(", ")):
+                numbers.add(register)
+        found = re.findall(r"fma\.\S+\s+([^;]*);", self.ptx)
+        free = [f for f in found if not any(o in numbers or o.startswith("0f") for o in f.split(", "))]
+        return len(found), free
+
+    def sass(self) -> str:
+        """The machine code, by the disassembler in Triton's package."""
+        import triton.knobs
+
+        with tempfile.TemporaryDirectory() as folder:
+            binary = Path(folder, "kernel.cubin")
+            binary.write_bytes(self.cubin)
+            command = [triton.knobs.nvidia.cuobjdump.path, "-sass", str(binary)]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def compiled(submitted: Submitted, target: int) -> Compiled:
+    """Compiles what was launched for sm_`target`, with the options of the launch."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import get_ptxas
+    from triton.compiler import ASTSource
+
+    kernel = submitted.kernel
+    values = {**dict(zip(kernel.arg_names, submitted.args, strict=False)), **submitted.constants}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    signature = {}
+    for i, parameter in enumerate(kernel.params):
+        value = values[parameter.name]
+        if parameter.is_constexpr:
+            constants[(i,)], signature[parameter.name] = value, "constexpr"
+        else:
+            signature[parameter.name] = specialised(value, (i,), parameter.do_not_specialize, constants, attributes)
+    source = ASTSource(kernel, signature, constants, attributes)
+    result = triton.compile(
+        source,
+        target=GPUTarget("cuda", target, 32),
+        options={"num_warps": submitted.warps, **launch.OPTIONS},
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        ptx = Path(folder, "kernel.ptx")
+        ptx.write_text(result.asm["ptx"])
+        name = f"sm_{target}{'a' if target >= 90 else ''}"
+        said = subprocess.run(
+            [get_ptxas(target).path, "-v", "--fmad=false", f"--gpu-name={name}", str(ptx), "-o", str(ptx) + ".o"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stderr
+    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", said))
+    stack = sum(int(n) for n in re.findall(r"(\d+) bytes stack frame", said))
+    registers = int(re.search(r"Used (\d+) registers", said)[1])
+    return Compiled(result.asm["ptx"], result.asm["cubin"], result.metadata.shared, registers, spills, stack)

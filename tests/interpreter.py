@@ -1,0 +1,42 @@
+"""What Triton's interpreter must be told before it stands for a GPU."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def round_to_bfloat16_as_a_gpu_does() -> None:
+    """The interpreter cuts a float32 off; cvt.rn.bf16x2.f32, which tests/test_triton_compile.py finds, rounds it."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    builder = interpreter.InterpreterBuilder
+    cut = builder.cast_impl
+
+    def cast(self, source, to):
+        if (source.dtype.scalar, to.scalar) != (tl.float32, tl.bfloat16):
+            return cut(self, source, to)
+        rounded = torch.from_numpy(np.ascontiguousarray(source.data)).bfloat16()
+        return interpreter.TensorHandle(rounded.view(torch.uint16).numpy(), tl.bfloat16)
+
+    builder.cast_impl = cast
+
+
+def leave_what_is_masked_undefined() -> None:
+    """The interpreter reads 0 where a mask is off and a kernel asks for nothing; on a GPU that may be any number."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    builder = interpreter.InterpreterBuilder
+    load = builder.create_masked_load
+    # Not a number, in the bits that the interpreter keeps of each dtype.
+    undefined = {tl.float32: np.float32("nan"), tl.float16: np.float16("nan"), tl.bfloat16: np.uint16(0x7FC0)}
+
+    def masked(self, pointers, mask, other, *rest: Any):
+        dtype = pointers.get_element_ty()
+        if other is None and dtype in undefined:
+            other = interpreter.TensorHandle(np.full(pointers.data.shape, undefined[dtype]), dtype)
+        return load(self, pointers, mask, other, *rest)
+
+    builder.create_masked_load = masked

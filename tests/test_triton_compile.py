@@ -1,0 +1,178 @@
+"""Every Triton kernel compiled for GPUs that are not here, and what the machine code must and must not have."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("under TRITON_INTERPRET=1 nothing is compiled", allow_module_level=True)
+
+from ahead_of_time import compiled, launches, specialised
+
+from emd_fast import Noise
+
+TARGETS = (80, 86, 89, 90, 100, 120)
+SHARED = 99 * 1024  # what sm_86, sm_89 and sm_120 have
+SHAPE = (4, 3, 64, 64)
+BF16, F32 = torch.bfloat16, torch.float32
+
+
+def call(op, dtype, layout=torch.contiguous_format, by_sample=False):
+    """The arguments of a call on tensors of SHAPE, networks' outputs in this dtype and layout."""
+    state, v, noise = torch.zeros(SHAPE), torch.ones(SHAPE[0]), Noise(0).state
+    output = torch.zeros(SHAPE, dtype=dtype).contiguous(memory_format=layout)
+    step = (0.0, v) if by_sample else (0.1, None)
+    return {
+        "uniform": (list(SHAPE), noise, 1, 0),
+        "normal": (list(SHAPE), noise, 1, 0, dtype),
+        "perturb": (output, v, v, None, noise, 1, 0, dtype),
+        "langevin_eps": (state, state, None, [output, output], torch.ones(4, 2), v, v, *step, noise, 0, dtype),
+        "langevin_z": (state, output, *step, noise, 0),
+        "m_step_loss": (output, state, v, v, v),
+        "m_step_loss_backward": (v, state, v, v, v, dtype),
+        "score_matching_loss": (output, output, output, v, v, v),
+        "score_matching_loss_backward": (v, output, output, output, v, v, v),
+    }[op]
+
+
+OPS = ["uniform", "normal", "perturb", "langevin_eps", "langevin_z", "m_step_loss", "score_matching_loss"]
+OPS += ["m_step_loss_backward", "score_matching_loss_backward"]
+# Vectors of 16 bytes that one thread reads and writes at least, by op and dtype of the outputs.
+VECTORS = {
+    "uniform": {F32: (0, 1)},
+    "normal": {BF16: (0, 1), F32: (0, 1)},
+    "perturb": {BF16: (1, 1), F32: (1, 1)},
+    "langevin_eps": {BF16: (6, 5), F32: (4, 3)},
+    "langevin_z": {BF16: (3, 2), F32: (2, 1)},
+    "m_step_loss": {BF16: (1, 0)},
+    "score_matching_loss": {BF16: (3, 0), F32: (3, 0)},
+    "m_step_loss_backward": {BF16: (2, 1), F32: (1, 1)},
+    "score_matching_loss_backward": {BF16: (3, 1), F32: (3, 1)},
+}
+CASES = [(op, dtype, target) for op in OPS for dtype in VECTORS[op] for target in TARGETS]
+
+
+@functools.cache
+def kernels(op, dtype, target):
+    """What one call launches, compiled."""
+    with pytest.MonkeyPatch.context() as patch:
+        return [(s.kernel.__name__, compiled(s, target)) for s in launches(patch, op, *call(op, dtype))]
+
+
+def name(value):
+    return str(value).removeprefix("torch.")
+
+
+@pytest.mark.parametrize(("op", "dtype", "target"), CASES, ids=name)
+def test_contiguous(op, dtype, target):
+    reads, writes = VECTORS[op][dtype]
+    (_, main), *small = kernels(op, dtype, target)
+    for kernel, code in [("", main), *small]:
+        assert code.spills == 0 and code.stack == 0, f"{kernel} spills {code.spills} bytes"
+        assert code.shared <= SHARED
+        assert code.count(r"\.local\.") == 0
+    # From sm_100 on a vector may have 32 bytes.
+    assert main.count(r"ld\.global\S*\.v4\.b32") + 2 * main.count(r"ld\.global\S*\.v8\.b32") >= reads, "16-byte reads"
+    assert main.count(r"st\.global\S*\.v4\.b32") + 2 * main.count(r"st\.global\S*\.v8\.b32") >= writes, "16-byte writes"
+    if dtype == BF16 and op in ("normal", "perturb", "langevin_eps"):
+        assert main.count(r"cvt\.rn\.bf16x2\.f32"), "bfloat16 is rounded to nearest"
+
+
+@pytest.mark.parametrize(("op", "dtype", "target"), CASES, ids=name)
+def test_products_are_rounded_before_they_are_added(op, dtype, target):
+    for kernel, code in kernels(op, dtype, target):
+        # The polynomials of Box-Muller fuse, and each of their fmas has a number in it; one of two tensors has none.
+        found, wrong = code.fused()
+        assert not wrong, f"{kernel}: fma of {wrong[:3]}"
+        assert (found > 0) == (op in ("uniform", "normal", "perturb", "langevin_eps", "langevin_z"))
+        # Without .rn, ptxas may contract a product into a sum.
+        loose = re.findall(r"(?:mul|add|sub)(?:\.ftz)?\.f32", code.ptx)
+        assert not loose, f"{kernel}: {loose[:3]}"
+
+
+def test_no_contraction_in_the_machine_code():
+    """perturb with eps given is two products and a sum, and nothing else in floating point."""
+    output, v = torch.zeros(SHAPE), torch.ones(SHAPE[0])
+    with pytest.MonkeyPatch.context() as patch:
+        (launch,) = launches(patch, "perturb", output, v, v, output, None, 0, 0, F32)
+    sass = compiled(launch, 90).sass()
+    assert "FMUL" in sass and "FADD" in sass and "FFMA" not in sass
+
+
+def test_both_words_of_a_product_come_from_one_instruction():
+    """Ten rounds of two products a block: 20 multiplications, of which the first round is shared by a thread."""
+    ((_, code),) = kernels("normal", F32, 90)
+    blocks = 2  # of a thread: 1024 elements, 128 threads
+    assert code.count(r"mul\.wide\.u32") <= 20 * blocks and not code.count(r"mul\.hi")
+    assert code.count(r"sqrt\.approx") == 2 * blocks  # a radius serves two numbers
+
+
+@pytest.mark.parametrize("op", ["perturb", "langevin_eps", "langevin_z", "score_matching_loss"])
+def test_channels_last(op):
+    layout = torch.channels_last
+    with pytest.MonkeyPatch.context() as patch:
+        found = launches(patch, op, *call(op, BF16, layout, by_sample=True))
+    main = compiled(found[0], 90)
+    assert main.spills == main.stack == 0 and main.shared <= SHARED
+    if op != "score_matching_loss":  # all of its tensors have the same order in memory
+        assert found[0].constants["PLANES"]
+        assert main.count(r"st\.global\S*\.v4"), "what is written is contiguous"
+    assert not main.count("div.s64") and not main.count("rem.s64")
+
+
+@pytest.mark.parametrize("terms", [1, 4, 5])
+def test_any_number_of_outputs(terms):
+    state, v, noise = torch.zeros(SHAPE), torch.ones(SHAPE[0]), Noise(0).state
+    outputs = [torch.zeros(SHAPE, dtype=BF16) for _ in range(min(terms, 4))]
+    x = state if terms == 5 else None
+    args = (state, state, x, outputs, torch.ones(SHAPE[0], terms), v, v, 0.1, None, noise, 0, BF16)
+    with pytest.MonkeyPatch.context() as patch:
+        (found,) = launches(patch, "langevin_eps", *args)
+    code = compiled(found, 90)
+    assert code.spills == code.stack == 0 and code.registers <= 80
+
+
+def with_substep(op, substep):
+    """The launch of a call at this substep, and from this stream where the op takes one."""
+    args = list(call(op, BF16))
+    at = {"uniform": 3, "normal": 3, "perturb": 6, "langevin_eps": 10, "langevin_z": 5}[op]
+    args[at] = substep
+    if op in ("uniform", "normal", "perturb"):
+        args[at - 1] = substep
+    with pytest.MonkeyPatch.context() as patch:
+        (found,) = launches(patch, op, *args)
+    return found
+
+
+@pytest.mark.parametrize("op", ["uniform", "normal", "perturb", "langevin_eps", "langevin_z"])
+def test_no_substep_or_stream_asks_for_another_kernel(op):
+    keys = set()
+    for substep in (0, 1, 16, 65535):
+        found = with_substep(op, substep)
+        assert found.args[found.kernel.arg_names.index("substep")] == substep
+        constants, attributes = {}, {}
+        types = [
+            specialised(value, (i,), parameter.do_not_specialize, constants, attributes)
+            for i, (value, parameter) in enumerate(zip(found.args, found.kernel.params, strict=False))
+        ]
+        keys.add(str((types, sorted(constants), sorted(attributes), found.constants)))
+    assert len(keys) == 1
+
+
+def test_registers(capsys):
+    """The table of registers a thread: at most 64, so that 8 programs of 4 warps fit a multiprocessor."""
+    rows = {}
+    for op, dtype, target in CASES:
+        for kernel, code in kernels(op, dtype, target):
+            rows.setdefault((kernel, name(dtype)), {})[target] = code.registers
+    with capsys.disabled():
+        print(f"\n{'registers':<40} {'outputs':<9}" + "".join(f"{'sm_' + str(t):>7}" for t in TARGETS))
+        for (kernel, dtype), found in rows.items():
+            print(f"{kernel:<40} {dtype:<9}" + "".join(f"{found.get(t, ''):>7}" for t in TARGETS))
+    assert max(max(found.values()) for found in rows.values()) <= 64
