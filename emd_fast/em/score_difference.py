@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emd_fast.denoiser import Condition, base, both, null_like
+from emd_fast.denoiser import Condition, base, both, column, null_like
 
 
 class ScoreDifference:
@@ -59,5 +59,5 @@ class ScoreDifference:
         terms = [*([x] if self.needs_x else []), *self.outputs(x)]
         delta = torch.zeros_like(x, dtype=torch.float32)
         for k, term in zip(self.coefs.unbind(1), terms, strict=True):
-            delta = delta + k.reshape(-1, *[1] * (x.dim() - 1)) * term.float()
+            delta = delta + column(k, x) * term.float()
         return delta
