@@ -74,6 +74,8 @@ def distill(settings: RunConfig, folder: Path, sinks: tuple[str, ...] = ()) -> d
     task = task_of(settings)
     teacher, seconds = _teacher(task, folder)
     trainer = _latest(settings, folder, task, teacher)
+    if trainer.steps_done:
+        say(f"resuming {folder} at step {trainer.steps_done} of {settings.emd.steps}")
     seconds["distil"] = _train(trainer, settings, folder, sinks)
     return evaluate(settings, folder, task, trainer, seconds)
 
@@ -186,9 +188,7 @@ def _latest(settings: RunConfig, folder: Path, task: Task, teacher: Denoiser) ->
             say(f"skipped: {error}")
             continue
         generator, student = task.make_networks()
-        trainer = EMDTrainer.resume(path, teacher, config=settings.emd, generator=generator, student=student)
-        say(f"resuming {folder} at step {trainer.steps_done} of {settings.emd.steps}")
-        return trainer
+        return EMDTrainer.resume(path, teacher, config=settings.emd, generator=generator, student=student)
     if paths:
         raise CheckpointError(
             f"none of the checkpoints in {folder / 'checkpoints'} can be read; delete them to start over"

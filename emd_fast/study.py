@@ -47,7 +47,7 @@ def conduct(settings: RunConfig, folder: Path) -> Path:
             emd = dataclasses.replace(variant.settings.emd, seed=seed)
             say(f"study: {variant.name}, seed {seed}")
             metrics = run.distill(dataclasses.replace(variant.settings, emd=emd), own)
-            results.setdefault(variant.name, []).append({**_numbers(metrics), **_spread(own)})
+            results.setdefault(variant.name, []).append({**_numbers(metrics), **_gradient_norm(own)})
     write_whole(folder / "study.json", lambda file: file.write(json.dumps(results, indent=1).encode()))
     lines = [
         f"# {'Digits' if settings.task == 'digits' else 'A mixture'}: the study",
@@ -110,7 +110,7 @@ def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
     return {**row, "steps": metrics["steps"], "seconds": metrics["seconds"]["distil"]}
 
 
-def _spread(folder: Path) -> dict[str, float]:
+def _gradient_norm(folder: Path) -> dict[str, float]:
     """The norm of the generator's gradient over the second half of the run: how noisy its steps are."""
     rows: Sequence[dict[str, Any]] = journal.read(folder / "log.jsonl")
     return {"gradient norm": statistics.median(row["generator_grad_norm"] for row in rows[len(rows) // 2 :])}

@@ -41,14 +41,14 @@ class EMDTrainer:
             metrics = trainer.step()
 
     Args:
-        teacher: a Denoiser; frozen here, never changed.
+        teacher: a Denoiser; set to eval and to require no gradients here, its weights never change.
         config: the distillation.
         generator: callable module (z, cond) -> x; a copy of the teacher at noise level t_star when None.
         student: a Denoiser of the teacher's schedule; a copy of the teacher when None.
 
     Raises:
         ValueError: a teacher with weights that are not finite, without a sample_shape, or without the parameters that
-            generator and student would start from.
+            generator and student would start from; two networks that share parameters.
     """
 
     def __init__(
@@ -61,10 +61,10 @@ class EMDTrainer:
             raise ValueError("this teacher has no parameters to start from: give EMDTrainer a generator and a student")
         self.config = config
         self.schedule = base(teacher).schedule
-        # The first copies are taken before the teacher is frozen: a frozen network must not be what trains.
         self.generator = generator if generator is not None else Generator(copy.deepcopy(teacher), config.t_star)
         self.student = student if student is not None else copy.deepcopy(teacher)
         self.teacher = teacher
+        _check_apart(teacher=self.teacher, generator=self.generator, student=self.student)
         for network, trains in ((self.teacher, False), (self.generator, True), (self.student, True)):
             network.eval().requires_grad_(trains)  # eval: no dropout, no batch statistics, in any of the three
         self.device = _device(self.generator)
@@ -172,10 +172,9 @@ class EMDTrainer:
         parameters = [p for p in network.parameters() if p.requires_grad]
         if not parameters:
             raise ValueError(f"{type(network).__name__} has no parameters to train")
-        optimizer = torch.optim.AdamW(
+        return torch.optim.AdamW(
             parameters, lr=lr, betas=self.config.betas, weight_decay=self.config.weight_decay, fused=True
         )
-        return optimizer
 
     def _set_learning_rates(self) -> None:
         if not self.config.lr_warmup:
@@ -337,6 +336,15 @@ def _check_finite(name: str, module: nn.Module) -> None:
     for key, value in module.state_dict().items():
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise ValueError(f"the {name}'s weights are not finite: {key} holds NaN or infinity")
+
+
+def _check_apart(**networks: nn.Module) -> None:
+    """A generator around the teacher itself, instead of a copy, would train the teacher without a word."""
+    owner: dict[int, str] = {}
+    for name, network in networks.items():
+        for parameter in network.parameters():
+            if owner.setdefault(id(parameter), name) != name:
+                raise ValueError(f"{owner[id(parameter)]} and {name} share parameters: give each its own (deepcopy)")
 
 
 def _device(module: nn.Module) -> torch.device:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from emd_fast import Denoiser, EMDConfig, EMDTrainer, ops, schedules, teachers
+from emd_fast import Denoiser, EMDConfig, EMDTrainer, Generator, ops, schedules, teachers
 from emd_fast.checkpoint import CheckpointError
 from emd_fast.noise import Noise
 from emd_fast.teachers.mlp import PointGenerator, TimeMLP
@@ -246,6 +246,14 @@ def test_a_teacher_without_parameters_needs_networks():
     teacher = teachers.gaussian(torch.zeros(2), torch.eye(2), schedules.EDM())
     with pytest.raises(ValueError, match="give EMDTrainer a generator and a student"):
         EMDTrainer(teacher, config())
+
+
+def test_networks_that_share_parameters_are_refused():
+    teacher = points_teacher()
+    with pytest.raises(ValueError, match="teacher and generator share parameters"):
+        EMDTrainer(teacher, config(), generator=Generator(teacher, 2.0))
+    with pytest.raises(ValueError, match="teacher and student share parameters"):
+        EMDTrainer(teacher, config(), student=teacher)
 
 
 def test_labels_out_of_range_are_named():

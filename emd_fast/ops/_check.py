@@ -79,7 +79,7 @@ def per_sample(name: str, value: Tensor, like: Tensor, *, positive: bool = False
 
 
 def _readable(value: Tensor) -> bool:
-    return value.device.type == "cpu" and not torch.compiler.is_compiling() and type(value) in (Tensor,)
+    return value.device.type == "cpu" and not torch.compiler.is_compiling() and type(value) is Tensor
 
 
 def _values(name: str, value: Tensor, *, low: float, high: float = math.inf, open_low: bool = False) -> None:
