@@ -1,7 +1,9 @@
 // What the forward and the backward pass of group_norm share.
 #pragma once
 
-#include "tensors.h"
+#include "../tensors.h"
+#include "kernels.h"
+#include "parallel.h"
 
 namespace emd::cpu {
 

@@ -1,119 +1,29 @@
-// What the compiled loops take: plain data, no torch, so that they can be compiled once per instruction set without
-// sharing a single inline function with the rest of the library.
+// The compiled loops: plain data, no torch, so that they can be compiled once per instruction set without sharing a
+// single inline function with the rest of the library.
 #pragma once
 
 #include <stdint.h>
 
-#include "../core/macros.h"
+#include "../core/arguments.h"
 
 namespace emd::cpu {
-
-enum class Type : int { float32, bfloat16, float16 };
-
-constexpr int kMaxDims = 6;
-
-// A tensor to read, sample by sample, each in row-major order. Strides are in elements.
-struct Source {
-  const void* data;
-  Type type;
-  bool dense;  // the elements of one sample follow one another
-  int64_t sample_stride;
-  int dims;  // of one sample, merged where strides allow
-  int64_t sizes[kMaxDims], strides[kMaxDims];
-};
-
-// A contiguous tensor to write.
-struct Target {
-  void* data;
-  Type type;
-};
-
-// One number per sample; the stride is 0 where all samples share it.
-struct PerSample {
-  const float* data;
-  int64_t stride;
-};
 
 // Elements are processed in tiles that stay in the first-level cache: parts of a sample, or, where samples are small,
 // several whole ones. A tile starts at a multiple of four elements, as Philox blocks do.
 constexpr int64_t kTile = 1024;
 
-struct Shape {
-  int64_t samples, elements;  // elements of one sample
+EMD_HD int64_t samples_per_tile(const Shape& shape) {
+  const int64_t padded = (shape.elements + 3) / 4 * 4;
+  return padded < kTile / 2 && shape.elements > 0 ? kTile / padded : 1;
+}
 
-  EMD_HD int64_t padded() const { return (elements + 3) / 4 * 4; }
-  EMD_HD int64_t samples_per_tile() const { return padded() < kTile / 2 && elements > 0 ? kTile / padded() : 1; }
-  EMD_HD int64_t tiles_per_sample() const { return (elements + kTile - 1) / kTile; }  // of those that hold only one
-  EMD_HD int64_t tiles() const {
-    const int64_t together = samples_per_tile();
-    return together > 1 ? (samples + together - 1) / together : samples * tiles_per_sample();
-  }
-};
+// Of those that hold only one sample.
+EMD_HD int64_t tiles_per_sample(const Shape& shape) { return (shape.elements + kTile - 1) / kTile; }
 
-// The key and the part of the counter that one call shares.
-struct NoiseKey {
-  uint32_t key0, key1, first_sample, stream_substep, step;
-};
-
-struct Draw {
-  Shape shape;
-  NoiseKey noise;
-  Target out;
-};
-
-struct Perturb {
-  Shape shape;
-  Source x0;
-  PerSample alpha, sigma;
-  bool draws;
-  Source eps;      // where not draws
-  NoiseKey noise;  // where draws
-  Target out;
-};
-
-constexpr int kMaxTerms = 5;
-
-struct LangevinEps {
-  Shape shape;
-  float *eps, *drift;
-  int terms;  // delta is the sum of coefs[i] times terms[i]
-  Source term[kMaxTerms];
-  PerSample coef[kMaxTerms];
-  PerSample alpha, sigma, step_size;
-  NoiseKey noise;
-  Target out;
-};
-
-struct LangevinZ {
-  Shape shape;
-  float* z;
-  Source gradient;
-  PerSample step_size;
-  NoiseKey noise;
-};
-
-// Sums are taken tile by tile in a fixed order, into partial[sample * tiles_per_sample + tile].
-struct MStepLoss {
-  Shape shape;
-  const float* drift;
-  double* partial;
-};
-
-struct MStepGradient {
-  Shape shape;
-  const float* drift;
-  PerSample grad, alpha, sigma, weight;
-  Target out;
-};
-
-struct ScoreMatching {
-  Shape shape;
-  Source output, x0, x_t;
-  PerSample c_skip, c_out;
-  double* partial;            // of the loss
-  PerSample grad, weight;     // of its gradient
-  Target out;
-};
+EMD_HD int64_t tiles_of(const Shape& shape) {
+  const int64_t together = samples_per_tile(shape);
+  return together > 1 ? (shape.samples + together - 1) / together : shape.samples * tiles_per_sample(shape);
+}
 
 // x is (samples, channels, positions), or (samples, positions, channels) where channels_last.
 struct GroupNorm {
@@ -151,15 +61,16 @@ struct GroupNormBackward {
 // One table per instruction set. Each function does the items first to last - 1 of its op.
 struct Kernels {
   const char* isa;
-  void (*uniform)(const Draw&, int64_t first, int64_t last);
-  void (*normal)(const Draw&, int64_t first, int64_t last);
+  void (*uniform)(const Uniform&, int64_t first, int64_t last);
+  void (*normal)(const Normal&, int64_t first, int64_t last);
   void (*perturb)(const Perturb&, int64_t first, int64_t last);
   void (*langevin_eps)(const LangevinEps&, int64_t first, int64_t last);
   void (*langevin_z)(const LangevinZ&, int64_t first, int64_t last);
-  void (*m_step_loss)(const MStepLoss&, int64_t first, int64_t last);
+  // Sums are taken tile by tile, in a fixed order, into partial[sample * tiles_per_sample + tile].
+  void (*m_step_loss)(const MStepLoss&, double* partial, int64_t first, int64_t last);
   void (*m_step_gradient)(const MStepGradient&, int64_t first, int64_t last);
-  void (*score_matching_loss)(const ScoreMatching&, int64_t first, int64_t last);
-  void (*score_matching_gradient)(const ScoreMatching&, int64_t first, int64_t last);
+  void (*score_matching_loss)(const ScoreMatchingLoss&, double* partial, int64_t first, int64_t last);
+  void (*score_matching_gradient)(const ScoreMatchingGradient&, int64_t first, int64_t last);
   void (*group_norm)(const GroupNorm&, int64_t first, int64_t last);             // items: sample, group
   void (*group_norm_moments)(const GroupNorm&, int64_t first, int64_t last);     // items: sample, chunk
   void (*group_norm_maps)(const GroupNorm&, int64_t first, int64_t last);        // items: sample

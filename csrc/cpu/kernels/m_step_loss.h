@@ -7,11 +7,11 @@
 namespace emd::cpu::EMD_ISA {
 namespace {
 
-void m_step_loss(const MStepLoss& op, int64_t first, int64_t last) {
+void m_step_loss(const MStepLoss& op, double* partial, int64_t first, int64_t last) {
   for (int64_t i = first; i < last; i++) {
     const Tile tile = sample_tile(op.shape, i);
     const float* drift = op.drift + tile.flat;
-    op.partial[i] = sum<double>(tile.count, [=](int64_t e) { return double(drift[e]) * double(drift[e]); });
+    partial[i] = sum<double>(tile.count, [=](int64_t e) { return double(drift[e]) * double(drift[e]); });
   }
 }
 

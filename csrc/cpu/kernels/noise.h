@@ -15,8 +15,9 @@ struct alignas(64) Blocks {
 };
 
 // The random words of a tile; where it holds several samples, each has whole blocks. Returns the number of blocks.
-inline int tile_blocks(const NoiseKey& noise, const Tile& tile, Blocks& blocks) {
+inline int tile_blocks(const NoiseSource& source, const Tile& tile, Blocks& blocks) {
   alignas(64) uint32_t block[kBlocks], sample[kBlocks];
+  const NoiseKey noise = key_of(source);
   const int per_sample = int((tile.count + 3) / 4), n = int(tile.samples) * per_sample;
   const uint32_t first_block = uint32_t(tile.element / 4), first_sample = noise.first_sample + uint32_t(tile.sample);
   for (int s = 0, l = 0; s < int(tile.samples); s++) {
@@ -40,7 +41,7 @@ inline void drop_padding(const Tile& tile, float* out) {
   }
 }
 
-inline void tile_uniforms(const NoiseKey& noise, const Tile& tile, Buffer& out) {
+inline void tile_uniforms(const NoiseSource& noise, const Tile& tile, Buffer& out) {
   Blocks blocks;
   const int n = (tile_blocks(noise, tile, blocks) + 15) / 16 * 16;
 #pragma omp simd
@@ -53,7 +54,7 @@ inline void tile_uniforms(const NoiseKey& noise, const Tile& tile, Buffer& out) 
   drop_padding(tile, out.data);
 }
 
-inline void tile_normals(const NoiseKey& noise, const Tile& tile, Buffer& out) {
+inline void tile_normals(const NoiseSource& noise, const Tile& tile, Buffer& out) {
   Blocks blocks;
   const int n = (tile_blocks(noise, tile, blocks) + 15) / 16 * 16;  // whole vectors, so that no scalar rest remains
 #pragma omp simd

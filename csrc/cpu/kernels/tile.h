@@ -22,14 +22,14 @@ struct alignas(64) Buffer {
 
 // The tile of number `index` when every tile holds (part of) one sample.
 inline Tile sample_tile(const Shape& shape, int64_t index) {
-  const int64_t parts = shape.tiles_per_sample();
+  const int64_t parts = tiles_per_sample(shape);
   const int64_t sample = index / parts, element = index % parts * kTile, rest = shape.elements - element;
   return {sample, 1, element, rest < kTile ? rest : kTile, sample * shape.elements + element};
 }
 
 template <class Function>
 inline void for_tiles(const Shape& shape, int64_t first, int64_t last, Function function) {
-  const int64_t together = shape.samples_per_tile();
+  const int64_t together = samples_per_tile(shape);
   for (int64_t i = first; i < last; i++) {
     Tile tile;
     if (together > 1) {
@@ -101,8 +101,6 @@ inline void prefetch_next(const void* data, int64_t element_size, const Tile& ti
 // A number of each sample, inside a loop over elements: one for all of a tile of one sample, else one per element.
 EMD_HD float at(float number, int64_t) { return number; }
 EMD_HD float at(const float* numbers, int64_t i) { return numbers[i]; }
-
-EMD_HD float number_of(const PerSample& numbers, int64_t sample) { return numbers.data[sample * numbers.stride]; }
 
 struct Expanded : Buffer {
   Expanded(const PerSample& numbers, const Tile& tile) {

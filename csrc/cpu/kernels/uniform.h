@@ -5,7 +5,7 @@
 namespace emd::cpu::EMD_ISA {
 namespace {
 
-void uniform(const Draw& op, int64_t first, int64_t last) {
+void uniform(const Uniform& op, int64_t first, int64_t last) {
   for_tiles(op.shape, first, last, [&](const Tile& tile) {
     Buffer drawn;
     tile_uniforms(op.noise, tile, drawn);

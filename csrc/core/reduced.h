@@ -1,0 +1,73 @@
+// bfloat16 and float16, and their conversion from and to float32: to nearest, ties to even.
+#pragma once
+
+#include <stdint.h>
+
+#if defined(__CUDACC__)
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#elif defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#include "arithmetic.h"
+#include "macros.h"
+
+namespace emd {
+
+struct Bfloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+EMD_HD float to_float(float x) { return x; }
+
+EMD_HD float to_float(Bfloat16 x) { return float_of(uint32_t{x.bits} << 16); }
+
+// Branch-free: a normal number moves its exponent by a product, a subnormal one is an integer times 2^-24.
+EMD_HD float to_float(Float16 x) {
+#if defined(__CUDA_ARCH__)
+  return __half2float(__ushort_as_half(x.bits));
+#elif defined(__F16C__)
+  return _cvtsh_ss(x.bits);
+#else
+  const uint32_t sign = (uint32_t{x.bits} & 0x8000u) << 16;
+  const uint32_t magnitude = uint32_t{x.bits} & 0x7fffu;
+  const float normal = float_of((magnitude << 13) + 0x70000000u) * 0x1p-112f;
+  const float subnormal = float(int32_t(magnitude)) * 0x1p-24f;
+  return float_of(bits_of(magnitude < 0x400u ? subnormal : normal) | sign);
+#endif
+}
+
+EMD_HD void from_float(float x, float& out) { out = x; }
+
+EMD_HD void from_float(float x, Bfloat16& out) {
+#if defined(__CUDA_ARCH__)
+  out.bits = __bfloat16_as_ushort(__float2bfloat16_rn(x));
+#else
+  const uint32_t bits = bits_of(x);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  out.bits = uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+#endif
+}
+
+EMD_HD void from_float(float x, Float16& out) {
+#if defined(__CUDA_ARCH__)
+  out.bits = __half_as_ushort(__float2half_rn(x));
+#elif defined(__F16C__)
+  out.bits = _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT);
+#else
+  const uint32_t sign = (bits_of(x) >> 16) & 0x8000u;
+  const uint32_t magnitude = bits_of(x) & 0x7fffffffu;
+  // Adding 1/2 leaves a multiple of 2^-24 in the low bits, rounded as float32 rounds: to nearest, ties to even.
+  const uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - 0x3f000000u;
+  const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  const uint32_t finite = magnitude < 0x38800000u ? subnormal : normal;
+  const uint32_t large = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
+  out.bits = uint16_t((magnitude >= 0x477ff000u ? large : finite) | sign);
+#endif
+}
+
+}  // namespace emd

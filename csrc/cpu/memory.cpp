@@ -1,0 +1,30 @@
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "device.h"
+
+namespace emd::cpu {
+namespace {
+
+// Touching fresh memory page by page costs more than computing the numbers that go there: 64 MB take 11 ms in pages of
+// 4 KB and 2 ms in pages of 2 MB (measured on two cores). Where the system decides by itself (or has no such pages),
+// this changes nothing.
+void ask_for_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHuge = uintptr_t{1} << 21;
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) & ~(kHuge - 1);
+  const uintptr_t last = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(kHuge - 1);
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
+}  // namespace
+
+at::Tensor Cpu::empty(at::IntArrayRef size, at::ScalarType dtype, const Call&) {
+  const at::Tensor out = at::empty(size, dtype);
+  ask_for_huge_pages(out.mutable_data_ptr(), out.nbytes());
+  return out;
+}
+
+}  // namespace emd::cpu

@@ -1,0 +1,23 @@
+// The devices that the ops are compiled for. A device has empty(size, dtype, call), a new tensor, and run(op, call),
+// which computes one of the structures of core/arguments.h.
+#pragma once
+
+#include <torch/library.h>
+
+#include "../tensors.h"
+
+#include "../cpu/device.h"
+#if defined(EMD_CUDA)
+#include "../cuda/device.h"
+#endif
+
+// add<Device>(library) tells the dispatcher of torch what an op does on that device.
+#define EMD_REGISTER_CPU(add) \
+  TORCH_LIBRARY_IMPL(emd_fast_native, CPU, m) { add<emd::cpu::Cpu>(m); }
+#if defined(EMD_CUDA)
+#define EMD_REGISTER(add) \
+  EMD_REGISTER_CPU(add)   \
+  TORCH_LIBRARY_IMPL(emd_fast_native, CUDA, m) { add<emd::cuda::Cuda>(m); }
+#else
+#define EMD_REGISTER(add) EMD_REGISTER_CPU(add)
+#endif

@@ -1,0 +1,29 @@
+#include "devices.h"
+
+namespace emd {
+namespace {
+
+constexpr int64_t kStream = 3;
+
+template <class Device>
+void langevin_z(at::Tensor& z, at::Tensor z_grad, double step_size, const std::optional<at::Tensor>& step_sizes,
+                const at::Tensor& noise, int64_t substep) {
+  const Call call(z);
+  LangevinZ op = {};
+  op.shape = call.shape;
+  op.z = call.state(z);
+  op.gradient = call.source(z_grad);
+  op.step_size = call.per_sample(step_sizes, step_size);
+  op.noise = call.noise(noise, kStream, substep);
+  Device::run(op, call);
+}
+
+template <class Device>
+void add(torch::Library& library) {
+  library.impl("langevin_z", langevin_z<Device>);
+}
+
+EMD_REGISTER(add)
+
+}  // namespace
+}  // namespace emd
