@@ -1,15 +1,18 @@
 """Builds emd_fast/_C with CMake. Everything else about the package is in pyproject.toml.
 
 EMD_FAST_BUILD chooses:
-    auto (default)  build the CPU kernels; where that fails, install without them, and say why here and at run time
+    auto (default)  build what can be built: the CPU kernels, and those for CUDA where torch has CUDA and nvcc is there;
+                    where that fails, install without, and say why here and at run time
+    cuda            build the CPU and the CUDA kernels; a failure is an error
     cpu             build the CPU kernels; a failure is an error
-    none            install without them
+    none            install without compiled kernels
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,7 +22,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-MODES = ("auto", "cpu", "none")
+MODES = ("auto", "cuda", "cpu", "none")
 FACTS = "_build.json"  # beside the module, read by emd_fast/backends/native.py
 
 
@@ -29,8 +32,6 @@ class NotBuilt(Exception):
 
 def build_mode() -> str:
     mode = os.environ.get("EMD_FAST_BUILD", "auto")
-    if mode == "cuda":
-        sys.exit("EMD_FAST_BUILD=cuda: this version of emd_fast has no CUDA kernels; use auto, cpu or none")
     if mode not in MODES:
         sys.exit(f"EMD_FAST_BUILD must be one of {', '.join(MODES)}, got {mode!r}")
     return mode
@@ -59,6 +60,30 @@ def tool(name: str) -> str | None:
     return str(beside) if beside.exists() else shutil.which(name)
 
 
+def cuda_build() -> dict[str, str]:
+    """What CMake needs to build for CUDA.
+
+    Raises:
+        NotBuilt: torch or this machine has no CUDA to build with.
+    """
+    import torch
+
+    if torch.version.cuda is None:
+        raise NotBuilt(f"torch {torch.__version__} comes without CUDA")
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    given = os.environ.get("CUDACXX") or (home and str(Path(home) / "bin" / "nvcc"))
+    nvcc = given or shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    try:
+        told = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        raise NotBuilt("no nvcc was found (set CUDA_HOME)") from None
+    version = re.search(r"release (\d+)\.", told)
+    if version is None or version[1] != torch.version.cuda.split(".")[0]:
+        # As torch's own extensions demand: minor versions are compatible, major ones are not.
+        raise NotBuilt(f"{nvcc} is not of CUDA {torch.version.cuda.split('.')[0]}, which torch was built with")
+    return {"EMD_CUDA": "ON", "CMAKE_CUDA_COMPILER": str(nvcc)}
+
+
 def first_error(output: str) -> str | None:
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     for i, line in enumerate(lines):
@@ -77,7 +102,7 @@ def run(command: list[str], what: str) -> None:
         raise NotBuilt(f"{what} failed: {first_error(done.stdout) or f'exit code {done.returncode}'}")
 
 
-def compile_extension(source: Path, build: Path, output: Path, torch: dict[str, str]) -> None:
+def compile_extension(source: Path, build: Path, output: Path, settings: dict[str, str]) -> None:
     cmake = tool("cmake")
     if cmake is None:
         raise NotBuilt("no cmake was found (pip install cmake ninja)")
@@ -85,7 +110,8 @@ def compile_extension(source: Path, build: Path, output: Path, torch: dict[str, 
         raise NotBuilt("no C++ compiler was found")
     build.mkdir(parents=True, exist_ok=True)
     definitions = {
-        **torch,
+        "EMD_CUDA": "OFF",
+        **settings,
         "Python_EXECUTABLE": sys.executable,
         "CMAKE_BUILD_TYPE": "Release",
         "CMAKE_LIBRARY_OUTPUT_DIRECTORY": str(output.parent),
@@ -114,26 +140,42 @@ def compile_extension(source: Path, build: Path, output: Path, torch: dict[str, 
         raise NotBuilt(f"the compilation did not write {output.name}")
 
 
+def build_kernels(mode: str, output: Path) -> dict[str, str | None]:
+    """Builds what the mode asks for, and returns what there is to tell of it at run time."""
+    facts: dict[str, str | None] = {"torch": None, "reason": None, "cuda_reason": None}
+    if mode == "none":
+        facts["reason"] = facts["cuda_reason"] = "not built: EMD_FAST_BUILD=none"
+        return facts
+    torch = torch_build()
+    # Kept between builds, so that the next one compiles only what has changed.
+    build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-torch{torch['EMD_TORCH_VERSION']}"
+    if mode == "cpu":
+        facts["cuda_reason"] = "not built: EMD_FAST_BUILD=cpu"
+    else:
+        try:
+            compile_extension(ROOT, build.with_name(f"{build.name}-cuda"), output, {**torch, **cuda_build()})
+        except NotBuilt as why:
+            if mode == "cuda":
+                sys.exit(f"emd_fast: {why}")
+            facts["cuda_reason"] = f"not built: {why}"
+            print(f"emd_fast: building without CUDA kernels, which are {facts['cuda_reason']}", file=sys.stderr)
+    if facts["cuda_reason"]:
+        try:
+            compile_extension(ROOT, build, output, torch)
+        except NotBuilt as why:
+            if mode == "cpu":
+                sys.exit(f"emd_fast: {why}")
+            facts["reason"] = facts["cuda_reason"] = f"not built: {why}"
+            print(f"emd_fast: installing without compiled kernels, which are {facts['reason']}", file=sys.stderr)
+    facts["torch"] = None if facts["reason"] else torch["EMD_TORCH_VERSION"]
+    return facts
+
+
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
-        mode = build_mode()
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         output.parent.mkdir(parents=True, exist_ok=True)
-        facts = {"reason": None, "torch": None}
-        if mode == "none":
-            facts["reason"] = "not built: EMD_FAST_BUILD=none"
-        else:
-            torch = torch_build()
-            try:
-                # Kept between builds, so that the next one compiles only what has changed.
-                build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-torch{torch['EMD_TORCH_VERSION']}"
-                compile_extension(ROOT, build, output, torch)
-                facts["torch"] = torch["EMD_TORCH_VERSION"]
-            except NotBuilt as why:
-                if mode == "cpu":
-                    sys.exit(f"emd_fast: {why}")
-                facts["reason"] = f"not built: {why}"
-                print(f"emd_fast: installing without compiled kernels, which are {facts['reason']}", file=sys.stderr)
+        facts = build_kernels(build_mode(), output)
         if facts["reason"]:
             output.unlink(missing_ok=True)  # of an earlier build
         (output.parent / FACTS).write_text(json.dumps(facts))

@@ -1,4 +1,4 @@
-// The module emd_fast._C: loading it registers the CPU kernels for the schemas that emd_fast/ops defines; what it
+// The module emd_fast._C: loading it registers the compiled kernels for the schemas that emd_fast/ops defines; what it
 // offers to Python are the facts of its build.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -11,6 +11,11 @@ PYBIND11_MODULE(_C, m) {
   m.attr("torch_version") = EMD_TORCH_VERSION;
   m.attr("compiler") = EMD_COMPILER;
   m.attr("build_type") = EMD_BUILD_TYPE;
+#if defined(EMD_CUDA)
+  m.attr("cuda_version") = EMD_CUDA_VERSION;
+#else
+  m.attr("cuda_version") = pybind11::none();
+#endif
   m.attr("isas_built") = emd::cpu::isas_built();
   m.def("isa", [] { return emd::cpu::kernels().isa; }, "The instruction set that the kernels use here.");
 }

@@ -33,7 +33,8 @@ struct Call {
     TORCH_CHECK(tensor.device() == device, "expected a tensor on ", device, ", got one on ", tensor.device());
   }
 
-  // `tensor` is replaced by a copy where its strides are more than a Source holds; it has to outlive the Source.
+  // `tensor` is replaced by a copy where a Source cannot hold its strides, or where a kernel could not count its
+  // elements in 32 bits; it has to outlive the Source.
   Source source(at::Tensor& tensor) const {
     check(tensor);
     TORCH_CHECK(tensor.dim() > 0 && tensor.size(0) == shape.samples &&
@@ -44,7 +45,7 @@ struct Call {
       out.data = tensor.const_data_ptr();
       out.type = type_of(tensor.scalar_type());
       out.sample_stride = tensor.stride(0);
-      bool fits = true;
+      bool fits = tensor.is_contiguous() || shape.elements <= UINT32_MAX;
       for (int64_t d = 1; d < tensor.dim(); d++) {
         const int64_t size = tensor.size(d), stride = tensor.stride(d);
         if (size == 1) continue;

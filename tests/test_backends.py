@@ -30,7 +30,7 @@ def served(monkeypatch):
 @pytest.fixture
 def without_native(monkeypatch):
     """As on a machine where nothing was compiled."""
-    monkeypatch.setattr(native, "why_not", lambda device_type: "not built here")
+    monkeypatch.setattr(native, "why_not", lambda *_: "not built here")
     caches = (backends.implementation, backends._say_once)
     for cache in caches:
         cache.cache_clear()

@@ -16,7 +16,9 @@ from emd_fast.backends import native
 
 ROOT = Path(__file__).resolve().parents[1]
 
-needs_kernels = pytest.mark.skipif(native.why_not("cpu") is not None, reason=str(native.why_not("cpu")))
+needs_kernels = pytest.mark.skipif(
+    native.why_not("normal", "cpu") is not None, reason=str(native.why_not("normal", "cpu"))
+)
 
 # Prints a digest of what every kernel computes. Sizes leave rests in vectors, tiles, chunks and threads.
 DIGEST = """
@@ -137,7 +139,7 @@ def test_same_bits_for_any_threads_and_instruction_set():
 
 @needs_kernels
 def test_an_instruction_set_that_is_not_there_is_refused():
-    code = "from emd_fast.backends import native; print(native.why_not('cpu'))"
+    code = "from emd_fast.backends import native; print(native.why_not('normal', 'cpu'))"
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "EMD_FAST_ISA": "sse9", "PYTHONPATH": str(ROOT)},
@@ -157,7 +159,7 @@ def write_facts(tmp_path, monkeypatch, **facts):
 
 def test_the_reason_of_a_missing_build_is_told(tmp_path, monkeypatch):
     write_facts(tmp_path, monkeypatch, reason="not built: EMD_FAST_BUILD=none", torch=None)
-    assert native.why_not("cpu") == "not built: EMD_FAST_BUILD=none"
+    assert native.why_not("normal", "cpu") == "not built: EMD_FAST_BUILD=none"
     assert native.facts() == {"reason": "not built: EMD_FAST_BUILD=none"}
     with pytest.raises(RuntimeError, match="EMD_FAST_BUILD=none"):
         native.load()
@@ -165,8 +167,14 @@ def test_the_reason_of_a_missing_build_is_told(tmp_path, monkeypatch):
 
 def test_a_build_against_another_torch_is_not_loaded(tmp_path, monkeypatch):
     write_facts(tmp_path, monkeypatch, reason=None, torch="2.0.1")
-    assert native.why_not("cpu") == f"built against torch 2.0.1, running {torch.__version__}: install emd_fast again"
+    assert (
+        native.why_not("normal", "cpu")
+        == f"built against torch 2.0.1, running {torch.__version__}: install emd_fast again"
+    )
 
 
-def test_no_kernels_for_other_devices():
-    assert native.why_not("cuda") == "no CUDA kernels in this build"
+def test_why_there_are_no_cuda_kernels_is_told(tmp_path, monkeypatch):
+    write_facts(tmp_path, monkeypatch, reason=None, cuda_reason="not built: no nvcc", torch=torch.__version__)
+    if native.facts().get("cuda") is None:
+        assert native.why_not("normal", "cuda") in ("not built: no nvcc", native.why_not("normal", "cpu"))
+    assert native.why_not("group_norm", "cuda") == native.why_not("normal", "mps") == "it does not have this op"

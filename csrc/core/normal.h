@@ -11,7 +11,7 @@ namespace emd {
 
 // Strictly inside (0, 1): the least is 2^-33, the greatest 1 - 2^-24.
 EMD_HD float uniform_from_word(uint32_t word) {
-  const float u = float(word) * 0x1p-32f + 0x1p-33f;
+  const float u = exact_product_plus(float(word), 0x1p-32f, 0x1p-33f);
   return u < 0x1.fffffep-1f ? u : 0x1.fffffep-1f;
 }
 
@@ -60,7 +60,7 @@ EMD_HD Pair cos_sin_of_revolutions(float u) {
 }
 
 EMD_HD Pair normal_pair(uint32_t word0, uint32_t word1) {
-  const float radius = sqrtf(minus_two_log(uniform_from_word(word0)));
+  const float radius = square_root(minus_two_log(uniform_from_word(word0)));
   const Pair direction = cos_sin_of_revolutions(uniform_from_word(word1));
   return {radius * direction.first, radius * direction.second};
 }

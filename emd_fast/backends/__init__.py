@@ -66,7 +66,7 @@ def why_not(op: str, backend: str, device_type: str) -> str | None:
         return triton.why_not(op, device_type)
     if backend != device_type:
         return f"it serves {backend} tensors only"
-    return native.why_not(device_type) or (None if op in native.OPS else "it does not have this op")
+    return native.why_not(op, device_type)
 
 
 @functools.cache

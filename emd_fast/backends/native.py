@@ -11,10 +11,8 @@ from typing import Any
 
 import torch
 
-OPS = frozenset(
+CUDA_OPS = frozenset(
     {
-        "group_norm",
-        "group_norm_backward",
         "langevin_eps",
         "langevin_z",
         "m_step_loss",
@@ -26,27 +24,33 @@ OPS = frozenset(
         "uniform",
     }
 )
-"""The ops that compiled kernels serve."""
+"""The ops that compiled kernels serve on CUDA tensors."""
+
+OPS = CUDA_OPS | {"group_norm", "group_norm_backward"}
+"""Those on CPU tensors."""
 
 _FACTS = Path(__file__).resolve().parents[1] / "_build.json"  # written by setup.py
 
 
-def why_not(device_type: str) -> str | None:
-    """None where compiled kernels serve tensors of this device type ("cpu", "cuda"), otherwise the reason, one line."""
-    if device_type != "cpu":
-        return f"no {device_type.upper()} kernels in this build"
-    return _load()[1]
+def why_not(op: str, device_type: str) -> str | None:
+    """None where a compiled kernel serves `op` on tensors of this device type, otherwise the reason, one line."""
+    if op not in {"cpu": OPS, "cuda": CUDA_OPS}.get(device_type, ()):
+        return "it does not have this op"
+    module, reason = _load()
+    if module is None or device_type == "cpu":
+        return reason
+    return None if module.cuda_version else str(_build()["cuda_reason"])
 
 
 def load() -> ModuleType:
     """The compiled module emd_fast._C, its kernels registered.
 
     Raises:
-        RuntimeError: it cannot be used here; the message is that of why_not("cpu").
+        RuntimeError: it cannot be used here.
     """
     module, reason = _load()
     if module is None:
-        raise RuntimeError(f"the compiled CPU kernels of emd_fast cannot be used: {reason}")
+        raise RuntimeError(f"the compiled kernels of emd_fast cannot be used: {reason}")
     return module
 
 
@@ -58,23 +62,32 @@ def facts() -> dict[str, Any]:
     return {
         "torch": module.torch_version,
         "compiler": module.compiler,
+        "cuda": module.cuda_version,
         "build_type": module.build_type,
         "isas_built": list(module.isas_built),
         "isa": module.isa(),
     }
 
 
+def _build() -> dict[str, str | None]:
+    """What setup.py tells of the build; empty where there was none."""
+    try:
+        told: dict[str, str | None] = json.loads(_FACTS.read_text())
+    except (OSError, ValueError):
+        return {}
+    return told
+
+
 @functools.cache
 def _load() -> tuple[ModuleType | None, str | None]:
     """The module, or None and the reason."""
-    try:
-        build = json.loads(_FACTS.read_text())
-    except (OSError, ValueError):
+    build = _build()
+    if not build:
         return None, "not built: emd_fast was not installed (pip install --no-build-isolation -e .)"
     if build["reason"]:
         return None, build["reason"]
     # torch keeps its C++ interface within a minor version only, and a mismatch may crash instead of failing to load.
-    if _minor(build["torch"]) != _minor(torch.__version__):
+    if _minor(str(build["torch"])) != _minor(torch.__version__):
         return None, f"built against torch {build['torch']}, running {torch.__version__}: install emd_fast again"
     try:
         module = importlib.import_module("emd_fast._C")

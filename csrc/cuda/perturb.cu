@@ -1,0 +1,42 @@
+#include "../core/perturb.h"
+#include "noise.cuh"
+
+namespace emd::cuda {
+namespace {
+
+template <bool kVector, bool kDraws>
+struct Body {
+  Perturb op;
+
+  __device__ void operator()(const Share& share) const {
+    const Fetched x0_words = fetch<kVector>(op.x0, share);
+    Run eps;
+    if constexpr (kDraws) {
+      eps = normals(op.noise, share);
+    } else {
+      eps = floats<kVector>(fetch<kVector>(op.eps, share), op.eps);
+    }
+    const Run x0 = floats<kVector>(x0_words, op.x0);
+    const float alpha = number_of(op.alpha, share.sample), sigma = number_of(op.sigma, share.sample);
+    Run out;
+#pragma unroll
+    for (int i = 0; i < kRun; i++) out.at[i] = emd::perturb(x0.at[i], eps.at[i], alpha, sigma);
+    store<kVector>(op.out, share, out);
+  }
+};
+
+template <bool kDraws>
+void run_with(const Perturb& op, const Deal& deal, bool vectors, Stream stream) {
+  if (vectors) return for_elements(Body<true, kDraws>{op}, deal, stream);
+  for_elements(Body<false, kDraws>{op}, deal, stream);
+}
+
+}  // namespace
+
+void run(const Perturb& op, Stream stream) {
+  const bool vectors = vector(op.x0, op.shape) && vector(op.out, op.shape);
+  if (op.draws) return run_with<true>(op, deal_of(op.shape, op.x0), vectors, stream);
+  run_with<false>(op, deal_of(op.shape, op.x0, op.eps), vectors && vector(op.eps, op.shape), stream);
+}
+
+}  // namespace emd::cuda
