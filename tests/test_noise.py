@@ -1,13 +1,12 @@
 """The noise contract against an independent implementation (helpers.philox)."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
 from helpers import NOISE_ERROR, assert_within, naming, noise_words, normals, philox, uniforms
 from hypothesis import given
 from hypothesis import strategies as st
+from noise_statistics import assert_independent, assert_standard_normal, assert_uniform
 
 from emd_fast import Noise, ops
 from emd_fast.backends.reference import philox as reference
@@ -168,24 +167,25 @@ def test_numbers_of_63_bits_reach_the_key(backend):
 
 
 @pytest.mark.slow
-def test_distribution(backend):
-    n = 4_000_000
-    x = ops.normal((4, n // 4), Noise(12), stream=2).double().flatten()
-    # Standard errors of mean, variance, third and fourth moment of n normal numbers; five of them.
-    for power, moment, deviation in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
-        assert abs((x**power).mean().item() - moment) < 5 * math.sqrt(deviation / n)
-    for values, cdf in (
-        (x, lambda v: 0.5 * torch.erfc(-v / math.sqrt(2))),
-        (ops.uniform((4, n // 4), Noise(13), stream=2).double().flatten(), lambda v: v),
-    ):
-        ordered = cdf(values.sort().values)
-        steps = torch.arange(n + 1, dtype=torch.float64) / n
-        distance = max((steps[1:] - ordered).max().item(), (ordered - steps[:-1]).max().item())
-        assert distance < 2.0 / math.sqrt(n)  # Kolmogorov-Smirnov: above it with probability 7e-4
-    pairs = x.reshape(4, -1)
-    for lag in (1, 2, 3, 4):
-        assert abs((pairs[:, lag:] * pairs[:, :-lag]).mean().item()) < 5 / math.sqrt(n)
-    assert abs((pairs[1:] * pairs[:-1]).mean().item()) < 5 / math.sqrt(n * 3 / 4)
+def test_distribution_of_16_million_draws(backend):
+    size = (256, 2**16)
+    assert_standard_normal(ops.normal(size, Noise(12), stream=2))
+    assert_uniform(ops.uniform(size, Noise(13), stream=2))
+
+
+def test_independence(backend):
+    """Of neighbours, and of the same elements in other samples, streams, steps, substeps and seeds."""
+    size = (64, 2**14)
+    x = ops.normal(size, Noise(12), stream=2)
+    for lag in (1, 2, 3, 4, 8):
+        assert_independent(x[:, lag:], x[:, :-lag], f"lag {lag}")
+    assert_independent(x[1:], x[:-1], "samples")
+    for what, noise, stream in (
+        ("streams", Noise(12), 3), ("steps", Noise(12, step=1), 2), ("substeps", Noise(12, substep=1), 2),
+        ("seeds", Noise(13), 2), ("high words of the seed", Noise(12 + 2**32), 2),
+        ("first samples", Noise(12, first_sample=64), 2),
+    ):  # fmt: skip
+        assert_independent(x, ops.normal(size, noise, stream=stream), what)
 
 
 @pytest.mark.slow

@@ -1,0 +1,273 @@
+"""The ops on a GPU, by every backend that serves CUDA tensors there. Skipped where there is none."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import (
+    DTYPES,
+    NOISE_ERROR,
+    assert_as_good_as_eager,
+    assert_same,
+    assert_within,
+    draw,
+    normals,
+    per_sample,
+    seeded,
+    uniforms,
+)  # fmt: skip
+
+import emd_fast
+from emd_fast import Noise, ops
+from emd_fast.backends import reference
+
+DEVICE = "cuda"
+if not torch.cuda.is_available():
+    pytest.skip("no GPU", allow_module_level=True)
+
+# One element, odd and prime sizes, rows of channels_last, several parts of a sum, more than one wave of blocks.
+SHAPES = [
+    (3,), (7, 1), (300, 5), (2, 3, 8, 8), (2, 3, 7, 7), (2, 37, 6, 6), (1, 3, 37, 19), (2, 64, 4, 4), (3, 2, 3, 2, 5),
+    (2, 3, 128, 128), (1, 49999), (64, 3, 64, 64), (0, 3, 4, 4), (3, 0),
+]  # fmt: skip
+LAYOUTS = ["contiguous", "channels_last", "transposed", "sliced", "batch_last"]
+CASES = [(s, x) for s in SHAPES for x in LAYOUTS if x in ("contiguous", "sliced") or len(s) == 4]
+
+
+@pytest.fixture(params=["triton", "cuda"])
+def backend(request):
+    if reason := emd_fast.backends.why_not("normal", request.param, DEVICE):
+        pytest.skip(reason)
+    with emd_fast.use_backend(request.param):
+        yield request.param
+
+
+def moved(values):
+    return [
+        [v.to(DEVICE) for v in value] if isinstance(value, list)
+        else value.to(DEVICE) if isinstance(value, torch.Tensor)
+        else value for value in values
+    ]  # fmt: skip
+
+
+def doubled(values):
+    return [
+        [v.double() for v in value] if isinstance(value, list)
+        else value.double() if isinstance(value, torch.Tensor) and value.dtype != torch.int64
+        else torch.float64 if isinstance(value, torch.dtype)
+        else value for value in values
+    ]  # fmt: skip
+
+
+def compare(op, backend, values, written=0, more=()):
+    """The backend on the GPU against float64 on the CPU, with the error of the reference in the same dtypes."""
+    results = []
+    for run, device_values in (
+        (emd_fast.backends.implementation(op, backend, DEVICE), moved(values)),
+        (reference.OPS[op], doubled(values)),
+        (reference.OPS[op], [v.clone() if i < written else v for i, v in enumerate(values)]),
+    ):
+        result = run(*device_values)
+        results.append([*device_values[:written], *([] if result is None else [result])])
+    for i, (ours, exact, eager) in enumerate(zip(*results, strict=True)):
+        assert ours.device.type == torch.device(DEVICE).type
+        allowed = more[i] if more else 0.0
+        assert_as_good_as_eager(ours.cpu(), exact, eager, more=allowed, what=f"{op} {i}")
+
+
+NUMBERS = {"seed": 0x123456789ABCDEF, "step": 3, "first_sample": 1000, "substep": 2}
+
+
+@pytest.mark.parametrize("shape", [s for s in SHAPES if 0 not in s])
+def test_the_noise_contract(backend, shape):
+    noise = Noise(**NUMBERS, device=DEVICE)
+    u = ops.uniform(shape, noise, stream=9, substep=5)
+    where = {**NUMBERS, "stream": 9, "substep": 7}
+    assert_same(u.cpu(), torch.from_numpy(uniforms(shape, **where)))
+    n = ops.normal(shape, noise, stream=9, substep=5)
+    assert_within(n.cpu(), normals(shape, **where), NOISE_ERROR)
+    for dtype in DTYPES[1:]:
+        assert_same(ops.normal(shape, noise, stream=9, substep=5, dtype=dtype).cpu(), n.to(dtype).cpu())
+
+
+@pytest.mark.parametrize(("shape", "layout"), CASES)
+def test_perturb(backend, shape, layout):
+    g = seeded(0)
+    for dtype in DTYPES:
+        x0, eps = draw(shape, g, dtype, layout), draw(shape, g, torch.float32, layout)
+        alpha, sigma = per_sample(shape[0], g), per_sample(shape[0], g)
+        compare("perturb", backend, [x0, alpha, sigma, eps, None, 0, 0, dtype])
+        noise = Noise(**NUMBERS).state
+        compare("perturb", backend, [x0, alpha, sigma, None, noise, 5, 0, dtype], more=(2 * NOISE_ERROR,))
+
+
+@pytest.mark.parametrize("terms", [1, 2, 3, 5])
+@pytest.mark.parametrize(("shape", "layout"), CASES)
+def test_langevin_eps(backend, shape, layout, terms):
+    g = seeded(terms)
+    batch = shape[0]
+    for dtype, sizes in ((torch.float32, None), (torch.bfloat16, per_sample(batch, g, 0.0, 1.0))):
+        x = draw(shape, g, torch.float32, layout) if terms == 5 else None
+        outputs = [draw(shape, g, dtype, layout) for _ in range(terms - (x is not None))]
+        if terms == 3:
+            outputs[1] = draw(shape, g, torch.float32, "contiguous")
+        coefs, alpha, sigma = torch.randn(batch, terms, generator=g), per_sample(batch, g), per_sample(batch, g)
+        state, noise = [draw(shape, g), draw(shape, g)], Noise(**NUMBERS).state
+        values = [*state, x, outputs, coefs, alpha, sigma, 0.3, sizes, noise, 7, dtype]
+        compare("langevin_eps", backend, values, written=2, more=(2 * NOISE_ERROR, 0.0, 0.0))
+
+
+@pytest.mark.parametrize(("shape", "layout"), CASES)
+def test_langevin_z(backend, shape, layout):
+    g = seeded(0)
+    for dtype in DTYPES:
+        for sizes in (None, per_sample(shape[0], g, 0.0, 1.0)):
+            values = [draw(shape, g), draw(shape, g, dtype, layout), 0.01, sizes, Noise(**NUMBERS).state, 7]
+            compare("langevin_z", backend, values, written=1, more=(2 * NOISE_ERROR,))
+
+
+@pytest.mark.parametrize(("shape", "layout"), CASES)
+def test_losses(backend, shape, layout):
+    g = seeded(0)
+    a, b, c, d = (per_sample(shape[0], g) for _ in range(4))
+    for dtype in DTYPES:
+        output, x0 = draw(shape, g, dtype, layout), draw(shape, g, torch.float32, layout)
+        x_t, drift = draw(shape, g, dtype, "contiguous"), draw(shape, g)
+        compare("m_step_loss", backend, [output, drift, a, b, c])
+        compare("m_step_loss_backward", backend, [a, drift, b, c, d, dtype])
+        compare("score_matching_loss", backend, [output, x0, x_t, a, b, c])
+        compare("score_matching_loss_backward", backend, [a, output, x0, x_t, b, c, d])
+
+
+def test_a_sum_is_the_same_in_every_batch_and_every_run(backend):
+    g = seeded(1)
+    output, x0, x_t = (draw((5, 3, 70, 71), g).to(DEVICE) for _ in range(3))
+    numbers = [per_sample(5, g).to(DEVICE) for _ in range(3)]
+    whole = ops.score_matching_loss(output, x0, x_t, *numbers)
+    assert torch.equal(ops.score_matching_loss(output, x0, x_t, *numbers), whole)
+    for i in range(5):
+        alone = ops.score_matching_loss(*(v[i : i + 1] for v in (output, x0, x_t, *numbers)))
+        assert torch.equal(alone, whole[i : i + 1])
+
+
+def test_equal_outputs_leave_no_drift(backend):
+    g = seeded(2)
+    for dtype in DTYPES:
+        output = draw((64, 3, 64, 64), g, dtype).to(DEVICE)
+        k, v = torch.randn(64, generator=g).to(DEVICE), per_sample(64, g).to(DEVICE)
+        eps, drift = draw(output.shape, g).to(DEVICE), torch.zeros(output.shape, device=DEVICE)
+        coefs, noise = torch.stack([k, -k], dim=1), Noise(0, device=DEVICE)
+        cotangent = ops.langevin_eps(
+            eps, drift, None, [output, output.clone()], coefs, v, v, step_size=0.1, noise=noise
+        )
+        assert not drift.any() and not cotangent.any()
+
+
+def test_a_captured_graph_draws_new_noise(backend):
+    noise, shape = Noise(5, device=DEVICE), (8, 3, 16, 16)
+    z, z_grad = torch.zeros(shape, device=DEVICE), torch.zeros(shape, device=DEVICE)
+    ones = torch.ones(8, device=DEVICE)
+
+    def step():
+        noise.advance()
+        ops.langevin_z(z, z_grad, step_size=0.5, noise=noise)
+        return ops.normal(shape, noise, stream=4), ops.perturb(z_grad, ones, ones, noise=noise, stream=5)
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        drawn, perturbed = step()
+    noise.set(step=0)
+    z.zero_()
+    expected_z, eager = torch.zeros(shape, device=DEVICE), Noise(5, device=DEVICE)
+    for _ in range(3):
+        graph.replay()
+        eager.advance()
+        ops.langevin_z(expected_z, z_grad, step_size=0.5, noise=eager)
+        assert_same(z, expected_z)
+        assert_same(drawn, ops.normal(shape, eager, stream=4))
+        assert_same(perturbed, ops.perturb(z_grad, ones, ones, noise=eager, stream=5))
+
+
+def test_compiled_code_equals_eager(backend):
+    g, shape = seeded(3), (4, 3, 16, 16)
+    outputs = [draw(shape, g, torch.bfloat16).to(DEVICE) for _ in range(2)]
+    coefs, v = torch.randn(4, 2, generator=g).to(DEVICE), per_sample(4, g).to(DEVICE)
+    noise = Noise(1, device=DEVICE)
+
+    def step(eps, drift, z, substep):
+        cotangent = ops.langevin_eps(
+            eps, drift, None, outputs, coefs, v, v, step_size=0.1, noise=noise, substep=substep
+        )
+        ops.langevin_z(z, cotangent, step_size=0.1, noise=noise, substep=substep)
+        return ops.perturb(z, v, v, eps=eps)
+
+    compiled = torch.compile(step, fullgraph=True)
+    for substep in range(3):
+        states = [[draw(shape, seeded(i)).to(DEVICE) for i in range(3)] for _ in range(2)]
+        found, expected = compiled(*states[0], substep), step(*states[1], substep)
+        for a, b in zip([*states[0], found], [*states[1], expected], strict=True):
+            assert_same(a, b)
+
+
+def test_gradients_reach_the_network(backend):
+    g = seeded(4)
+    for dtype in DTYPES:
+        generated = draw((5, 3, 9, 9), g, dtype, "channels_last")
+        drift, x0, x_t = (draw(generated.shape, g) for _ in range(3))
+        a, b, c = (per_sample(5, g) for _ in range(3))
+        gradients = []
+        for device in (DEVICE, "cpu"):
+            x = generated.to(device).requires_grad_()
+            values = moved([drift, x0, x_t, a, b, c]) if device == DEVICE else [drift, x0, x_t, a, b, c]
+            with emd_fast.use_backend(backend if device == DEVICE else "reference"):
+                loss = ops.m_step_loss(x, values[0], *values[3:]) + ops.score_matching_loss(x, *values[1:])
+            (gradient,) = torch.autograd.grad(loss.sum(), x)
+            gradients.append(gradient.cpu())
+        torch.testing.assert_close(*gradients, rtol=2e-2 if dtype != torch.float32 else 1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_on_a_device_that_is_not_the_current_one(backend):
+    noise = Noise(3, device="cuda:1")
+    n = ops.normal((4, 1000), noise, stream=0)
+    assert n.device == torch.device("cuda:1") and torch.cuda.current_device() == 0
+    assert_within(n.cpu(), normals((4, 1000), seed=3, stream=0), NOISE_ERROR)
+
+
+def test_tensors_of_more_than_2_to_the_31_elements(backend):
+    if torch.cuda.get_device_properties(0).total_memory < 40 * 2**30:
+        pytest.skip("a GPU with less than 40 GB")
+    n = ops.normal((2**15 + 1, 2**16), Noise(7, device=DEVICE), stream=1, dtype=torch.bfloat16)
+    with emd_fast.use_backend("reference"):
+        tail = ops.normal((1, 2**16), Noise(7, first_sample=2**15), stream=1)
+    assert_within(n[-1:].cpu(), tail, 2**-8 * 7)
+
+
+def test_the_distribution_of_16_million_draws(backend):
+    from noise_statistics import assert_standard_normal
+
+    assert_standard_normal(ops.normal((256, 2**16), Noise(1, device=DEVICE), stream=3).cpu())
+
+
+def test_e_step_on_the_gpu_is_that_of_the_cpu(backend):
+    """A mixture for a teacher, float32 throughout: the same noise, hence the same chain."""
+    schedule = emd_fast.schedules.EDM()
+    teacher = emd_fast.teachers.gaussian(torch.zeros(6), torch.eye(6), schedule)
+    student = emd_fast.teachers.gaussian(torch.ones(6), 2 * torch.eye(6), schedule)
+    results = []
+    for device in ("cpu", DEVICE):
+        networks = [n.to(device) for n in (teacher, student)]
+        noise = Noise(2, device=device)
+        with emd_fast.use_backend("reference" if device == "cpu" else backend):
+            z, eps = (ops.normal((32, 6), noise, stream=s) for s in (0, 1))
+            found = emd_fast.e_step(
+                lambda z, cond=None: 0.5 * z, *networks, z, eps, torch.full((32,), 0.7, device=device), steps=4,
+                gamma_eps=0.1, gamma_z=0.01, noise=noise,
+            )  # fmt: skip
+        results.append([found.z.cpu(), found.eps.cpu(), found.drift.cpu()])
+    for ours, cpu in zip(*reversed(results), strict=True):
+        assert_within(ours, cpu, 1e-4)
