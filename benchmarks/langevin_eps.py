@@ -64,7 +64,7 @@ def exact(
     step_size: float,
     noise: Noise,
 ) -> tuple[Tensor, ...]:
-    cotangent = reference.OPS["langevin_eps"](
+    cotangent = reference.langevin_eps(
         eps, drift, x, list(outputs), coefs, alpha, sigma, step_size, None, noise.state, 0, eps.dtype
     )
     return eps, drift, cotangent
@@ -72,7 +72,7 @@ def exact(
 
 def noises(arguments: Arguments) -> dict[str, Tensor]:
     size, state = list(arguments["eps"].shape), arguments["noise"].state
-    return {"n": reference.OPS["normal"](size, state, Stream.LANGEVIN_EPS, 0, torch.float32)}
+    return {"n": reference.normal(size, state, Stream.LANGEVIN_EPS, 0, torch.float32)}
 
 
 def traffic(case: Case) -> Traffic:

@@ -85,7 +85,7 @@ def exact(
     gamma_z: float,
     noise: Noise,
 ) -> tuple[Tensor, ...]:
-    x_t = reference.OPS["perturb"](x0, alpha, sigma, eps, None, 0, 0, eps.dtype)
+    x_t = reference.perturb(x0, alpha, sigma, eps, None, 0, 0, eps.dtype)
     eps, drift, cotangent = langevin_eps.exact(
         eps, drift, None, outputs, coefs, alpha, sigma, step_size=gamma_eps, noise=noise
     )

@@ -22,13 +22,13 @@ def eager(z: Tensor, z_grad: Tensor, *, step_size: float, noise: Noise, m: Tenso
 
 
 def exact(z: Tensor, z_grad: Tensor, *, step_size: float, noise: Noise) -> Tensor:
-    reference.OPS["langevin_z"](z, z_grad, step_size, None, noise.state, 0)
+    reference.langevin_z(z, z_grad, step_size, None, noise.state, 0)
     return z
 
 
 def noises(arguments: Arguments) -> dict[str, Tensor]:
     size, state = list(arguments["z"].shape), arguments["noise"].state
-    return {"m": reference.OPS["normal"](size, state, Stream.LANGEVIN_Z, 0, torch.float32)}
+    return {"m": reference.normal(size, state, Stream.LANGEVIN_Z, 0, torch.float32)}
 
 
 def traffic(case: Case) -> Traffic:

@@ -23,7 +23,7 @@ def eager(size: tuple[int, ...], noise: Noise, dtype: torch.dtype, **where: Any)
 
 
 def exact(size: tuple[int, ...], noise: Noise, stream: int, dtype: torch.dtype, substep: int = 0) -> Tensor:
-    return reference.OPS["normal"](list(size), noise.state, stream, substep, dtype)
+    return reference.normal(list(size), noise.state, stream, substep, dtype)
 
 
 def traffic(case: Case) -> Traffic:

@@ -32,12 +32,12 @@ def eager(x0: Tensor, alpha: Tensor, sigma: Tensor, *, n: Tensor | None = None, 
 
 
 def exact(x0: Tensor, alpha: Tensor, sigma: Tensor, *, noise: Noise, stream: int) -> Tensor:
-    return reference.OPS["perturb"](x0, alpha, sigma, None, noise.state, stream, 0, x0.dtype)
+    return reference.perturb(x0, alpha, sigma, None, noise.state, stream, 0, x0.dtype)
 
 
 def noises(arguments: Arguments) -> dict[str, Tensor]:
     return {
-        "n": reference.OPS["normal"](
+        "n": reference.normal(
             list(arguments["x0"].shape), arguments["noise"].state, arguments["stream"], 0, torch.float32
         )
     }

@@ -23,7 +23,7 @@ def eager(output: Tensor, x0: Tensor, x_t: Tensor, c_skip: Tensor, c_out: Tensor
 
 
 def exact(output: Tensor, x0: Tensor, x_t: Tensor, c_skip: Tensor, c_out: Tensor, weight: Tensor) -> Tensor:
-    return reference.OPS["score_matching_loss"](output, x0, x_t, c_skip, c_out, weight)
+    return reference.score_matching_loss(output, x0, x_t, c_skip, c_out, weight)
 
 
 def traffic(case: Case) -> Traffic:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,8 +24,8 @@ STEPS = 8
 
 def inputs(draw: Draw) -> Inputs:
     case, recipe = draw.case, config.load("digits")
-    precision = {"fp32": "float32", "bf16": "bfloat16"}.get(case.dtype)
-    if precision is None:
+    precision: Literal["float32", "bfloat16"] = "float32" if case.dtype == "fp32" else "bfloat16"
+    if case.dtype == "fp16":
         raise config.ConfigError(f"training_step takes --dtype fp32 or bf16, got {case.dtype}")
     settings = dataclasses.replace(
         recipe.emd, langevin_steps=STEPS, batch_size=case.shape[0], student_warmup=0, precision=precision

@@ -21,7 +21,7 @@ def eager(size: tuple[int, ...], noise: Noise, **where: Any) -> Tensor:
 
 
 def exact(size: tuple[int, ...], noise: Noise, stream: int, substep: int = 0) -> Tensor:
-    return reference.OPS["uniform"](list(size), noise.state, stream, substep)
+    return reference.uniform(list(size), noise.state, stream, substep)
 
 
 def traffic(case: Case) -> Traffic:

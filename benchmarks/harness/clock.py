@@ -45,7 +45,7 @@ def readings(
     """Seconds a call, one reading a round, of each contender; and why some could not be timed.
 
     Args:
-        contenders: for each the same call on several sets of inputs, which are taken in turn.
+        contenders: for each the same call on several sets of inputs, as many for all, which are taken in turn.
     """
     take = _on_gpu if device.type == "cuda" else _on_cpu
     collecting = gc.isenabled()
@@ -61,7 +61,7 @@ def readings(
 def _on_cpu(
     contenders: Mapping[str, Sequence[Call]], device: torch.device, rounds: int, graph: bool
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
-    turns, calls = {}, {}
+    calls = {}
     for name, sets in contenders.items():
         for call in itertools.chain.from_iterable([sets] * WARMUP):
             call()
@@ -69,11 +69,13 @@ def _on_cpu(
         for call in sets:
             call()
         each = (time.perf_counter() - began) / len(sets)
-        turns[name], calls[name] = itertools.cycle(sets), _calls(_CPU_BLOCK, each)
+        calls[name] = _calls(_CPU_BLOCK, each)
     taken: dict[str, list[float]] = {name: [] for name in contenders}
+    # One turn for all: a set that one contender has just left in the cache must not be the next one's.
+    turn = itertools.cycle(range(min(len(sets) for sets in contenders.values()))) if contenders else iter(())
     for _ in range(rounds):
-        for name, turn in turns.items():
-            block = list(itertools.islice(turn, calls[name]))
+        for name, sets in contenders.items():
+            block = [sets[i] for i in itertools.islice(turn, calls[name])]
             began = time.perf_counter()
             for call in block:
                 call()

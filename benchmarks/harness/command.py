@@ -15,8 +15,8 @@ import torch
 
 import benchmarks
 from benchmarks.harness import ceiling, clock, compare, machine, ncu, record, show
-from benchmarks.harness.contenders import entrants, imported
-from benchmarks.harness.declare import Bench, Case, Draw
+from benchmarks.harness.contenders import Contender, entrants, imported
+from benchmarks.harness.declare import Bench, Case, Draw, Inputs
 from benchmarks.harness.record import ABSENT, TIMED, WRONG, Record, Result, Row
 from benchmarks.harness.verify import Judge, Verdict, called, ready
 from emd_fast.checkpoint import write_whole
@@ -35,7 +35,7 @@ def run(options: argparse.Namespace) -> int:
     """
     if options.ncu:
         return _profile(options)
-    device = _device(options.device)
+    device = device_named(options.device)
     work = _work(options, device)
     if options.one_call:
         return _one_call(options, work)
@@ -125,11 +125,23 @@ def _result(options: argparse.Namespace, bench: Bench, case: Case, bandwidth: fl
         rows.append(row)
     rows += [Row(name, True, ABSENT, reason) for name, reason in absent.items()]
     cold = moved is not None and sets * moved >= 2 * machine.cache_bytes(case.device)
-    return Result(bench.name, case.passes, case.shape, case.dtype, case.layout, moved, flops, sets, cold, tuple(rows))
+    return Result(
+        bench.name,
+        case.passes,
+        case.shape,
+        case.dtype,
+        case.layout,
+        moved,
+        flops,
+        sets,
+        cold,
+        bench.eager_name,
+        tuple(rows),
+    )
 
 
-def _call(bench: Bench, case: Case, contender: object, inputs: object) -> clock.Call:
-    return lambda: called(bench, case, contender, inputs)  # type: ignore[arg-type]
+def _call(bench: Bench, case: Case, contender: Contender, inputs: Inputs) -> clock.Call:
+    return lambda: called(bench, case, contender, inputs)
 
 
 def _timed(
@@ -162,7 +174,7 @@ def _timed(
 
 def _fails(row: Row) -> bool:
     """Ours, wrong or unable to run though its backend is here."""
-    return row.ours and row.status != TIMED and (row.status == WRONG or (row.why or "").startswith("cannot "))
+    return row.ours and row.status != TIMED and (row.status == WRONG or (row.why or "").startswith("cannot run"))
 
 
 def _sets(bench: Bench, case: Case, moved: float | None, warm: bool) -> int:
@@ -204,7 +216,12 @@ def _work(options: argparse.Namespace, device: torch.device) -> list[tuple[Bench
     return work
 
 
-def _device(name: str | None) -> torch.device:
+def device_named(name: str | None) -> torch.device:
+    """A GPU where there is one, when None.
+
+    Raises:
+        ConfigError: another word. RuntimeError: a GPU that is not there.
+    """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -216,7 +233,7 @@ def _device(name: str | None) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("--device cuda: no CUDA GPU is here")
     if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
+        device = torch.device("cuda", torch.cuda.currentdevice_named())
     return device
 
 

@@ -43,7 +43,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Result:
-    """A case. `sets`: of inputs, taken in turn; `cold`: together they are at least twice the last cache."""
+    """A case. `sets`: of inputs, taken in turn; `cold`: together they are at least twice the last cache;
+    `yardstick`: the contender that speed-ups are over."""
 
     op: str
     passes: str
@@ -54,6 +55,7 @@ class Result:
     flops: float | None
     sets: int
     cold: bool
+    yardstick: str
     rows: tuple[Row, ...]
 
     @property

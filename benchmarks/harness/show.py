@@ -87,7 +87,7 @@ def plot(path: Path, record: Record) -> None:
 
 def _cells(result: Result) -> list[list[str]]:
     """Header and rows; columns that nobody fills are left out."""
-    eager = next((row.median for row in result.rows if not row.ours and row.status == TIMED), None)
+    eager = next((row.median for row in result.rows if row.contender == result.yardstick), None)
     rows = [list(_HEADER)] + [_row(row, eager) for row in result.rows if row.status == TIMED]
     kept = [i for i in range(len(_HEADER)) if i == 0 or any(row[i] for row in rows[1:])]
     return [[row[i] for i in kept] for row in rows]
