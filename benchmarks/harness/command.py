@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import difflib
 import math
@@ -52,13 +53,6 @@ def run(options: argparse.Namespace) -> int:
         old = _older(options.compare, machine.hardware(device), settings)
         _writable(options.json, options.markdown, options.plot)
         done = _measured(options, device, work, settings)
-    if options.json:
-        record.write(options.json, done)
-    if options.markdown:
-        text = show.markdown(done)
-        write_whole(options.markdown, lambda file: file.write(text.encode()))
-    if options.plot:
-        show.plot(options.plot, done)
     wrong = [
         f"{result.title}: {row.contender}: {row.why}" for result in done.results for row in result.rows if _fails(row)
     ]
@@ -77,22 +71,34 @@ def _measured(
 ) -> Record:
     before = machine.clocks(device)
     copy, copied = ceiling.copied(device, max(5, min(options.rounds, 20)))
-    results = []
-    for bench, case in work:
-        results.append(_result(options, bench, case, copied / copy.median))
-        print(show.terminal(results[-1]) + "\n", flush=True)
     done = Record(
         when=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         hardware=machine.hardware(device),
         software=machine.software(device),
-        clocks={"before": before, "after": machine.clocks(device)},
+        clocks={"before": before, "after": None},
         commit=machine.commit(),
         settings=settings,
         ceiling={"bytes_per_second": copied / copy.median, "bytes": copied, "q1": copy.q1, "q3": copy.q3, "n": copy.n},
-        results=tuple(results),
+        results=(),
     )
+    for bench, case in work:
+        result = _result(options, bench, case, copied / copy.median)
+        print(show.terminal(result) + "\n", flush=True)
+        clocks = {"before": before, "after": machine.clocks(device)}
+        done = dataclasses.replace(done, results=(*done.results, result), clocks=clocks)
+        _save(options, done)  # after every case: a run that is cut short leaves what it has
     print("\n".join(show.facts(done)))
     return done
+
+
+def _save(options: argparse.Namespace, done: Record) -> None:
+    if options.json:
+        record.write(options.json, done)
+    if options.markdown:
+        text = show.markdown(done)
+        write_whole(options.markdown, lambda file: file.write(text.encode()))
+    if options.plot and any(row.status == TIMED for result in done.results for row in result.rows):
+        show.plot(options.plot, done)
 
 
 def _result(options: argparse.Namespace, bench: Bench, case: Case, bandwidth: float) -> Result:
