@@ -153,7 +153,9 @@ done
     for file in ops ops-warm unet train; do
         [ -e "$folder/$file.json" ] && files+=("$folder/$file.json")
     done
-    [ ${#files[@]} -gt 0 ] && "$python" -m benchmarks.harness.digest "${files[@]}"
     printf '%s\n' "${summary[@]}"
+    if [ ${#files[@]} -gt 0 ]; then
+        "$python" -m benchmarks.harness.digest "${files[@]}"
+    fi
 } 2>&1 | tee -a "$log"
 exit $failed

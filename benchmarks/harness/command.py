@@ -16,7 +16,7 @@ import torch
 
 import benchmarks
 from benchmarks.harness import ceiling, clock, compare, machine, ncu, record, show
-from benchmarks.harness.contenders import Contender, entrants, imported
+from benchmarks.harness.contenders import Contender, entrants
 from benchmarks.harness.declare import Bench, Case, Draw, Inputs
 from benchmarks.harness.record import ABSENT, TIMED, WRONG, Record, Result, Row
 from benchmarks.harness.verify import Judge, Verdict, called, ready
@@ -40,8 +40,7 @@ def run(options: argparse.Namespace) -> int:
     work = _work(options, device)
     if options.one_call:
         return _one_call(options, work)
-    for name in options.against:
-        imported(name)
+    _known(options, work)
     with _threads(options.threads):
         settings = {
             "device": device.type,
@@ -220,6 +219,17 @@ def _work(options: argparse.Namespace, device: torch.device) -> list[tuple[Bench
     if not work:
         raise refused or RuntimeError(f"no op has the backend {' and '.join(options.backend)} here")
     return work
+
+
+def _known(options: argparse.Namespace, work: list[tuple[Bench, Case]]) -> None:
+    """Every contender that --against and --skip name, before anything is measured."""
+    names: set[str] = set()
+    for bench, case in work:
+        found, absent = entrants(bench, case, options.backend, options.against)
+        names |= {contender.name for contender in found} | absent.keys()
+    for name in options.skip:
+        if name not in names:
+            raise ConfigError(f"--skip {name!r} is no contender here: {', '.join(sorted(names))}")
 
 
 def device_named(name: str | None) -> torch.device:

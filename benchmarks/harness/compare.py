@@ -10,6 +10,7 @@ from benchmarks.harness.record import TIMED, Record, Result, Row
 
 SIGMAS = 4
 FLOOR = 0.02  # of the median: what a clock, a graph and a page more or less make of it
+_LOUD = 0.25  # a margin beyond which "no regression" says little
 _SETTINGS = ("device", "threads", "warm", "graph")
 
 
@@ -51,10 +52,14 @@ def regressions(old: Record, new: Record) -> tuple[list[str], list[str]]:
             common += 1
             if now is None or now.status != TIMED:
                 found.append(f"{result.title}: {then.contender} is no longer timed ({now.why if now else 'absent'})")
-            elif (slower := _ratio(then, now) - 1) > (allowed := margin(then, now)):
+                continue
+            allowed = margin(then, now)
+            if _ratio(then, now) > 1 + allowed:
                 found.append(f"{_change(result, then, now)}, where noise allows {allowed:.1%}")
-            elif slower < -allowed:
+            elif _ratio(now, then) > 1 + allowed:
                 notes.append(_change(result, then, now))
+            elif allowed > _LOUD:
+                notes.append(f"{result.title}: {then.contender}: noise hides changes up to {allowed:.0%}")
     if not common:
         found.append("the two files have no case in common: nothing was compared")
     return found, notes

@@ -43,7 +43,7 @@ def entrants(
         skip: names to leave out.
 
     Raises:
-        ConfigError: `against` or `skip` names nothing. RuntimeError: a backend of `backends` cannot serve.
+        ConfigError: `against` names nothing. RuntimeError: a backend of `backends` cannot serve.
     """
     found, absent = [], {}
     served = bench.served(bench, case.device)
@@ -65,10 +65,6 @@ def entrants(
         found.append(Contender("torch.compile", compiled, in_place=False, draws="own"))
     found += [Contender(name, function) for name, function in bench.peers(case).items()]
     found += [Contender(name, imported(name)) for name in against]
-    names = {contender.name for contender in found}
-    for name in skip:
-        if name not in names | set(absent):
-            raise ConfigError(f"--skip {name!r} is no contender of {bench.name}: {', '.join(sorted(names))}")
     return [contender for contender in found if contender.name not in skip], absent
 
 

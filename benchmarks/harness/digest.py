@@ -12,7 +12,6 @@ from emd_fast.config import ConfigError
 
 
 def lines(done: record.Record) -> list[str]:
-    heat = "warm" if done.settings["warm"] else "cold"
     found = []
     for result in done.results:
         parts = []
@@ -22,7 +21,8 @@ def lines(done: record.Record) -> list[str]:
                 parts.append(f"{row.contender.removeprefix('emd_fast ')} {1e3 * row.median:.4g} ms{share}")
             elif row.status == WRONG:
                 parts.append(f"{row.contender} WRONG")
-        found.append(f"{result.title}, {heat}: {'; '.join(parts)}")
+        heat = "" if result.bytes is None else ", cold" if result.cold else ", within the cache"
+        found.append(f"{result.title}{heat}: {'; '.join(parts)}")
     return found
 
 

@@ -12,6 +12,7 @@ roundings to the dtype of the result amount to at the largest value, plus the sa
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from torch.utils import _pytree as pytree
 
 from benchmarks.harness.contenders import Contender
 from benchmarks.harness.declare import BOTH, Bench, Case, Draw, Inputs
+from emd_fast import Noise
 
 NOISE_ERROR = 5e-6
 SLACK = 8
@@ -190,6 +192,10 @@ def _largest(values: Tensor) -> float:
 
 
 def _copied(value: Any) -> Any:
+    if isinstance(value, Noise):
+        same = copy.copy(value)
+        same.state = value.state.clone()
+        return same
     return value.detach().clone().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
 
 
