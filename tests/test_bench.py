@@ -14,7 +14,7 @@ import torch
 import benchmarks
 from benchmarks.harness import clock
 from benchmarks.harness.contenders import Contender, entrants
-from benchmarks.harness.declare import BOTH, FORWARD, Case
+from benchmarks.harness.declare import BOTH, FORWARD, Case, Draw
 from benchmarks.harness.verify import Judge
 from emd_fast.config import ConfigError
 
@@ -198,6 +198,15 @@ def test_bytes_are_those_of_the_docs():
     assert len(documented) >= 9 and {key: found[key] for key in documented} == documented
     # perturb reads eps here and writes float32, whatever x0 is.
     assert found["langevin_step", FORWARD] == (2 + 4 + 4) + documented["langevin_eps", FORWARD] + 10
+
+
+def test_the_docs_have_the_signatures():
+    text = (ROOT / "docs" / "benchmarks.md").read_text()
+    documented = dict(re.findall(r"^\| `(\w+)` \| `\(([\w, ]+)\)`", text, re.MULTILINE))
+    assert set(documented) == set(benchmarks.OPS)
+    for name, words in documented.items():
+        bench, case = tiny(name)
+        assert set(words.split(", ")) == bench.inputs(Draw(case, 0)).arguments.keys(), name
 
 
 def test_attention_counts_its_keys():
