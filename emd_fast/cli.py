@@ -263,7 +263,8 @@ def _bench(options: argparse.Namespace, rest: Sequence[str]) -> int:
     if not (folder / "harness" / "command.py").exists():
         raise RuntimeError("the bench is not part of an installation: it runs from a checkout, as emd-fast bench there")
     # By its path: another package of this name may be installed.
-    if getattr(sys.modules.get("benchmarks"), "__file__", None) != str(folder / "__init__.py"):
+    loaded = getattr(sys.modules.get("benchmarks"), "__file__", None)
+    if loaded is None or Path(loaded).resolve() != folder / "__init__.py":
         spec = importlib.util.spec_from_file_location(
             "benchmarks", folder / "__init__.py", submodule_search_locations=[str(folder)]
         )

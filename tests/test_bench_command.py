@@ -135,6 +135,7 @@ def test_ours_that_cannot_run_is_a_failure(bench, monkeypatch):
         (["normal", "--rounds", "0"], "must be at least 1"),
         (["normal", "--compare", "missing.json"], "cannot be read"),
         (["normal", "--json", "no/such/folder/a.json"], "there is no folder"),
+        (["normal", "--plot", "a.jpeg"], "--plot must end in .png"),
         (["normal", "--wat"], "unknown option '--wat'"),
         (["normal", "uniform", "--ncu"], "--ncu takes one op"),
         (["training_step", "--dtype", "fp16"], "training_step takes --dtype fp32 or bf16"),

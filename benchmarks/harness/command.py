@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> int:
             "graph": options.graph,
         }
         old = _older(options.compare, machine.hardware(device), settings)
-        _writable(options.json, options.markdown, options.plot)
+        _writable(options)
         done = _measured(options, device, work, settings)
     wrong = [
         f"{result.title}: {row.contender}: {row.why}" for result in done.results for row in result.rows if _fails(row)
@@ -273,8 +273,10 @@ def _older(path: Path | None, hardware: dict[str, object], settings: dict[str, o
     return old
 
 
-def _writable(*paths: Path | None) -> None:
-    for path in paths:
+def _writable(options: argparse.Namespace) -> None:
+    if options.plot and options.plot.suffix != ".png":
+        raise ConfigError(f"--plot must end in .png, got {options.plot}")
+    for path in (options.json, options.markdown, options.plot):
         if path is not None and not path.parent.is_dir():
             raise ConfigError(f"{path} cannot be written: there is no folder {path.parent}")
 
