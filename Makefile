@@ -9,13 +9,14 @@ STAMP := $(VENV)/.installed
 
 NATIVE := $(shell find csrc -type f) setup.py CMakeLists.txt pyproject.toml
 
-.PHONY: help setup test demo lint types clean
+.PHONY: help setup test demo bench lint types clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make setup            $(VENV) with $(TORCH) and emd_fast, editable, with everything for development"
 	@echo "make test             set up, then the tests (ARGS='-m \"not slow\"' for the quick ones)"
 	@echo "make demo [SHORT=1]   set up, then distil the digits into runs/digits"
+	@echo "make bench            time the ops beside PyTorch (ARGS='langevin_eps --threads 2'): docs/benchmarks.md"
 	@echo "make lint, make types ruff; mypy"
 	@echo "make clean            removes $(VENV), the build and the compiled module; runs/ stays"
 	@echo "PYTHON=python3.12 and TORCH='torch==2.11.0' choose others; a different TORCH wants make clean first"
@@ -44,6 +45,9 @@ test: $(STAMP)
 
 demo: $(STAMP)
 	$(BIN)/emd-fast distill digits --out $(OUT) $(if $(filter 1,$(SHORT)),--short)
+
+bench: $(STAMP)
+	$(BIN)/emd-fast bench $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,63 +1,92 @@
-"""langevin_eps on the CPU: B = 128, 3x64x64, two bfloat16 outputs, against eager PyTorch written out of place.
-
-python benchmarks/langevin_eps.py [THREADS]
-"""
+"""langevin_eps: two network outputs, x left out, as where teacher and student have one parametrization."""
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Sequence
 
 import torch
-from alternate import medians, table
 from torch import Tensor
 
-from emd_fast import Noise, ops, use_backend
+from benchmarks.harness.declare import EMD_SHAPES, Arguments, Bench, Case, Draw, Inputs, Traffic
+from emd_fast import Noise, ops
+from emd_fast.backends import reference
+from emd_fast.backends.reference.common import per_sample
+from emd_fast.noise import Stream
 
-SHAPE = (128, 3, 64, 64)
+
+def inputs(draw: Draw) -> Inputs:
+    return Inputs(
+        {
+            "eps": draw.state(),
+            "drift": draw.state(),
+            "x": None,
+            "outputs": [draw.network(), draw.network()],
+            "coefs": draw.normal(draw.case.shape[0], 2),
+            "alpha": draw.per_sample(),
+            "sigma": draw.per_sample(),
+            "step_size": 0.16,
+            "noise": Noise(draw.seed, device=draw.case.device),
+        }
+    )
 
 
-def eager(eps: Tensor, drift: Tensor, outputs: list[Tensor], coefs: Tensor, alpha: Tensor, sigma: Tensor, gamma: float):
-    """The formulas as a user would write them, PyTorch's own generator for the noise."""
-    k = coefs[:, :, None, None, None]
+def eager(
+    eps: Tensor,
+    drift: Tensor,
+    x: Tensor | None,
+    outputs: Sequence[Tensor],
+    coefs: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    *,
+    step_size: float,
+    noise: Noise,
+    n: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    k = coefs.reshape(*coefs.shape, *[1] * (eps.dim() - 1))
     delta = k[:, 0] * outputs[0] + k[:, 1] * outputs[1]
-    pull = sigma[:, None, None, None] * delta
-    drift = (1 - gamma) * drift + gamma * pull
-    eps = eps + gamma * (pull - eps) + (2 * gamma) ** 0.5 * torch.randn_like(eps)
-    return eps, drift, (alpha[:, None, None, None] * delta).to(outputs[0].dtype)
+    pull = per_sample(sigma, eps) * delta
+    n = torch.randn_like(eps) if n is None else n
+    drift = (1 - step_size) * drift + step_size * pull
+    eps = eps + step_size * (pull - eps) + (2 * step_size) ** 0.5 * n
+    return eps, drift, (per_sample(alpha, eps) * delta).to(outputs[0].dtype)
 
 
-@torch.no_grad()
-def main(threads: int) -> None:
-    torch.set_num_threads(threads)
-    torch.manual_seed(0)
-    noise = Noise(0)
-    eps, drift = torch.randn(SHAPE), torch.zeros(SHAPE)
-    outputs = [torch.randn(SHAPE).bfloat16() for _ in range(2)]
-    coefs, alpha, sigma = torch.randn(len(eps), 2), torch.rand(len(eps)) + 0.1, torch.rand(len(eps)) + 0.1
-    arguments = (outputs, coefs, alpha, sigma)
-
-    def fused() -> Tensor:
-        return ops.langevin_eps(eps, drift, None, *arguments, step_size=0.16, noise=noise)
-
-    with use_backend("reference"):
-        kept = eps.clone(), drift.clone()
-        expected = ops.langevin_eps(*kept, None, *arguments, step_size=0.16, noise=noise)
-    mine = eps.clone(), drift.clone()
-    with use_backend("cpu"):
-        found = ops.langevin_eps(*mine, None, *arguments, step_size=0.16, noise=noise)
-    for a, b in zip((*mine, found), (*kept, expected), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-2 if a.dtype == torch.bfloat16 else 1e-5, atol=1e-5)
-
-    compiled = torch.compile(eager)
-    contenders = {
-        "eager": lambda: eager(eps, drift, *arguments, 0.16),
-        "torch.compile": lambda: compiled(eps, drift, *arguments, 0.16),
-        "emd_fast, cpu": fused,
-        "the noise alone": lambda: ops.normal(SHAPE, noise, stream=2),
-    }
-    title = f"langevin_eps, {SHAPE}, bfloat16 outputs, {threads} threads, torch {torch.__version__}, medians of 50"
-    print(table(title, medians(contenders), against="eager"))
+def exact(
+    eps: Tensor,
+    drift: Tensor,
+    x: Tensor | None,
+    outputs: Sequence[Tensor],
+    coefs: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    *,
+    step_size: float,
+    noise: Noise,
+) -> tuple[Tensor, ...]:
+    cotangent = reference.langevin_eps(
+        eps, drift, x, list(outputs), coefs, alpha, sigma, step_size, None, noise.state, 0, eps.dtype
+    )
+    return eps, drift, cotangent
 
 
-if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else torch.get_num_threads())
+def noises(arguments: Arguments) -> dict[str, Tensor]:
+    size, state = list(arguments["eps"].shape), arguments["noise"].state
+    return {"n": reference.normal(size, state, Stream.LANGEVIN_EPS, 0, torch.float32)}
+
+
+def traffic(case: Case) -> Traffic:
+    return Traffic((8 + 2 * case.width) * case.elements, (8 + case.width) * case.elements)
+
+
+BENCH = Bench(
+    name="langevin_eps",
+    op=ops.langevin_eps,
+    inputs=inputs,
+    eager=eager,
+    exact=exact,
+    traffic=traffic,
+    shapes=EMD_SHAPES,
+    written=("eps", "drift"),
+    noises=noises,
+)

@@ -1,45 +1,86 @@
-"""A whole training step over the bare passes of its networks: digits, batch 128, K = 8, on the CPU.
+"""A whole training step over the bare passes of its networks: digits, K = 8.
 
 The bare passes are the same calls of the same networks, forward and backward, with nothing between them: no noise, no
-update of (eps, z), no loss, no optimizer, no average.
-
-python benchmarks/training_step.py [THREADS]
+update of (eps, z), no loss, no optimizer, no average. Verified is that both call each network as often as the algorithm
+says.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import sys
+import functools
+from typing import Any, Literal
 
 import torch
-from alternate import medians, table
+from torch import Tensor
 
+from benchmarks.harness.declare import Bench, Draw, Function, Inputs
 from emd_fast import EMDTrainer, config
 from emd_fast.em.e_step import frozen
 from emd_fast.teachers import digits
 
+STEPS = 8
 
-def main(threads: int) -> None:
-    torch.set_num_threads(threads)
-    recipe = config.load("digits")
-    settings = dataclasses.replace(recipe.emd, langevin_steps=8)
-    teacher = digits.denoiser(digits.network(recipe.teacher))
-    with torch.no_grad():
-        for index, parameter in enumerate(teacher.parameters()):
-            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)))
+
+def inputs(draw: Draw) -> Inputs:
+    case, recipe = draw.case, config.load("digits")
+    precision: Literal["float32", "bfloat16"] = "float32" if case.dtype == "fp32" else "bfloat16"
+    if case.dtype == "fp16":
+        raise config.ConfigError(f"training_step takes --dtype fp32 or bf16, got {case.dtype}")
+    settings = dataclasses.replace(
+        recipe.emd, langevin_steps=STEPS, batch_size=case.shape[0], student_warmup=0, precision=precision
+    )
+    teacher = digits.denoiser(digits.network(recipe.teacher)).to(case.device)
+    with torch.no_grad():  # its last layer starts at zero
+        for parameter in teacher.parameters():
+            parameter.add_(0.02 * draw.normal(*parameter.shape))
     trainer = EMDTrainer(teacher, settings)
-    batch = (settings.batch_size, *digits.SHAPE)
-    x, cotangent = torch.randn(batch), torch.randn(batch)
-    t, cond = torch.ones(batch[0]), torch.arange(batch[0]) % digits.CLASSES
+    shape = (case.shape[0], *digits.SHAPE)
+    return Inputs(
+        {
+            "trainer": trainer,
+            "calls": Calls(trainer),
+            "x": draw.normal(*shape),
+            "cotangent": draw.normal(*shape),
+            "t": torch.ones(shape[0], device=case.device),
+            "cond": torch.arange(shape[0], device=case.device) % digits.CLASSES,
+        }
+    )
 
-    def bare() -> None:
-        for _ in range(settings.student_updates):
+
+class Calls:
+    """How often generator, teacher and student have been called."""
+
+    def __init__(self, trainer: EMDTrainer) -> None:
+        networks = (trainer.generator, trainer.teacher, trainer.student)
+        self._counts = [0] * len(networks)
+        for i, network in enumerate(networks):
+            network.register_forward_hook(functools.partial(self._count, i))
+
+    def _count(self, i: int, *_: Any) -> None:
+        self._counts[i] += 1
+
+    def taken(self) -> Tensor:
+        """(3,), since it was last asked."""
+        counts, self._counts = self._counts, [0] * len(self._counts)
+        return torch.tensor(counts, dtype=torch.float32)
+
+
+def step(trainer: EMDTrainer, calls: Calls, **arguments: Any) -> Tensor:
+    with torch.enable_grad():
+        trainer.step()
+    return calls.taken()
+
+
+def bare(trainer: EMDTrainer, calls: Calls, x: Tensor, cotangent: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+    with trainer._compute_dtype(), torch.enable_grad():
+        for _ in range(trainer.config.student_updates):
             with torch.no_grad():
                 trainer.generator(x, cond)
             trainer.student.zero_grad(set_to_none=True)
             trainer.student(x, t, cond).backward(cotangent)
         with frozen(trainer.generator) as generator:
-            for _ in range(settings.langevin_steps):
+            for _ in range(trainer.config.langevin_steps):
                 z = x.detach().requires_grad_()
                 generated = generator(z, cond)
                 with torch.no_grad():
@@ -48,11 +89,32 @@ def main(threads: int) -> None:
                 torch.autograd.grad(generated, z, cotangent)
         trainer.generator.zero_grad(set_to_none=True)
         trainer.generator(x, cond).backward(cotangent)
-
-    times = medians({"bare passes": bare, "training step": trainer.step}, rounds=30, warmup=3)
-    print(table(f"digits, batch 128, K = 8, {threads} threads, medians of 30", times, against="bare passes"))
-    print(f"  step over bare passes: {times['training step'] / times['bare passes']:.3f}")
+    return calls.taken()
 
 
-if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else torch.get_num_threads())
+def exact(trainer: EMDTrainer, **arguments: Any) -> Tensor:
+    updates, steps = trainer.config.student_updates, trainer.config.langevin_steps
+    return torch.tensor([updates + steps + 1, steps, updates + steps], dtype=torch.float64)
+
+
+def served(bench: Bench, device: torch.device) -> dict[str, Function | str]:
+    return {"training step": step}
+
+
+BENCH = Bench(
+    name="training_step",
+    op=step,
+    inputs=inputs,
+    eager=bare,
+    exact=exact,
+    traffic=None,
+    shapes={"cpu": ((128,),), "cuda": ((128,),)},
+    axes=("B",),
+    served=served,
+    layouts=False,
+    rotates=False,
+    captures=False,
+    compiles=False,
+    eager_name="bare passes",
+    dtype={"cpu": "fp32", "cuda": "bf16"},
+)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import importlib
 import importlib.util
 import json
 import platform
@@ -77,6 +78,33 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("evaluate", help="metrics.json and report.md of a run, again")
     evaluate.add_argument("run", type=Path, help="run folder")
 
+    bench = commands.add_parser(
+        "bench",
+        help="time the ops beside PyTorch and other libraries (from a checkout)",
+        description="Contenders that were found right, timed in turn in one process. Without OP: every op.",
+        epilog="--against gets the op's own arguments, all by keyword, and does what the op does: docs/benchmarks.md",
+    )
+    bench.add_argument("ops", nargs="*", metavar="OP", help="names of files in benchmarks/, as langevin_eps")
+    bench.add_argument(
+        "--shape", type=_sizes, action="append", help="as 16,320,64,64; again for more (default: a table)"
+    )
+    bench.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="of the networks' tensors (default bf16)")
+    bench.add_argument("--layout", choices=("nchw", "nhwc"), help="of the networks' tensors (default nchw)")
+    bench.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
+    bench.add_argument("--backend", action="append", default=[], help="of ours, this alone; again for more")
+    bench.add_argument("--against", action="append", default=[], metavar="MODULE:FUNCTION", help="one more contender")
+    bench.add_argument("--skip", action="append", default=[], metavar="NAME", help="leave out a contender")
+    bench.add_argument("--threads", type=_positive, help="of PyTorch on the CPU")
+    bench.add_argument("--rounds", type=_positive, default=50, help="readings of each contender (default 50)")
+    bench.add_argument("--warm", action="store_true", help="one set of inputs, which may stay in the cache")
+    bench.add_argument("--no-graph", dest="graph", action="store_false", help="GPU: time launches, not a CUDA graph")
+    bench.add_argument("--json", type=Path, metavar="FILE", help="everything about the run")
+    bench.add_argument("--markdown", type=Path, metavar="FILE", help="the tables")
+    bench.add_argument("--plot", type=Path, metavar="FILE.png", help="a picture")
+    bench.add_argument("--compare", type=Path, metavar="OLD.json", help="exit code 1 on a regression beyond the noise")
+    bench.add_argument("--ncu", action="store_true", help="print the command of Nsight Compute for OP, and run it")
+    bench.add_argument("--one-call", action="store_true", help="one call of ours for a profiler, untimed")
+
     info = commands.add_parser("info", help="ops, backends, versions")
     info.add_argument("--json", action="store_true", help="for programs")
     return parser
@@ -105,6 +133,16 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    try:
+        sizes = tuple(int(size) for size in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be sizes as 16,320,64,64, got {text!r}") from None
+    if min(sizes) < 1:
+        raise argparse.ArgumentTypeError(f"must be positive sizes, got {text!r}")
+    return sizes
 
 
 def _overrides(words: Sequence[str]) -> dict[str, Any]:
@@ -220,6 +258,25 @@ def _evaluate(options: argparse.Namespace, rest: Sequence[str]) -> int:
     return 0
 
 
+def _bench(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    folder = Path(emd_fast.__file__).resolve().parents[1] / "benchmarks"
+    if not (folder / "harness" / "command.py").exists():
+        raise RuntimeError("the bench is not part of an installation: it runs from a checkout, as emd-fast bench there")
+    # By its path: another package of this name may be installed.
+    loaded = getattr(sys.modules.get("benchmarks"), "__file__", None)
+    if loaded is None or Path(loaded).resolve() != folder / "__init__.py":
+        spec = importlib.util.spec_from_file_location(
+            "benchmarks", folder / "__init__.py", submodule_search_locations=[str(folder)]
+        )
+        assert spec is not None and spec.loader is not None
+        sys.modules["benchmarks"] = package = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(package)
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # where --against looks, besides what is installed
+    code: int = importlib.import_module("benchmarks.harness.command").run(options)
+    return code
+
+
 def _info(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from emd_fast.backends import native
 
@@ -267,4 +324,4 @@ def _apex() -> str:
     return "NVIDIA's" if nvidia else "installed, but not NVIDIA's apex"
 
 
-_COMMANDS = {"distill": _distill, "sample": _sample, "evaluate": _evaluate, "info": _info}
+_COMMANDS = {"distill": _distill, "sample": _sample, "evaluate": _evaluate, "bench": _bench, "info": _info}

@@ -1,0 +1,33 @@
+"""The bench: one file an op, which declares inputs, contenders and bytes; harness/ does everything else.
+
+emd-fast bench langevin_eps          contenders in turn in one process: the figures that are quoted
+pytest benchmarks                    the same contenders, already verified, one at a time under pytest-benchmark
+"""
+
+from __future__ import annotations
+
+import importlib
+
+from benchmarks.harness.declare import Bench
+
+OPS = (
+    "uniform",
+    "normal",
+    "perturb",
+    "langevin_eps",
+    "langevin_z",
+    "langevin_step",
+    "m_step_loss",
+    "score_matching_loss",
+    "group_norm",
+    "attention",
+)
+"""What runs when no op is named."""
+
+NAMES = (*OPS, "training_step")
+
+
+def load(name: str) -> Bench:
+    """The declaration of one of NAMES."""
+    bench: Bench = importlib.import_module(f"benchmarks.{name}").BENCH
+    return bench

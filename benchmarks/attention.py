@@ -1,0 +1,109 @@
+"""attention, and with its backward pass, beside xformers and flash-attention where they are installed.
+
+A fifth number of the shape is the number of keys, where it differs from that of the tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness.declare import BOTH, DTYPES, Bench, Case, Draw, Function, Inputs, Traffic
+from emd_fast import ops
+from emd_fast.ops.attention import BACKENDS
+
+
+def sizes(case: Case) -> tuple[int, int, int, int, int]:
+    """B, tokens, heads, head_dim, keys."""
+    batch, tokens, heads, head_dim, *rest = case.shape
+    return batch, tokens, heads, head_dim, rest[0] if rest else tokens
+
+
+def inputs(draw: Draw) -> Inputs:
+    batch, tokens, heads, head_dim, keys = sizes(draw.case)
+    dtype = DTYPES[draw.case.dtype]
+    q, k, v, cotangent = (draw.normal(batch, n, heads, head_dim).to(dtype) for n in (tokens, keys, keys, tokens))
+    return Inputs({"q": q, "k": k, "v": v}, cotangent)
+
+
+def eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    logits = torch.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(q.shape[3])
+    return torch.einsum("bhqk,bkhd->bqhd", logits.softmax(-1), v)
+
+
+def traffic(case: Case) -> Traffic:
+    batch, tokens, heads, head_dim, keys = sizes(case)
+    rows = batch * heads * head_dim * case.width
+    forward = Traffic(rows * (tokens + 2 * keys), rows * tokens)
+    if case.passes != BOTH:
+        return forward
+    # Backward reads q, k, v, the output and its gradient, and writes three gradients.
+    return Traffic(forward.read + rows * (3 * tokens + 2 * keys), forward.written + rows * (tokens + 2 * keys))
+
+
+def flops(case: Case) -> float:
+    batch, tokens, heads, head_dim, keys = sizes(case)
+    product = 2 * batch * heads * tokens * keys * head_dim
+    return (2 + 5) * product if case.passes == BOTH else 2 * product  # backward: five, one of them recomputed
+
+
+def served(bench: Bench, device: torch.device) -> dict[str, Function | str]:
+    """Attention chooses among backends of its own: each is asked."""
+    asked = torch.zeros(1, 16, 1, 16, device=device, dtype=torch.bfloat16)
+    found: dict[str, Function | str] = {}
+    for name in BACKENDS:
+        call = functools.partial(ops.attention, backend=name)
+        try:
+            call(asked, asked, asked)
+            found[name] = call
+        except RuntimeError as error:
+            found[name] = " ".join(str(error).split())
+    return found
+
+
+def peers(case: Case) -> Mapping[str, Function]:
+    found: dict[str, Function] = {}
+    if case.device.type == "cuda" and importlib.util.find_spec("xformers"):
+        found["xformers"] = _xformers
+    if case.device.type == "cuda" and importlib.util.find_spec("flash_attn"):
+        found["flash_attn"] = _flash
+    return found
+
+
+def _xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from xformers.ops import memory_efficient_attention
+
+    return memory_efficient_attention(q, k, v)
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from flash_attn import flash_attn_func
+
+    return flash_attn_func(q, k, v)
+
+
+BENCH = Bench(
+    name="attention",
+    op=ops.attention,
+    inputs=inputs,
+    eager=eager,
+    exact=exact,
+    traffic=traffic,
+    shapes={"cpu": ((2, 256, 8, 64),), "cuda": ((16, 1024, 8, 64), (16, 1024, 8, 64, 77))},
+    axes=("B", "tokens", "heads", "head_dim", "[keys]"),
+    gradients=("q", "k", "v"),
+    flops=flops,
+    peers=peers,
+    served=served,
+    layouts=False,
+)

@@ -1,0 +1,1 @@
+"""What all benchmarks share: declare, contenders, verify, clock, record, then show and compare; command joins them."""

@@ -1,0 +1,288 @@
+"""The benchmarks: every contender is verified, what is wrong is caught, the bytes are those of the docs. No times."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import benchmarks
+from benchmarks.harness import clock
+from benchmarks.harness.contenders import Contender, entrants
+from benchmarks.harness.declare import BOTH, FORWARD, Case, Draw
+from benchmarks.harness.verify import Judge
+from emd_fast.config import ConfigError
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+COMPILED = ["torch.compile"]
+
+
+def tiny(name, dtype="bf16", layout=None, passes=FORWARD):
+    bench = benchmarks.load(name)
+    shape = {1: (2,), 4: (3, 4, 8, 8), 5: (2, 7, 3, 8, 5)}[len(bench.axes)]
+    (case,) = (c for c in bench.cases([shape], dtype, layout, CPU) if c.passes == passes)
+    return bench, case
+
+
+CASES = [
+    (name, dtype, passes)
+    for name in benchmarks.OPS
+    for dtype in ("bf16", "fp16", "fp32")
+    for passes in ((FORWARD, BOTH) if benchmarks.load(name).gradients else (FORWARD,))
+]
+
+
+@pytest.mark.parametrize(("name", "dtype", "passes"), CASES)
+def test_every_contender_is_verified(name, dtype, passes):
+    layouts = (None, "nhwc") if benchmarks.load(name).layouts else (None,)
+    for layout in layouts:
+        bench, case = tiny(name, dtype, layout, passes)
+        contenders, absent = entrants(bench, case, skip=COMPILED)
+        assert {"emd_fast reference", "eager"} <= {c.name for c in contenders}
+        assert all(absent.values()), "a backend that is missing says why"
+        judge = Judge(bench, case)
+        for contender in contenders:
+            verdict = judge.verdict(contender)
+            assert verdict.problem is None, f"{contender.name}: {verdict.problem}"
+            assert verdict.error is not None and verdict.error <= verdict.bound
+
+
+def test_the_training_step_and_the_bare_passes_make_the_same_calls():
+    bench, case = tiny("training_step", "fp32")
+    judge = Judge(bench, case)
+    ours, bare = entrants(bench, case)[0]
+    assert (ours.ours, bare.ours) == (True, False)
+    assert judge.verdict(ours).error == judge.verdict(bare).error == 0
+
+    def half(trainer, calls, **arguments):
+        bare.function(trainer, calls, **arguments)
+        return calls.taken() + 1
+
+    assert judge.verdict(dataclasses.replace(bare, function=half)).wrong
+
+
+@pytest.mark.slow
+def test_compiled_eager_code_is_verified():
+    for passes in (FORWARD, BOTH):
+        bench, case = tiny("m_step_loss", passes=passes)
+        (compiled,) = (c for c in entrants(bench, case)[0] if c.name in COMPILED)
+        assert Judge(bench, case).verdict(compiled).problem is None
+
+
+def spoiled(name, change):
+    """The op with one thing wrong, as somebody might write it."""
+    bench = benchmarks.load(name)
+
+    def function(**arguments):
+        return change(bench, arguments)
+
+    return function
+
+
+def scaled_step(bench, arguments):
+    return bench.op(**{**arguments, "step_size": arguments["step_size"] * 1.01})
+
+
+def other_noise(bench, arguments):
+    arguments["noise"].advance()
+    return bench.op(**arguments)
+
+
+def transposed_outputs(bench, arguments):
+    return bench.op(**{**arguments, "outputs": arguments["outputs"][::-1]})
+
+
+WRONG = {
+    "a step one percent too long": ("langevin_eps", scaled_step, "is off by"),
+    "noise of another step": ("langevin_z", other_noise, "is off by"),
+    "outputs the other way round": ("langevin_eps", transposed_outputs, "is off by"),
+    "nothing returned": ("perturb", lambda bench, arguments: None, "must return"),
+    "too much returned": ("langevin_z", lambda bench, a: a["z"], "must return"),
+    "no tensor": ("perturb", lambda bench, arguments: 1.0, "must be a tensor"),
+    "another shape": ("perturb", lambda bench, a: bench.op(**a)[:1], "shape"),
+    "another dtype": ("perturb", lambda bench, a: bench.op(**a).float(), "must be torch.bfloat16"),
+    "NaN": ("perturb", lambda bench, a: bench.op(**a) * float("nan"), "is off by nan"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_wrong_contender_is_caught(what):
+    name, change, said = WRONG[what]
+    bench, case = tiny(name)
+    verdict = Judge(bench, case).verdict(Contender("theirs", spoiled(name, change)))
+    assert verdict.wrong and said in verdict.problem
+
+
+def test_a_wrong_gradient_is_caught():
+    bench, case = tiny("score_matching_loss", "fp32", passes=BOTH)
+    judge = Judge(bench, case)
+
+    def wrong(**arguments):
+        loss = bench.op(**arguments)
+        return loss.detach() + 1.001 * (loss - loss.detach())  # the value is right
+
+    verdict = judge.verdict(Contender("theirs", wrong))
+    assert verdict.wrong and verdict.problem.startswith("gradient of output")
+    forward, case = tiny("score_matching_loss", "fp32")
+    assert Judge(forward, case).verdict(Contender("theirs", wrong)).problem is None
+
+
+def test_ours_is_held_to_twice_the_error_of_eager():
+    bench, case = tiny("perturb", "fp32")
+    judge = Judge(bench, case)
+
+    def sloppy(**arguments):
+        return bench.op(**arguments) + 3e-5
+
+    assert judge.verdict(Contender("ours", sloppy, ours=True)).wrong
+
+
+def test_one_that_cannot_run_is_not_called_wrong():
+    def refuses(**arguments):
+        raise RuntimeError("no kernel\nfor this")
+
+    bench, case = tiny("perturb")
+    verdict = Judge(bench, case).verdict(Contender("theirs", refuses))
+    assert not verdict.wrong and verdict.problem == "cannot run: RuntimeError: no kernel for this"
+
+
+@pytest.mark.parametrize("name", ["langevin_eps", "perturb", "langevin_step", "m_step_loss", "group_norm"])
+def test_an_eager_formula_that_is_not_the_op_is_caught(name):
+    bench, case = tiny(name)
+
+    def wrong(**arguments):
+        out = bench.eager(**arguments)
+        return (out[0] + 1e-4, *out[1:]) if isinstance(out, tuple) else out + 1e-4
+
+    changed = dataclasses.replace(bench, eager=wrong)
+    judge = Judge(changed, case)
+    eager = next(c for c in entrants(changed, case, skip=COMPILED)[0] if c.name == "eager")
+    assert judge.verdict(eager).wrong
+    ours = next(c for c in entrants(bench, case, skip=COMPILED)[0] if c.name == "emd_fast reference")
+    assert judge.verdict(ours).problem is None, "what is wrong with eager is not held against us"
+
+
+@pytest.mark.parametrize("name", ["uniform", "normal"])
+def test_numbers_of_another_distribution_are_caught(name):
+    bench, case = tiny(name)
+
+    def wrong(**arguments):
+        return 0.5 * bench.eager(**arguments)
+
+    assert Judge(bench, case).verdict(Contender("theirs", wrong, draws="own")).wrong
+
+
+def test_bytes_are_those_of_the_docs():
+    """The table of docs/kernels.md is for float32 x0, x_t and z_grad, and bfloat16 outputs."""
+    section = (ROOT / "docs" / "kernels.md").read_text().partition("## Bytes and floors")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (`\w+`|its backward) \|.*?\| (\d+) \| [^|]* \|$", section, re.MULTILINE)
+    documented, last = {}, None
+    for op, count in rows:
+        last = op.strip("`") if op != "its backward" else last
+        documented[last, BOTH if op == "its backward" else FORWARD] = int(count)
+    found = {}
+    for name in benchmarks.OPS:
+        bench = benchmarks.load(name)
+        for passes in (FORWARD, BOTH) if bench.gradients else (FORWARD,):
+            dtype = "fp32" if name in ("normal", "perturb", "langevin_z") else "bf16"
+            case = Case((2, 3, 4, 5), dtype, "nchw", CPU, passes)
+            found[name, passes] = bench.traffic(case).total / case.elements
+    for name in ("m_step_loss", "score_matching_loss"):
+        found[name, BOTH] -= found[name, FORWARD]
+    assert len(documented) >= 9 and {key: found[key] for key in documented} == documented
+    # perturb reads eps here and writes float32, whatever x0 is.
+    assert found["langevin_step", FORWARD] == (2 + 4 + 4) + documented["langevin_eps", FORWARD] + 10
+
+
+def test_the_docs_have_the_signatures():
+    text = (ROOT / "docs" / "benchmarks.md").read_text()
+    documented = dict(re.findall(r"^\| `(\w+)` \| `\(([\w, ]+)\)`", text, re.MULTILINE))
+    assert set(documented) == set(benchmarks.OPS)
+    for name, words in documented.items():
+        bench, case = tiny(name)
+        assert set(words.split(", ")) == bench.inputs(Draw(case, 0)).arguments.keys(), name
+
+
+def test_attention_counts_its_keys():
+    bench = benchmarks.load("attention")
+    case, cross = (Case(shape, "bf16", "nchw", CPU) for shape in ((2, 6, 3, 8), (2, 6, 3, 8, 12)))
+    assert bench.flops(case) == 4 * 2 * 3 * 6 * 6 * 8 and bench.flops(cross) == 2 * bench.flops(case)
+    assert bench.traffic(cross) == (2 * 2 * 3 * 8 * (6 + 24), 2 * 2 * 3 * 8 * 6)
+    assert bench.flops(dataclasses.replace(case, passes=BOTH)) == 3.5 * bench.flops(case)
+
+
+def test_a_peer_takes_part_where_it_is_installed(tmp_path, monkeypatch):
+    gpu = torch.device("cuda", 0)
+    cases = {
+        "attention": Case((2, 6, 3, 8), "bf16", "nchw", gpu),
+        "group_norm": Case((2, 128, 8, 8), "bf16", "nhwc", gpu),
+    }
+    assert not any(benchmarks.load(name).peers(case) for name, case in cases.items())
+    for package in ("xformers", "flash_attn", "liger_kernel", "group_norm_cuda", "apex"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").write_text("raise RuntimeError('imported before it is called')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert set(benchmarks.load("attention").peers(cases["attention"])) == {"xformers", "flash_attn"}
+    assert set(benchmarks.load("group_norm").peers(cases["group_norm"])) == {"apex", "liger"}
+    on_cpu = dataclasses.replace(cases["attention"], device=CPU)
+    assert not benchmarks.load("attention").peers(on_cpu)
+
+
+def test_a_shape_of_the_wrong_rank_or_layout_is_refused():
+    bench = benchmarks.load("langevin_eps")
+    with pytest.raises(ConfigError, match=r"langevin_eps takes --shape B,C,\[H\],\[W\], got 1 sizes: 4"):
+        bench.cases([(4,)], "bf16", None, CPU)
+    with pytest.raises(ConfigError, match="no --layout nhwc for 2,3"):
+        bench.cases([(2, 3)], "bf16", "nhwc", CPU)
+    with pytest.raises(ConfigError, match="attention has no --layout"):
+        benchmarks.load("attention").cases([(2, 3, 4, 5)], "bf16", "nhwc", CPU)
+
+
+# The clock ----------------------------------------------------------------------------------------------------------
+
+
+def test_contenders_take_turns_and_nobody_finds_the_set_of_another(monkeypatch):
+    monkeypatch.setattr(clock, "_calls", lambda block, each: 1)
+    log = []
+    calls = {name: [lambda name=name, i=i: log.append((name, i)) for i in range(4)] for name in "ABC"}
+    taken, failed = clock.readings(calls, CPU, rounds=4)
+    assert not failed and {name: len(times) for name, times in taken.items()} == {"A": 4, "B": 4, "C": 4}
+    rounds = log[-24:]  # each turn is a call that is not timed and one that is
+    assert [name for name, _ in rounds] == list("AABBCC") * 4
+    assert [i for _, i in rounds] == [0, 1, 2, 3] * 6, "each set is touched as seldom as there are sets"
+
+
+def test_short_calls_are_timed_in_blocks():
+    assert clock._calls(1e-3, 1e-5) == 100 and clock._calls(1e-3, 1.0) == 1
+
+
+def test_a_timing_is_the_median_and_the_quartiles():
+    assert clock.Timing.of([4.0, 1.0, 3.0, 2.0, 5.0]) == clock.Timing(3.0, 2.0, 4.0, 5)
+    assert clock.Timing.of([2.0]) == clock.Timing(2.0, 2.0, 2.0, 1)
+
+
+def test_noise_is_what_separates_two_runs_of_the_same():
+    assert clock.noise([1.0] * 9, [1.0] * 9) == 0
+    assert clock.noise([1.0] * 9, [1.1] * 9) == pytest.approx(0.1)
+    # The same median by luck, though no reading is like another.
+    assert clock.noise([1.0, 2.0, 3.0], [3.0, 2.0, 1.0]) > 0.3
+
+
+def test_pytest_runs_every_op(tmp_path):
+    """Under pytest-benchmark, each contender once."""
+    pytest.importorskip("pytest_benchmark")
+    words = ["--shape", "2,4,8,8", "--device", "cpu", "--skip", "torch.compile", "--benchmark-disable", "-v"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "benchmarks", *words],
+        capture_output=True, text=True, cwd=ROOT, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:]
+    for name in benchmarks.OPS:
+        assert re.search(rf"\[{name}-forward-eager\] PASSED", done.stdout), name
+    assert "[group_norm-forward+backward-emd_fast_reference] PASSED" in done.stdout

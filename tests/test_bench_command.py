@@ -1,0 +1,312 @@
+"""emd-fast bench: words, exit codes, files, comparison. No assertion on a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+
+import benchmarks
+import emd_fast
+from benchmarks.harness import ceiling, compare, digest, record, show
+from benchmarks.harness.record import Record, Result, Row
+from emd_fast import cli
+from emd_fast.config import ConfigError
+
+QUICK = ["--shape", "2,4,8,8", "--device", "cpu", "--rounds", "3", "--warm", "--skip", "torch.compile"]
+
+
+@pytest.fixture(autouse=True)
+def small_copy(monkeypatch):
+    monkeypatch.setattr(ceiling, "_LEAST", {"cpu": 2**16})
+
+
+@pytest.fixture
+def bench(capsys, monkeypatch, tmp_path):
+    """emd-fast bench in this process, in an empty folder: (exit code, stdout, stderr)."""
+
+    def run(*words):
+        monkeypatch.chdir(tmp_path)
+        try:
+            code = cli.main(["bench", *map(str, words)])
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_a_run_leaves_a_table_and_files(bench, tmp_path):
+    files = [tmp_path / name for name in ("run.json", "run.md", "run.png")]
+    words = zip(("--json", "--markdown", "--plot"), files, strict=True)
+    code, out, err = bench("langevin_eps", "group_norm", *QUICK, *(word for pair in words for word in pair))
+    assert code == 0, err
+    assert "langevin_eps, forward, 2x4x8x8, bf16, nchw" in out and "group_norm, forward+backward" in out
+    assert "copy ceiling" in out and "not timed: it serves cuda tensors only" in out
+    assert files[2].read_bytes().startswith(b"\x89PNG")
+    text = files[1].read_text()
+    assert "| contender | median |" in text and "### group_norm, forward+backward, 2x4x8x8, bf16, nchw" in text
+
+    fields = json.loads(files[0].read_text())
+    assert fields["schema"] == record.SCHEMA and fields["settings"]["device"] == "cpu"
+    assert {"cpu", "cores"} <= fields["hardware"].keys() and {"torch", "python", "triton"} <= fields["software"].keys()
+    assert {"commit", "dirty"} == fields["commit"].keys()
+    rows = {row["contender"]: row for row in fields["results"][0]["rows"]}
+    eager, ours = rows["eager"], rows["emd_fast reference"]
+    assert (eager["n"], ours["n"], eager["noise"]) == (3, 3, None) and ours["noise"] >= 0
+    for row in (eager, ours):
+        assert row["q1"] <= row["median"] <= row["q3"] and row["error"] <= row["bound"]
+        rate = fields["results"][0]["bytes"] / row["median"]
+        assert row["bytes_per_second"] == rate and row["share"] == rate / fields["ceiling"]["bytes_per_second"]
+    assert rows["emd_fast cuda"]["status"] == "absent" and rows["emd_fast cuda"]["median"] is None
+    assert digest.main([str(files[0])]) == 0
+
+
+def test_json_goes_there_and_back(tmp_path):
+    done = example()
+    record.write(tmp_path / "a.json", done)
+    assert record.read(tmp_path / "a.json") == done
+
+
+def test_backend_restricts_ours(bench, tmp_path):
+    assert bench("langevin_z", *QUICK, "--backend", "reference", "--json", tmp_path / "a.json")[0] == 0
+    (result,) = record.read(tmp_path / "a.json").results
+    assert [row.contender for row in result.rows if row.ours and row.status == "timed"] == ["emd_fast reference"]
+
+
+def test_against_is_verified_before_it_is_timed(bench, tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(
+        "from emd_fast import ops\n"
+        "def right(z, z_grad, *, step_size, noise):\n"
+        "    ops.langevin_z(z, z_grad, step_size=step_size, noise=noise)\n"
+        "def wrong(z, z_grad, *, step_size, noise):\n"
+        "    z += step_size * (z_grad - z)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    file = tmp_path / "a.json"
+    code, out, _ = bench("langevin_z", *QUICK, "--against", "mine:right", "--against", "mine:wrong", "--json", file)
+    assert code == 0, "what is wrong with theirs is not our failure"
+    rows = {row.contender: row for row in record.read(file).results[0].rows}
+    assert rows["mine:right"].status == "timed"
+    assert (rows["mine:wrong"].status, rows["mine:wrong"].median) == ("wrong", None)
+    assert "mine:wrong: WRONG, not timed: z is off by" in out
+
+
+def test_ours_wrong_is_a_failure(bench, monkeypatch):
+    right = benchmarks.load("langevin_z")
+
+    def op(**arguments):
+        right.op(**{**arguments, "step_size": 0.5})
+
+    monkeypatch.setattr("benchmarks.langevin_z.BENCH", dataclasses.replace(right, op=op))
+    code, out, err = bench("langevin_z", *QUICK)
+    assert code == 1 and "emd_fast reference: WRONG, not timed" in out and "emd-fast: wrong: langevin_z" in err
+
+
+def test_ours_that_cannot_run_is_a_failure(bench, monkeypatch):
+    def op(**arguments):
+        raise RuntimeError("a kernel that crashes")
+
+    monkeypatch.setattr("benchmarks.langevin_z.BENCH", dataclasses.replace(benchmarks.load("langevin_z"), op=op))
+    code, _, err = bench("langevin_z", *QUICK)
+    assert code == 1 and "cannot run: RuntimeError: a kernel that crashes" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["langevin_ep"], "unknown op 'langevin_ep'"),
+        (["langevin_ep"], "did you mean 'langevin_eps'?"),
+        (["normal", "--shape", "2,a"], "must be sizes as 16,320,64,64"),
+        (["normal", "--shape", "2,0"], "must be positive sizes"),
+        (["normal", "--shape", "2"], "normal takes --shape B,C,[H],[W]"),
+        (["attention", "--shape", "2,3,4"], "attention takes --shape B,tokens,heads,head_dim,[keys]"),
+        (["attention", "--layout", "nhwc"], "attention has no --layout nhwc"),
+        (["normal", "--dtype", "int8"], "invalid choice: 'int8'"),
+        (["normal", "--device", "tpu"], "--device must be cpu, cuda or cuda:N"),
+        (["normal", "--against", "no_such_module:f"], "--against no_such_module:f: ModuleNotFoundError"),
+        (["normal", "--against", "json:nothing"], "--against json:nothing: AttributeError"),
+        (["normal", "--against", "json:__name__"], "is not a function"),
+        (["normal", "--against", "json"], "takes module:function"),
+        (["normal", "--skip", "nobody"], "--skip 'nobody' is no contender"),
+        (["normal", "--rounds", "0"], "must be at least 1"),
+        (["normal", "--compare", "missing.json"], "cannot be read"),
+        (["normal", "--json", "no/such/folder/a.json"], "there is no folder"),
+        (["normal", "--plot", "a.jpeg"], "--plot must end in .png"),
+        (["normal", "--wat"], "unknown option '--wat'"),
+        (["normal", "uniform", "--ncu"], "--ncu takes one op"),
+        (["training_step", "--dtype", "fp16"], "training_step takes --dtype fp32 or bf16"),
+    ],
+)
+def test_a_wrong_word_is_a_usage_error_in_one_line(bench, tmp_path, words, said):
+    code, _, err = bench(*words)
+    assert code == 2, err
+    assert said in err and len(err.strip().splitlines()) <= 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_not_here_is_one_line_and_exit_code_1(bench):
+    for words, said in (
+        (["langevin_z", "--device", "cpu", "--backend", "cuda"], "backend 'cuda' cannot run langevin_z on cpu tensors"),
+        (["--device", "cpu", "--backend", "cuda"], "no op has the backend cuda here"),
+    ):
+        code, _, err = bench(*words)
+        assert code == 1 and said in err and len(err.strip().splitlines()) == 1
+
+
+def test_the_bench_needs_a_checkout(bench, monkeypatch, tmp_path):
+    monkeypatch.setattr(emd_fast, "__file__", str(tmp_path / "site-packages" / "emd_fast" / "__init__.py"))
+    code, _, err = bench("normal")
+    assert code == 1 and "runs from a checkout" in err and len(err.strip().splitlines()) == 1
+
+
+def test_the_command_line_stays_light():
+    script = (
+        "import sys, emd_fast.cli as c; c._parser(); assert not [m for m in sys.modules if m.startswith('benchmarks')]"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_ncu_prints_its_command_and_says_what_is_missing(bench, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    code, out, err = bench("langevin_eps", "--shape", "64,3,64,64", "--layout", "nhwc", "--backend", "triton", "--ncu")
+    assert code == 1 and "ncu is not on the PATH" in err
+    assert out.startswith("ncu --profile-from-start off --clock-control none --section SpeedOfLight")
+    assert (
+        "bench langevin_eps --shape 64,3,64,64 --dtype bf16 --layout nhwc --backend triton --device cuda --one-call"
+        in out
+    )
+
+
+# Comparison ---------------------------------------------------------------------------------------------------------
+
+
+def row(name, median, noise=0.01, ours=True):
+    return Row(name, ours, "timed", None, 0.0, 1.0, median, median, median, 9, noise if ours else None)
+
+
+def example(**changes):
+    """Two cases, of a machine that is nowhere."""
+    results = [
+        Result("langevin_eps", passes, (2, 3), "bf16", "nchw", 264.0, None, 1, True, "eager", rows)
+        for passes, rows in (
+            ("forward", (row("emd_fast cpu", 1.0), row("eager", 4.0, ours=False))),
+            ("other", (row("emd_fast cpu", 2.0), row("emd_fast reference", 3.0))),
+        )
+    ]
+    fields = {
+        "when": "2026-01-01T00:00:00+00:00",
+        "hardware": {"cpu": "a", "cores": 2},
+        "software": {"torch": "2.11"},
+        "clocks": {"before": None, "after": None},
+        "commit": {"commit": "0" * 40, "dirty": False},
+        "settings": {"device": "cpu", "threads": 1, "rounds": 9, "warm": False, "graph": True},
+        "ceiling": {"bytes_per_second": 1e10},
+        "results": tuple(results),
+    }
+    return Record(**{**fields, **changes})
+
+
+def with_medians(done, change):
+    """The same run with other medians: change(passes, row) -> seconds."""
+    return dataclasses.replace(
+        done,
+        results=tuple(
+            dataclasses.replace(
+                result,
+                rows=tuple(dataclasses.replace(row, median=change(result.passes, row)) for row in result.rows),
+            )
+            for result in done.results
+        ),
+    )
+
+
+def test_one_regression_is_enough_and_has_both_numbers():
+    new = with_medians(
+        example(), lambda passes, row: row.median * (1.1 if row.contender == "emd_fast reference" else 1)
+    )
+    found, _ = compare.regressions(example(), new)
+    assert len(found) == 1
+    assert "langevin_eps, other" in found[0] and "emd_fast reference took 3000 ms and takes 3300 ms: +10.0%" in found[0]
+
+
+def test_noise_is_no_regression_and_neither_is_anothers_slowness():
+    for factor in (1.05, 0.5):
+        assert not compare.regressions(example(), with_medians(example(), lambda _, row, f=factor: row.median * f))[0]
+    slow_eager = with_medians(example(), lambda _, row: row.median * (1 if row.ours else 9))
+    assert not compare.regressions(example(), slow_eager)[0]
+    loud = example(results=(dataclasses.replace(example().results[0], rows=(row("emd_fast cpu", 1.3, noise=0.2),)),))
+    assert not compare.regressions(example(), loud)[0], "a noisier run can show less"
+    quiet = example(results=(dataclasses.replace(example().results[0], rows=(row("emd_fast cpu", 1.3, noise=0.0),)),))
+    assert len(compare.regressions(example(), quiet)[0]) == 1
+
+
+def test_one_that_is_no_longer_timed_is_a_regression():
+    gone = Row("emd_fast cpu", True, "wrong", "z is off by 1")
+    new = example(results=(dataclasses.replace(example().results[0], rows=(gone, row("emd_fast triton", 1.0))),))
+    (found,) = compare.regressions(example(), new)[0]
+    assert "no longer timed (z is off by 1)" in found
+
+
+def test_nothing_in_common_is_no_success():
+    new = example(results=(dataclasses.replace(example().results[0], shape=(9, 9)),))
+    (found,) = compare.regressions(example(), new)[0]
+    assert "nothing was compared" in found
+
+
+def test_another_version_is_said():
+    notes = compare.regressions(example(), example(software={"torch": "2.13"}))[1]
+    assert notes == ["torch was 2.11 and is 2.13"]
+
+
+def test_another_machine_or_configuration_is_refused(bench, tmp_path):
+    same = example()
+    assert compare.refusal(same, same.hardware, {**same.settings, "rounds": 3}) is None
+    assert "threads was 1 and is 2" in compare.refusal(same, same.hardware, {**same.settings, "threads": 2})
+    assert "gpu was None and is 'x'" in compare.refusal(same, {**same.hardware, "gpu": "x"}, same.settings)
+    record.write(tmp_path / "theirs.json", same)
+    code, out, err = bench("langevin_z", *QUICK, "--compare", tmp_path / "theirs.json")
+    assert code == 2 and "cpu was 'a' and is" in err and len(err.strip().splitlines()) == 1
+    assert not out, "refused before anything is measured"
+
+
+def test_compare_finds_a_planted_regression_in_a_run(bench, tmp_path):
+    old, planted = tmp_path / "old.json", tmp_path / "planted.json"
+    words = ["langevin_z", *QUICK, "--backend", "reference"]
+    assert bench(*words, "--json", old)[0] == 0
+    measured = record.read(old)
+    record.write(planted, with_medians(measured, lambda _, row: row.median and row.median / 1e4))
+    code, _, err = bench(*words, "--compare", planted)
+    assert code == 1 and "emd-fast: regression: langevin_z, forward, 2x4x8x8" in err and " took " in err
+    record.write(planted, with_medians(measured, lambda _, row: row.median and row.median * 1e4))
+    code, out, err = bench(*words, "--compare", planted)
+    assert code == 0, err
+    assert "note: langevin_z" in out
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path):
+    path = tmp_path / "a.json"
+    for text, said in (
+        ("no json", "is not a file of"),
+        ("[1]", "is not a file of"),
+        ('{"schema": 99}', "has schema 99, this version reads 1"),
+        ('{"schema": 1, "results": [{"op": 1}]}', "is not a file of"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=said):
+            record.read(path)
+
+
+def test_tables_are_aligned_and_say_why_somebody_is_missing():
+    result = dataclasses.replace(
+        example().results[0],
+        rows=(row("emd_fast cpu", 1.0), row("eager", 4.0, ours=False), Row("x", False, "wrong", "off")),
+    )
+    title, header, first, second, missing = show.terminal(result).splitlines()
+    assert title == "langevin_eps, forward, 2x3, bf16, nchw (1 set of inputs, cold)"
+    assert len(first) == len(second) == len(header) and "4.00x" in first and "1.00x" in second
+    assert missing == "  x: WRONG, not timed: off"

@@ -1,0 +1,246 @@
+"""What the bench does on a GPU, as far as that can be seen without one: the clock on a GPU of make-believe, kernels
+with the noise compiled out under Triton's interpreter and in machine code, and run_gpu.sh."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+import benchmarks
+from benchmarks.harness import clock, command, machine, noiseless
+from benchmarks.harness.declare import Case
+from emd_fast import Noise, backends
+
+ROOT = Path(__file__).resolve().parents[1]
+GPU = torch.device("cuda", 0)
+
+
+class Device:
+    """A GPU whose time goes on by what runs on it, and on which a capture runs nothing."""
+
+    def __init__(self):
+        self.now, self.capturing, self.graphs, self.waits = 0.0, None, [], 0
+        device = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                self.at = device.now
+
+            def elapsed_time(self, end):
+                return 1e3 * (end.at - self.at)
+
+        class CUDAGraph:
+            def __init__(self):
+                self.work = []
+                device.graphs.append(self)
+
+            def replay(self):
+                assert device.capturing is None
+                device.now += sum(self.work)
+
+        @contextlib.contextmanager
+        def capture(graph):
+            device.capturing = graph
+            try:
+                yield
+            finally:
+                device.capturing = None
+
+        self.cuda = types.SimpleNamespace(
+            Event=Event,
+            CUDAGraph=CUDAGraph,
+            graph=capture,
+            device=lambda device: contextlib.nullcontext(),
+            Stream=lambda: types.SimpleNamespace(wait_stream=lambda other: None),
+            stream=lambda stream: contextlib.nullcontext(),
+            current_stream=lambda: types.SimpleNamespace(wait_stream=lambda other: None),
+            synchronize=self.wait,
+        )
+
+    def wait(self):
+        assert self.capturing is None
+        self.waits += 1
+
+    def kernel(self, seconds):
+        if self.capturing is not None:
+            self.capturing.work.append(seconds)
+        else:
+            self.now += seconds
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    device = Device()
+    monkeypatch.setattr(torch, "cuda", device.cuda)
+    return device
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_the_time_of_a_call_on_a_gpu(gpu, graph):
+    slow, fast = [[lambda s=s: gpu.kernel(s)] * 3 for s in (1e-3, 1e-5)]
+    taken, failed = clock.readings({"slow": slow, "fast": fast, "slow again": slow}, GPU, rounds=5, graph=graph)
+    assert not failed
+    assert taken["slow"] == pytest.approx([1e-3] * 5) == taken["slow again"]
+    assert taken["fast"] == pytest.approx([1e-5] * 5)
+    if graph:
+        assert [len(g.work) for g in gpu.graphs] == [3, 3, 201], "short calls are repeated, whole turns over the sets"
+
+
+def test_a_contender_that_cannot_be_captured_is_reported(gpu):
+    def waits():
+        if gpu.capturing is not None:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    taken, failed = clock.readings({"bad": [waits], "good": [lambda: gpu.kernel(1e-3)]}, GPU, rounds=2)
+    assert list(taken) == ["good"] and "cannot be captured: operation not permitted" in failed["bad"]
+    assert "--no-graph" in failed["bad"]
+
+
+def test_nothing_waits_for_the_gpu_between_readings(gpu):
+    calls = {name: [lambda: gpu.kernel(1e-2)] for name in "AB"}
+    clock.readings(calls, GPU, rounds=2)
+    few = gpu.waits
+    gpu.waits = 0
+    clock.readings(calls, GPU, rounds=50)
+    assert gpu.waits == few
+
+
+def test_sets_reach_beyond_the_cache_and_leave_room(gpu, monkeypatch):
+    properties = types.SimpleNamespace(
+        name="X", total_memory=2**34, major=9, minor=0, multi_processor_count=132, L2_cache_size=50 * 2**20, uuid="1-2"
+    )
+    gpu.cuda.get_device_properties = lambda device: properties
+    gpu.cuda.mem_get_info = lambda device: (2**33, 2**34)
+    bench = benchmarks.load("langevin_eps")
+    small, large = (Case(shape, "bf16", "nchw", GPU) for shape in ((64, 3, 64, 64), (4096, 4, 128, 128)))
+    moved = bench.traffic(small).total
+    sets = command._sets(bench, small, moved, warm=False)
+    assert (sets - 1) * moved < 4 * properties.L2_cache_size <= sets * moved
+    assert command._sets(bench, small, moved, warm=True) == 1
+    assert command._sets(bench, large, bench.traffic(large).total, warm=False) == 2
+    monkeypatch.setattr(machine, "_output", lambda *words: "1980 MHz, 2619 MHz" if "--id=GPU-1-2" in words else None)
+    assert machine.clocks(GPU) == {"clocks.sm": "1980 MHz", "clocks.mem": "2619 MHz"}
+    facts = machine.hardware(GPU)
+    assert (facts["gpu"], facts["gpu_multiprocessors"], facts["gpu_l2_bytes"]) == ("X", 132, 50 * 2**20)
+
+
+def test_nothing_is_set_on_the_device():
+    code = "\n".join(path.read_text() for path in (ROOT / "benchmarks").rglob("*") if path.suffix in (".py", ".sh"))
+    for setting in ("--lock-gpu-clocks", "-lgc", "--power-limit", "--persistence-mode", "--gpu-reset", "-mig"):
+        assert setting not in code
+
+
+# Noise compiled out -------------------------------------------------------------------------------------------------
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+
+
+def test_kernels_without_noise_are_verified_and_timed_under_the_interpreter():
+    words = "perturb langevin_eps langevin_z langevin_step --shape 2,3,8,8 --dtype fp32 --device cpu --warm --rounds 1"
+    done = subprocess.run(
+        [sys.executable, "-m", "emd_fast", "bench", *words.split(), "--skip", "torch.compile", "--backend", "triton"],
+        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    tables = done.stdout.split("\n\n")[:4]
+    assert all("emd_fast triton, no noise  " in table and "not timed: cannot" not in table for table in tables), (
+        done.stdout
+    )
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled")
+def test_kernels_without_noise_hold_no_philox(monkeypatch):
+    from ahead_of_time import compiled, launches
+
+    z, noise = torch.zeros(4, 3, 64, 64), Noise(0).state
+    arguments = (z, z, 0.1, None, noise, 0)
+    (drawing,) = launches(monkeypatch, "langevin_z", *arguments)
+    twin = noiseless._twin("langevin_z")
+    monkeypatch.setattr("emd_fast.backends.triton.implementation", lambda op: getattr(twin, op))
+    (silent,) = launches(monkeypatch, "langevin_z", *arguments)
+    with_noise, without = (compiled(launch, 90).count(r"mul\.wide\.u32") for launch in (drawing, silent))
+    assert with_noise >= 20 and without == 0
+
+
+def test_the_ops_keep_their_noise(monkeypatch):
+    """Outside of a call of the twin nothing has changed."""
+    chosen, philox = backends.implementation, sys.modules.get("emd_fast.backends.triton.philox")
+    noiseless.without_noise(benchmarks.load("langevin_z"))
+    philox = philox or sys.modules["emd_fast.backends.triton.philox"]
+    assert backends.implementation is chosen and philox.normals.fn.__name__ == "normals"
+
+
+# run_gpu.sh ---------------------------------------------------------------------------------------------------------
+
+SCRIPT = ROOT / "benchmarks" / "run_gpu.sh"
+needs_bash = pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
+
+
+def run_gpu(*words, **environment):
+    return subprocess.run(
+        ["bash", str(SCRIPT), *map(str, words)],
+        capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHON": sys.executable, **environment},
+    )  # fmt: skip
+
+
+@needs_bash
+def test_run_gpu_is_a_script():
+    assert subprocess.run(["bash", "-n", str(SCRIPT)]).returncode == 0
+    assert os.access(SCRIPT, os.X_OK)
+
+
+@needs_bash
+@pytest.mark.parametrize("words", [[], ["folder"], ["folder", "biuld"], ["folder", "build", "everything"]])
+def test_run_gpu_with_a_wrong_word_is_a_usage_error(words, tmp_path):
+    done = run_gpu(*[tmp_path / word if word == "folder" else word for word in words])
+    assert done.returncode == 2 and "usage: benchmarks/run_gpu.sh FOLDER PART..." in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@needs_bash
+def test_run_gpu_says_that_no_gpu_is_here(tmp_path):
+    done = run_gpu(tmp_path / "out", "build", "ops", CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 1
+    assert done.stderr.startswith("run_gpu.sh: no GPU is here") and "Traceback" not in done.stderr + done.stdout
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["run.log"]
+
+
+@needs_bash
+def test_run_gpu_goes_on_after_a_part_that_fails_and_ends_with_the_results(tmp_path):
+    """With a Python that sees a GPU and fails at whatever it is asked but the digest."""
+    fake = tmp_path / "python"
+    fake.write_text(
+        """#!/bin/sh
+        case "$*" in
+            *is_available*) exit 0 ;;
+            *training_step*) for file; do :; done; echo "{}" > "$file" ;;
+            *digest*) echo "THE TABLE" ;;
+            *) exit 3 ;;
+        esac
+        """
+    )
+    fake.chmod(0o755)
+    out = tmp_path / "out"
+    done = run_gpu(out, "build", "train", "unet", PYTHON=str(fake))
+    assert done.returncode == 1
+    assert "THE BUILD WITH CUDA KERNELS FAILED" in done.stdout
+    *_, build, train, unet, table = done.stdout.strip().splitlines()
+    assert table == "THE TABLE"
+    assert [line.split()[:2] for line in (build, train, unet)] == [
+        ["build", "FAILED"],
+        ["train", "ok"],
+        ["unet", "FAILED"],
+    ]
+    assert {path.name for path in out.iterdir()} == {"run.log", "train.json"}
+    assert run_gpu(out, "train", PYTHON=str(fake)).returncode == 0
