@@ -33,7 +33,7 @@ done
 mkdir -p "$folder" || exit 1
 folder=$(cd "$folder" && pwd) || exit 1
 cd "$(dirname "$0")/.." || exit 1
-python=${PYTHON:-python}
+python=${PYTHON:-python3}
 export PYTHONPATH=. PYTHONUNBUFFERED=1
 log=$folder/run.log
 
