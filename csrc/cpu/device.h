@@ -3,6 +3,7 @@
 
 #include "../tensors.h"
 #include "kernels.h"
+#include "memory.h"
 #include "parallel.h"
 
 namespace emd::cpu {
@@ -12,7 +13,9 @@ namespace emd::cpu {
 constexpr int64_t kNoisyTiles = 16, kPlainTiles = 64;
 
 struct Cpu {
-  static at::Tensor empty(at::IntArrayRef size, at::ScalarType dtype, const Call&);
+  static at::Tensor empty(at::IntArrayRef size, at::ScalarType dtype, const Call&) {
+    return fresh(at::empty(size, dtype));
+  }
 
   static void run(const Uniform& op, const Call&) { tiles(kernels().uniform, op, kNoisyTiles); }
   static void run(const Normal& op, const Call&) { tiles(kernels().normal, op, kNoisyTiles); }

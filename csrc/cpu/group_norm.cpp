@@ -2,6 +2,8 @@
 
 #include <torch/library.h>
 
+#include "memory.h"
+
 namespace emd::cpu {
 namespace {
 
@@ -69,7 +71,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> group_norm(
     const std::optional<at::Tensor>& scale, const std::optional<at::Tensor>& shift, bool silu) {
   GroupNormInputs inputs(input, num_groups, weight, bias, add, scale, shift, silu);
   GroupNorm& op = inputs.op;
-  const at::Tensor y = at::empty_like(inputs.x, inputs.layout);
+  const at::Tensor y = fresh(at::empty_like(inputs.x, inputs.layout));
   const at::Tensor mean = at::empty({op.samples, op.groups}, at::kFloat), rstd = at::empty_like(mean);
   op.eps = eps;
   op.y = y.mutable_data_ptr();
@@ -84,10 +86,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> group_norm(
   op.scratch = scratch.mutable_data_ptr<float>();
   const at::Tensor moments = at::empty({op.samples * 2 * op.channels}, at::kDouble);
   op.moments = moments.mutable_data_ptr<double>();
-  const int64_t chunks = op.samples * op.chunks(), grain = grain_of(op.chunk() * op.channels);
-  in_parallel(chunks, grain, kernels().group_norm_moments, op);
-  in_parallel(op.samples, grain_of(op.chunks() * op.channels * 4), kernels().group_norm_maps, op);
-  in_parallel(chunks, grain, kernels().group_norm_apply, op);
+  passes(op, op,
+         {{kernels().group_norm_moments, Items::chunks},
+          {kernels().group_norm_maps, Items::samples},
+          {kernels().group_norm_apply, Items::chunks}});
   return {y, mean, rstd};
 }
 

@@ -23,4 +23,41 @@ constexpr int64_t kGrainElements = 16384;
 
 int64_t grain_of(int64_t elements_of_an_item);
 
+// A pass over the chunks of all samples, or over the samples.
+enum class Items { chunks, samples };
+
+template <class Op>
+struct Pass {
+  void (*kernel)(const Op&, int64_t first, int64_t last);
+  Items items;
+};
+
+// The passes of a channels_last op. Where there are samples for every thread, one after the other for each sample, so
+// that a pass finds in the cache what the one before has read; otherwise each over all chunks.
+template <class Op>
+void passes(const Op& op, const GroupNorm& norm, const std::vector<Pass<Op>>& all) {
+  const int64_t chunks = norm.chunks();
+  if (norm.samples >= at::get_num_threads()) {
+    at::parallel_for(0, norm.samples, grain_of(norm.channels * norm.positions), [&](int64_t first, int64_t last) {
+      for (int64_t s = first; s < last; s++) {
+        for (const Pass<Op>& pass : all) {
+          if (pass.items == Items::chunks) {
+            pass.kernel(op, s * chunks, (s + 1) * chunks);
+          } else {
+            pass.kernel(op, s, s + 1);
+          }
+        }
+      }
+    });
+    return;
+  }
+  for (const Pass<Op>& pass : all) {
+    if (pass.items == Items::chunks) {
+      in_parallel(norm.samples * chunks, grain_of(norm.chunk() * norm.channels), pass.kernel, op);
+    } else {
+      in_parallel(norm.samples, grain_of(chunks * norm.channels * 4), pass.kernel, op);
+    }
+  }
+}
+
 }  // namespace emd::cpu

@@ -3,6 +3,7 @@
 #include <array>
 
 #include "group_norm.h"
+#include "memory.h"
 
 namespace emd::cpu {
 namespace {
@@ -79,7 +80,7 @@ Gradients group_norm_backward(const at::Tensor& grad, const at::Tensor& input, c
   norm.rstd = rstds.mutable_data_ptr<float>();
   const at::Tensor like_x = grad.to(x.scalar_type()).contiguous(inputs.layout);
   op.grad = like_x.const_data_ptr();
-  const at::Tensor grad_x = needs[0] ? at::empty_like(x, inputs.layout) : at::empty({0}, x.options());
+  const at::Tensor grad_x = needs[0] ? fresh(at::empty_like(x, inputs.layout)) : at::empty({0}, x.options());
   op.grad_x = needs[0] ? grad_x.mutable_data_ptr() : nullptr;
   std::vector<double> sums(size_t(norm.samples * 3 * norm.channels));
   op.sums = sums.data();
@@ -96,11 +97,11 @@ Gradients group_norm_backward(const at::Tensor& grad, const at::Tensor& input, c
     } else {
       const at::Tensor scratch = at::empty({norm.samples * (3 * norm.chunks() + 5) * norm.channels}, at::kFloat);
       op.scratch = scratch.mutable_data_ptr<float>();
-      const int64_t chunks = norm.samples * norm.chunks(), grain = grain_of(norm.chunk() * norm.channels);
-      in_parallel(norm.samples, grain_of(norm.channels * 4), kernels().group_norm_backward_maps, op);
-      in_parallel(chunks, grain, kernels().group_norm_backward_sums, op);
-      in_parallel(norm.samples, grain_of(norm.chunks() * norm.channels * 4), kernels().group_norm_backward_totals, op);
-      if (op.grad_x) in_parallel(chunks, grain, kernels().group_norm_backward_apply, op);
+      std::vector<Pass<GroupNormBackward>> all = {{kernels().group_norm_backward_maps, Items::samples},
+                                                  {kernels().group_norm_backward_sums, Items::chunks},
+                                                  {kernels().group_norm_backward_totals, Items::samples}};
+      if (op.grad_x) all.push_back({kernels().group_norm_backward_apply, Items::chunks});
+      passes(op, norm, all);
     }
   }
   const at::Tensor grad_weight = gradient_for(needs[1], weight, x), grad_bias = gradient_for(needs[2], bias, x);

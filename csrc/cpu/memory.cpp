@@ -1,8 +1,8 @@
+#include "memory.h"
+
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
-
-#include "device.h"
 
 namespace emd::cpu {
 namespace {
@@ -21,10 +21,9 @@ void ask_for_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t byt
 
 }  // namespace
 
-at::Tensor Cpu::empty(at::IntArrayRef size, at::ScalarType dtype, const Call&) {
-  const at::Tensor out = at::empty(size, dtype);
-  ask_for_huge_pages(out.mutable_data_ptr(), out.nbytes());
-  return out;
+at::Tensor fresh(at::Tensor tensor) {
+  ask_for_huge_pages(tensor.mutable_data_ptr(), tensor.nbytes());
+  return tensor;
 }
 
 }  // namespace emd::cpu
