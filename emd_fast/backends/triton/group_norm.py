@@ -69,10 +69,11 @@ def group_norm_kernel(
     WIDE: tl.constexpr,
 ):
     """A block that fits into the registers: read once, written once."""
-    sample, _, channel, own = place(CHANNELS, BLOCK, ROWS, CHUNKS, WIDE)
+    sample, chunk, channel, own = place(CHANNELS, BLOCK, ROWS, CHUNKS, WIDE)
+    start = sample * CHANNELS * positions
     group, there, member = groups_of(own, CHANNELS, WIDTH, BLOCK, ROWS, GROUPS)
-    at, inside = offsets(sample, channel, own, 0, positions, CHANNELS, COLUMNS, LAST)
-    u = _with_added(tl.load(x + at, mask=inside, other=0.0).to(tl.float32), add, sample, channel, own)
+    at, inside = offsets(channel, own, chunk * COLUMNS, positions, CHANNELS, COLUMNS, LAST)
+    u = _with_added(tl.load(x + start + at, mask=inside, other=0.0).to(tl.float32), add, sample, channel, own)
     # The mean first, then what is apart from it.
     centre = tl.div_rn(to_groups(tl.sum(tl.where(inside, u, 0.0), axis=1), member), elements)
     apart = tl.where(inside, u - to_rows(centre, member)[:, None], 0.0)
@@ -80,7 +81,7 @@ def group_norm_kernel(
     tl.store(mean + sample * (CHANNELS // WIDTH) + group, centre, mask=there)
     tl.store(rstd + sample * (CHANNELS // WIDTH) + group, deviation, mask=there)
     slope, offset = affine(weight, bias, scale, shift, sample, channel, own)
-    _store_result(y, apart, to_rows(deviation, member) * slope, offset, at, inside, SILU)
+    _store_result(y + start, apart, to_rows(deviation, member) * slope, offset, at, inside, SILU)
 
 
 @triton.jit
@@ -104,6 +105,7 @@ def group_moments_kernel(
 ):
     """Mean and sum of squared deviations of a chunk of each group, to (B, groups, CHUNKS)."""
     sample, chunk, channel, own = place(CHANNELS, BLOCK, ROWS, CHUNKS, WIDE)
+    start = sample * CHANNELS * positions
     group, there, member = groups_of(own, CHANNELS, WIDTH, BLOCK, ROWS, GROUPS)
     added = tl.zeros([ROWS], tl.float32)
     if add is not None:
@@ -114,8 +116,8 @@ def group_moments_kernel(
     s = tl.zeros([ROWS, COLUMNS], tl.float32)
     for step in range(STEPS):
         first = (chunk * STEPS + step) * COLUMNS
-        at, inside = offsets(sample, channel, own, first, positions, CHANNELS, COLUMNS, LAST)
-        u = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) + added[:, None]
+        at, inside = offsets(channel, own, first, positions, CHANNELS, COLUMNS, LAST)
+        u = tl.load(x + start + at, mask=inside, other=0.0).to(tl.float32) + added[:, None]
         count += tl.where(first + tl.arange(0, COLUMNS)[None, :] < positions, 1.0, 0.0)
         share = 1.0 / (step + 1.0)  # a place that is inside has been so in every step
         before = tl.where(inside, u - m, 0.0)
@@ -162,6 +164,7 @@ def group_norm_apply_kernel(
 ):
     """The moments of all chunks become those of the group, in every program that needs them; then the map."""
     sample, chunk, channel, own = place(CHANNELS, BLOCK, ROWS, CHUNKS, WIDE)
+    start = sample * CHANNELS * positions
     group, there, member = groups_of(own, CHANNELS, WIDTH, BLOCK, ROWS, GROUPS)
     part = tl.arange(0, PARTS)[None, :]
     mine = there[:, None] & (part < CHUNKS)
@@ -180,9 +183,9 @@ def group_norm_apply_kernel(
     gain, middle = to_rows(deviation, member) * slope, to_rows(centre, member)
     for step in range(STEPS):
         first = (chunk * STEPS + step) * COLUMNS
-        at, inside = offsets(sample, channel, own, first, positions, CHANNELS, COLUMNS, LAST)
-        u = _with_added(tl.load(x + at, mask=inside, other=0.0).to(tl.float32), add, sample, channel, own)
-        _store_result(y, u - middle[:, None], gain, offset, at, inside, SILU)
+        at, inside = offsets(channel, own, first, positions, CHANNELS, COLUMNS, LAST)
+        u = _with_added(tl.load(x + start + at, mask=inside, other=0.0).to(tl.float32), add, sample, channel, own)
+        _store_result(y + start, u - middle[:, None], gain, offset, at, inside, SILU)
 
 
 def group_norm(

@@ -98,19 +98,20 @@ def group_norm_backward_kernel(
 ):
     """A block that fits into the registers: x and grad read once, grad_x written once."""
     sample, chunk, channel, own = place(CHANNELS, BLOCK, ROWS, CHUNKS, WIDE)
+    start = sample * CHANNELS * positions
     group, there, member = groups_of(own, CHANNELS, WIDTH, BLOCK, ROWS, GROUPS)
     centre, deviation = _moments(mean, rstd, sample, group, there, member, CHANNELS, WIDTH)
     centre, added = _centre(centre, add, sample, channel, own)
     slope, offset = affine(weight, bias, scale, shift, sample, channel, own)
-    at, inside = offsets(sample, channel, own, 0, positions, CHANNELS, COLUMNS, LAST)
-    inner, normal = _inner(grad, x, at, inside, centre, added, deviation, slope, offset, SILU)
+    at, inside = offsets(channel, own, chunk * COLUMNS, positions, CHANNELS, COLUMNS, LAST)
+    inner, normal = _inner(grad + start, x + start, at, inside, centre, added, deviation, slope, offset, SILU)
     of_inner, of_product = tl.sum(inner, axis=1), tl.sum(inner * normal, axis=1)
     if sums is not None:
         _store_sums(sums, of_inner, of_product, tl.sum(normal, axis=1), sample, chunk, channel, own, CHANNELS, CHUNKS)
     a = tl.div_rn(to_groups(slope * of_inner, member), elements)
     b = tl.div_rn(to_groups(slope * of_product, member), elements)
     a, b = to_rows(a, member), to_rows(b, member)
-    _store_gradient(grad_x, inner, normal, at, inside, slope, deviation, a, b)
+    _store_gradient(grad_x + start, inner, normal, at, inside, slope, deviation, a, b)
 
 
 @triton.jit
@@ -142,6 +143,7 @@ def group_norm_backward_sums_kernel(
 ):
     """What a chunk adds to the two sums of each group, to parts (2, B, groups, CHUNKS); and its sums of each channel."""
     sample, chunk, channel, own = place(CHANNELS, BLOCK, ROWS, CHUNKS, WIDE)
+    start = sample * CHANNELS * positions
     group, there, member = groups_of(own, CHANNELS, WIDTH, BLOCK, ROWS, GROUPS)
     centre, deviation = _moments(mean, rstd, sample, group, there, member, CHANNELS, WIDTH)
     centre, added = _centre(centre, add, sample, channel, own)
@@ -151,8 +153,8 @@ def group_norm_backward_sums_kernel(
     normals = tl.zeros([ROWS, COLUMNS], tl.float32)
     for step in range(STEPS):
         first = (chunk * STEPS + step) * COLUMNS
-        at, inside = offsets(sample, channel, own, first, positions, CHANNELS, COLUMNS, LAST)
-        inner, normal = _inner(grad, x, at, inside, centre, added, deviation, slope, offset, SILU)
+        at, inside = offsets(channel, own, first, positions, CHANNELS, COLUMNS, LAST)
+        inner, normal = _inner(grad + start, x + start, at, inside, centre, added, deviation, slope, offset, SILU)
         inners += inner
         products = tl.fma(inner, normal, products)
         if sums is not None:
@@ -196,6 +198,7 @@ def group_norm_backward_apply_kernel(
 ):
     """The sums of all chunks become those of the group, in every program that needs them; then the gradient."""
     sample, chunk, channel, own = place(CHANNELS, BLOCK, ROWS, CHUNKS, WIDE)
+    start = sample * CHANNELS * positions
     group, there, member = groups_of(own, CHANNELS, WIDTH, BLOCK, ROWS, GROUPS)
     centre, deviation = _moments(mean, rstd, sample, group, there, member, CHANNELS, WIDTH)
     centre, added = _centre(centre, add, sample, channel, own)
@@ -208,9 +211,9 @@ def group_norm_backward_apply_kernel(
     a, b = to_rows(a, member), to_rows(b, member)
     for step in range(STEPS):
         first = (chunk * STEPS + step) * COLUMNS
-        at, inside = offsets(sample, channel, own, first, positions, CHANNELS, COLUMNS, LAST)
-        inner, normal = _inner(grad, x, at, inside, centre, added, deviation, slope, offset, SILU)
-        _store_gradient(grad_x, inner, normal, at, inside, slope, deviation, a, b)
+        at, inside = offsets(channel, own, first, positions, CHANNELS, COLUMNS, LAST)
+        inner, normal = _inner(grad + start, x + start, at, inside, centre, added, deviation, slope, offset, SILU)
+        _store_gradient(grad_x + start, inner, normal, at, inside, slope, deviation, a, b)
 
 
 @triton.jit

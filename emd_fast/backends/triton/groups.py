@@ -39,7 +39,7 @@ class Plan:
     steps: int  # tiles that a program takes, one after the other
     chunks: int  # programs that share the positions of a block
     warps: int
-    wide: bool  # positions need 64-bit numbers; offsets in memory always have them
+    wide: bool  # the elements of one sample need 64-bit numbers; where a sample starts always has them
 
     @property
     def resident(self) -> bool:
@@ -67,11 +67,11 @@ def pick(channels: int, width: int, positions: int, channels_last: bool, residen
         columns = min(max(_STREAMED // rows, 1), columns)
         tiles = _ceil(positions, columns)
         # Each program of the second pass reads what all of the first left: twice as many chunks for four times the work.
-        chunks = min(tiles, 4 * _power_of_two(math.isqrt(tiles)), _CHUNKS)
+        chunks = min(tiles, 4 * _power_of_two(math.isqrt(tiles) + 1) // 2, _CHUNKS)
         steps = _ceil(tiles, chunks)
         chunks = _ceil(tiles, steps)
         warps = min(max(rows * columns // 512, 1), 16)
-    wide = positions + 2 * steps * columns >= _INT32
+    wide = (channels + rows) * (positions + 2 * steps * columns) >= _INT32
     return Plan(block, rows, _power_of_two(block // width), columns, steps, chunks, warps, wide)
 
 
@@ -159,7 +159,7 @@ def place(CHANNELS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, CHUNK
     own = (row < BLOCK) & (channel < CHANNELS)
     chunk = program // blocks % CHUNKS
     if WIDE:
-        chunk = chunk.to(tl.int64)
+        channel, chunk = channel.to(tl.int64), chunk.to(tl.int64)
     return (program // blocks // CHUNKS).to(tl.int64), chunk, channel, own
 
 
@@ -189,14 +189,13 @@ def to_rows(by_group, member):
 
 
 @triton.jit
-def offsets(sample, channel, own, first, positions, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr, LAST: tl.constexpr):
-    """Of the tile (ROWS, COLUMNS) whose first position is `first`; and what of it is inside."""
+def offsets(channel, own, first, positions, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr, LAST: tl.constexpr):
+    """Within a sample, of the tile (ROWS, COLUMNS) whose first position is `first`; and what of it is inside."""
     position = first + tl.arange(0, COLUMNS)
     inside = own[:, None] & (position < positions)[None, :]
-    start = sample * CHANNELS * positions
     if LAST:
-        return start + position.to(tl.int64)[None, :] * CHANNELS + channel[:, None], inside
-    return start + channel.to(tl.int64)[:, None] * positions + position[None, :], inside
+        return position[None, :] * CHANNELS + channel[:, None], inside
+    return channel[:, None] * positions + position[None, :], inside
 
 
 @triton.jit
