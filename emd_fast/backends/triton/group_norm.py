@@ -7,7 +7,6 @@ from emd_fast.backends.reference.group_norm import layout
 from emd_fast.backends.triton import launch
 from emd_fast.backends.triton.group_norm_backward import group_norm_backward
 from emd_fast.backends.triton.groups import (
-    RESIDENT,
     affine,
     by_channel,
     groups_of,
@@ -107,9 +106,6 @@ def group_moments_kernel(
     sample, chunk, channel, own = place(CHANNELS, BLOCK, ROWS, CHUNKS, WIDE)
     start = sample * CHANNELS * positions
     group, there, member = groups_of(own, CHANNELS, WIDTH, BLOCK, ROWS, GROUPS)
-    added = tl.zeros([ROWS], tl.float32)
-    if add is not None:
-        added = numbers(add, sample, channel, own)
     # Every place of the tile keeps moments of its own (Welford 1962), so that nothing is exchanged in the loop.
     count = tl.zeros([1, COLUMNS], tl.float32)
     m = tl.zeros([ROWS, COLUMNS], tl.float32)
@@ -117,12 +113,13 @@ def group_moments_kernel(
     for step in range(STEPS):
         first = (chunk * STEPS + step) * COLUMNS
         at, inside = offsets(channel, own, first, positions, CHANNELS, COLUMNS, LAST)
-        u = tl.load(x + start + at, mask=inside, other=0.0).to(tl.float32) + added[:, None]
+        u = tl.load(x + start + at, mask=inside, other=0.0).to(tl.float32)
         count += tl.where(first + tl.arange(0, COLUMNS)[None, :] < positions, 1.0, 0.0)
         share = 1.0 / (step + 1.0)  # a place that is inside has been so in every step
         before = tl.where(inside, u - m, 0.0)
         m = tl.fma(before, share, m)
         s = tl.fma(before, tl.where(inside, u - m, 0.0), s)
+    m = _with_added(m, add, sample, channel, own)
     # Then those of all places become one (Chan, Golub, LeVeque 1979).
     elements = WIDTH * tl.minimum(positions - chunk * STEPS * COLUMNS, STEPS * COLUMNS).to(tl.float32)
     centre = tl.div_rn(to_groups(tl.sum(count * m, axis=1), member), elements)
@@ -174,18 +171,21 @@ def group_norm_apply_kernel(
     left = positions - part.to(chunk.dtype) * (STEPS * COLUMNS)
     count = tl.where(mine, WIDTH * tl.minimum(left, STEPS * COLUMNS).to(tl.float32), 0.0)
     centre = tl.div_rn(tl.sum(count * m, axis=1), elements)
-    apart = m - centre[:, None]
-    deviation = _rstd(tl.sum(tl.fma(count * apart, apart, s), axis=1), elements, eps)
-    tl.store(mean + sample * (CHANNELS // WIDTH) + group, centre, mask=there & (chunk == 0))
-    tl.store(rstd + sample * (CHANNELS // WIDTH) + group, deviation, mask=there & (chunk == 0))
+    between = m - centre[:, None]
+    deviation = _rstd(tl.sum(tl.fma(count * between, between, s), axis=1), elements, eps)
+    if chunk == 0:
+        tl.store(mean + sample * (CHANNELS // WIDTH) + group, centre, mask=there)
+        tl.store(rstd + sample * (CHANNELS // WIDTH) + group, deviation, mask=there)
 
     slope, offset = affine(weight, bias, scale, shift, sample, channel, own)
     gain, middle = to_rows(deviation, member) * slope, to_rows(centre, member)
+    if add is not None:
+        middle -= numbers(add, sample, channel, own)
     for step in range(STEPS):
         first = (chunk * STEPS + step) * COLUMNS
         at, inside = offsets(channel, own, first, positions, CHANNELS, COLUMNS, LAST)
-        u = _with_added(tl.load(x + start + at, mask=inside, other=0.0).to(tl.float32), add, sample, channel, own)
-        _store_result(y + start, u - middle[:, None], gain, offset, at, inside, SILU)
+        apart = tl.load(x + start + at, mask=inside, other=0.0).to(tl.float32) - middle[:, None]
+        _store_result(y + start, apart, gain, offset, at, inside, SILU)
 
 
 def group_norm(
@@ -203,7 +203,7 @@ def group_norm(
     if not x.numel():
         mean = torch.zeros(batch, num_groups, dtype=torch.float32, device=x.device)
         return torch.empty_like(x, memory_format=layout(x)), mean, mean.clone()
-    call = prepare(x, num_groups, silu, RESIDENT)
+    call = prepare(x, num_groups, silu, 1)
     y = torch.empty_like(call.x, memory_format=call.format)
     mean, rstd = call.empty(batch, num_groups), call.empty(batch, num_groups)
     tensors = (call.x, *(by_channel(t) for t in (weight, bias, add, scale, shift)), float(eps), call.elements)

@@ -5,7 +5,6 @@ from torch import Tensor
 
 from emd_fast.backends.triton import launch
 from emd_fast.backends.triton.groups import (
-    RESIDENT_BACKWARD,
     affine,
     by_channel,
     groups_of,
@@ -23,46 +22,54 @@ _CHANNELS = 32
 
 
 @triton.jit
-def _moments(mean, rstd, sample, group, there, member, CHANNELS: tl.constexpr, WIDTH: tl.constexpr):
-    """mean and rstd of each channel's group."""
+def _maps(
+    mean,
+    rstd,
+    weight,
+    bias,
+    add,
+    scale,
+    shift,
+    sample,
+    channel,
+    own,
+    group,
+    there,
+    member,
+    CHANNELS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """centre, gain and offset of each channel, y = (x - centre) gain + offset before the activation; and its rstd."""
     at = sample * (CHANNELS // WIDTH) + group
-    return (
-        to_rows(tl.load(mean + at, mask=there, other=0.0), member),
-        to_rows(tl.load(rstd + at, mask=there, other=0.0), member),
-    )
-
-
-@triton.jit
-def _centre(centre, add, sample, channel, own):
+    centre = to_rows(tl.load(mean + at, mask=there, other=0.0), member)
+    deviation = to_rows(tl.load(rstd + at, mask=there, other=0.0), member)
     if add is not None:
-        return centre, numbers(add, sample, channel, own)
-    return centre, tl.zeros_like(centre)
+        centre -= numbers(add, sample, channel, own)
+    slope, offset = affine(weight, bias, scale, shift, sample, channel, own)
+    return centre, deviation * slope, offset, deviation
 
 
 @triton.jit
-def _inner(grad, x, at, inside, centre, added, deviation, slope, offset, SILU: tl.constexpr):
-    """The gradient before the activation, and the normalised value; 0 outside."""
-    u = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) + added[:, None]
-    normal = tl.where(inside, (u - centre[:, None]) * deviation[:, None], 0.0)
+def _inner(grad, x, at, inside, centre, gain, offset, SILU: tl.constexpr):
+    """The gradient before the activation, and x - centre; 0 outside."""
+    apart = tl.where(inside, tl.load(x + at, mask=inside, other=0.0).to(tl.float32) - centre[:, None], 0.0)
     inner = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
     if SILU:
-        y = tl.fma(normal, slope[:, None], offset[:, None])
+        y = tl.fma(apart, gain[:, None], offset[:, None])
         gate = 1 / (1 + tl.exp(-y))
         inner = inner * gate * tl.fma(y, 1 - gate, 1.0)
-    return inner, normal
+    return inner, apart
 
 
 @triton.jit
-def _store_gradient(grad_x, inner, normal, at, inside, slope, deviation, of_inner, of_product):
-    """With k = slope * inner, whose means over the group are of_inner and, times the normalised value, of_product."""
-    value = tl.fma(inner, slope[:, None], -of_inner[:, None])
-    value = tl.fma(normal, -of_product[:, None], value) * deviation[:, None]
+def _store_gradient(grad_x, inner, apart, at, inside, gain, along, constant):
+    value = tl.fma(inner, gain[:, None], tl.fma(apart, along[:, None], constant[:, None]))
     tl.store(grad_x + at, value.to(grad_x.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _store_sums(sums, inner, product, normal, sample, chunk, channel, own, CHANNELS: tl.constexpr, CHUNKS: tl.constexpr):
-    """To sums (B, CHUNKS, 3, CHANNELS)."""
+    """Of the inner gradient, of that times the normalised value, of the latter: to sums (B, CHUNKS, 3, CHANNELS)."""
     at = (sample * CHUNKS + chunk) * (3 * CHANNELS) + channel
     tl.store(sums + at, inner, mask=own)
     tl.store(sums + at + CHANNELS, product, mask=own)
@@ -100,18 +107,20 @@ def group_norm_backward_kernel(
     sample, chunk, channel, own = place(CHANNELS, BLOCK, ROWS, CHUNKS, WIDE)
     start = sample * CHANNELS * positions
     group, there, member = groups_of(own, CHANNELS, WIDTH, BLOCK, ROWS, GROUPS)
-    centre, deviation = _moments(mean, rstd, sample, group, there, member, CHANNELS, WIDTH)
-    centre, added = _centre(centre, add, sample, channel, own)
-    slope, offset = affine(weight, bias, scale, shift, sample, channel, own)
+    centre, gain, offset, deviation = _maps(
+        mean, rstd, weight, bias, add, scale, shift, sample, channel, own, group, there, member, CHANNELS, WIDTH
+    )
     at, inside = offsets(channel, own, chunk * COLUMNS, positions, CHANNELS, COLUMNS, LAST)
-    inner, normal = _inner(grad + start, x + start, at, inside, centre, added, deviation, slope, offset, SILU)
-    of_inner, of_product = tl.sum(inner, axis=1), tl.sum(inner * normal, axis=1)
+    inner, apart = _inner(grad + start, x + start, at, inside, centre, gain, offset, SILU)
+    of_inner, of_product = tl.sum(inner, axis=1), deviation * tl.sum(inner * apart, axis=1)
     if sums is not None:
-        _store_sums(sums, of_inner, of_product, tl.sum(normal, axis=1), sample, chunk, channel, own, CHANNELS, CHUNKS)
-    a = tl.div_rn(to_groups(slope * of_inner, member), elements)
-    b = tl.div_rn(to_groups(slope * of_product, member), elements)
-    a, b = to_rows(a, member), to_rows(b, member)
-    _store_gradient(grad_x + start, inner, normal, at, inside, slope, deviation, a, b)
+        of_normal = deviation * tl.sum(apart, axis=1)
+        _store_sums(sums, of_inner, of_product, of_normal, sample, chunk, channel, own, CHANNELS, CHUNKS)
+    # gain is rstd times what the sums are weighed by.
+    a = tl.div_rn(to_groups(gain * of_inner, member), elements)
+    b = tl.div_rn(to_groups(gain * of_product, member), elements)
+    constant, along = -to_rows(a, member), -deviation * to_rows(b, member)
+    _store_gradient(grad_x + start, inner, apart, at, inside, gain, along, constant)
 
 
 @triton.jit
@@ -141,31 +150,32 @@ def group_norm_backward_sums_kernel(
     SILU: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """What a chunk adds to the two sums of each group, to parts (2, B, groups, CHUNKS); and its sums of each channel."""
+    """What a chunk adds to the two sums of each group, to parts (B, groups, 2, CHUNKS); and its sums of each channel."""
     sample, chunk, channel, own = place(CHANNELS, BLOCK, ROWS, CHUNKS, WIDE)
     start = sample * CHANNELS * positions
     group, there, member = groups_of(own, CHANNELS, WIDTH, BLOCK, ROWS, GROUPS)
-    centre, deviation = _moments(mean, rstd, sample, group, there, member, CHANNELS, WIDTH)
-    centre, added = _centre(centre, add, sample, channel, own)
-    slope, offset = affine(weight, bias, scale, shift, sample, channel, own)
+    centre, gain, offset, deviation = _maps(
+        mean, rstd, weight, bias, add, scale, shift, sample, channel, own, group, there, member, CHANNELS, WIDTH
+    )
     inners = tl.zeros([ROWS, COLUMNS], tl.float32)
     products = tl.zeros([ROWS, COLUMNS], tl.float32)
-    normals = tl.zeros([ROWS, COLUMNS], tl.float32)
+    aparts = tl.zeros([ROWS, COLUMNS], tl.float32)
     for step in range(STEPS):
         first = (chunk * STEPS + step) * COLUMNS
         at, inside = offsets(channel, own, first, positions, CHANNELS, COLUMNS, LAST)
-        inner, normal = _inner(grad + start, x + start, at, inside, centre, added, deviation, slope, offset, SILU)
+        inner, apart = _inner(grad + start, x + start, at, inside, centre, gain, offset, SILU)
         inners += inner
-        products = tl.fma(inner, normal, products)
+        products = tl.fma(inner, apart, products)
         if sums is not None:
-            normals += normal
-    of_inner, of_product = tl.sum(inners, axis=1), tl.sum(products, axis=1)
+            aparts += apart
+    of_inner, of_product = tl.sum(inners, axis=1), deviation * tl.sum(products, axis=1)
     if sums is not None:
-        _store_sums(sums, of_inner, of_product, tl.sum(normals, axis=1), sample, chunk, channel, own, CHANNELS, CHUNKS)
+        of_normal = deviation * tl.sum(aparts, axis=1)
+        _store_sums(sums, of_inner, of_product, of_normal, sample, chunk, channel, own, CHANNELS, CHUNKS)
     if parts is not None:
         place_of = (sample * (CHANNELS // WIDTH) + group) * (2 * CHUNKS) + chunk
-        tl.store(parts + place_of, to_groups(slope * of_inner, member), mask=there)
-        tl.store(parts + place_of + CHUNKS, to_groups(slope * of_product, member), mask=there)
+        tl.store(parts + place_of, to_groups(gain * of_inner, member), mask=there)
+        tl.store(parts + place_of + CHUNKS, to_groups(gain * of_product, member), mask=there)
 
 
 @triton.jit
@@ -200,20 +210,20 @@ def group_norm_backward_apply_kernel(
     sample, chunk, channel, own = place(CHANNELS, BLOCK, ROWS, CHUNKS, WIDE)
     start = sample * CHANNELS * positions
     group, there, member = groups_of(own, CHANNELS, WIDTH, BLOCK, ROWS, GROUPS)
-    centre, deviation = _moments(mean, rstd, sample, group, there, member, CHANNELS, WIDTH)
-    centre, added = _centre(centre, add, sample, channel, own)
-    slope, offset = affine(weight, bias, scale, shift, sample, channel, own)
+    centre, gain, offset, deviation = _maps(
+        mean, rstd, weight, bias, add, scale, shift, sample, channel, own, group, there, member, CHANNELS, WIDTH
+    )
     part = tl.arange(0, PARTS)[None, :]
     mine = there[:, None] & (part < CHUNKS)
     place_of = (sample * (CHANNELS // WIDTH) + group)[:, None] * (2 * CHUNKS) + part
     a = tl.div_rn(tl.sum(tl.load(parts + place_of, mask=mine, other=0.0), axis=1), elements)
     b = tl.div_rn(tl.sum(tl.load(parts + place_of + CHUNKS, mask=mine, other=0.0), axis=1), elements)
-    a, b = to_rows(a, member), to_rows(b, member)
+    constant, along = -to_rows(a, member), -deviation * to_rows(b, member)
     for step in range(STEPS):
         first = (chunk * STEPS + step) * COLUMNS
         at, inside = offsets(channel, own, first, positions, CHANNELS, COLUMNS, LAST)
-        inner, normal = _inner(grad + start, x + start, at, inside, centre, added, deviation, slope, offset, SILU)
-        _store_gradient(grad_x + start, inner, normal, at, inside, slope, deviation, a, b)
+        inner, apart = _inner(grad + start, x + start, at, inside, centre, gain, offset, SILU)
+        _store_gradient(grad_x + start, inner, apart, at, inside, gain, along, constant)
 
 
 @triton.jit
@@ -321,7 +331,7 @@ def group_norm_backward(
     if not x.numel():
         wanted = [need and t is not None for need, t in zip(needs, (x, *vectors), strict=True)]
         return tuple(torch.zeros_like(t) if w else x.new_empty(0) for w, t in zip(wanted, (x, *vectors), strict=True))
-    call = prepare(x, num_groups, silu, RESIDENT_BACKWARD)
+    call = prepare(x, num_groups, silu, 2)
     plan, batch, channels = call.plan, x.shape[0], x.shape[1]
     grad = grad.contiguous(memory_format=call.format)
     grad_x = torch.empty_like(call.x, memory_format=call.format) if needs[0] else None

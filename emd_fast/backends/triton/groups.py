@@ -17,9 +17,9 @@ from torch import Tensor
 
 from emd_fast.backends.reference.group_norm import layout
 
-# Elements of a block that one program keeps in registers: 64 a thread of 16 warps, or 32 where there are two tensors.
-RESIDENT = 32768
-RESIDENT_BACKWARD = 16384
+# Elements of a block that one program keeps in its registers: 32 a thread of 16 warps, and of a second tensor as many.
+# Twice as many spill.
+_RESIDENT = 16384
 _STREAMED = 4096  # elements of a tile that is read and dropped
 _SMALL = 4096  # of a whole block, if its groups are so small that several fit: more programs rather than larger ones
 _ROWS_LAST, _ROWS_FIRST = 256, 32  # channels of a block at most: 512 bytes of bfloat16; enough to waste few rows
@@ -47,8 +47,8 @@ class Plan:
         return self.chunks * self.steps == 1
 
 
-def pick(channels: int, width: int, positions: int, channels_last: bool, resident: int) -> Plan:
-    """The plan for groups of `width` channels; `resident`: how many elements a program may keep.
+def pick(channels: int, width: int, positions: int, channels_last: bool, tensors: int) -> Plan:
+    """The plan for groups of `width` channels, where so many tensors like x are read at once.
 
     It depends on nothing but its arguments, and not on the batch: every rank takes the same, and the sums over a
     sample are the same in every batch.
@@ -58,19 +58,19 @@ def pick(channels: int, width: int, positions: int, channels_last: bool, residen
     columns = _power_of_two(positions)
     block = _block(channels, unit, width, _SMALL // columns)
     rows = _power_of_two(block)
-    if rows * columns <= resident:
+    if rows * columns <= _RESIDENT:
         steps = chunks = 1
         warps = min(max(rows * columns // 1024, 1), 16)
     else:
         block = _block(channels, unit, width, _ROWS_LAST if channels_last else _ROWS_FIRST)
         rows = _power_of_two(block)
-        columns = min(max(_STREAMED // rows, 1), columns)
+        columns = min(max(_STREAMED // tensors // rows, 1), columns)
         tiles = _ceil(positions, columns)
         # Each program of the second pass reads what all of the first left: twice as many chunks for four times the work.
         chunks = min(tiles, 4 * _power_of_two(math.isqrt(tiles) + 1) // 2, _CHUNKS)
         steps = _ceil(tiles, chunks)
         chunks = _ceil(tiles, steps)
-        warps = min(max(rows * columns // 512, 1), 16)
+        warps = min(max(rows * columns * tensors // 512, 1), 16)
     wide = (channels + rows) * (positions + 2 * steps * columns) >= _INT32
     return Plan(block, rows, _power_of_two(block // width), columns, steps, chunks, warps, wide)
 
@@ -109,7 +109,7 @@ class Call:
         return torch.empty(size, dtype=torch.float32, device=self.x.device)
 
 
-def prepare(x: Tensor, num_groups: int, silu: bool, resident: int) -> Call:
+def prepare(x: Tensor, num_groups: int, silu: bool, tensors: int) -> Call:
     """For x (B, C, ...), not empty; layouts other than contiguous and channels_last are copied, as for the CPU."""
     format = layout(x)
     x = x.contiguous(memory_format=format)
@@ -117,7 +117,7 @@ def prepare(x: Tensor, num_groups: int, silu: bool, resident: int) -> Call:
     # Where there is one position the layouts are one, and channels the neighbours.
     last = format != torch.contiguous_format or positions == 1
     width = channels // num_groups
-    plan = pick(channels, width, positions, last, resident)
+    plan = pick(channels, width, positions, last, tensors)
     constants = {
         "CHANNELS": channels,
         "WIDTH": width,
