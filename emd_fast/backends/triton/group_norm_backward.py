@@ -331,7 +331,7 @@ def group_norm_backward(
     if not x.numel():
         wanted = [need and t is not None for need, t in zip(needs, (x, *vectors), strict=True)]
         return tuple(torch.zeros_like(t) if w else x.new_empty(0) for w, t in zip(wanted, (x, *vectors), strict=True))
-    call = prepare(x, num_groups, silu, 2)
+    call = prepare(x, num_groups, silu)
     plan, batch, channels = call.plan, x.shape[0], x.shape[1]
     grad = grad.contiguous(memory_format=call.format)
     grad_x = torch.empty_like(call.x, memory_format=call.format) if needs[0] else None

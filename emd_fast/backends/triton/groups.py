@@ -6,6 +6,7 @@ groups: their number of channels is seldom a power of two, so a few rows of a ti
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -17,11 +18,9 @@ from torch import Tensor
 
 from emd_fast.backends.reference.group_norm import layout
 
-# Elements of a block that one program keeps in its registers: 32 a thread of 16 warps, and of a second tensor as many.
-# Twice as many spill.
-_RESIDENT = 16384
-_STREAMED = 4096  # elements of a tile that is read and dropped
-_SMALL = 4096  # of a whole block, if its groups are so small that several fit: more programs rather than larger ones
+_RESIDENT = 16384  # elements of a block that one program keeps, 32 a thread of 16 warps; twice as many would spill
+_SMALL = 4096  # of such a block where several groups fit: more programs rather than larger ones
+_STREAMED = 2048  # elements of a tile that is read and dropped: 8 a thread of 8 warps, a 128-bit access of bfloat16
 _ROWS_LAST, _ROWS_FIRST = 256, 32  # channels of a block at most: 512 bytes of bfloat16; enough to waste few rows
 _GROUPS = 16  # of a block at most: sums over groups cost rows times groups
 _CHUNKS = 256
@@ -47,8 +46,9 @@ class Plan:
         return self.chunks * self.steps == 1
 
 
-def pick(channels: int, width: int, positions: int, channels_last: bool, tensors: int) -> Plan:
-    """The plan for groups of `width` channels, where so many tensors like x are read at once.
+@functools.cache
+def pick(channels: int, width: int, positions: int, channels_last: bool) -> Plan:
+    """The plan for groups of `width` channels.
 
     It depends on nothing but its arguments, and not on the batch: every rank takes the same, and the sums over a
     sample are the same in every batch.
@@ -60,17 +60,17 @@ def pick(channels: int, width: int, positions: int, channels_last: bool, tensors
     rows = _power_of_two(block)
     if rows * columns <= _RESIDENT:
         steps = chunks = 1
-        warps = min(max(rows * columns // 1024, 1), 16)
+        warps = min(max(rows * columns // 512, 1), 16)
     else:
         block = _block(channels, unit, width, _ROWS_LAST if channels_last else _ROWS_FIRST)
         rows = _power_of_two(block)
-        columns = min(max(_STREAMED // tensors // rows, 1), columns)
+        columns = min(max(_STREAMED // rows, 1), columns)
         tiles = _ceil(positions, columns)
         # Each program of the second pass reads what all of the first left: twice as many chunks for four times the work.
-        chunks = min(tiles, 4 * _power_of_two(math.isqrt(tiles) + 1) // 2, _CHUNKS)
+        chunks = min(tiles, _power_of_two(math.isqrt(tiles) + 1), _CHUNKS)
         steps = _ceil(tiles, chunks)
         chunks = _ceil(tiles, steps)
-        warps = min(max(rows * columns * tensors // 512, 1), 16)
+        warps = min(max(rows * columns // 256, 1), 16)
     wide = (channels + rows) * (positions + 2 * steps * columns) >= _INT32
     return Plan(block, rows, _power_of_two(block // width), columns, steps, chunks, warps, wide)
 
@@ -109,7 +109,7 @@ class Call:
         return torch.empty(size, dtype=torch.float32, device=self.x.device)
 
 
-def prepare(x: Tensor, num_groups: int, silu: bool, tensors: int) -> Call:
+def prepare(x: Tensor, num_groups: int, silu: bool) -> Call:
     """For x (B, C, ...), not empty; layouts other than contiguous and channels_last are copied, as for the CPU."""
     format = layout(x)
     x = x.contiguous(memory_format=format)
@@ -117,7 +117,7 @@ def prepare(x: Tensor, num_groups: int, silu: bool, tensors: int) -> Call:
     # Where there is one position the layouts are one, and channels the neighbours.
     last = format != torch.contiguous_format or positions == 1
     width = channels // num_groups
-    plan = pick(channels, width, positions, last, tensors)
+    plan = pick(channels, width, positions, last)
     constants = {
         "CHANNELS": channels,
         "WIDTH": width,
