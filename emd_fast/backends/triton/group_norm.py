@@ -29,6 +29,16 @@ def _with_added(x, add, sample, channel, own):
 
 
 @triton.jit
+def _finish(remains, squares, elements):
+    """Exact to the last bit or so: a float32 mean is off, and what remains of x - centre on average says by how much.
+
+    Returns that, and the sum of squared deviations from the mean so corrected.
+    """
+    residual = tl.div_rn(remains, elements)
+    return residual, tl.maximum(squares - elements * residual * residual, 0.0)
+
+
+@triton.jit
 def _rstd(squares, elements, eps):
     return tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(squares, elements) + eps))
 
@@ -76,11 +86,15 @@ def group_norm_kernel(
     # The mean first, then what is apart from it.
     centre = tl.div_rn(to_groups(tl.sum(tl.where(inside, u, 0.0), axis=1), member), elements)
     apart = tl.where(inside, u - to_rows(centre, member)[:, None], 0.0)
-    deviation = _rstd(to_groups(tl.sum(apart * apart, axis=1), member), elements, eps)
-    tl.store(mean + sample * (CHANNELS // WIDTH) + group, centre, mask=there)
+    remains, total = to_groups(tl.sum(apart, axis=1), member), to_groups(tl.sum(apart * apart, axis=1), member)
+    residual, total = _finish(remains, total, elements)
+    deviation = _rstd(total, elements, eps)
+    tl.store(mean + sample * (CHANNELS // WIDTH) + group, centre + residual, mask=there)
     tl.store(rstd + sample * (CHANNELS // WIDTH) + group, deviation, mask=there)
     slope, offset = affine(weight, bias, scale, shift, sample, channel, own)
-    _store_result(y + start, apart, to_rows(deviation, member) * slope, offset, at, inside, SILU)
+    gain = to_rows(deviation, member) * slope
+    offset -= gain * to_rows(residual, member)
+    _store_result(y + start, apart, gain, offset, at, inside, SILU)
 
 
 @triton.jit
@@ -124,9 +138,11 @@ def group_moments_kernel(
     elements = WIDTH * tl.minimum(positions - chunk * STEPS * COLUMNS, STEPS * COLUMNS).to(tl.float32)
     centre = tl.div_rn(to_groups(tl.sum(count * m, axis=1), member), elements)
     apart = m - to_rows(centre, member)[:, None]
+    remains = to_groups(tl.sum(count * apart, axis=1), member)
     total = to_groups(tl.sum(tl.fma(count * apart, apart, s), axis=1), member)
+    residual, total = _finish(remains, total, elements)
     place_of = (sample * (CHANNELS // WIDTH) + group) * CHUNKS + chunk
-    tl.store(means + place_of, centre, mask=there)
+    tl.store(means + place_of, centre + residual, mask=there)
     tl.store(squares + place_of, total, mask=there)
 
 
@@ -172,13 +188,16 @@ def group_norm_apply_kernel(
     count = tl.where(mine, WIDTH * tl.minimum(left, STEPS * COLUMNS).to(tl.float32), 0.0)
     centre = tl.div_rn(tl.sum(count * m, axis=1), elements)
     between = m - centre[:, None]
-    deviation = _rstd(tl.sum(tl.fma(count * between, between, s), axis=1), elements, eps)
+    total = tl.sum(tl.fma(count * between, between, s), axis=1)
+    residual, total = _finish(tl.sum(count * between, axis=1), total, elements)
+    deviation = _rstd(total, elements, eps)
     if chunk == 0:
-        tl.store(mean + sample * (CHANNELS // WIDTH) + group, centre, mask=there)
+        tl.store(mean + sample * (CHANNELS // WIDTH) + group, centre + residual, mask=there)
         tl.store(rstd + sample * (CHANNELS // WIDTH) + group, deviation, mask=there)
 
     slope, offset = affine(weight, bias, scale, shift, sample, channel, own)
     gain, middle = to_rows(deviation, member) * slope, to_rows(centre, member)
+    offset -= gain * to_rows(residual, member)
     if add is not None:
         middle -= numbers(add, sample, channel, own)
     for step in range(STEPS):
