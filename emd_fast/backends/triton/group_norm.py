@@ -222,7 +222,7 @@ def group_norm(
     if not x.numel():
         mean = torch.zeros(batch, num_groups, dtype=torch.float32, device=x.device)
         return torch.empty_like(x, memory_format=layout(x)), mean, mean.clone()
-    call = prepare(x, num_groups, silu)
+    call = prepare(x, num_groups, silu, 1)
     y = torch.empty_like(call.x, memory_format=call.format)
     mean, rstd = call.empty(batch, num_groups), call.empty(batch, num_groups)
     tensors = (call.x, *(by_channel(t) for t in (weight, bias, add, scale, shift)), float(eps), call.elements)

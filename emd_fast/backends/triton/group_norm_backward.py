@@ -68,7 +68,9 @@ def _store_gradient(grad_x, inner, apart, at, inside, gain, along, constant):
 
 
 @triton.jit
-def _store_sums(sums, inner, product, normal, sample, chunk, channel, own, CHANNELS: tl.constexpr, CHUNKS: tl.constexpr):
+def _store_sums(
+    sums, inner, product, normal, sample, chunk, channel, own, CHANNELS: tl.constexpr, CHUNKS: tl.constexpr
+):
     """Of the inner gradient, of that times the normalised value, of the latter: to sums (B, CHUNKS, 3, CHANNELS)."""
     at = (sample * CHUNKS + chunk) * (3 * CHANNELS) + channel
     tl.store(sums + at, inner, mask=own)
@@ -331,7 +333,7 @@ def group_norm_backward(
     if not x.numel():
         wanted = [need and t is not None for need, t in zip(needs, (x, *vectors), strict=True)]
         return tuple(torch.zeros_like(t) if w else x.new_empty(0) for w, t in zip(wanted, (x, *vectors), strict=True))
-    call = prepare(x, num_groups, silu)
+    call = prepare(x, num_groups, silu, 2)
     plan, batch, channels = call.plan, x.shape[0], x.shape[1]
     grad = grad.contiguous(memory_format=call.format)
     grad_x = torch.empty_like(call.x, memory_format=call.format) if needs[0] else None

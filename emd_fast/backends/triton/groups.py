@@ -18,7 +18,8 @@ from torch import Tensor
 
 from emd_fast.backends.reference.group_norm import layout
 
-_RESIDENT = 16384  # elements of a block that one program keeps, 32 a thread of 16 warps; twice as many would spill
+# Elements that one program keeps, of x and in the backward pass of grad too: 32 a thread of 16 warps. More would spill.
+_RESIDENT = 16384
 _SMALL = 4096  # of such a block where several groups fit: more programs rather than larger ones
 _STREAMED = 2048  # elements of a tile that is read and dropped: 8 a thread of 8 warps, a 128-bit access of bfloat16
 _ROWS_LAST, _ROWS_FIRST = 256, 32  # channels of a block at most: 512 bytes of bfloat16; enough to waste few rows
@@ -47,8 +48,8 @@ class Plan:
 
 
 @functools.cache
-def pick(channels: int, width: int, positions: int, channels_last: bool) -> Plan:
-    """The plan for groups of `width` channels.
+def pick(channels: int, width: int, positions: int, channels_last: bool, tensors: int) -> Plan:
+    """The plan for groups of `width` channels, in a pass that reads so many tensors like x.
 
     It depends on nothing but its arguments, and not on the batch: every rank takes the same, and the sums over a
     sample are the same in every batch.
@@ -58,7 +59,7 @@ def pick(channels: int, width: int, positions: int, channels_last: bool) -> Plan
     columns = _power_of_two(positions)
     block = _block(channels, unit, width, _SMALL // columns)
     rows = _power_of_two(block)
-    if rows * columns <= _RESIDENT:
+    if rows * columns * tensors <= _RESIDENT:
         steps = chunks = 1
         warps = min(max(rows * columns // 512, 1), 16)
     else:
@@ -109,7 +110,7 @@ class Call:
         return torch.empty(size, dtype=torch.float32, device=self.x.device)
 
 
-def prepare(x: Tensor, num_groups: int, silu: bool) -> Call:
+def prepare(x: Tensor, num_groups: int, silu: bool, tensors: int) -> Call:
     """For x (B, C, ...), not empty; layouts other than contiguous and channels_last are copied, as for the CPU."""
     format = layout(x)
     x = x.contiguous(memory_format=format)
@@ -117,7 +118,7 @@ def prepare(x: Tensor, num_groups: int, silu: bool) -> Call:
     # Where there is one position the layouts are one, and channels the neighbours.
     last = format != torch.contiguous_format or positions == 1
     width = channels // num_groups
-    plan = pick(channels, width, positions, last)
+    plan = pick(channels, width, positions, last, tensors)
     constants = {
         "CHANNELS": channels,
         "WIDTH": width,
