@@ -4,6 +4,7 @@ import triton.language as tl
 from torch import Tensor
 
 from emd_fast.backends.triton import launch
+from emd_fast.backends.triton.group_norm_parameters import parameter_gradients
 from emd_fast.backends.triton.groups import (
     affine,
     by_channel,
@@ -15,10 +16,6 @@ from emd_fast.backends.triton.groups import (
     to_groups,
     to_rows,
 )  # fmt: skip
-
-# Rows of the sums over positions that a program of a later kernel reads at a time.
-_STRIP = 32
-_CHANNELS = 32
 
 
 @triton.jit
@@ -152,7 +149,7 @@ def group_norm_backward_sums_kernel(
     SILU: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """What a chunk adds to the two sums of each group, to parts (B, groups, 2, CHUNKS); and its sums of each channel."""
+    """What a chunk adds to the two sums of each group, to parts (B, groups, 2, CHUNKS); its sums of each channel."""
     sample, chunk, channel, own = place(CHANNELS, BLOCK, ROWS, CHUNKS, WIDE)
     start = sample * CHANNELS * positions
     group, there, member = groups_of(own, CHANNELS, WIDTH, BLOCK, ROWS, GROUPS)
@@ -228,93 +225,6 @@ def group_norm_backward_apply_kernel(
         _store_gradient(grad_x + start, inner, apart, at, inside, gain, along, constant)
 
 
-@triton.jit
-def group_norm_vectors_kernel(
-    grad_add,
-    grad_scale,
-    grad_shift,
-    sums,
-    rstd,
-    weight,
-    bias,
-    scale,
-    elements,
-    positions,
-    CHANNELS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    STRIP: tl.constexpr,
-):
-    """The gradients (B, C) from the sums over positions: those of all chunks, in their order."""
-    sample, _, channel, own = place(CHANNELS, BLOCK, ROWS, 1, False)
-    group, there, member = groups_of(own, CHANNELS, WIDTH, BLOCK, ROWS, GROUPS)
-    inner = tl.zeros([ROWS], tl.float32)
-    product = tl.zeros([ROWS], tl.float32)
-    normal = tl.zeros([ROWS], tl.float32)
-    for start in range(0, CHUNKS, STRIP):
-        chunk = start + tl.arange(0, STRIP)[None, :]
-        mask = own[:, None] & (chunk < CHUNKS)
-        at = (sample * CHUNKS + chunk) * (3 * CHANNELS) + channel[:, None]
-        inner += tl.sum(tl.load(sums + at, mask=mask, other=0.0), axis=1)
-        product += tl.sum(tl.load(sums + at + CHANNELS, mask=mask, other=0.0), axis=1)
-        normal += tl.sum(tl.load(sums + at + 2 * CHANNELS, mask=mask, other=0.0), axis=1)
-    out = sample * CHANNELS + channel
-    if grad_shift is not None:
-        tl.store(grad_shift + out, inner.to(grad_shift.dtype.element_ty), mask=own)
-    if grad_scale is not None:
-        value = product
-        if weight is not None:
-            value = value * numbers(weight, sample, channel, own)
-        if bias is not None:
-            value = tl.fma(inner, numbers(bias, sample, channel, own), value)
-        tl.store(grad_scale + out, value.to(grad_scale.dtype.element_ty), mask=own)
-    if grad_add is not None:
-        slope, _ = affine(weight, None, scale, None, sample, channel, own)
-        a = to_rows(tl.div_rn(to_groups(slope * inner, member), elements), member)
-        b = to_rows(tl.div_rn(to_groups(slope * product, member), elements), member)
-        deviation = tl.load(rstd + sample * (CHANNELS // WIDTH) + group, mask=there, other=0.0)
-        value = tl.fma(slope, inner, -(a * positions)) - b * normal
-        value = value * to_rows(deviation, member)
-        tl.store(grad_add + out, value.to(grad_add.dtype.element_ty), mask=own)
-
-
-@triton.jit(do_not_specialize=["rows"])
-def group_norm_parameters_kernel(
-    grad_weight,
-    grad_bias,
-    sums,
-    scale,
-    rows,
-    CHANNELS: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    STRIP: tl.constexpr,
-):
-    """The gradients (C,): rows are samples and their chunks, added in their order."""
-    channel = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    own = channel < CHANNELS
-    inner = tl.zeros([STRIP, COLUMNS], tl.float32)
-    product = tl.zeros([STRIP, COLUMNS], tl.float32)
-    for start in range(0, rows, STRIP):
-        row = (start + tl.arange(0, STRIP)).to(tl.int64)[:, None]
-        mask = own[None, :] & (row < rows)
-        at = row * (3 * CHANNELS) + channel[None, :]
-        i = tl.load(sums + at, mask=mask, other=0.0)
-        p = tl.load(sums + at + CHANNELS, mask=mask, other=0.0)
-        if scale is not None:
-            gain = 1 + numbers(scale, row // CHUNKS, channel[None, :], mask)
-            i, p = i * gain, p * gain
-        inner += i
-        product += p
-    if grad_weight is not None:
-        tl.store(grad_weight + channel, tl.sum(product, axis=0).to(grad_weight.dtype.element_ty), mask=own)
-    if grad_bias is not None:
-        tl.store(grad_bias + channel, tl.sum(inner, axis=0).to(grad_bias.dtype.element_ty), mask=own)
-
-
 def group_norm_backward(
     grad: Tensor,
     x: Tensor,
@@ -331,13 +241,13 @@ def group_norm_backward(
 ) -> tuple[Tensor, ...]:
     vectors = (weight, bias, add, scale, shift)
     if not x.numel():
-        wanted = [need and t is not None for need, t in zip(needs, (x, *vectors), strict=True)]
-        return tuple(torch.zeros_like(t) if w else x.new_empty(0) for w, t in zip(wanted, (x, *vectors), strict=True))
+        of = zip(needs, (x, *vectors), strict=True)
+        return tuple(t.new_zeros(t.shape) if need and t is not None else x.new_empty(0) for need, t in of)
     call = prepare(x, num_groups, silu, 2)
     plan, batch, channels = call.plan, x.shape[0], x.shape[1]
     grad = grad.contiguous(memory_format=call.format)
     grad_x = torch.empty_like(call.x, memory_format=call.format) if needs[0] else None
-    grad_weight, grad_bias, grad_add, grad_scale, grad_shift = found = [
+    found = [
         torch.empty(t.shape, dtype=t.dtype, device=x.device) if need and t is not None else None
         for need, t in zip(needs[1:], vectors, strict=True)
     ]
@@ -358,25 +268,6 @@ def group_norm_backward(
         submit(group_norm_backward_sums_kernel, parts, sums)
         submit(group_norm_backward_apply_kernel, grad_x, parts, PARTS=1 << (plan.chunks - 1).bit_length())
 
-    by_weight, by_bias, _, by_scale, _ = affine_args
-    if any(f is not None for f in (grad_add, grad_scale, grad_shift)):
-        constants = {k: call.constants[k] for k in ("CHANNELS", "WIDTH", "BLOCK", "ROWS", "GROUPS", "CHUNKS")}
-        launch.submit(
-            group_norm_vectors_kernel,
-            call.programs // plan.chunks,
-            (grad_add, grad_scale, grad_shift, sums, rstd, by_weight, by_bias, by_scale)
-            + (call.elements, float(call.positions)),
-            {**constants, "STRIP": min(_STRIP, 1 << (plan.chunks - 1).bit_length())},
-            4,
-            x.device,
-        )
-    if any(f is not None for f in (grad_weight, grad_bias)):
-        launch.submit(
-            group_norm_parameters_kernel,
-            -(-channels // _CHANNELS),
-            (grad_weight, grad_bias, sums, by_scale, batch * plan.chunks),
-            {"CHANNELS": channels, "CHUNKS": plan.chunks, "COLUMNS": _CHANNELS, "STRIP": _STRIP},
-            4,
-            x.device,
-        )
+    if sums is not None:
+        parameter_gradients(call, sums, rstd, affine_args, found)
     return tuple(x.new_empty(0) if f is None else f for f in (grad_x, *found))

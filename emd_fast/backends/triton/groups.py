@@ -67,7 +67,7 @@ def pick(channels: int, width: int, positions: int, channels_last: bool, tensors
         rows = _power_of_two(block)
         columns = min(max(_STREAMED // rows, 1), columns)
         tiles = _ceil(positions, columns)
-        # Each program of the second pass reads what all of the first left: twice as many chunks for four times the work.
+        # Each program of the second pass reads what all of the first left: for four times the work, twice as many.
         chunks = min(tiles, _power_of_two(math.isqrt(tiles) + 1), _CHUNKS)
         steps = _ceil(tiles, chunks)
         chunks = _ceil(tiles, steps)
