@@ -78,14 +78,15 @@ def group_norm_parameters_kernel(
     CHUNKS: tl.constexpr,
     COLUMNS: tl.constexpr,
     STRIP: tl.constexpr,
+    STRIPS: tl.constexpr,
 ):
     """The gradients (C,): rows are samples and their chunks, added in their order."""
     channel = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     own = channel < CHANNELS
     inner = tl.zeros([STRIP, COLUMNS], tl.float32)
     product = tl.zeros([STRIP, COLUMNS], tl.float32)
-    for start in range(0, rows, STRIP):
-        row = (start + tl.arange(0, STRIP)).to(tl.int64)[:, None]
+    for strip in range(STRIPS):
+        row = (strip * STRIP + tl.arange(0, STRIP)).to(tl.int64)[:, None]
         mask = own[None, :] & (row < rows)
         at = row * (3 * CHANNELS) + channel[None, :]
         i = tl.load(sums + at, mask=mask, other=0.0)
@@ -127,11 +128,20 @@ def parameter_gradients(
             sums.device,
         )
     if grad_weight is not None or grad_bias is not None:
+        rows = sums.shape[0] * plan.chunks
+        strips = -(-rows // _STRIP)
         launch.submit(
             group_norm_parameters_kernel,
             -(-channels // _CHANNELS),
-            (grad_weight, grad_bias, sums, by_scale, sums.shape[0] * plan.chunks),
-            {"CHANNELS": channels, "CHUNKS": plan.chunks, "COLUMNS": _CHANNELS, "STRIP": _STRIP},
+            (grad_weight, grad_bias, sums, by_scale, rows),
+            # A power of two, so that few sizes of a batch ask for another kernel.
+            {
+                "CHANNELS": channels,
+                "CHUNKS": plan.chunks,
+                "COLUMNS": _CHANNELS,
+                "STRIP": _STRIP,
+                "STRIPS": 1 << (strips - 1).bit_length(),
+            },
             4,
             sums.device,
         )
