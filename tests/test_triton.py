@@ -16,6 +16,7 @@ HERE = Path(__file__).parent
 # The tests of the ops, with "triton" among their backends, and what only these kernels have to show.
 FILES = [
     "triton_interpreted.py",
+    "triton_interpreted_group_norm.py",
     "test_uniform.py",
     "test_normal.py",
     "test_perturb.py",
@@ -23,6 +24,7 @@ FILES = [
     "test_langevin_z.py",
     "test_m_step_loss.py",
     "test_score_matching_loss.py",
+    "test_group_norm.py",
 ]
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -52,7 +54,7 @@ def test_who_is_served(monkeypatch):
     for op in backends.triton.OPS:
         assert backends.why_not(op, "triton", "cuda") is None
         assert "TRITON_INTERPRET=1" in backends.why_not(op, "triton", "cpu")
-    assert backends.why_not("group_norm", "triton", "cuda") == "it does not have this op"
+    assert backends.why_not("integers", "triton", "cuda") == "it does not have this op"
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert backends.why_not("normal", "triton", "cpu") is None
     report = emd_fast.backend_report()

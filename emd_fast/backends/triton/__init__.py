@@ -11,6 +11,8 @@ from typing import Any
 
 OPS = frozenset(
     {
+        "group_norm",
+        "group_norm_backward",
         "langevin_eps",
         "langevin_z",
         "m_step_loss",
