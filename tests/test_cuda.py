@@ -271,3 +271,31 @@ def test_e_step_on_the_gpu_is_that_of_the_cpu(backend):
         results.append([found.z.cpu(), found.eps.cpu(), found.drift.cpu()])
     for ours, cpu in zip(*reversed(results), strict=True):
         assert_within(ours, cpu, 1e-4)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    ("shape", "groups"),
+    [((2, 192, 16, 16), 32), ((2, 320, 64, 64), 32), ((3, 1152, 8, 8), 32), ((2, 6, 7, 5), 3), ((2, 12, 1, 1), 4)],
+)
+def test_group_norm(shape, groups, layout):
+    if reason := emd_fast.backends.why_not("group_norm", "triton", DEVICE):
+        pytest.skip(reason)
+    g = seeded(5)
+    for dtype in DTYPES:
+        x, grad = (draw(shape, g, dtype, scale=2.0).contiguous(memory_format=layout) for _ in range(2))
+        weight, bias = (torch.randn(shape[1], generator=g) for _ in range(2))
+        add, scale, shift = (torch.randn(shape[:2], generator=g) for _ in range(3))
+        arguments = [x, weight, bias, add, scale, shift]
+        results = []
+        runs = (("triton", DEVICE, None), ("reference", "cpu", torch.float64), ("reference", "cpu", None))
+        for name, device, kind in runs:
+            values = [v.to(device, kind or v.dtype).requires_grad_() for v in arguments]
+            with emd_fast.use_backend(name):
+                y = ops.group_norm(
+                    values[0], groups, *values[1:3], add=values[3], scale=values[4], shift=values[5], activation="silu"
+                )
+                gradients = torch.autograd.grad(y, values, grad.to(device, y.dtype))
+            results.append([v.detach().cpu() for v in (y, *gradients)])
+        for i, (ours, exact, eager) in enumerate(zip(*results, strict=True)):
+            assert_as_good_as_eager(ours, exact, eager, what=f"{dtype} {i}")
