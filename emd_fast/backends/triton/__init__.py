@@ -11,6 +11,8 @@ from typing import Any
 
 OPS = frozenset(
     {
+        "attention",
+        "attention_backward",
         "langevin_eps",
         "langevin_z",
         "m_step_loss",
