@@ -16,6 +16,8 @@ HERE = Path(__file__).parent
 # The tests of the ops, with "triton" among their backends, and what only these kernels have to show.
 FILES = [
     "triton_interpreted.py",
+    "triton_interpreted_attention.py",
+    "test_attention.py",
     "test_uniform.py",
     "test_normal.py",
     "test_perturb.py",

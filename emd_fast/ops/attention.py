@@ -17,17 +17,18 @@ _MAX_HEAD_DIM = 256
 _op = define(
     "attention",
     "Tensor q, Tensor k, Tensor v, float scale",
-    "(Tensor, Tensor)",
+    "(Tensor, Tensor, Tensor)",
     fake=lambda q, k, v, scale: (
         q.new_empty(q.shape),
+        q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32),
         q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32),
     ),
 )
 _backward_op = define(
     "attention_backward",
-    "Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor log_sum, float scale, bool[3] needs",
+    "Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor top, Tensor share, float scale, bool[3] needs",
     "(Tensor, Tensor, Tensor)",
-    fake=lambda grad, q, k, v, out, log_sum, scale, needs: tuple(
+    fake=lambda grad, q, k, v, out, top, share, scale, needs: tuple(
         t.new_empty(t.shape if need else 0) for t, need in zip((q, k, v), needs, strict=True)
     ),
 )
@@ -39,7 +40,7 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad, _):
+def _backward(ctx, grad, *_):
     needs = list(ctx.needs_input_grad[:3])
     if grad is None:
         return (None,) * 5

@@ -14,11 +14,16 @@ def _logits(q: Tensor, k: Tensor, scale: float) -> Tensor:
     return scale * torch.einsum("bqhd,bkhd->bhqk", wide(q), wide(k))
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """The result, and the logarithm to base 2 of the sum of the exponentials (B, heads, tokens)."""
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The result, and two numbers (B, heads, tokens) float32 for each query: its largest logit in base 2, and the
+    weight that this one has. A weight is share * 2^(logit - top).
+    """
     logits = _logits(q, k, scale)
-    out = torch.einsum("bhqk,bkhd->bqhd", logits.softmax(-1), wide(v)).to(q.dtype)
-    return out.contiguous(), _LOG2_E * logits.logsumexp(-1)
+    weights = logits.softmax(-1)
+    out = torch.einsum("bhqk,bkhd->bqhd", weights, wide(v)).to(q.dtype).contiguous()
+    if not k.shape[1]:
+        return out, logits.new_full(logits.shape[:3], -math.inf), logits.new_zeros(logits.shape[:3])
+    return out, _LOG2_E * logits.amax(-1), weights.amax(-1)
 
 
 def attention_backward(
@@ -27,7 +32,8 @@ def attention_backward(
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    log_sum: Tensor,
+    top: Tensor,
+    share: Tensor,
     scale: float,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:

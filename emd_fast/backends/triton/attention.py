@@ -31,7 +31,8 @@ def _softmax_step(logits, base_2, top, total, inside, MASKED: tl.constexpr):
 @triton.jit(do_not_specialize=["tokens", "keys", "heads", "tiles"])
 def attention_kernel(
     out,
-    log_sum,
+    tops,
+    shares,
     q,
     k,
     v,
@@ -93,13 +94,15 @@ def attention_kernel(
     if D1:
         store(out_rows, acc1 / total[:, None], row < tokens, D0, D1, HEAD_DIM)
     of_head = (sample * heads + head) * tokens
-    tl.store(log_sum + of_head + row, top + tl.log2(total), mask=row < tokens)
+    tl.store(tops + of_head + row, top, mask=row < tokens)
+    tl.store(shares + of_head + row, 1.0 / total, mask=row < tokens)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    log_sum = torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32, device=q.device)
+    top = torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32, device=q.device)
+    share = torch.empty_like(top)
     if not q.numel() or not k.numel():  # sums over nothing
-        return out.zero_(), log_sum.fill_(-float("inf"))
-    attention_launch.run("forward", attention_kernel, out, log_sum, q, k, v, q=q, k=k, scale=scale)
-    return out, log_sum
+        return out.zero_(), top.fill_(-float("inf")), share.zero_()
+    attention_launch.run("forward", attention_kernel, out, top, share, q, k, v, q=q, k=k, scale=scale)
+    return out, top, share

@@ -1,8 +1,10 @@
 """The gradients of attention: two kernels, since no two programs may add to one number.
 
 One goes over the keys for a block of queries and gives the gradient to q; the other goes over the queries for a block
-of keys and gives those to k and v. Both compute the weights again from q, k and the saved log-sum. With p the weights
-and g the gradient of the result, that of the logits is p (g v^T - delta), delta the product of g and the result.
+of keys and gives those to k and v. Both compute the weights p again, as share 2^(logit - top) with the two numbers that
+the forward pass saved for each query: a log-sum in their place, one number, would round as coarsely as the logits are
+large, and so would every weight. With g the gradient of the result, that of the logits is p (g v^T - delta), delta the
+product of g and the result.
 """
 
 import torch
@@ -46,7 +48,8 @@ def attention_delta_kernel(
 def attention_to_queries_kernel(
     to_q,
     grad,
-    log_sum,
+    tops,
+    shares,
     delta,
     q,
     k,
@@ -83,7 +86,8 @@ def attention_to_queries_kernel(
         g1 = load(g_rows, there, D0, D1, HEAD_DIM, RAGGED_M)
         acc1 = tl.zeros([BLOCK_M, D1], tl.float32)
     of_head = (sample * heads + head) * tokens
-    log_sums = tl.load(log_sum + of_head + row, mask=there, other=0.0)
+    top = tl.load(tops + of_head + row, mask=there, other=0.0)
+    share = tl.load(shares + of_head + row, mask=there, other=0.0)
     deltas = tl.load(delta + of_head + row, mask=there, other=0.0)
 
     whole = keys // BLOCK_N * BLOCK_N
@@ -101,8 +105,8 @@ def attention_to_queries_kernel(
                 to_weights = tl.dot(g1, tl.trans(v1), to_weights, input_precision=PRECISION)
             if NEGATIVE:
                 logits = -logits
-            weights = tl.exp2(logits * base_2 - log_sums[:, None])
-            if TAIL:  # a key that is not there has logits of 0, which may be far above the log-sum
+            weights = tl.exp2(logits * base_2 - top[:, None]) * share[:, None]
+            if TAIL:  # a key that is not there has logits of 0, which may be far above the top
                 weights = tl.where(inside[None, :], weights, 0.0)
             to_logits = (weights * (to_weights - deltas[:, None])).to(k0.dtype)
             acc0 = tl.dot(to_logits, k0, acc0, input_precision=PRECISION)
@@ -121,7 +125,8 @@ def attention_to_keys_kernel(
     to_k,
     to_v,
     grad,
-    log_sum,
+    tops,
+    shares,
     delta,
     q,
     k,
@@ -180,8 +185,9 @@ def attention_to_keys_kernel(
                 logits = tl.dot(k1, tl.trans(q1), logits, input_precision=PRECISION)
             if NEGATIVE:
                 logits = -logits
-            log_sums = tl.load(log_sum + of_head + start + row, mask=inside, other=0.0)
-            weights = tl.exp2(logits * base_2 - log_sums[None, :])
+            top = tl.load(tops + of_head + start + row, mask=inside, other=0.0)
+            share = tl.load(shares + of_head + start + row, mask=inside, other=0.0)
+            weights = tl.exp2(logits * base_2 - top[None, :]) * share[None, :]
             if to_v is not None:
                 rounded = weights.to(g0.dtype)
                 acc_v0 = tl.dot(rounded, g0, acc_v0, input_precision=PRECISION)
@@ -216,7 +222,8 @@ def attention_backward(
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    log_sum: Tensor,
+    top: Tensor,
+    share: Tensor,
     scale: float,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -226,16 +233,23 @@ def attention_backward(
     )
     if not q.numel() or not k.numel():  # sums over nothing
         return to_q.zero_(), to_k.zero_(), to_v.zero_()
+    if k.shape[1] == 1:  # the one weight is 1, whatever q and k are: exactly 0, not a difference of two equal sums
+        to_q, to_k, needs = to_q.zero_(), to_k.zero_(), [False, False, needs[2]]
     if grad.stride(3) != 1 and grad.shape[3] > 1:  # an expanded gradient, as that of a sum
         grad = grad.contiguous()
     delta = None
     if needs[0] or needs[1]:
-        delta = torch.empty_like(log_sum)
+        delta = torch.empty_like(top)
         attention_launch.run("delta", attention_delta_kernel, delta, out, grad, q=q, k=k)
-    rest = (grad, log_sum, delta, q, k, v)
+    rest = (grad, top, share, delta, q, k, v)
     if needs[0]:
         attention_launch.run("to_queries", attention_to_queries_kernel, to_q, *rest, q=q, k=k, scale=scale)
-    if needs[1] or needs[2]:
-        gradients = (to_k if needs[1] else None, to_v if needs[2] else None)
-        attention_launch.run("to_keys", attention_to_keys_kernel, *gradients, *rest, q=q, k=k, scale=scale)
+    if needs[1] and needs[2] and attention_launch.tiles("to_keys", q).apart:
+        pairs = [(to_k, None), (None, to_v)]
+    elif needs[1] or needs[2]:
+        pairs = [(to_k if needs[1] else None, to_v if needs[2] else None)]
+    else:
+        pairs = []
+    for pair in pairs:
+        attention_launch.run("to_keys", attention_to_keys_kernel, *pair, *rest, q=q, k=k, scale=scale)
     return to_q, to_k, to_v

@@ -24,6 +24,70 @@ class Tiles:
     block_n: int
     warps: int
     stages: int
+    apart: bool = False  # the gradients to k and to v by a launch each, where the two do not fit the registers
+
+
+# The tiles, by kernel, for head dims up to each of _LIMITS.
+_LIMITS = (64, 96, 128, 160, 256)
+_TILES = {
+    "mma": {  # sm_80, sm_86, sm_89, sm_120: at most 99 KB of shared memory, operands in registers
+        "forward": (
+            Tiles(128, 64, 4, 3),
+            Tiles(128, 64, 8, 3),
+            Tiles(128, 64, 8, 3),
+            Tiles(128, 32, 8, 3),
+            Tiles(64, 16, 4, 2),
+        ),
+        "to_queries": (
+            Tiles(64, 64, 4, 3),
+            Tiles(128, 32, 8, 3),
+            Tiles(128, 32, 8, 3),
+            Tiles(64, 32, 4, 3),
+            Tiles(32, 32, 4, 2),
+        ),
+        "to_keys": (
+            Tiles(32, 128, 8, 3),
+            Tiles(32, 128, 8, 3),
+            Tiles(64, 64, 8, 2),
+            Tiles(32, 64, 8, 2, apart=True),
+            Tiles(32, 32, 8, 2, apart=True),
+        ),
+    },
+    "sm_90": {
+        "forward": (
+            Tiles(128, 128, 8, 3),
+            Tiles(128, 128, 8, 2),
+            Tiles(128, 64, 8, 3),
+            Tiles(128, 64, 8, 3),
+            Tiles(128, 32, 8, 3),
+        ),
+        "to_queries": (
+            Tiles(128, 64, 8, 3),
+            Tiles(128, 64, 8, 3),
+            Tiles(128, 64, 8, 3),
+            Tiles(128, 64, 8, 3),
+            Tiles(128, 32, 8, 3),
+        ),
+        "to_keys": (
+            Tiles(64, 128, 8, 3),
+            Tiles(64, 128, 8, 2),
+            Tiles(32, 128, 8, 3),
+            Tiles(64, 128, 8, 2, apart=True),
+            Tiles(32, 128, 8, 2, apart=True),
+        ),
+    },
+}
+_TILES["sm_100"] = _TILES["sm_90"]
+_FLOAT32 = {  # products by fused multiply-adds, which want their operands in registers
+    role: (
+        Tiles(32, 32, 4, 2),
+        Tiles(32, 32, 4, 2),
+        Tiles(32, 32, 4, 2),
+        Tiles(32, 32, 4, 2),
+        Tiles(32, 32, 4, 2),
+    )
+    for role in ("forward", "to_queries", "to_keys")
+}
 
 
 def widths(head_dim: int) -> tuple[int, int]:
@@ -39,8 +103,22 @@ def widths(head_dim: int) -> tuple[int, int]:
     return whole // 2, max(1 << (rest - 1).bit_length(), 16)
 
 
-def pick(role: str, head_dim: int, dtype: torch.dtype, capability: int) -> Tiles:
-    return Tiles(64, 64, 4, 2)
+def pick(role: str, head_dim: int, dtype: torch.dtype, architecture: int) -> Tiles:
+    """The tiles of a kernel: "forward", "to_queries", "to_keys" or "delta"; from its arguments alone."""
+    if role == "delta":
+        return Tiles(64, 64, 4, 1)
+    table = _FLOAT32 if dtype == torch.float32 else _TILES[chip(architecture)]
+    limit = next(limit for limit in _LIMITS if head_dim <= limit)
+    return table[role][_LIMITS.index(limit)]
+
+
+def chip(architecture: int) -> str:
+    """The class of a GPU, by its instruction for products of matrices and its shared memory."""
+    if architecture < 80:
+        raise RuntimeError(f"backend 'triton' cannot run attention on sm_{architecture}: it needs sm_80 or newer")
+    if 90 <= architecture < 120:
+        return "sm_90" if architecture < 100 else "sm_100"
+    return "mma"
 
 
 def run(role: str, kernel: Any, *args: Tensor | None, q: Tensor, k: Tensor, scale: float = 1.0) -> None:
@@ -49,10 +127,9 @@ def run(role: str, kernel: Any, *args: Tensor | None, q: Tensor, k: Tensor, scal
     A program has one tile of queries (of keys, for "to_keys") of one head.
     """
     (batch, tokens, heads, head_dim), keys = q.shape, k.shape[1]
-    choice = pick(role, head_dim, q.dtype, architecture(q.device) if q.device.type == "cuda" else _INTERPRETED)
+    choice, (d0, d1), unit = tiles(role, q), widths(head_dim), _unit(args)
     rows, block = (keys, choice.block_n) if role == "to_keys" else (tokens, choice.block_m)
-    tiles = -(-rows // block)
-    d0, d1 = widths(head_dim)
+    programs = -(-rows // block)
     constants = {
         "HEAD_DIM": head_dim,
         "D0": d0,
@@ -62,19 +139,24 @@ def run(role: str, kernel: Any, *args: Tensor | None, q: Tensor, k: Tensor, scal
         "RAGGED_M": tokens % choice.block_m != 0,
         "RAGGED_N": keys % choice.block_n != 0,
         "NEGATIVE": scale < 0,
-        "UNIT": _unit(args),
+        "UNIT": unit,
         "PRECISION": _precision(q.dtype),
     }
     scales = () if role == "delta" else (abs(scale) * math.log2(math.e), scale)
     launch.submit(
         kernel,
-        batch * heads * tiles,
-        (*(_view(x, constants["UNIT"]) for x in args), *scales, tokens, keys, heads, tiles),
+        batch * heads * programs,
+        (*(_view(x, unit) for x in args), *scales, tokens, keys, heads, programs),
         {name: value for name, value in constants.items() if name in kernel.arg_names},
         choice.warps,
         q.device,
         {"num_stages": choice.stages, "enable_fp_fusion": True},
     )
+
+
+def tiles(role: str, q: Tensor) -> Tiles:
+    """`pick` for this tensor."""
+    return pick(role, q.shape[3], q.dtype, architecture(q.device) if q.device.type == "cuda" else _INTERPRETED)
 
 
 def _view(x: Tensor | None, unit: int) -> Any:
