@@ -68,6 +68,7 @@ class Compiled:
     registers: int
     spills: int  # bytes, stored and loaded
     stack: int
+    tensor_memory: int  # columns of it, which sm_100 has
 
     def count(self, pattern: str) -> int:
         return len(re.findall(pattern, self.ptx))
@@ -134,4 +135,12 @@ def compiled(submitted: Submitted, target: int) -> Compiled:
     spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", said))
     stack = sum(int(n) for n in re.findall(r"(\d+) bytes stack frame", said))
     registers = int(re.search(r"Used (\d+) registers", said)[1])
-    return Compiled(result.asm["ptx"], result.asm["cubin"], result.metadata.shared, registers, spills, stack)
+    return Compiled(
+        result.asm["ptx"],
+        result.asm["cubin"],
+        result.metadata.shared,
+        registers,
+        spills,
+        stack,
+        getattr(result.metadata, "tmem_size", None) or 0,
+    )

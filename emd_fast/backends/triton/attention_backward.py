@@ -244,7 +244,7 @@ def attention_backward(
     rest = (grad, top, share, delta, q, k, v)
     if needs[0]:
         attention_launch.run("to_queries", attention_to_queries_kernel, to_q, *rest, q=q, k=k, scale=scale)
-    if needs[1] and needs[2] and attention_launch.tiles("to_keys", q).apart:
+    if needs[1] and needs[2] and attention_launch.tiles("to_keys", q, k).apart:
         pairs = [(to_k, None), (None, to_v)]
     elif needs[1] or needs[2]:
         pairs = [(to_k if needs[1] else None, to_v if needs[2] else None)]

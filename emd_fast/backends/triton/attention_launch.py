@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,14 +36,14 @@ _TILES = {
             Tiles(128, 64, 8, 3),
             Tiles(128, 64, 8, 3),
             Tiles(128, 32, 8, 3),
-            Tiles(64, 16, 4, 2),
+            Tiles(64, 32, 8, 2),
         ),
         "to_queries": (
             Tiles(64, 64, 4, 3),
             Tiles(128, 32, 8, 3),
             Tiles(128, 32, 8, 3),
             Tiles(64, 32, 4, 3),
-            Tiles(32, 32, 4, 2),
+            Tiles(32, 32, 8, 2),
         ),
         "to_keys": (
             Tiles(32, 128, 8, 3),
@@ -77,7 +77,17 @@ _TILES = {
         ),
     },
 }
-_TILES["sm_100"] = _TILES["sm_90"]
+_TILES["sm_100"] = {
+    "forward": _TILES["sm_90"]["forward"],
+    "to_queries": (
+        Tiles(128, 64, 8, 3),
+        Tiles(128, 64, 8, 3),
+        Tiles(64, 64, 4, 3),
+        Tiles(128, 64, 8, 3),
+        Tiles(64, 64, 8, 2),
+    ),
+    "to_keys": _TILES["sm_90"]["to_keys"],
+}
 _FLOAT32 = {  # products by fused multiply-adds, which want their operands in registers
     role: (
         Tiles(32, 32, 4, 2),
@@ -103,13 +113,22 @@ def widths(head_dim: int) -> tuple[int, int]:
     return whole // 2, max(1 << (rest - 1).bit_length(), 16)
 
 
-def pick(role: str, head_dim: int, dtype: torch.dtype, architecture: int) -> Tiles:
-    """The tiles of a kernel: "forward", "to_queries", "to_keys" or "delta"; from its arguments alone."""
+def pick(role: str, head_dim: int, dtype: torch.dtype, architecture: int, length: int) -> Tiles:
+    """The tiles of a kernel: "forward", "to_queries", "to_keys" or "delta"; from its arguments alone.
+
+    Args:
+        length: of the side that the programs share out: keys for "to_keys", queries for the others. Half a tile of
+            128 and half the warps do for lengths up to 64.
+    """
     if role == "delta":
         return Tiles(64, 64, 4, 1)
     table = _FLOAT32 if dtype == torch.float32 else _TILES[chip(architecture)]
-    limit = next(limit for limit in _LIMITS if head_dim <= limit)
-    return table[role][_LIMITS.index(limit)]
+    column = next(i for i, limit in enumerate(_LIMITS) if head_dim <= limit)
+    choice = table[role][column]
+    if length > 64 or 128 != (choice.block_n if role == "to_keys" else choice.block_m):
+        return choice
+    half = replace(choice, warps=choice.warps // 2)
+    return replace(half, block_n=64) if role == "to_keys" else replace(half, block_m=64)
 
 
 def chip(architecture: int) -> str:
@@ -127,7 +146,7 @@ def run(role: str, kernel: Any, *args: Tensor | None, q: Tensor, k: Tensor, scal
     A program has one tile of queries (of keys, for "to_keys") of one head.
     """
     (batch, tokens, heads, head_dim), keys = q.shape, k.shape[1]
-    choice, (d0, d1), unit = tiles(role, q), widths(head_dim), _unit(args)
+    choice, (d0, d1), unit = tiles(role, q, k), widths(head_dim), _unit(args)
     rows, block = (keys, choice.block_n) if role == "to_keys" else (tokens, choice.block_m)
     programs = -(-rows // block)
     constants = {
@@ -154,9 +173,10 @@ def run(role: str, kernel: Any, *args: Tensor | None, q: Tensor, k: Tensor, scal
     )
 
 
-def tiles(role: str, q: Tensor) -> Tiles:
-    """`pick` for this tensor."""
-    return pick(role, q.shape[3], q.dtype, architecture(q.device) if q.device.type == "cuda" else _INTERPRETED)
+def tiles(role: str, q: Tensor, k: Tensor) -> Tiles:
+    """`pick` for these tensors."""
+    capability = architecture(q.device) if q.device.type == "cuda" else _INTERPRETED
+    return pick(role, q.shape[3], q.dtype, capability, (k if role == "to_keys" else q).shape[1])
 
 
 def _view(x: Tensor | None, unit: int) -> Any:
