@@ -119,6 +119,13 @@ def test_sharp_weights(dtype, spread, products_in_the_dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_logits_far_below_zero(dtype, products_in_the_dtype):
+    """Keys beyond the last are read as 0 and have logits of 0, hundreds above all others: they must not count."""
+    q, k, v, g = inputs(5, 70, 1, 64, dtype)
+    check((5 * q.abs(), -5 * k.abs(), v, g))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_large_logits_do_not_overflow(dtype):
     """Logits beyond the range of float16, and of the exponential of float32: one key takes all of the weight."""
     q, k, v, g = inputs(3, 70, 1, 64, dtype)

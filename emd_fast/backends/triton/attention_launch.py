@@ -88,15 +88,28 @@ _TILES["sm_100"] = {
     ),
     "to_keys": _TILES["sm_90"]["to_keys"],
 }
-_FLOAT32 = {  # products by fused multiply-adds, which want their operands in registers
-    role: (
+_FLOAT32 = {  # products by fused multiply-adds, which want their operands in registers; on every chip
+    "forward": (
         Tiles(32, 32, 4, 2),
         Tiles(32, 32, 4, 2),
+        Tiles(32, 16, 4, 2),
+        Tiles(32, 16, 4, 2),
+        Tiles(16, 16, 4, 2),
+    ),
+    "to_queries": (
         Tiles(32, 32, 4, 2),
+        Tiles(32, 16, 4, 2),
+        Tiles(32, 16, 4, 2),
+        Tiles(32, 16, 4, 2),
+        Tiles(16, 16, 4, 2),
+    ),
+    "to_keys": (
         Tiles(32, 32, 4, 2),
-        Tiles(32, 32, 4, 2),
-    )
-    for role in ("forward", "to_queries", "to_keys")
+        Tiles(16, 32, 4, 2),
+        Tiles(16, 32, 4, 2),
+        Tiles(16, 32, 4, 2),
+        Tiles(16, 16, 4, 2),
+    ),
 }
 
 
