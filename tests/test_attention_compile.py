@@ -14,7 +14,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from ahead_of_time import compiled, launches
 
-from emd_fast.backends.triton import attention_launch
+from emd_fast.backends.triton import attention_launch, attention_tiles
 
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KB that a program may have
 MATRICES = {90: r"wgmma\.mma_async", 100: r"tcgen05\.mma"}  # on the others, and where tiles are small, mma.sync
@@ -129,7 +129,7 @@ def test_no_length_asks_for_a_kernel_of_its_own():
 
 @pytest.mark.parametrize("head_dim", range(1, 257))
 def test_widths(head_dim):
-    d0, d1 = attention_launch.widths(head_dim)
+    d0, d1 = attention_tiles.widths(head_dim)
     assert d0 >= 16 and d0 & (d0 - 1) == 0 and d0 + d1 >= head_dim
     assert d1 == 0 or (d1 >= 16 and d1 & (d1 - 1) == 0 and d0 < head_dim)
     assert d0 + d1 <= max(16, 1 << (head_dim - 1).bit_length())
@@ -138,11 +138,11 @@ def test_widths(head_dim):
 
 
 def test_widths_of_real_networks():
-    assert [attention_launch.widths(d) for d in (40, 64, 80, 96, 128, 160, 256)] == [
+    assert [attention_tiles.widths(d) for d in (40, 64, 80, 96, 128, 160, 256)] == [
         (32, 16), (64, 0), (64, 16), (64, 32), (128, 0), (128, 32), (256, 0)
     ]  # fmt: skip
 
 
 def test_an_old_gpu_is_refused():
     with pytest.raises(RuntimeError, match="sm_75: it needs sm_80"):
-        attention_launch.pick("forward", 64, BF16, 75, 1000)
+        attention_tiles.pick("forward", 64, BF16, 75, 1000)

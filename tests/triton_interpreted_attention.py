@@ -30,7 +30,7 @@ NETWORKS = [
     (64, 77, 2, 160),
     (64, 64, 2, 160),
 ]
-# One query, one key, primes, more keys than queries; every way to hold a row (attention_launch.widths).
+# One query, one key, primes, more keys than queries; every way to hold a row (attention_tiles.widths).
 RESTS = [
     (1, 1, 1, 5),
     (1, 77, 2, 40),

@@ -2,7 +2,7 @@
 
 A row is a measurement: the backend that was fastest there, forward and backward together where a gradient is wanted,
 since what one backend saves another cannot read. **No attention was measured on a GPU so far**, so the one row leaves
-everything to PyTorch. The tiles of the Triton kernels are a table of their own, in triton/attention_launch.py.
+everything to PyTorch. The tiles of the Triton kernels are a table of their own, in triton/attention_tiles.py.
 """
 
 from __future__ import annotations

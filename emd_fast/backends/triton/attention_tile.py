@@ -4,7 +4,7 @@ A tensor (B, tokens, heads, head_dim) comes as (pointer, stride of a sample, of 
 units of UNIT elements: 16 bytes where all of them allow it, so that the compiler knows that rows can be read as
 vectors (a head of 40 numbers of bfloat16 has 80 bytes, and a stride of 40 alone does not tell it).
 
-A row is read as one tile of D0 columns, or as two of D0 and D1 (attention_launch.widths).
+A row is read as one tile of D0 columns, or as two of D0 and D1 (attention_tiles.widths).
 """
 
 import triton
