@@ -121,7 +121,7 @@ def for_attention(
     return _or_sdpa(attention_table.choose(architecture, head_dim, dtype, tokens, keys, gradient))
 
 
-@torch.compiler.assume_constant_result  # what is installed does not change, and looking for it cannot be compiled
+@attention_table.constant_when_compiled  # what is installed does not change, and looking for it cannot be compiled
 def _or_sdpa(chosen: str) -> str:
     if reason := why_not("attention", chosen, "cuda"):
         _say_once_of_attention(chosen, reason)

@@ -7,10 +7,14 @@ everything to PyTorch. The tiles of the Triton kernels are a table of their own,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
 import torch
 
+P = ParamSpec("P")
+T = TypeVar("T")
 _ANY = (0, 2**63 - 1)
 
 
@@ -67,7 +71,13 @@ def backends(architecture: int | None = None) -> list[str]:
     return list(dict.fromkeys(row.backend for row in rows))
 
 
-@torch.compiler.assume_constant_result  # so that compiled code, too, asks before it runs and not while
+def constant_when_compiled(function: Callable[P, T]) -> Callable[P, T]:
+    """torch.compiler.assume_constant_result, which sets this attribute, and imports the compiler and Triton to do so."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant_when_compiled  # compiled code asks before it runs, and not while
 def architecture(device: torch.device) -> int:
     """The compute capability of a GPU, 90 for 9.0."""
     major, minor = torch.cuda.get_device_capability(device)
