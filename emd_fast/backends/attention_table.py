@@ -72,7 +72,7 @@ def backends(architecture: int | None = None) -> list[str]:
 
 
 def constant_when_compiled(function: Callable[P, T]) -> Callable[P, T]:
-    """torch.compiler.assume_constant_result, which sets this attribute, and imports the compiler and Triton to do so."""
+    """torch.compiler.assume_constant_result without what that imports: the compiler, and Triton with it."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
