@@ -22,6 +22,7 @@ class Submitted:
     args: tuple[Any, ...]
     constants: dict[str, Any]
     warps: int
+    options: dict[str, Any]
 
 
 def launches(monkeypatch: pytest.MonkeyPatch, op: str, *args: Any) -> list[Submitted]:
@@ -31,8 +32,8 @@ def launches(monkeypatch: pytest.MonkeyPatch, op: str, *args: Any) -> list[Submi
         patch.setattr(
             launch,
             "submit",
-            lambda kernel, programs, args, constants, warps, device: found.append(
-                Submitted(kernel, args, constants, warps)
+            lambda kernel, programs, args, constants, warps, device, options=launch.OPTIONS: found.append(
+                Submitted(kernel, args, constants, warps, dict(options))
             ),
         )
         backend.implementation(op)(*args)
@@ -67,6 +68,7 @@ class Compiled:
     registers: int
     spills: int  # bytes, stored and loaded
     stack: int
+    tensor_memory: int  # columns of it, which sm_100 has
 
     def count(self, pattern: str) -> int:
         return len(re.findall(pattern, self.ptx))
@@ -117,14 +119,15 @@ def compiled(submitted: Submitted, target: int) -> Compiled:
     result = triton.compile(
         source,
         target=GPUTarget("cuda", target, 32),
-        options={"num_warps": submitted.warps, **launch.OPTIONS},
+        options={"num_warps": submitted.warps, **submitted.options},
     )
     with tempfile.TemporaryDirectory() as folder:
         ptx = Path(folder, "kernel.ptx")
         ptx.write_text(result.asm["ptx"])
         name = f"sm_{target}{'a' if target >= 90 else ''}"
+        fusion = [] if submitted.options.get("enable_fp_fusion", True) else ["--fmad=false"]
         said = subprocess.run(
-            [get_ptxas(target).path, "-v", "--fmad=false", f"--gpu-name={name}", str(ptx), "-o", str(ptx) + ".o"],
+            [get_ptxas(target).path, "-v", *fusion, f"--gpu-name={name}", str(ptx), "-o", str(ptx) + ".o"],
             capture_output=True,
             text=True,
             check=True,
@@ -132,4 +135,12 @@ def compiled(submitted: Submitted, target: int) -> Compiled:
     spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", said))
     stack = sum(int(n) for n in re.findall(r"(\d+) bytes stack frame", said))
     registers = int(re.search(r"Used (\d+) registers", said)[1])
-    return Compiled(result.asm["ptx"], result.asm["cubin"], result.metadata.shared, registers, spills, stack)
+    return Compiled(
+        result.asm["ptx"],
+        result.asm["cubin"],
+        result.metadata.shared,
+        registers,
+        spills,
+        stack,
+        getattr(result.metadata, "tmem_size", None) or 0,
+    )

@@ -4,7 +4,11 @@ import os
 
 import hypothesis
 import pytest
-from interpreter import leave_what_is_masked_undefined, round_to_bfloat16_as_a_gpu_does
+from interpreter import (
+    leave_what_is_masked_undefined,
+    multiply_matrices_as_a_gpu_does,
+    round_to_bfloat16_as_a_gpu_does,
+)
 
 import emd_fast
 from emd_fast import backends
@@ -31,6 +35,7 @@ BACKENDS = ["reference", "cpu"]
 if os.environ.get("TRITON_INTERPRET") == "1" and not backends.why_not("uniform", "triton", "cpu"):
     round_to_bfloat16_as_a_gpu_does()
     leave_what_is_masked_undefined()
+    multiply_matrices_as_a_gpu_does()
     BACKENDS.append("triton")
 
 

@@ -40,3 +40,31 @@ def leave_what_is_masked_undefined() -> None:
         return load(self, pointers, mask, other, *rest)
 
     builder.create_masked_load = masked
+
+
+def multiply_matrices_as_a_gpu_does() -> None:
+    """The interpreter keeps bfloat16 as bits, and its product of matrices takes them for integers.
+
+    And a thread adds the products of float32 in their order, each by one fused multiply-add, so that (a b)^T and
+    b^T a^T are equal bit for bit; the BLAS under numpy adds them in an order of its own for each.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    builder = interpreter.InterpreterBuilder
+    multiply = builder.create_dot
+
+    def widened(x: Any) -> Any:
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        return interpreter.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def dot(self, a, b, start, *rest: Any):
+        if (a.dtype.scalar, b.dtype.scalar) != (tl.float32, tl.float32):
+            return multiply(self, widened(a), widened(b), start, *rest)
+        total, left, right = start.data, a.data.astype(np.float64), b.data.astype(np.float64)
+        for i in range(left.shape[1]):  # in float64 such a product is exact
+            total = (total + left[:, i, None] * right[None, i, :]).astype(np.float32)
+        return interpreter.TensorHandle(total, tl.float32)
+
+    builder.create_dot = dot

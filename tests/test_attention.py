@@ -1,16 +1,23 @@
 import math
+import sys
+import types
+import warnings
 
+import conftest
 import pytest
 import torch
-from helpers import DTYPES, assert_as_good_as_eager, dtypes, naming, seeded, seeds
+from helpers import DTYPES, assert_as_good_as_eager, assert_same, dtypes, naming, seeded, seeds
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
 import emd_fast
-from emd_fast import ops
+from emd_fast import backends, ops
+from emd_fast.backends import attention_table, xformers
+from emd_fast.backends.attention_table import Row
 
-BACKENDS = [None, "sdpa", "reference"]
+INTERPRETED = "triton" in conftest.BACKENDS
+BACKENDS = [None, "sdpa", "reference", *(["triton"] if INTERPRETED else [])]
 
 
 def by_hand(q, k, v, scale=None):
@@ -98,11 +105,192 @@ def test_an_explicit_backend_wins_over_the_block():
         ops.attention(q, q, q, backend="sdpa")
 
 
-@pytest.mark.parametrize("chosen", ["triton", "xformers"])
-def test_a_named_backend_that_cannot_run_raises(chosen):
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("chosen", BACKENDS)
+@pytest.mark.parametrize(("tokens", "keys"), [(0, 3), (0, 0), (3, 0)])
+def test_no_queries_or_no_keys(chosen, dtype, tokens, keys):
+    """A sum over no keys is 0, and so are the gradients: what PyTorch has."""
+    q = torch.ones(2, tokens, 2, 8, dtype=dtype, requires_grad=True)
+    k = torch.ones(2, keys, 2, 8, dtype=dtype, requires_grad=True)
+    y = ops.attention(q, k, k, backend=chosen)
+    assert y.shape == q.shape and y.dtype == dtype and not y.any()
+    for gradient, leaf in zip(torch.autograd.grad(y.sum(), (q, k)), (q, k), strict=True):
+        assert gradient.shape == leaf.shape and not gradient.any()
+
+
+@pytest.mark.parametrize(
+    ("chosen", "reason"),
+    [("triton", "CPU tensors need TRITON_INTERPRET=1"), ("xformers", "it serves cuda tensors only")],
+)
+def test_a_named_backend_that_cannot_run_raises_with_the_reason(chosen, reason):
+    if chosen == "triton" and INTERPRETED:
+        pytest.skip("here it can")
     q = torch.randn(1, 2, 1, 4)
-    with pytest.raises(RuntimeError, match=chosen):
+    with pytest.raises(RuntimeError, match=f"'{chosen}' cannot run attention on cpu tensors: {reason}"):
         ops.attention(q, q, q, backend=chosen)
+
+
+@pytest.mark.parametrize("needs", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0)])
+def test_backward_computes_only_what_is_asked_for(needs, monkeypatch):
+    asked, implementation = [], backends.implementation
+
+    def spy(op, *rest):
+        asked.extend([] if op == "attention" else [op])
+        return implementation(op, *rest)
+
+    monkeypatch.setattr(backends, "implementation", spy)
+    leaves = [torch.randn(2, 3, 2, 8, generator=seeded(i)) for i in range(3)]
+    whole = [t.clone().requires_grad_() for t in leaves]
+    ops.attention(*whole, backend="reference").square().sum().backward()
+    some = [t.clone().requires_grad_(bool(need)) for t, need in zip(leaves, needs, strict=True)]
+    ops.attention(*some, backend="reference").square().sum().backward()
+    for one, all_of_them, need in zip(some, whole, needs, strict=True):
+        assert (one.grad is not None) == bool(need)
+        assert not need or torch.equal(one.grad, all_of_them.grad)
+    assert asked == ["attention_backward"] * 2
+    q, k, v = leaves
+    found = implementation("attention_backward", "reference", "cpu")(
+        q, q, k, v, *implementation("attention", "reference", "cpu")(q, k, v, 0.3), 0.3, [bool(n) for n in needs]
+    )
+    assert [bool(t.numel()) for t in found] == [bool(n) for n in needs]
+
+
+def test_top_and_share_give_the_weights():
+    g = seeded(0)
+    q, k, v = torch.randn(2, 5, 3, 8, generator=g), *torch.randn(2, 2, 7, 3, 8, generator=g)
+    for name in ["reference", *(["triton"] if INTERPRETED else [])]:
+        _, top, share = backends.implementation("attention", name, "cpu")(q, k, v, 0.3)
+        logits = 0.3 * math.log2(math.e) * torch.einsum("bqhd,bkhd->bhqk", q, k)
+        weights = share[..., None] * torch.exp2(logits - top[..., None])
+        torch.testing.assert_close(weights, logits.mul(math.log(2)).softmax(-1))
+
+
+# The table ----------------------------------------------------------------------------------------------------------
+
+CALL = {"head_dim": 40, "dtype": torch.bfloat16, "tokens": 4096, "keys": 77, "gradient": True}
+
+
+@pytest.fixture
+def table(monkeypatch):
+    """Rows in place of the shipped table, on a GPU of this architecture."""
+
+    def replace(*rows, architecture=90):
+        monkeypatch.setattr(attention_table, "TABLE", rows)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: divmod(architecture, 10))
+        backends._say_once_of_attention.cache_clear()
+
+    return replace
+
+
+def test_the_shipped_table_leaves_everything_to_pytorch():
+    for architecture in (80, 86, 89, 90, 100, 120):
+        assert attention_table.choose(architecture, **CALL) == "sdpa"
+    assert attention_table.backends() == ["sdpa"]
+
+
+@pytest.mark.parametrize(
+    ("row", "fits"),
+    [
+        (Row("triton"), True),
+        (Row("triton", architectures=(80, 90)), True),
+        (Row("triton", architectures=(80,)), False),
+        (Row("triton", head_dims=(40, 80)), True),
+        (Row("triton", head_dims=(64,)), False),
+        (Row("triton", dtypes=(torch.bfloat16,)), True),
+        (Row("triton", dtypes=(torch.float32, torch.float16)), False),
+        (Row("triton", tokens=(1024, 4096)), True),
+        (Row("triton", tokens=(0, 4095)), False),
+        (Row("triton", keys=(77, 77)), True),
+        (Row("triton", keys=(78, 4096)), False),
+        (Row("triton", gradient=True), True),
+        (Row("triton", gradient=False), False),
+    ],
+)
+def test_the_first_row_that_fits(row, fits, table):
+    table(row, Row("xformers", head_dims=(1,)), Row("reference"))
+    assert attention_table.choose(90, **CALL) == ("triton" if fits else "reference")
+
+
+def test_a_row_whose_backend_cannot_run_falls_back_and_says_so_once(table, monkeypatch):
+    table(Row("xformers"))
+    monkeypatch.setattr(xformers, "_ops", lambda: (None, "xFormers is not installed"))
+    with pytest.warns(RuntimeWarning, match="sdpa and not by xformers .xFormers is not installed"):
+        assert backends.for_attention(torch.device("cuda"), *CALL.values()) == "sdpa"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backends.for_attention(torch.device("cuda"), *CALL.values()) == "sdpa"
+    assert backends.for_attention(torch.device("cpu"), *CALL.values()) == "sdpa"
+
+
+def test_the_table_in_compiled_code(table):
+    """One graph for each backend that the lengths lead to, none broken."""
+    table(Row("reference", (90,), (8,), tokens=(0, 16)), Row("sdpa"))
+    seen = []
+
+    def run(q):
+        backend = backends.for_attention(torch.device("cuda"), q.shape[3], q.dtype, q.shape[1], q.shape[1], False)
+        return ops.attention(q, q, q, backend=backend)
+
+    compiled = torch.compile(run, fullgraph=True, backend=lambda graph, _: seen.append(graph) or graph, dynamic=True)
+    for tokens in (9, 16, 17, 30, 10):  # not 8, which would be the head dim too
+        q = torch.randn(2, tokens, 2, 8, generator=seeded(tokens))
+        assert_same(compiled(q), run(q))
+    assert len(seen) == 2
+
+
+def test_report(table, monkeypatch):
+    row = emd_fast.backend_report()["attention"]["cuda"]
+    assert row["backend"] == "sdpa"
+    assert "triton: " in row["reason"] and "xformers: " in row["reason"]
+    table(Row("triton", (90,)), Row("xformers", (80,)), Row("sdpa"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    row = emd_fast.backend_report()["attention"]["cuda"]
+    assert row["backend"] == "triton or sdpa" and "triton" not in row["reason"]
+
+
+# xFormers, which is not installed where these tests run: a module of its name stands for it --------------------------
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    def install(**members):
+        package, module = types.ModuleType("xformers"), types.ModuleType("xformers.ops")
+        package.__spec__ = module.__spec__ = types.SimpleNamespace(name="xformers")
+        for name, value in members.items():
+            setattr(module, name, value)
+        monkeypatch.setitem(sys.modules, "xformers", package)
+        monkeypatch.setitem(sys.modules, "xformers.ops", module)
+        xformers._ops.cache_clear()
+
+    yield install
+    xformers._ops.cache_clear()
+
+
+def test_xformers_is_called_as_its_documentation_has_it(pretended):
+    pretended(memory_efficient_attention=lambda q, k, v, scale: scale * q)
+    assert xformers.why_not("cuda") is None
+    q = torch.ones(1, 2, 3, 4)
+    assert torch.equal(xformers.attention(q, q, q, 0.5), q / 2)
+
+
+def test_xformers_without_a_kernel_for_the_call(pretended):
+    def refuse(q, k, v, scale):
+        raise NotImplementedError("No operator found\nfor head_dim 3")
+
+    pretended(memory_efficient_attention=refuse)
+    q = torch.ones(1, 2, 3, 3)
+    with pytest.raises(RuntimeError, match=r"xformers.*No operator found for head_dim 3"):
+        xformers.attention(q, q, q, 0.5)
+
+
+def test_xformers_that_cannot_serve_says_why(pretended, monkeypatch):
+    pretended()
+    assert xformers.why_not("cuda") == "this xFormers has no memory_efficient_attention"
+    monkeypatch.setitem(sys.modules, "xformers.ops", None)  # its import fails
+    xformers._ops.cache_clear()
+    assert xformers.why_not("cuda").startswith("xFormers does not import: ")
+    monkeypatch.undo()
+    xformers._ops.cache_clear()
 
 
 Q = torch.ones(2, 3, 2, 8)
@@ -111,9 +299,11 @@ BAD = [
     ({"q": Q[0]}, ValueError, "q"),
     ({"q": None}, TypeError, "q"),
     ({"q": torch.ones(2, 3, 2, 257)}, ValueError, "head_dim"),
+    ({"q": torch.ones(2, 3, 2, 0)}, ValueError, "head_dim"),
     ({"q": torch.ones(2, 3, 8, 2).transpose(2, 3)}, ValueError, "q.*unit stride"),
     ({"k": torch.ones(2, 3, 2, 4)}, ValueError, "k"),
     ({"k": torch.ones(3, 3, 2, 8)}, ValueError, "k"),
+    ({"k": torch.ones(2, 3, 1, 8)}, ValueError, "k"),
     ({"k": torch.ones(2, 3, 16)}, ValueError, "k"),
     ({"k": None}, TypeError, "k"),
     ({"k": Q.half()}, TypeError, "k"),
@@ -122,7 +312,10 @@ BAD = [
     ({"v": Q.bfloat16()}, TypeError, "v"),
     ({"v": torch.ones(2, 3, 8, 2).transpose(2, 3)}, ValueError, "v.*unit stride"),
     ({"backend": "cpu"}, ValueError, "backend"),
+    ({"backend": "auto"}, ValueError, "backend"),
     ({"scale": float("nan")}, ValueError, "scale"),
+    ({"scale": float("inf")}, ValueError, "scale"),
+    ({"scale": True}, TypeError, "scale"),
     ({"scale": "1"}, TypeError, "scale"),
 ]
 

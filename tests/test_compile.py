@@ -60,6 +60,9 @@ OTHERS = {
         x, 3, ONE.new_ones(6), None, add=Y[..., 0], scale=Y[..., 1], activation="silu"
     ),
     "attention": lambda x: ops.attention(x[:, :, None], 2 * x[:, :, None], x[:, :, None]),
+    "attention, reference": lambda x: ops.attention(
+        x[:, :, None], 2 * x[:, :, None], x[:, :, None], backend="reference"
+    ),
 }
 
 
@@ -229,6 +232,11 @@ def samples():
         yield "score_matching_loss_backward", (ONE, half, X, X, ONE, ONE, ONE, b)
         yield "group_norm", (x, 3, weight.clone().requires_grad_(), bias, 1e-5, vectors, vectors, vectors, True, b)
         yield "group_norm", (last, 2, None, None, 1e-5, None, None, None, False, b)
+        q, k = torch.randn(2, 5, 3, 8), torch.randn(2, 7, 3, 8, dtype=torch.bfloat16)
+        yield "attention", (q.requires_grad_(), q.detach() + 1, q, 0.3, b)
+        yield "attention", (k[:, :4], k, k, -0.3, b)
+        top = torch.randn(2, 3, 5)
+        yield "attention_backward", (X.new_ones(q.shape), *[q.detach()] * 4, top, top, 0.3, [True, False, True], b)
         mean, rstd = torch.randn(4, 2), torch.rand(4, 2)
         yield (
             "group_norm_backward",

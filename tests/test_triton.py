@@ -17,6 +17,8 @@ HERE = Path(__file__).parent
 FILES = [
     "triton_interpreted.py",
     "triton_interpreted_group_norm.py",
+    "triton_interpreted_attention.py",
+    "test_attention.py",
     "test_uniform.py",
     "test_normal.py",
     "test_perturb.py",
@@ -26,14 +28,16 @@ FILES = [
     "test_score_matching_loss.py",
     "test_group_norm.py",
 ]
+OPTIONS = ["--durations=8", "-p", "no:cacheprovider"]
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 
 @needs_triton
-def test_every_kernel_under_the_interpreter():
+@pytest.mark.parametrize("marked", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_every_kernel_under_the_interpreter(marked):
     # In a process of its own: Triton reads the variable when a kernel is defined, and other tests want it unset.
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-k", "triton", "--durations=8", "-p", "no:cacheprovider", *FILES],
+        [sys.executable, "-m", "pytest", "-q", "-k", "triton", "-m", marked, *OPTIONS, *FILES],
         cwd=HERE,
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,

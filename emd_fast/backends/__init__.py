@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from emd_fast.backends import native, reference, triton
+from emd_fast.backends import attention_table, native, reference, triton, xformers
 
 NAMES = ("reference", "cpu", "triton", "cuda", "auto")
 # Fastest first: what "auto" tries for tensors of a device.
@@ -60,13 +60,21 @@ def active() -> str:
 
 def why_not(op: str, backend: str, device_type: str) -> str | None:
     """None where `backend` can run `op` on tensors of this device type, otherwise the reason."""
-    if backend == "reference":
+    if backend in ("reference", "sdpa"):
         return None
     if backend == "triton":
         return triton.why_not(op, device_type)
+    if backend == "xformers":
+        return xformers.why_not(device_type)
     if backend != device_type:
         return f"it serves {backend} tensors only"
     return native.why_not(op, device_type)
+
+
+def require(op: str, backend: str, device_type: str) -> None:
+    """Raises RuntimeError where a backend that was asked for by name cannot run `op`, with the reason."""
+    if reason := why_not(op, backend, device_type):
+        raise RuntimeError(f"backend {backend!r} cannot run {op} on {device_type} tensors: {reason}")
 
 
 @functools.cache
@@ -76,8 +84,8 @@ def implementation(op: str, backend: str, device_type: str) -> Callable[..., Any
         backend = _fastest(op, device_type)
         if backend == "reference" and op in native.OPS:
             _say_once(device_type, _reasons(op, device_type))
-    elif reason := why_not(op, backend, device_type):
-        raise RuntimeError(f"backend {backend!r} cannot run {op} on {device_type} tensors: {reason}")
+    else:
+        require(op, backend, device_type)
     if backend == "reference":
         return reference.OPS[op]
     if backend == "triton":
@@ -92,20 +100,47 @@ def backend_report() -> dict[str, dict[str, dict[str, str | None]]]:
     Returns:
         report[op][device_type] = {"backend": name, "reason": None or why each faster backend cannot serve}.
     """
-    # Attention chooses among backends of its own.
-    attention: dict[str, dict[str, str | None]] = {
-        "cpu": {"backend": "sdpa", "reason": None},
-        "cuda": {"backend": "sdpa", "reason": f"triton: {why_not('attention', 'triton', 'cuda')}"},
-    }
     by_backend: dict[str, dict[str, dict[str, str | None]]] = {
         op: {
             device_type: {"backend": _fastest(op, device_type), "reason": _reasons(op, device_type)}
             for device_type in _PREFERENCE
         }
         for op in sorted(reference.OPS)
-        if not op.endswith("_backward")
+        if not op.endswith("_backward") and op != "attention"
     }
-    return {"attention": attention, **by_backend}
+    return {"attention": _report_of_attention(), **by_backend}
+
+
+def for_attention(
+    device: torch.device, head_dim: int, dtype: torch.dtype, tokens: int, keys: int, gradient: bool
+) -> str:
+    """The backend of attention where none is named: it has backends besides those of every op, and a table of them."""
+    if device.type != "cuda":
+        return "sdpa"
+    architecture = attention_table.architecture(device)
+    return _or_sdpa(attention_table.choose(architecture, head_dim, dtype, tokens, keys, gradient))
+
+
+@attention_table.constant_when_compiled  # what is installed does not change, and looking for it cannot be compiled
+def _or_sdpa(chosen: str) -> str:
+    if reason := why_not("attention", chosen, "cuda"):
+        _say_once_of_attention(chosen, reason)
+        return "sdpa"
+    return chosen
+
+
+def _report_of_attention() -> dict[str, dict[str, str | None]]:
+    here = attention_table.architecture(torch.device("cuda")) if torch.cuda.is_available() else None
+    chosen = attention_table.backends(here)
+    others = [backend for backend in ("triton", "xformers") if backend not in chosen]
+    reasons = [
+        f"{backend}: {why_not('attention', backend, 'cuda') or 'serves by name; no row of attention_table.py has it'}"
+        for backend in others
+    ]
+    return {
+        "cpu": {"backend": "sdpa", "reason": None},
+        "cuda": {"backend": " or ".join(chosen), "reason": "; ".join(reasons) or None},
+    }
 
 
 def _order(device_type: str) -> tuple[str, ...]:
@@ -126,3 +161,8 @@ def _say_once(device_type: str, reasons: str | None) -> None:
     warnings.warn(
         f"emd_fast: {device_type} tensors are served by the reference backend ({reasons})", RuntimeWarning, stacklevel=4
     )
+
+
+@functools.cache
+def _say_once_of_attention(chosen: str, reason: str) -> None:
+    warnings.warn(f"emd_fast: attention is served by sdpa and not by {chosen} ({reason})", RuntimeWarning, stacklevel=5)

@@ -4,36 +4,102 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from emd_fast import backends
 from emd_fast.ops import _check
+from emd_fast.ops._define import define, differentiable
 
 BACKENDS = ("triton", "sdpa", "xformers", "reference")
 _MAX_HEAD_DIM = 256
 
+# These two have the backends of ours, "triton" and "reference"; PyTorch's and xFormers' bring their own derivatives.
+_op = define(
+    "attention",
+    "Tensor q, Tensor k, Tensor v, float scale",
+    "(Tensor, Tensor, Tensor)",
+    fake=lambda q, k, v, scale: (
+        q.new_empty(q.shape),
+        q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32),
+        q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32),
+    ),
+)
+_backward_op = define(
+    "attention_backward",
+    "Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor top, Tensor share, float scale, bool[3] needs",
+    "(Tensor, Tensor, Tensor)",
+    fake=lambda grad, q, k, v, out, top, share, scale, needs: tuple(
+        t.new_empty(t.shape if need else 0) for t, need in zip((q, k, v), needs, strict=True)
+    ),
+)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    q, k, v, ctx.scale, ctx.backend = inputs
+    ctx.save_for_backward(q, k, v, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad, *_):
+    needs = list(ctx.needs_input_grad[:3])
+    if grad is None:
+        return (None,) * 5
+    found = _backward_op(grad, *ctx.saved_tensors, ctx.scale, needs, ctx.backend)
+    return *(gradient if need else None for gradient, need in zip(found, needs, strict=True)), None, None
+
+
+differentiable("attention", _setup_context, _backward)
+
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, backend: str | None = None) -> Tensor:
-    """softmax(scale q k^T) v. Differentiable.
+    """softmax(scale q k^T) v. Differentiable; only the gradients that are asked for are computed.
 
     Args:
-        q: (B, tokens, heads, head_dim) float32, bfloat16 or float16, unit stride in head_dim, head_dim up to 256.
-        k, v: (B, keys, heads, head_dim), dtype of q; keys may be fewer or more than tokens.
+        q: (B, tokens, heads, head_dim) float32, bfloat16 or float16, unit stride in head_dim, head_dim up to 256; read
+            as it lies otherwise, as a slice of a packed projection for example.
+        k, v: (B, keys, heads, head_dim), dtype of q; keys may be fewer or more than tokens. Without keys the result
+            is 0, as PyTorch has it.
         scale: 1 / sqrt(head_dim) when None.
-        backend: "sdpa" (torch.nn.functional.scaled_dot_product_attention), "reference" (float32 arithmetic), "triton"
-            or "xformers"; None takes "sdpa", or what use_backend names.
+        backend: "sdpa" (torch.nn.functional.scaled_dot_product_attention), "triton" (the kernel of this library),
+            "xformers" (memory_efficient_attention) or "reference" (float32 arithmetic). None takes what use_backend
+            names; without that "sdpa" on the CPU, and on a GPU what the table in backends/attention_table.py has.
 
     Returns:
         (B, tokens, heads, head_dim), dtype of q.
 
+    Products of float32 are computed in float32 by "triton", unless torch.backends.cuda.matmul allows TF32.
+
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device, or an unknown backend.
-        RuntimeError: a backend that cannot run here.
+        RuntimeError: a backend that cannot run here, and why.
 
-    Source: Vaswani et al. (arXiv 1706.03762).
+    Source: Vaswani et al. (arXiv 1706.03762); "triton" computes it in the manner of Dao (arXiv 2307.08691).
     """
+    _check_arguments(q, k, v, scale, backend)
+    if scale is None:
+        scale = 1 / math.sqrt(q.shape[3])
+    chosen = backend or _by_default(q, k, v)
+    if chosen == "sdpa":
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+    if chosen == "xformers":
+        backends.require("attention", chosen, q.device.type)
+        return backends.xformers.attention(q, k, v, float(scale))
+    return _op(q, k, v, float(scale), chosen)[0]
+
+
+def _by_default(q: Tensor, k: Tensor, v: Tensor) -> str:
+    active = backends.active()
+    if active != "auto":
+        return active
+    gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    return backends.for_attention(q.device, q.shape[3], q.dtype, q.shape[1], k.shape[1], gradient)
+
+
+def _check_arguments(q: Tensor, k: Tensor, v: Tensor, scale: float | None, backend: str | None) -> None:
     _check.tensor("q", q)
-    if q.dim() != 4 or q.shape[3] > _MAX_HEAD_DIM:
-        raise ValueError(f"q must have shape (B, tokens, heads, head_dim), head_dim <= 256, got {tuple(q.shape)}")
+    if q.dim() != 4 or not 1 <= q.shape[3] <= _MAX_HEAD_DIM:
+        raise ValueError(f"q must have shape (B, tokens, heads, head_dim), head_dim 1 to 256, got {tuple(q.shape)}")
     _check.tensor("k", k)
     if k.dim() != 4:
         raise ValueError(f"k must have shape (B, keys, heads, head_dim), got {tuple(k.shape)}")
@@ -46,24 +112,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, ba
             raise ValueError(f"{name} must have unit stride in head_dim, got strides {tuple(value.stride())}")
     if backend not in (None, *BACKENDS):
         raise ValueError(f"backend must be None or one of {', '.join(BACKENDS)}, got {backend!r}")
-    if backend in ("triton", "xformers"):
-        raise RuntimeError(f"backend {backend!r} cannot run attention: this version has no {backend} attention")
     if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float))):
         raise TypeError(f"scale must be a number, got {type(scale).__name__}")
     if scale is not None and not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}")
-    active = backends.active()
-    if backend is None and active not in ("auto", "reference"):
-        reason = backends.why_not("attention", active, q.device.type)
-        raise RuntimeError(f"backend {active!r} cannot run attention on {q.device.type} tensors: {reason}")
-    if scale is None:
-        scale = 1 / math.sqrt(max(q.shape[3], 1))
-    if backend == "reference" or (backend is None and active == "reference"):
-        return _reference(q, k, v, scale)
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
-
-
-def _reference(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    logits = scale * torch.einsum("bqhd,bkhd->bhqk", q.float(), k.float())
-    return torch.einsum("bhqk,bkhd->bqhd", logits.softmax(-1), v.float()).to(q.dtype)

@@ -1,5 +1,6 @@
 """Plain PyTorch: the definition of right, and what serves where nothing faster can."""
 
+from emd_fast.backends.reference.attention import attention, attention_backward
 from emd_fast.backends.reference.group_norm import group_norm, group_norm_backward
 from emd_fast.backends.reference.integers import integers
 from emd_fast.backends.reference.langevin_eps import langevin_eps
@@ -25,5 +26,7 @@ OPS = {
         score_matching_loss_backward,
         group_norm,
         group_norm_backward,
+        attention,
+        attention_backward,
     )
 }

@@ -11,6 +11,8 @@ from typing import Any
 
 OPS = frozenset(
     {
+        "attention",
+        "attention_backward",
         "group_norm",
         "group_norm_backward",
         "langevin_eps",

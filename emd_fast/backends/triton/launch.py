@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,10 +137,11 @@ def submit(
     constants: dict[str, Any],
     warps: int,
     device: torch.device,
+    options: Mapping[str, Any] = OPTIONS,
 ) -> None:
     """The one place where a kernel is launched: on the tensors' device, which need not be the current one."""
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[(programs,)](*args, **constants, num_warps=warps, **OPTIONS)
+        kernel[(programs,)](*args, **constants, num_warps=warps, **options)
 
 
 def _power_of_two(n: int) -> int:
