@@ -305,3 +305,31 @@ def test_group_norm(shape, groups, layout):
             results.append([v.detach().cpu() for v in (y, *gradients)])
         for i, (ours, exact, eager) in enumerate(zip(*results, strict=True)):
             assert_as_good_as_eager(ours, exact, eager, what=f"{dtype} {i}")
+
+
+@pytest.mark.parametrize("head_dim", [40, 64, 72, 80, 128, 160, 256])
+@pytest.mark.parametrize(("tokens", "keys"), [(256, 256), (1000, 77), (64, 64), (1, 333)])
+def test_attention(head_dim, tokens, keys):
+    if reason := emd_fast.backends.why_not("attention", "triton", DEVICE):
+        pytest.skip(reason)
+    g = seeded(6)
+    for dtype in DTYPES:
+        # Slices of a packed projection, read as they lie.
+        q = draw((2, tokens, 3, 4, head_dim), g, dtype)[:, :, 0]
+        k, v = draw((2, keys, 2, 4, head_dim), g, dtype).unbind(2)
+        grad = draw((2, tokens, 4, head_dim), g, dtype)
+        results = []
+        for backend, device, kind in (
+            ("triton", DEVICE, None), ("reference", "cpu", torch.float64), ("sdpa", DEVICE, None)
+        ):  # fmt: skip
+            values = [x.to(device, kind or x.dtype).requires_grad_() for x in (q, k, v)]
+            if kind is None:
+                y = ops.attention(*values, backend=backend)
+            else:
+                y = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in values)).transpose(
+                    1, 2
+                )
+            gradients = torch.autograd.grad(y, values, grad.to(device, y.dtype))
+            results.append([x.detach().cpu() for x in (y, *gradients)])
+        for i, (ours, exact, eager) in enumerate(zip(*results, strict=True)):
+            assert_as_good_as_eager(ours, exact, eager, what=f"{dtype} {i}")
