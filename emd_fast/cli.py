@@ -172,18 +172,20 @@ def _fail(error: BaseException, code: int) -> int:
 
 
 def _distill(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    from emd_fast import run, study
+    from emd_fast import distributed, run, study
 
     settings = config.load(options.recipe, _overrides(rest))
     if options.short:
         settings = run.shortened(settings)
     folder = options.out or Path("runs") / Path(options.recipe).stem
     sinks = tuple(name for name in ("tensorboard", "wandb") if getattr(options, name))
-    if options.study:
-        study.conduct(settings, folder)
-    else:
-        run.distill(settings, folder, sinks)
-    print(folder / ("study.md" if options.study else "report.md"))
+    with distributed.process_group():
+        if options.study:
+            study.conduct(settings, folder)
+        else:
+            run.distill(settings, folder, sinks)
+        if distributed.is_main():
+            print(folder / ("study.md" if options.study else "report.md"))
     return 0
 
 
