@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import math
 import os
 
@@ -406,7 +407,7 @@ def test_shares_cover_the_batch(monkeypatch):
             monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
             shares.append(distributed.share(10))
         assert shares[0][0] == 0 and shares[-1][1] == 10
-        assert all(a[1] == b[0] for a, b in zip(shares, shares[1:], strict=False))
+        assert all(a[1] == b[0] for a, b in itertools.pairwise(shares))
         assert {b - a for a, b in shares} <= {10 // world, 10 // world + 1}
 
 
