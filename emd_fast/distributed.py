@@ -187,6 +187,7 @@ def shard(
     *,
     precision: torch.dtype | None = None,
     mesh: DeviceMesh | None = None,
+    device: torch.device | str | None = None,
     blocks: Sequence[nn.Module] | None = None,
 ) -> nn.Module:
     """Spreads a network over the process group, in place, starting from the weights of rank 0.
@@ -195,31 +196,39 @@ def shard(
     block; "hybrid": the same within groups of ranks, copies across. "auto": `resolve`. In one process nothing happens.
 
     Args:
-        network: its parameters on the device they are to live on, or on the meta device (then they stay unset: load a
-            checkpoint). FSDP2 networks are left as they are.
+        network: its parameters on the device they are to live on. Or, on all ranks but the first, on the meta device:
+            then no other rank ever holds the whole of it, and the first need not have it on its GPU.
         precision: what FSDP2 computes and gathers in, torch.bfloat16 or None for the parameters' own; weights,
             gradients and their reduction stay float32. A network whose parameters all are frozen is converted to it
             and has no float32 copy.
         mesh: of `make_mesh`; networks of one trainer share it. Made here when None.
+        device: where it is to live; `device_of` when None.
         blocks: the modules that are gathered one at a time; `blocks_of` when None.
 
     Returns:
-        The network.
+        The network. FSDP2 networks are left as they are.
 
     Raises:
         ValueError: an unknown mode.
     """
-    mode, _ = resolve(mode, sum(p.numel() for p in network.parameters()))
-    if world_size() == 1 or any(True for _ in _fsdp_modules(network)):
+    parameters = list(network.parameters())
+    mode, _ = resolve(mode, sum(p.numel() for p in parameters))
+    if world_size() == 1 or is_sharded(network):
         return network
-    broadcast(network)
-    if mode == "replicate" or not any(True for _ in network.parameters()):
+    device = device_of(network) if device is None else torch.device(device)
+    whole = _leave_to_rank_0(network)
+    if mode == "replicate" or not parameters:
+        if whole is not None:
+            network.to_empty(device=device)
+            _take_from_rank_0(network, whole)
+        broadcast(network)
         return network
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-    parameters = list(network.parameters())
+    if whole is None:
+        broadcast(network)
     if precision is not None and not any(p.requires_grad for p in parameters):
-        for parameter in parameters:
+        for parameter in network.parameters():
             parameter.data = parameter.data.to(precision)
     # Inputs are not cast: a time in bfloat16 has three digits. Autocast casts where a matrix product wants it.
     policy = MixedPrecisionPolicy(
@@ -227,7 +236,7 @@ def shard(
         reduce_dtype=torch.float32 if precision is not None else None,
         cast_forward_inputs=False,
     )
-    mesh = mesh if mesh is not None else make_mesh(mode, parameters[0].device)
+    mesh = mesh if mesh is not None else make_mesh(mode, device)
     for module in blocks_of(network) if blocks is None else blocks:
         fully_shard(module, mesh=mesh, mp_policy=policy)
     # True also at the root: left gathered after a pass without gradients, it would miss the next optimizer step.
@@ -237,7 +246,58 @@ def shard(
             # Sums, as for "replicate": each rank's loss is already its part of the mean over the global batch.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+    if whole is not None:
+        network.to_empty(device=device)
+        _take_from_rank_0(network, whole)
     return network
+
+
+def device_of(network: nn.Module) -> torch.device:
+    """Where its first tensor lives; this process's GPU, or the CPU, for the meta device."""
+    tensor = next(iter((*network.parameters(), *network.buffers())), None)
+    if tensor is None:
+        return torch.device("cpu")
+    if tensor.is_meta:
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return tensor.device
+
+
+def _leave_to_rank_0(network: nn.Module) -> dict[str, Tensor] | None:
+    """None where every rank has the network. Else it is on the meta device afterwards, on all of them, and rank 0 gets
+    what was in it."""
+    tensors = _named(network)
+    missing = torch.tensor([any(t.is_meta for t in tensors.values())], dtype=torch.int32)
+    dist.all_reduce(missing)
+    if not missing:
+        return None
+    if is_main() and any(t.is_meta for t in tensors.values()):
+        raise ValueError("a network on the meta device must have its weights on rank 0")
+    held = {name: tensor.detach() for name, tensor in tensors.items()} if is_main() else {}
+    network.to("meta")
+    return held
+
+
+@torch.no_grad()
+def _take_from_rank_0(network: nn.Module, whole: dict[str, Tensor]) -> None:
+    """Every tensor of the network, one at a time, from the whole ones that rank 0 holds."""
+    tensor: Any
+    for name, tensor in _named(network).items():
+        own = local(tensor)
+        full = whole.pop(name).to(own) if is_main() else torch.empty(tensor.shape, dtype=own.dtype, device=own.device)
+        if hasattr(tensor, "device_mesh"):
+            from torch.distributed.tensor import distribute_tensor
+
+            full = local(distribute_tensor(full.contiguous(), tensor.device_mesh, tensor.placements))
+        own.copy_(full)
+    if not is_sharded(network):
+        return
+    for buffer in network.buffers():
+        dist.broadcast(buffer, src=0)
+
+
+def _named(network: nn.Module) -> dict[str, Tensor]:
+    """Parameters and all buffers, those that a state dict leaves out too."""
+    return {**dict(network.named_parameters()), **dict(network.named_buffers())}
 
 
 def blocks_of(network: nn.Module) -> list[nn.Module]:
@@ -268,11 +328,10 @@ def broadcast(network: nn.Module) -> None:
     if world_size() == 1:
         return
     for tensor in (*network.parameters(), *network.buffers()):
-        if not tensor.is_meta:
-            whole = tensor.detach().contiguous()
-            dist.broadcast(whole, src=0)
-            if whole.data_ptr() != tensor.data_ptr():
-                tensor.copy_(whole)
+        whole = tensor.detach().contiguous()
+        dist.broadcast(whole, src=0)
+        if whole.data_ptr() != tensor.data_ptr():
+            tensor.copy_(whole)
 
 
 def sync_gradients(network: nn.Module, wanted: bool) -> None:

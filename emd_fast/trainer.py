@@ -56,6 +56,7 @@ class EMDTrainer:
 
     Under a process group (`emd_fast.distributed.process_group`) every rank builds the same trainer and makes the same
     calls; the networks are spread over the ranks as `config.parallel` says, and each rank takes its share of the batch.
+    Networks too large to be built by every rank may be on the meta device on all ranks but the first.
 
     Args:
         teacher: a Denoiser; set to eval and to require no gradients here, its weights never change.
@@ -88,7 +89,7 @@ class EMDTrainer:
         _check_apart(teacher=self.teacher, generator=self.generator, student=self.student)
         for network, trains in ((self.teacher, False), (self.generator, True), (self.student, True)):
             network.eval().requires_grad_(trains)  # eval: no dropout, no batch statistics, in any of the three
-        self.device = _device(self.generator)
+        self.device = distributed.device_of(self.generator)
         self.sample_shape = _shape("sample_shape", generator, teacher)
         self.latent_shape = getattr(self.generator, "latent_shape", None) or self.sample_shape
         self.noise = Noise(config.seed, device=self.device)
@@ -111,7 +112,7 @@ class EMDTrainer:
             for network in (self.teacher, self.generator, self.student, self.ema.module):
                 # The average is float32 throughout: it is what a run is for.
                 own = None if network is self.ema.module else precision
-                distributed.shard(network, mode, precision=own, mesh=mesh)
+                distributed.shard(network, mode, precision=own, mesh=mesh, device=self.device)
         return f"{mode}: {reason}"
 
     # One step ---------------------------------------------------------------------------------------------------------
@@ -498,7 +499,7 @@ def _interpolate(log_ratio: Tensor, table: list[tuple[float, float]]) -> Tensor:
 
 def _check_finite(name: str, module: nn.Module) -> None:
     for key, value in module.state_dict().items():
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        if value.is_floating_point() and not value.is_meta and not bool(torch.isfinite(value).all()):
             raise ValueError(f"the {name}'s weights are not finite: {key} holds NaN or infinity")
 
 
@@ -509,11 +510,6 @@ def _check_apart(**networks: nn.Module) -> None:
         for parameter in network.parameters():
             if owner.setdefault(id(parameter), name) != name:
                 raise ValueError(f"{owner[id(parameter)]} and {name} share parameters: give each its own (deepcopy)")
-
-
-def _device(module: nn.Module) -> torch.device:
-    tensor = next(iter((*module.parameters(), *module.buffers())), None)
-    return torch.device("cpu") if tensor is None else tensor.device
 
 
 def _shape(name: str, *owners: Any) -> tuple[int, ...]:

@@ -159,6 +159,27 @@ def test_the_same_step_on_any_number_of_ranks(ranks, world):
         assert_same_step([ranks[index] for ranks in results], one_step(dataclasses.replace(each, micro_batch_size=0)))
 
 
+def from_rank_0(mode: str) -> dict:
+    network = teacher()
+    network.register_buffer("table", torch.arange(3.0), persistent=False)
+    if distributed.rank():
+        network.to("meta")
+    settings = config(parallel=mode, **STEP)
+    trainer = EMDTrainer(network, settings)
+    assert torch.equal(trainer.teacher.table, torch.arange(3.0))
+    assert not any(p.is_meta for net in (trainer.teacher, trainer.ema.module) for p in net.parameters())
+    trainer.step()
+    return {key: whole(value) for key, value in trainer.ema.module.state_dict().items()}
+
+
+@pytest.mark.parametrize("mode", ["replicate", "fsdp"])
+def test_ranks_without_weights_take_those_of_rank_0(ranks, mode):
+    alone = one_step(config(**STEP))["ema"]
+    for result in ranks(2, from_rank_0, mode):
+        for key, value in alone.items():
+            assert_within(result[key], value, 1e-6 + 2e-5 * float(value.abs().max()), key)
+
+
 def test_two_ranks_with_fewer_samples_are_refused(ranks):
     for error in ranks(2, refused):
         assert "batch_size must be at least the number of ranks, 2, got 1" in error

@@ -79,7 +79,12 @@ def test_n_steps_and_n_more_are_two_n_bit_for_bit_on_the_same_ranks(ranks, tmp_p
 
 @pytest.mark.parametrize(
     ("before", "after"),
-    [((2, "fsdp"), (1, "auto")), ((1, "auto"), (3, "fsdp")), ((2, "fsdp"), (3, "fsdp")), ((2, "replicate"), (2, "fsdp"))],
+    [
+        ((2, "fsdp"), (1, "auto")),
+        ((1, "auto"), (3, "fsdp")),
+        ((2, "fsdp"), (3, "fsdp")),
+        ((2, "replicate"), (2, "fsdp")),
+    ],
 )
 def test_a_run_goes_on_on_other_ranks(ranks, tmp_path, before, after):
     """Sizes of 7: neither two ranks nor three divide them."""
@@ -241,7 +246,7 @@ def survives_being_killed(folder, seed, kills):
         if last:
             # The checkpoint that could be seen before the kill is the least that the next leg goes on from.
             told = re.search(r"resuming .* at step (\d+) of", said)
-            assert told is None and done(folder / "killed") or int(told[1]) >= last, said
+            assert (told is None and done(folder / "killed")) or int(told[1]) >= last, said
         assert "skipped" not in said, said
     assert done(folder / "killed"), said
     settings = configuration.load("gmm", {**TINY, "emd.steps": steps, "save_every": 1})
