@@ -133,15 +133,16 @@ def _arrived(pending: tuple[Tensor, Any] | None) -> int:
 # A network over the group ---------------------------------------------------------------------------------------------
 
 
-def resolve(mode: str, parameters: int) -> tuple[str, str]:
-    """The mode that "auto" stands for, for a network of so many parameters, and why.
+def resolve(mode: str, parameters: int, ranks: int = 0) -> tuple[str, str]:
+    """The mode that "auto" stands for, for a network of so many parameters on so many ranks (all when 0), and why.
 
     Raises:
         ValueError: an unknown mode.
     """
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}, got {mode!r}")
-    if world_size() == 1:
+    ranks = ranks or world_size()
+    if ranks == 1:
         return "replicate", "one process"
     if mode != "auto":
         return mode, "asked for"
@@ -149,7 +150,7 @@ def resolve(mode: str, parameters: int) -> tuple[str, str]:
     limit = f"{REPLICATED_UP_TO / 1e6:,.0f} million"
     if parameters <= REPLICATED_UP_TO:
         return "replicate", f"{size}, of up to {limit} every rank holds a whole copy"
-    if 1 < local_size() < world_size():
+    if 1 < local_size() < ranks:
         return "hybrid", f"{size}, more than {limit}: shards within a machine, copies across machines"
     return "fsdp", f"{size}, more than {limit}: every rank holds a shard"
 

@@ -22,6 +22,7 @@ from emd_fast import checkpoint, config, distributed, journal, report
 from emd_fast.checkpoint import CheckpointError
 from emd_fast.config import RunConfig, to_dict
 from emd_fast.denoiser import Denoiser
+from emd_fast.plan import Plan, Sizes, available, plan
 from emd_fast.progress import Progress, say
 from emd_fast.tasks import Task, task_of
 from emd_fast.trainer import MAY_CHANGE, Diverged, EMDTrainer, check_health
@@ -80,6 +81,10 @@ def distill(settings: RunConfig, folder: Path, sinks: tuple[str, ...] = ()) -> d
     if finished is not None:
         say(f"{folder} is finished: {settings.emd.steps} steps, report in {folder / 'report.md'}")
         return finished
+    needs = plan_of(settings)
+    if distributed.world_size() > 1:
+        say(needs.table())
+    needs.check(available())
     task = task_of(settings)
     teacher, seconds = _teacher(task, folder)
     trainer = _latest(settings, folder, task, teacher)
@@ -89,6 +94,16 @@ def distill(settings: RunConfig, folder: Path, sinks: tuple[str, ...] = ()) -> d
         say(f"resuming {folder} at step {trainer.steps_done} of {settings.emd.steps}")
     seconds["distil"] = _train(trainer, settings, folder, sinks)
     return evaluate(settings, folder, task, trainer, seconds)
+
+
+def plan_of(settings: RunConfig, devices: int = 0) -> Plan:
+    """What the run will need of each of so many devices (those of the process group when 0)."""
+    task = task_of(settings)
+    generator, student = task.make_networks()
+    teacher = task.untrained_teacher()
+    sizes = Sizes.of(teacher, generator or teacher, student or teacher)
+    # The tasks that ship live on the CPU, where "auto" is float32.
+    return plan(sizes, settings.emd, devices=devices, reduced=settings.emd.precision == "bfloat16")
 
 
 def open_run(folder: Path) -> tuple[RunConfig, Task, EMDTrainer]:
