@@ -318,6 +318,12 @@ def blocks_of(network: nn.Module) -> list[nn.Module]:
     return found
 
 
+def is_fsdp(module: Any) -> bool:
+    """Whether it is a module that FSDP2 manages."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # importing it to ask would cost everybody who never used it
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
+
+
 def is_sharded(network: nn.Module) -> bool:
     """Whether FSDP2 holds any of its parameters."""
     return any(True for _ in _fsdp_modules(network))
@@ -411,12 +417,11 @@ def _groups(state: Any) -> list[Any]:
 
 
 def _fsdp_modules(*modules: Any) -> Iterator[Any]:
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None:  # importing it to ask would cost everybody, and nobody has used it
+    if "torch.distributed.fsdp" not in sys.modules:
         return
     for module in modules:
         if isinstance(module, nn.Module):
-            yield from (inner for inner in module.modules() if isinstance(inner, fsdp.FSDPModule))
+            yield from filter(is_fsdp, module.modules())
 
 
 def _unique(modules: Iterator[Any]) -> list[Any]:
@@ -455,6 +460,7 @@ class Shards:
         self.parameters = [p if (own := local(p)) is p else nn.Parameter(own) for p in self.whole]
         self.last_bad = torch.full((), -1, dtype=torch.int64, device=self.parameters[0].device)
         self._indices: Tensor | None = None
+        self._sharded = is_sharded(network)
 
     def clear_gradients(self) -> None:
         for whole, own in zip(self.whole, self.parameters, strict=True):
@@ -463,7 +469,7 @@ class Shards:
     def reduce_gradients(self) -> None:
         """The gradients of all ranks, summed, in `parameters`: one all-reduce a dtype for a replicated network; a
         sharded one has reduced its own in the backward pass."""
-        if is_sharded(self.network):
+        if self._sharded:
             for whole, own in zip(self.whole, self.parameters, strict=True):
                 own.grad = None if whole.grad is None else local(whole.grad)
         elif world_size() > 1:
@@ -489,7 +495,8 @@ class Shards:
         bad = ~torch.isfinite(norms)
         if self._indices is None or len(self._indices) != len(norms):  # made once: copying them makes the host wait
             self._indices = torch.tensor([index for index, _ in self._gradients()], device=norms.device)
-        self.last_bad = torch.where(bad.any(), self._indices[bad.int().argmax()], self.last_bad)
+        first = self._indices.gather(0, bad.int().argmax(keepdim=True))[0]
+        self.last_bad = torch.where(bad.any(), first, self.last_bad)
 
     def bad(self) -> str | None:
         """The name of that tensor, or None; asks the device."""

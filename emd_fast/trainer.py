@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
 from emd_fast import checkpoint, distributed, ema, ops, optimizers
@@ -66,7 +67,8 @@ class EMDTrainer:
 
     Raises:
         ValueError: a teacher with weights that are not finite, without a sample_shape, or without the parameters that
-            generator and student would start from; two networks that share parameters; fewer samples than ranks.
+            generator and student would start from; two networks that share parameters; fewer samples than ranks;
+            networks that somebody else has wrapped in DDP or FSDP2.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class EMDTrainer:
             raise ConfigError(
                 f"batch_size must be at least the number of ranks, {distributed.world_size()}, got {config.batch_size}"
             )
+        _check_bare(teacher=teacher, generator=generator, student=student)
         _check_finite("teacher", base(teacher))
         if (generator is None or student is None) and not any(True for _ in teacher.parameters()):
             raise ValueError("this teacher has no parameters to start from: give EMDTrainer a generator and a student")
@@ -100,6 +103,7 @@ class EMDTrainer:
         self.student_optimizer = optimizers.make(config, self.shards["student"].parameters, config.student_lr)
         self.skipped = torch.zeros((), device=self.device)
         self.steps_done = 0
+        self._tables: dict[Any, Tensor] = {}
         self._writer = checkpoint.Writer()
 
     def _spread(self) -> str:
@@ -303,7 +307,10 @@ class EMDTrainer:
         """The number, or (B,) interpolated in log (sigma / alpha) and log value."""
         if not isinstance(size, list):
             return size
-        return _interpolate(-self.schedule.log_snr(t) / 2, size)
+        key = tuple(map(tuple, size))
+        if key not in self._tables:  # made once: copying it to the device makes the host wait
+            self._tables[key] = torch.tensor(size, dtype=torch.float32).log().to(self.device)
+        return _interpolate(-self.schedule.log_snr(t) / 2, self._tables[key])
 
     def _conditions(self, cond: Condition, substep: int, start: int, end: int) -> Condition:
         if cond is not None:
@@ -486,8 +493,8 @@ def _counters(optimizer: torch.optim.Optimizer) -> list[dict[str, int]]:
     return [{"step": group["step"]} if isinstance(group.get("step"), int) else {} for group in optimizer.param_groups]
 
 
-def _interpolate(log_ratio: Tensor, table: list[tuple[float, float]]) -> Tensor:
-    points = torch.tensor(table, dtype=torch.float32).log().to(log_ratio.device)
+def _interpolate(log_ratio: Tensor, points: Tensor) -> Tensor:
+    """exp of what lies at log_ratio between points (n, 2) of logarithms."""
     if len(points) == 1:
         return points[0, 1].exp().expand_as(log_ratio)
     x, y = points.unbind(1)
@@ -501,6 +508,14 @@ def _check_finite(name: str, module: nn.Module) -> None:
     for key, value in module.state_dict().items():
         if value.is_floating_point() and not value.is_meta and not bool(torch.isfinite(value).all()):
             raise ValueError(f"the {name}'s weights are not finite: {key} holds NaN or infinity")
+
+
+def _check_bare(**networks: nn.Module | None) -> None:
+    """Gradients would be reduced twice, and by another rule."""
+    for name, network in networks.items():
+        modules = network.modules() if isinstance(network, nn.Module) else ()
+        if any(isinstance(module, DistributedDataParallel) or distributed.is_fsdp(module) for module in modules):
+            raise ValueError(f"the {name} is wrapped in DDP or FSDP2: give it bare, and say config.parallel")
 
 
 def _check_apart(**networks: nn.Module) -> None:

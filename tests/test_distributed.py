@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import math
 import os
+import traceback
 
 import pytest
 import torch
@@ -299,7 +300,8 @@ def sharded_pair(policy=None):
 
 
 def is_gathered(network) -> bool:
-    return not any(isinstance(p, DTensor) for p in network.parameters())
+    (gathered,) = {not isinstance(p, DTensor) for p in network.parameters()}  # all of it or nothing
+    return gathered
 
 
 def nesting() -> None:
@@ -380,6 +382,47 @@ def foreign(how: str) -> None:
 @pytest.mark.parametrize("how", ["ddp", "fsdp", "fsdp bfloat16"])
 def test_the_algorithm_on_networks_that_somebody_else_wrapped(ranks, how):
     ranks(2, foreign, how)
+
+
+def wrapped_by_others() -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    for wrap in (DistributedDataParallel, fully_shard):
+        network = teacher()
+        network.network = wrap(network.network)
+        with pytest.raises(ValueError, match="the student is wrapped in DDP or FSDP2"):
+            EMDTrainer(teacher(), config(), student=network)
+
+
+def test_the_trainer_wants_bare_networks(ranks):
+    ranks(2, wrapped_by_others)
+
+
+# Waiting for the device -----------------------------------------------------------------------------------------------
+
+
+class _Asks(TorchDispatchMode):
+    """Who asks for the value of a tensor, which on a GPU makes the host wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.callers: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.__name__.startswith(("_local_scalar_dense", "equal", "is_nonzero", "nonzero")):
+            frames = [f for f in traceback.extract_stack() if "emd_fast" in f.filename and "tests" not in f.filename]
+            self.callers.add(os.path.basename(frames[-1].filename))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("changes", [{}, {"guidance": 1.5, "lr_schedule": "cosine", "micro_batch_size": 5}])
+def test_a_step_asks_no_device_for_values(changes):
+    trainer = EMDTrainer(teacher(), config(gamma_eps=[[0.1, 0.1], [1.0, 0.2]], **changes))
+    trainer.step()
+    with _Asks() as asks:
+        trainer.step()
+    # These look at values of CPU tensors, and of no others.
+    assert asks.callers <= {"schedules.py", "_check.py"}
 
 
 # What is not finite ---------------------------------------------------------------------------------------------------
