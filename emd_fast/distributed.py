@@ -220,8 +220,7 @@ def shard(
     whole = _leave_to_rank_0(network)
     if mode == "replicate" or not parameters:
         if whole is not None:
-            network.to_empty(device=device)
-            _take_from_rank_0(network, whole)
+            _take_from_rank_0(network, whole, device)
         broadcast(network)
         return network
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -248,28 +247,34 @@ def shard(
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     if whole is not None:
-        network.to_empty(device=device)
-        _take_from_rank_0(network, whole)
+        _take_from_rank_0(network, whole, device)
+        broadcast(network)
     return network
 
 
 def device_of(network: nn.Module) -> torch.device:
-    """Where its first tensor lives; this process's GPU, or the CPU, for the meta device."""
-    tensor = next(iter((*network.parameters(), *network.buffers())), None)
-    if tensor is None:
-        return torch.device("cpu")
-    if tensor.is_meta:
-        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    return tensor.device
+    """Where its first tensor lives. Where some rank has it on the meta device: this process's GPU, or the CPU where
+    there is none. All ranks call it alike."""
+    tensor = next(iter(_named(network).values()), torch.zeros(()))
+    if not _anywhere(tensor.is_meta):
+        return tensor.device
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _anywhere(holds: bool) -> bool:
+    """Whether it holds on any rank."""
+    if world_size() == 1:
+        return holds
+    flag = torch.tensor([int(holds)])
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
 
 
 def _leave_to_rank_0(network: nn.Module) -> dict[str, Tensor] | None:
     """None where every rank has the network. Else it is on the meta device afterwards, on all of them, and rank 0 gets
     what was in it."""
     tensors = _named(network)
-    missing = torch.tensor([any(t.is_meta for t in tensors.values())], dtype=torch.int32)
-    dist.all_reduce(missing)
-    if not missing:
+    if not _anywhere(any(t.is_meta for t in tensors.values())):
         return None
     if is_main() and any(t.is_meta for t in tensors.values()):
         raise ValueError("a network on the meta device must have its weights on rank 0")
@@ -279,21 +284,21 @@ def _leave_to_rank_0(network: nn.Module) -> dict[str, Tensor] | None:
 
 
 @torch.no_grad()
-def _take_from_rank_0(network: nn.Module, whole: dict[str, Tensor]) -> None:
-    """Every tensor of the network, one at a time, from the whole ones that rank 0 holds."""
+def _take_from_rank_0(network: nn.Module, whole: dict[str, Tensor], device: torch.device) -> None:
+    """Gives a network on the meta device its memory; its shards, one tensor at a time, from the whole ones that rank 0
+    holds; what is not sharded is left to `broadcast`."""
+    network.to_empty(device=device)
     tensor: Any
     for name, tensor in _named(network).items():
         own = local(tensor)
-        full = whole.pop(name).to(own) if is_main() else torch.empty(tensor.shape, dtype=own.dtype, device=own.device)
         if hasattr(tensor, "device_mesh"):
             from torch.distributed.tensor import distribute_tensor
 
-            full = local(distribute_tensor(full.contiguous(), tensor.device_mesh, tensor.placements))
-        own.copy_(full)
-    if not is_sharded(network):
-        return
-    for buffer in network.buffers():
-        dist.broadcast(buffer, src=0)
+            shape = tensor.shape
+            full = whole.pop(name).to(own) if is_main() else torch.empty(shape, dtype=own.dtype, device=own.device)
+            own.copy_(local(distribute_tensor(full.contiguous(), tensor.device_mesh, tensor.placements)))
+        elif is_main():
+            own.copy_(whole.pop(name))
 
 
 def _named(network: nn.Module) -> dict[str, Tensor]:
@@ -331,10 +336,10 @@ def is_sharded(network: nn.Module) -> bool:
 
 @torch.no_grad()
 def broadcast(network: nn.Module) -> None:
-    """Parameters and buffers of rank 0 on every rank."""
-    if world_size() == 1:
-        return
-    for tensor in (*network.parameters(), *network.buffers()):
+    """What is not sharded of the parameters and buffers of rank 0, on every rank."""
+    for tensor in _named(network).values():
+        if world_size() == 1 or hasattr(tensor, "device_mesh"):
+            continue
         whole = tensor.detach().contiguous()
         dist.broadcast(whole, src=0)
         if whole.data_ptr() != tensor.data_ptr():
