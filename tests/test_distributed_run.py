@@ -19,6 +19,7 @@ from test_distributed import config, teacher, whole
 from emd_fast import EMDTrainer, checkpoint, distributed, run
 from emd_fast import config as configuration
 from emd_fast.checkpoint import CheckpointError
+from emd_fast.trainer import Diverged
 
 # The trainer ----------------------------------------------------------------------------------------------------------
 
@@ -102,6 +103,31 @@ def test_a_run_goes_on_on_other_ranks(ranks, tmp_path, before, after):
     for steps, mine in on(after, 2, tmp_path / "half"):
         assert steps == 4
         assert_close(mine, expected)
+
+
+def test_a_schedule_that_ends_at_the_last_step_keeps_it(tmp_path):
+    for schedule in ("constant", "cosine"):
+        train(config(lr_schedule=schedule), 1, None, tmp_path / schedule)
+    more = {"steps": 9, "micro_batch_size": 3, "parallel": "fsdp"}
+    assert train(config(**more), 0, tmp_path / "constant")[0] == 1
+    with pytest.raises(CheckpointError, match="steps = 4, not 9"):
+        train(config(lr_schedule="cosine", **more), 0, tmp_path / "cosine")
+
+
+def test_too_many_gradients_that_are_not_finite_end_the_run_by_name(tmp_path, monkeypatch):
+    original = run.EMDTrainer._accumulate
+
+    def poisoned(self, name, pieces, loss_of):
+        loss = original(self, name, pieces, loss_of)
+        if name == "student":
+            self.shards[name].parameters[2].grad.fill_(float("nan"))
+        return loss
+
+    monkeypatch.setattr(run.EMDTrainer, "_accumulate", poisoned)
+    settings = configuration.load("gmm", {**TINY, "emd.steps": 50, "emd.max_skipped": 3})
+    with pytest.raises(Diverged, match=r"not finite, last that of network\.hidden\.0\.weight of the student"):
+        run.distill(settings, tmp_path)
+    assert "network.hidden.0.weight of the student" in (tmp_path / "report.md").read_text()
 
 
 def damaged(path) -> str:
