@@ -1,6 +1,6 @@
 """emd_fast: fused kernels and a trainer for EM Distillation (arXiv 2405.16852)."""
 
-from emd_fast import ops, schedules, teachers
+from emd_fast import distributed, ops, schedules, teachers
 from emd_fast.backends import backend_report, use_backend
 from emd_fast.config import EMDConfig
 from emd_fast.denoiser import Denoiser, Generator
@@ -18,6 +18,7 @@ __all__ = [
     "Generator",
     "Noise",
     "backend_report",
+    "distributed",
     "e_step",
     "ops",
     "schedules",

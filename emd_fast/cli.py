@@ -8,6 +8,7 @@ import difflib
 import importlib
 import importlib.util
 import json
+import os
 import platform
 import re
 import sys
@@ -16,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import tomli_w
 import torch
 
 import emd_fast
@@ -64,6 +66,13 @@ def _parser() -> argparse.ArgumentParser:
     distill.add_argument("--out", type=Path, help="run folder (default: runs/RECIPE)")
     distill.add_argument("--short", action="store_true", help="a tenth of all steps: shows that it works, not how well")
     distill.add_argument("--study", action="store_true", help="the recipe's study: several K and seeds, a table")
+    distill.add_argument(
+        "--dry-run", action="store_true", help="print the configuration and what it needs of each device, then stop"
+    )
+    distill.add_argument("--devices", type=_positive, help="with --dry-run: on so many devices (default: these)")
+    distill.add_argument(
+        "--device-memory", type=float, help="with --dry-run: refuse what does not fit into so many GiB"
+    )
     distill.add_argument("--tensorboard", action="store_true", help="log to TensorBoard too")
     distill.add_argument("--wandb", action="store_true", help="log to Weights & Biases too")
 
@@ -210,18 +219,30 @@ def _fail(error: BaseException, code: int) -> int:
 
 
 def _distill(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    from emd_fast import run, study
+    from emd_fast import distributed, run, study
+    from emd_fast.plan import GIB
 
     settings = config.load(options.recipe, _overrides(rest))
     if options.short:
         settings = run.shortened(settings)
+    if options.dry_run:
+        print(tomli_w.dumps(config.to_dict(settings)))
+        plan = run.plan_of(settings, options.devices or int(os.environ.get("WORLD_SIZE", 1)))
+        print(plan.table())
+        if options.device_memory is not None:
+            plan.check(options.device_memory * GIB)
+        return 0
+    if options.devices is not None or options.device_memory is not None:
+        raise ConfigError("--devices and --device-memory are for --dry-run")
     folder = options.out or Path("runs") / Path(options.recipe).stem
     sinks = tuple(name for name in ("tensorboard", "wandb") if getattr(options, name))
-    if options.study:
-        study.conduct(settings, folder)
-    else:
-        run.distill(settings, folder, sinks)
-    print(folder / ("study.md" if options.study else "report.md"))
+    with distributed.process_group():
+        if options.study:
+            study.conduct(settings, folder)
+        else:
+            run.distill(settings, folder, sinks)
+        if distributed.is_main():
+            print(folder / ("study.md" if options.study else "report.md"))
     return 0
 
 

@@ -74,7 +74,9 @@ class EMDConfig:
 
     Args:
         steps: optimizer steps of the generator.
-        batch_size: samples in a step.
+        batch_size: samples in a step, over all devices.
+        micro_batch_size: samples that a device takes through the networks at a time; 0 for all of its share at once.
+            The gradients are those of the whole batch either way.
         langevin_steps: K, Langevin steps in an E-step.
         gamma_eps, gamma_z: step sizes in (0, 1) and [0, 1): a number, or pairs [sigma / alpha, value] between which
             they are interpolated linearly in both logarithms.
@@ -88,18 +90,27 @@ class EMDConfig:
         t_star: noise level, in the schedule's t, at which the teacher's network starts as the generator.
         time_distribution: of t in the E-step; student_time_distribution: in the student step.
         student_updates: student steps before each E-step; student_warmup: more of them before the first.
+        optimizer: "adamw" (torch's fused one), "apex_adamw" (NVIDIA's apex) or "adamw_8bit" (torchao).
         generator_lr, student_lr, betas, weight_decay: of AdamW; lr_warmup: steps of linear warm-up of both rates.
+        lr_schedule: of both rates after the warm-up, "constant", or "linear" or "cosine" down to lr_end times the rate
+            at the last step.
         grad_clip: largest norm of a network's gradient; 0 for no clipping.
-        ema: decay of the generator's exponential moving average, warmed up as min(ema, (1 + step) / (10 + step)).
+        ema_profile: of the generator's exponential moving average: "constant", decay ema, warmed up as
+            min(ema, (1 + step) / (10 + step)); "power", decay (1 - 1 / (step + 1))^(ema_power + 1); "half_life", in
+            which what is ema_half_life samples old counts half.
         max_z_rms: the run stops when the RMS of z_K is above it: a Langevin chain that diverged.
         max_skipped: the run stops after so many updates in all with gradients that are not finite.
         seed: of all noise.
         precision: compute dtype of the networks, "float32" or "bfloat16" (autocast); "auto" is bfloat16 on a GPU.
             Weights and optimizer are float32.
+        parallel: how the networks lie on several devices: "replicate", "fsdp", "hybrid" (shards within groups of
+            devices, copies across them) or "auto": replicate up to a billion parameters of the generator.
+        shard_group: devices that hold one copy together under "hybrid"; those of one machine when 0.
     """
 
     steps: int = 1000
     batch_size: int = 128
+    micro_batch_size: int = 0
     langevin_steps: int = 4
     gamma_eps: StepSize = 0.16
     gamma_z: StepSize = 0.02
@@ -114,24 +125,42 @@ class EMDConfig:
     student_time_distribution: TimeDistribution = field(default_factory=TimeDistribution)
     student_updates: int = 2
     student_warmup: int = 0
+    optimizer: Literal["adamw", "apex_adamw", "adamw_8bit"] = "adamw"
     generator_lr: float = 1e-3
     student_lr: float = 2e-3
     betas: tuple[float, float] = (0.0, 0.99)
     weight_decay: float = 0.0
     lr_warmup: int = 0
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    lr_end: float = 0.0
     grad_clip: float = 1.0
+    ema_profile: Literal["constant", "power", "half_life"] = "constant"
     ema: float = 0.99
+    ema_power: float = 6.94
+    ema_half_life: float = 50_000.0
     max_z_rms: float = 10.0
     max_skipped: int = 10
     seed: int = 0
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    parallel: Literal["auto", "replicate", "fsdp", "hybrid"] = "auto"
+    shard_group: int = 0
 
     def __post_init__(self) -> None:
         check_types(self)
-        for name in ("steps", "batch_size", "generator_lr", "student_lr", "max_z_rms"):
+        for name in ("steps", "batch_size", "generator_lr", "student_lr", "max_z_rms", "ema_power", "ema_half_life"):
             _require(getattr(self, name) > 0, self, name, "above 0")
-        for name in ("num_classes", "student_warmup", "lr_warmup", "grad_clip", "weight_decay", "max_skipped"):
+        for name in (
+            "num_classes",
+            "student_warmup",
+            "lr_warmup",
+            "grad_clip",
+            "weight_decay",
+            "max_skipped",
+            "micro_batch_size",
+            "shard_group",
+        ):
             _require(getattr(self, name) >= 0, self, name, "at least 0")
+        _require(0 <= self.lr_end <= 1, self, "lr_end", "in [0, 1]")
         _require(1 <= self.langevin_steps < 2**16, self, "langevin_steps", "in [1, 65536)")
         _require(
             self.student_updates >= 1,
@@ -195,6 +224,7 @@ class RunConfig:
         emd: the distillation.
         log_every: steps between two rows of log.jsonl (the only steps on which the host waits for the device).
         save_every: steps between two checkpoints; keep_checkpoints: how many of the last ones stay.
+        background_checkpoints: write them while the training goes on, from a copy in the host's memory.
         samples: one-step samples that the evaluation draws of the task "gmm"; digits use as many as there are
             held-out images.
     """
@@ -206,6 +236,7 @@ class RunConfig:
     log_every: int = 10
     save_every: int = 100
     keep_checkpoints: int = 2
+    background_checkpoints: bool = True
     samples: int = 2000
 
     def __post_init__(self) -> None:

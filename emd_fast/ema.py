@@ -1,29 +1,58 @@
-"""The exponential moving average of a network's weights."""
+"""The exponential moving average of a network's weights, and how its decay goes with the steps."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Generic, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from emd_fast.distributed import local
 
 Module = TypeVar("Module", bound=nn.Module)
+Profile = Callable[[int], float]  # the decay of step 0, 1, 2, ...
+
+
+def constant(decay: float) -> Profile:
+    """min(decay, (1 + step) / (10 + step)): warmed up, so that a short run is not held by its start."""
+    return lambda step: min(decay, (1 + step) / (10 + step))
+
+
+def power(gamma: float) -> Profile:
+    """(1 - 1 / t)^(gamma + 1) at t = step + 1: weights of the past fall as a power of time, so that the average spans
+    the same share of a run of any length, and starts as the weights themselves.
+
+    Source: Karras et al., arXiv 2312.02696, section 3.
+    """
+    return lambda step: (1 - 1 / (step + 1)) ** (gamma + 1)
+
+
+def half_life(samples: float, batch_size: int) -> Profile:
+    """What is `samples` samples old counts half; early in a run, what is a twentieth of the run old.
+
+    Source: Karras et al., arXiv 2206.00364, whose training does so.
+    """
+    return lambda step: 0.5 ** (batch_size / min(samples, 0.05 * batch_size * (step + 1)))
 
 
 class EMA(Generic[Module]):
     """A copy of `module` whose floating weights follow it: average = d average + (1 - d) weights.
 
-    The decay d is warmed up as min(decay, (1 + step) / (10 + step)), so that a short run is not held by its start.
+    Where both are sharded (alike), each rank averages what it holds.
+
+    Args:
+        decay: by step, or the number of `constant`.
     """
 
-    def __init__(self, module: Module, decay: float) -> None:
-        self.decay = decay
+    def __init__(self, module: Module, decay: Profile | float) -> None:
+        self.decay = constant(decay) if isinstance(decay, float) else decay
         self.module = copy.deepcopy(module).requires_grad_(False)
 
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
-        decay = min(self.decay, (1 + step) / (10 + step))
+        decay = self.decay(step)
         pairs = list(zip(self._tensors(self.module), self._tensors(module), strict=True))
         torch._foreach_lerp_(
             [average for average, _ in pairs if average.is_floating_point()],
@@ -35,5 +64,5 @@ class EMA(Generic[Module]):
                 average.copy_(current)
 
     @staticmethod
-    def _tensors(module: nn.Module) -> list[torch.Tensor]:
-        return [*(p.detach() for p in module.parameters()), *module.buffers()]
+    def _tensors(module: nn.Module) -> list[Tensor]:
+        return [*(local(p.detach()) for p in module.parameters()), *module.buffers()]

@@ -7,6 +7,8 @@ import time
 
 from tqdm import tqdm
 
+from emd_fast.distributed import is_main
+
 _LINES = 10  # plain lines in a phase, at most
 
 
@@ -18,7 +20,9 @@ class Progress:
         self.began = time.monotonic()
         self.first = done
         self.every = max(1, -(-total // _LINES))
-        self.bar = tqdm(total=total, initial=done, desc=name, unit="step") if sys.stderr.isatty() else None
+        self.bar = (
+            tqdm(total=total, initial=done, desc=name, unit="step") if sys.stderr.isatty() and is_main() else None
+        )
 
     def update(self, done: int, text: str = "") -> None:
         """`done` steps are behind us; `text` is what to say beside them (only read where it is shown)."""
@@ -38,6 +42,8 @@ class Progress:
 
 
 def say(line: str) -> None:
-    """One line for the person who watches: stderr, so that stdout stays for results."""
+    """One line for the person who watches, from the main rank: stderr, so that stdout stays for results."""
+    if not is_main():
+        return
     tqdm.write(line, file=sys.stderr)
     sys.stderr.flush()

@@ -1,6 +1,7 @@
 """A run and its folder: config.toml, teacher.pt, checkpoints/, log.jsonl, metrics.json, report.md, samples/.
 
-The same command on the same folder goes on where the run stopped, and says so; on a finished run it says that.
+The same command on the same folder goes on where the run stopped, and says so; on a finished run it says that. Inside
+a process group all ranks run the same functions; the main one writes and speaks.
 """
 
 from __future__ import annotations
@@ -17,15 +18,23 @@ from typing import Any
 
 import tomli_w
 
-from emd_fast import checkpoint, config, journal, report
+from emd_fast import checkpoint, config, distributed, journal, report
 from emd_fast.checkpoint import CheckpointError
 from emd_fast.config import RunConfig, to_dict
 from emd_fast.denoiser import Denoiser
+from emd_fast.plan import Plan, Sizes, available, plan
 from emd_fast.progress import Progress, say
 from emd_fast.tasks import Task, task_of
 from emd_fast.trainer import MAY_CHANGE, Diverged, EMDTrainer, check_health
 
-_MAY_CHANGE = {*(f"emd.{name}" for name in MAY_CHANGE), "log_every", "save_every", "keep_checkpoints", "samples"}
+_MAY_CHANGE = {
+    *(f"emd.{name}" for name in MAY_CHANGE),
+    "log_every",
+    "save_every",
+    "keep_checkpoints",
+    "background_checkpoints",
+    "samples",
+}
 
 
 class RunError(RuntimeError):
@@ -41,17 +50,18 @@ class Interrupted(BaseException):
 
 
 @contextlib.contextmanager
-def stop_on_signals() -> Iterator[Callable[[], bool]]:
-    """Inside, SIGINT and SIGTERM only set a flag, which is handed out; leaving raises Interrupted if it was set."""
+def stop_on_signals() -> Iterator[Callable[[], int]]:
+    """Inside, SIGINT and SIGTERM are only noted: what is handed out gives the number of the first, or 0. Leaving raises
+    Interrupted if there was one."""
     if threading.current_thread() is not threading.main_thread():  # Python delivers signals to the main thread alone
-        yield lambda: False
+        yield lambda: 0
         return
     caught: list[int] = []
     previous = {
         number: signal.signal(number, lambda n, _: caught.append(n)) for number in (signal.SIGINT, signal.SIGTERM)
     }
     try:
-        yield lambda: bool(caught)
+        yield lambda: caught[0] if caught else 0
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -66,18 +76,34 @@ def distill(settings: RunConfig, folder: Path, sinks: tuple[str, ...] = ()) -> d
         RunError: a folder that cannot be written or holds another run. CheckpointError: checkpoints that cannot be
         read. Diverged: training was stopped, report.md says why. Interrupted: by a signal; what was done is saved.
     """
-    _open_folder(folder, settings)
+    distributed.on_main(lambda: _open_folder(folder, settings))
     finished = _finished(folder, settings)
     if finished is not None:
         say(f"{folder} is finished: {settings.emd.steps} steps, report in {folder / 'report.md'}")
         return finished
+    needs = plan_of(settings)
+    if distributed.world_size() > 1:
+        say(needs.table())
+    needs.check(available())
     task = task_of(settings)
     teacher, seconds = _teacher(task, folder)
     trainer = _latest(settings, folder, task, teacher)
+    if distributed.world_size() > 1:
+        say(f"{distributed.world_size()} ranks, {trainer.parallel}")
     if trainer.steps_done:
         say(f"resuming {folder} at step {trainer.steps_done} of {settings.emd.steps}")
     seconds["distil"] = _train(trainer, settings, folder, sinks)
     return evaluate(settings, folder, task, trainer, seconds)
+
+
+def plan_of(settings: RunConfig, devices: int = 0) -> Plan:
+    """What the run will need of each of so many devices (those of the process group when 0)."""
+    task = task_of(settings)
+    generator, student = task.make_networks()
+    teacher = task.untrained_teacher()
+    sizes = Sizes.of(teacher, generator or teacher, student or teacher)
+    # The tasks that ship live on the CPU, where "auto" is float32.
+    return plan(sizes, settings.emd, devices=devices, reduced=settings.emd.precision == "bfloat16")
 
 
 def open_run(folder: Path) -> tuple[RunConfig, Task, EMDTrainer]:
@@ -100,16 +126,24 @@ def open_run(folder: Path) -> tuple[RunConfig, Task, EMDTrainer]:
 def evaluate(
     settings: RunConfig, folder: Path, task: Task, trainer: EMDTrainer, seconds: dict[str, float]
 ) -> dict[str, Any]:
-    """Writes samples/, metrics.json and report.md."""
+    """Writes samples/, metrics.json and report.md; every rank computes, the main one writes."""
     say("evaluating")
     began = time.monotonic()
-    untrained = EMDTrainer(trainer.teacher, trainer.config, *task.make_networks())
-    metrics = task.evaluate(trainer, untrained, folder)
+    teacher = trainer.teacher
+    if distributed.is_sharded(teacher):  # a sharded network cannot be copied; the teacher comes from the folder again
+        teacher, _ = _teacher(task, folder)
+    untrained = EMDTrainer(teacher, trainer.config, *task.make_networks())
+    with distributed.gathered(trainer.teacher):
+        metrics = task.evaluate(trainer, untrained, folder if distributed.is_main() else None)
     seconds = {**seconds, "evaluate": time.monotonic() - began}
     metrics = {**metrics, "steps": trainer.steps_done, "seconds": {k: round(v, 2) for k, v in seconds.items()}}
     text = json.dumps(metrics, indent=1)
-    checkpoint.write_whole(folder / "metrics.json", lambda file: file.write(text.encode()))
-    report.write(folder)
+
+    def write() -> None:
+        checkpoint.write_whole(folder / "metrics.json", lambda file: file.write(text.encode()))
+        report.write(folder)
+
+    distributed.on_main(write)
     return metrics
 
 
@@ -168,7 +202,12 @@ def _teacher(task: Task, folder: Path) -> tuple[Denoiser, dict[str, float]]:
                 raise _Stop
 
         with contextlib.suppress(_Stop):
-            teacher = task.make_teacher(folder, on_step)
+            # One rank trains it, where it has to be trained; the others read what that one wrote.
+            if distributed.is_main():
+                teacher = task.make_teacher(folder, on_step)
+    distributed.barrier()
+    if not distributed.is_main():
+        teacher = task.make_teacher(folder, None)
     if progress is not None:
         progress.close()
     return teacher, {"teacher": time.monotonic() - began}
@@ -183,7 +222,7 @@ def _latest(settings: RunConfig, folder: Path, task: Task, teacher: Denoiser) ->
     paths = checkpoint.found(folder / "checkpoints")
     for path in reversed(paths):
         try:
-            checkpoint.load(path)
+            checkpoint.facts(path)
         except CheckpointError as error:
             say(f"skipped: {error}")
             continue
@@ -201,40 +240,62 @@ def _train(trainer: EMDTrainer, settings: RunConfig, folder: Path, sinks: tuple[
     total, first = settings.emd.steps, trainer.steps_done
     if not settings.emd.noise_cancellation:
         say("warning: noise_cancellation is off; the gradient of the generator is much noisier so")
+    main = distributed.is_main()
     rows = [row for row in journal.read(folder / "log.jsonl") if row["step"] <= first]
     before = rows[-1]["seconds"] if rows else 0.0
-    log = journal.Journal(folder, first, sinks, to_dict(settings))
+    distributed.barrier()  # the main rank rewrites the log that the others have just read
+    log = journal.Journal(folder, first, sinks, to_dict(settings)) if main else None
     progress = Progress("distil", total, first)
+    checkpoint_folder = folder / "checkpoints"
+    if main:
+        checkpoint.clear_unfinished(checkpoint_folder)
+    agree, saved, stop = distributed.Agreement(), first if first else -1, 0
     began = time.monotonic()
 
     def save() -> None:
-        checkpoint_folder = folder / "checkpoints"
-        trainer.save(checkpoint.path_of(checkpoint_folder, trainer.steps_done))
-        checkpoint.keep_last(checkpoint_folder, settings.keep_checkpoints)
+        nonlocal saved
+        if trainer.steps_done != saved:
+            trainer.save(
+                checkpoint.path_of(checkpoint_folder, trainer.steps_done),
+                background=settings.background_checkpoints,
+                then=lambda: checkpoint.keep_last(checkpoint_folder, settings.keep_checkpoints),
+            )
+            saved = trainer.steps_done
 
     try:
         with stop_on_signals() as stopped:
-            while trainer.steps_done < total and not stopped():
+            while trainer.steps_done < total:
+                stop = agree(stopped())
+                if stop:
+                    break
                 metrics = trainer.step()
                 done = trainer.steps_done
                 if done % settings.log_every == 0 or done == total:
                     numbers = {name: value.item() for name, value in metrics.items()}
                     seconds = time.monotonic() - began
                     rate = (done - first) * settings.emd.batch_size / seconds
-                    log.write({"step": done, **numbers, "seconds": before + seconds, "images_per_second": rate})
-                    check_health(numbers, settings.emd)
+                    if log is not None:
+                        log.write({"step": done, **numbers, "seconds": before + seconds, "images_per_second": rate})
+                    check_health(numbers, settings.emd, trainer.culprit)
                     progress.update(done, f"student {numbers['student_loss']:.3g}, drift {numbers['drift_rms']:.3g}")
                 if done % settings.save_every == 0 or done == total:
                     save()
-            if stopped():
+            stop = max(stop, agree.final(stopped()))
+            if stop:
                 save()
+                trainer.finish_saving()
                 say(f"stopped at step {trainer.steps_done} of {total}, saved; the same command goes on from there")
+        if stop:  # on a rank that heard of the signal from another
+            raise Interrupted(stop)
     except Diverged as error:
-        report.write_stopped(folder, str(error))
+        if main:
+            report.write_stopped(folder, str(error))
         raise
     finally:
         progress.close()
-        log.close()
+        if log is not None:
+            log.close()
+        trainer.finish_saving()
     return before + time.monotonic() - began
 
 

@@ -9,28 +9,43 @@ import contextlib
 import copy
 import dataclasses
 import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils import _pytree as pytree
 
-from emd_fast import checkpoint, ops
+from emd_fast import checkpoint, distributed, ema, ops, optimizers
 from emd_fast.config import ConfigError, EMDConfig, StepSize, TimeDistribution, from_dict, to_dict
 from emd_fast.denoiser import Condition, Denoiser, Generator, base
-from emd_fast.em.e_step import EStep, e_step
+from emd_fast.distributed import Shards, gathered
+from emd_fast.em.e_step import EStep, unchecked_e_step
 from emd_fast.em.e_step_xz import e_step_xz
 from emd_fast.em.m_step import WEIGHTINGS, m_step
 from emd_fast.em.student_step import student_step
-from emd_fast.ema import EMA
 from emd_fast.noise import Noise, Stream
 
-# What may change between two legs of one run; everything else makes it another run.
-MAY_CHANGE = {"steps", "max_z_rms", "max_skipped"}
+# What may change between two legs of one run; everything else makes it another run. The last three, as the number of
+# devices, change the order in which gradients are summed and nothing else.
+MAY_CHANGE = {"steps", "max_z_rms", "max_skipped", "micro_batch_size", "parallel", "shard_group"}
 
 
 class Diverged(RuntimeError):
     """Training that must not go on: one line that says what was seen and what helps."""
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Some samples of the global batch, which this rank takes through the networks at once."""
+
+    first: int
+    size: int
+    cond: Condition
 
 
 class EMDTrainer:
@@ -40,6 +55,10 @@ class EMDTrainer:
         while trainer.steps_done < trainer.config.steps:
             metrics = trainer.step()
 
+    Under a process group (`emd_fast.distributed.process_group`) every rank builds the same trainer and makes the same
+    calls; the networks are spread over the ranks as `config.parallel` says, and each rank takes its share of the batch.
+    Networks too large to be built by every rank may be on the meta device on all ranks but the first.
+
     Args:
         teacher: a Denoiser; set to eval and to require no gradients here, its weights never change.
         config: the distillation.
@@ -48,7 +67,8 @@ class EMDTrainer:
 
     Raises:
         ValueError: a teacher with weights that are not finite, without a sample_shape, or without the parameters that
-            generator and student would start from; two networks that share parameters.
+            generator and student would start from; two networks that share parameters; fewer samples than ranks;
+            networks that somebody else has wrapped in DDP or FSDP2.
     """
 
     def __init__(
@@ -56,6 +76,11 @@ class EMDTrainer:
     ) -> None:
         if not isinstance(config, EMDConfig):
             raise TypeError(f"config must be an EMDConfig, got {type(config).__name__}")
+        if config.batch_size < distributed.world_size():
+            raise ConfigError(
+                f"batch_size must be at least the number of ranks, {distributed.world_size()}, got {config.batch_size}"
+            )
+        _check_bare(teacher=teacher, generator=generator, student=student)
         _check_finite("teacher", base(teacher))
         if (generator is None or student is None) and not any(True for _ in teacher.parameters()):
             raise ValueError("this teacher has no parameters to start from: give EMDTrainer a generator and a student")
@@ -67,24 +92,43 @@ class EMDTrainer:
         _check_apart(teacher=self.teacher, generator=self.generator, student=self.student)
         for network, trains in ((self.teacher, False), (self.generator, True), (self.student, True)):
             network.eval().requires_grad_(trains)  # eval: no dropout, no batch statistics, in any of the three
-        self.device = _device(self.generator)
+        self.device = distributed.device_of(self.generator)
         self.sample_shape = _shape("sample_shape", generator, teacher)
         self.latent_shape = getattr(self.generator, "latent_shape", None) or self.sample_shape
         self.noise = Noise(config.seed, device=self.device)
-        self.generator_optimizer = self._optimizer(self.generator, config.generator_lr)
-        self.student_optimizer = self._optimizer(self.student, config.student_lr)
-        self.ema = EMA(self.generator, config.ema)
+        self.ema = ema.EMA(self.generator, _profile(config))
+        self.parallel = self._spread()
+        self.shards = {"generator": Shards(self.generator), "student": Shards(self.student)}
+        self.generator_optimizer = optimizers.make(config, self.shards["generator"].parameters, config.generator_lr)
+        self.student_optimizer = optimizers.make(config, self.shards["student"].parameters, config.student_lr)
         self.skipped = torch.zeros((), device=self.device)
         self.steps_done = 0
+        self._tables: dict[Any, Tensor] = {}
+        self._writer = checkpoint.Writer()
+
+    def _spread(self) -> str:
+        """Lays the networks out over the ranks; returns how, and why."""
+        config = self.config
+        mode, reason = distributed.resolve(config.parallel, sum(p.numel() for p in self.generator.parameters()))
+        if distributed.world_size() > 1:
+            mesh = distributed.make_mesh(mode, self.device, config.shard_group)
+            precision = torch.bfloat16 if self._reduced() else None
+            for network in (self.teacher, self.generator, self.student, self.ema.module):
+                # The average is float32 throughout: it is what a run is for.
+                own = None if network is self.ema.module else precision
+                distributed.shard(network, mode, precision=own, mesh=mesh, device=self.device)
+        return f"{mode}: {reason}"
 
     # One step ---------------------------------------------------------------------------------------------------------
 
     def step(self, cond: Condition = None) -> dict[str, Tensor]:
-        """Student updates, E-step, M-step. `cond` (batched, batch_size) is drawn where the configuration has classes.
+        """Student updates, E-step, M-step. `cond` (batched, batch_size: that of all ranks) is drawn where the
+        configuration has classes.
 
         Returns:
-            Device scalars: generator_loss, student_loss, drift_rms, z_rms, generator_grad_norm, student_grad_norm and
-            skipped, the number of updates so far that were left out because their gradient was not finite.
+            Device scalars, the same on every rank: generator_loss, student_loss, drift_rms, z_rms, generator_grad_norm,
+            student_grad_norm and skipped, the number of updates so far that were left out because their gradient was
+            not finite.
         """
         config = self.config
         self.noise.set(step=self.steps_done)
@@ -93,35 +137,57 @@ class EMDTrainer:
             for j in range(config.student_warmup):
                 self._student_update(cond, config.student_updates + j)
         student = [self._student_update(cond, j) for j in range(config.student_updates)]
-        sampled = self.sample_posterior(cond)
-        generator_loss, generator_norm = self._generator_update(sampled)
+        with gathered(self.generator):
+            sampled = self._e_steps(cond)
+            generator_loss = self._generator_loss(sampled)
+        generator_norm = self._update("generator")
         self.ema.update(self.generator, self.steps_done)
         self.steps_done += 1
+        means = torch.stack(
+            [
+                generator_loss,
+                torch.stack([loss for loss, _ in student]).mean(),
+                self._mean_square(s.drift for s in sampled),
+                self._mean_square(s.z for s in sampled),
+            ]
+        )
+        if distributed.world_size() > 1:
+            dist.all_reduce(means)
         return {
-            "generator_loss": generator_loss,
-            "student_loss": torch.stack([loss for loss, _ in student]).mean(),
-            "drift_rms": sampled.drift.square().mean().sqrt(),
-            "z_rms": sampled.z.square().mean().sqrt(),
+            "generator_loss": means[0],
+            "student_loss": means[1],
+            "drift_rms": means[2].sqrt(),
+            "z_rms": means[3].sqrt(),
             "generator_grad_norm": generator_norm,
             "student_grad_norm": torch.stack([norm for _, norm in student]).mean(),
             "skipped": self.skipped.clone(),
         }
 
     def sample_posterior(self, cond: Condition = None) -> EStep:
-        """The E-step of the current optimizer step."""
+        """The E-step of the current optimizer step, for all samples of this rank at once."""
+        (piece,) = self._pieces(cond, 0, whole=True)
+        return self._e_step(piece)
+
+    def _e_steps(self, cond: Condition) -> list[EStep]:
+        # Every network is gathered once for all Langevin steps of all pieces; two of the three are let go before the
+        # M-step asks for its activations.
+        with gathered(self.generator, self.teacher, self.student):
+            return [self._e_step(piece) for piece in self._pieces(cond, 0)]
+
+    def _e_step(self, piece: _Piece) -> EStep:
         config = self.config
-        batch = config.batch_size
-        t = self._times(config.time_distribution, Stream.E_STEP_TIME, 0)
+        self.noise.set(first_sample=piece.first)
+        t = self._times(config.time_distribution, Stream.E_STEP_TIME, 0, piece.size)
         vsd = config.objective == "vsd"
         with self._compute_dtype():
-            return (e_step_xz if config.sampling == "x_z" else e_step)(
+            return (e_step_xz if config.sampling == "x_z" else unchecked_e_step)(
                 self.generator,
                 self.teacher,
                 self.student,
-                ops.normal((batch, *self.latent_shape), self.noise, stream=Stream.E_STEP_Z),
-                ops.normal((batch, *self.sample_shape), self.noise, stream=Stream.E_STEP_EPS),
+                ops.normal((piece.size, *self.latent_shape), self.noise, stream=Stream.E_STEP_Z),
+                ops.normal((piece.size, *self.sample_shape), self.noise, stream=Stream.E_STEP_EPS),
                 t,
-                cond=self._conditions(cond, 0),
+                cond=piece.cond,
                 guidance=config.guidance,
                 steps=1 if vsd else config.langevin_steps,
                 gamma_eps=self._step_size(config.gamma_eps, t),
@@ -129,66 +195,107 @@ class EMDTrainer:
                 noise=self.noise,
             )
 
-    def _generator_update(self, sampled: EStep) -> tuple[Tensor, Tensor]:
-        weight = WEIGHTINGS[self.config.weighting](sampled.alpha, sampled.sigma)
-        if self.config.objective == "vsd":
-            # The gradient is linear in drift, and drift is gamma_eps times that of score distillation.
-            weight = weight / self._step_size(self.config.gamma_eps, sampled.t)
-        with self._compute_dtype():
-            loss = m_step(self.generator, sampled, weight, noise_cancellation=self.config.noise_cancellation).mean()
-        return loss.detach(), self._update(self.generator, self.generator_optimizer, loss)
+    def _generator_loss(self, sampled: Sequence[EStep]) -> Tensor:
+        """This rank's part of the M-step's loss; leaves its gradient."""
+
+        def loss_of(piece: EStep) -> Tensor:
+            weight = WEIGHTINGS[self.config.weighting](piece.alpha, piece.sigma)
+            if self.config.objective == "vsd":
+                # The gradient is linear in drift, and drift is gamma_eps times that of score distillation.
+                weight = weight / self._step_size(self.config.gamma_eps, piece.t)
+            return m_step(self.generator, piece, weight, noise_cancellation=self.config.noise_cancellation)
+
+        return self._accumulate("generator", sampled, loss_of)
 
     def _student_update(self, cond: Condition, substep: int) -> tuple[Tensor, Tensor]:
-        batch = self.config.batch_size
-        with self._compute_dtype():
-            loss = student_step(
+        def loss_of(piece: _Piece) -> Tensor:
+            self.noise.set(first_sample=piece.first)
+            return student_step(
                 self.generator,
                 self.student,
-                ops.normal((batch, *self.latent_shape), self.noise, stream=Stream.STUDENT_Z, substep=substep),
-                ops.normal((batch, *self.sample_shape), self.noise, stream=Stream.STUDENT_EPS, substep=substep),
-                self._times(self.config.student_time_distribution, Stream.STUDENT_TIME, substep),
-                cond=self._conditions(cond, 1 + substep),
-            ).mean()
-        return loss.detach(), self._update(self.student, self.student_optimizer, loss)
+                ops.normal((piece.size, *self.latent_shape), self.noise, stream=Stream.STUDENT_Z, substep=substep),
+                ops.normal((piece.size, *self.sample_shape), self.noise, stream=Stream.STUDENT_EPS, substep=substep),
+                self._times(self.config.student_time_distribution, Stream.STUDENT_TIME, substep, piece.size),
+                cond=piece.cond,
+            )
 
-    # Its parts --------------------------------------------------------------------------------------------------------
+        with gathered(self.generator, self.student):
+            loss = self._accumulate("student", self._pieces(cond, 1 + substep), loss_of)
+        return loss, self._update("student")
 
-    def _update(self, network: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor:
-        """One optimizer step, left out on the device where the gradient is not finite. Returns the gradient's norm."""
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        parameters = [p for p in network.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    # Its parts, over pieces and ranks ---------------------------------------------------------------------------------
+
+    def _pieces(self, cond: Condition, substep: int, *, whole: bool = False) -> list[_Piece]:
+        """This rank's samples by micro-batches, or all at once."""
+        first, last = distributed.share(self.config.batch_size)
+        size = last - first if whole else self.config.micro_batch_size or last - first
+        pieces = []
+        for start in range(first, last, size):
+            end = min(start + size, last)
+            self.noise.set(first_sample=start)
+            pieces.append(_Piece(start, end - start, self._conditions(cond, substep, start, end)))
+        return pieces
+
+    def _accumulate(self, name: str, pieces: Sequence[Any], loss_of: Callable[[Any], Tensor]) -> Tensor:
+        """The sum of the losses over this rank's samples, divided by the global batch; leaves its gradient."""
+        shards = self.shards[name]
+        shards.clear_gradients()
+        total = torch.zeros((), device=self.device)
+        for number, piece in enumerate(pieces, 1):
+            distributed.sync_gradients(shards.network, number == len(pieces))
+            with self._compute_dtype():
+                loss = loss_of(piece).sum() / self.config.batch_size
+            loss.backward()
+            total = total + loss.detach()
+        return total
+
+    def _update(self, name: str) -> Tensor:
+        """One optimizer step on the gradients of all ranks, left out on all of them, on the device, where a gradient
+        is not finite. Returns the norm of the whole gradient."""
+        shards, optimizer = self.shards[name], self._optimizers()[name]
+        shards.reduce_gradients()
+        norms = shards.gradient_norms()
+        norm = torch.linalg.vector_norm(norms)
         if self.config.grad_clip:
-            nn.utils.clip_grads_with_norm_(parameters, self.config.grad_clip, norm)
-        found_inf = (~torch.isfinite(norm)).float()
-        # What GradScaler hands to a fused optimizer: it skips the update without asking the host.
-        optimizer.found_inf = found_inf  # type: ignore[attr-defined]
-        self.skipped += found_inf
-        optimizer.step()
+            nn.utils.clip_grads_with_norm_(shards.parameters, self.config.grad_clip, norm)
+        finite = torch.isfinite(norm)
+        shards.note_bad(norms)
+        self.skipped += (~finite).float()
+        if optimizers.skips_on_device(optimizer):
+            # What GradScaler hands to a fused optimizer: it skips the update without asking the host.
+            optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+            optimizer.step()
+        elif bool(finite):
+            optimizer.step()
         return norm
 
-    def _optimizer(self, network: nn.Module, lr: float) -> torch.optim.Optimizer:
-        parameters = [p for p in network.parameters() if p.requires_grad]
-        if not parameters:
-            raise ValueError(f"{type(network).__name__} has no parameters to train")
-        return torch.optim.AdamW(
-            parameters, lr=lr, betas=self.config.betas, weight_decay=self.config.weight_decay, fused=True
+    def culprit(self) -> str | None:
+        """The network and the tensor whose gradient was not finite last, or None; asks the device."""
+        for name, shards in self.shards.items():
+            if (tensor := shards.bad()) is not None:
+                return f"{tensor} of the {name}"
+        return None
+
+    def _mean_square(self, tensors: Iterable[Tensor]) -> Tensor:
+        """This rank's part of the mean over the global batch."""
+        return sum(
+            (x.square().mean() * (len(x) / self.config.batch_size) for x in tensors),
+            torch.zeros((), device=self.device),
         )
 
-    def _set_learning_rates(self) -> None:
-        if not self.config.lr_warmup:
-            return
-        scale = min(1.0, (self.steps_done + 1) / self.config.lr_warmup)
-        for optimizer, lr in (
-            (self.generator_optimizer, self.config.generator_lr),
-            (self.student_optimizer, self.config.student_lr),
-        ):
-            for group in optimizer.param_groups:
-                group["lr"] = lr * scale
+    def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        return {"generator": self.generator_optimizer, "student": self.student_optimizer}
 
-    def _times(self, distribution: TimeDistribution, stream: int, substep: int) -> Tensor:
-        size, low, high = (self.config.batch_size,), math.log(distribution.low), math.log(distribution.high)
+    def _set_learning_rates(self) -> None:
+        scale = optimizers.rate_scale(self.config, self.steps_done)
+        rates = {"generator": self.config.generator_lr, "student": self.config.student_lr}
+        for name, optimizer in self._optimizers().items():
+            for group in optimizer.param_groups:
+                group["lr"] = rates[name] * scale
+
+    def _times(self, distribution: TimeDistribution, stream: int, substep: int, batch: int | None = None) -> Tensor:
+        size = (self.config.batch_size if batch is None else batch,)
+        low, high = math.log(distribution.low), math.log(distribution.high)
         if distribution.kind == "log_uniform":
             log_ratio = low + (high - low) * ops.uniform(size, self.noise, stream=stream, substep=substep)
         else:
@@ -200,18 +307,26 @@ class EMDTrainer:
         """The number, or (B,) interpolated in log (sigma / alpha) and log value."""
         if not isinstance(size, list):
             return size
-        return _interpolate(-self.schedule.log_snr(t) / 2, size)
+        key = tuple(map(tuple, size))
+        if key not in self._tables:  # made once: copying it to the device makes the host wait
+            self._tables[key] = torch.tensor(size, dtype=torch.float32).log().to(self.device)
+        return _interpolate(-self.schedule.log_snr(t) / 2, self._tables[key])
 
-    def _conditions(self, cond: Condition, substep: int) -> Condition:
-        if cond is not None or not self.config.num_classes:
-            return cond
-        size = (self.config.batch_size,)
-        return ops.integers(self.config.num_classes, size, self.noise, stream=Stream.CONDITION, substep=substep)
+    def _conditions(self, cond: Condition, substep: int, start: int, end: int) -> Condition:
+        if cond is not None:
+            return pytree.tree_map(lambda leaf: leaf[start:end] if isinstance(leaf, Tensor) else leaf, cond)
+        if not self.config.num_classes:
+            return None
+        return ops.integers(
+            self.config.num_classes, (end - start,), self.noise, stream=Stream.CONDITION, substep=substep
+        )
 
     def _compute_dtype(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self._reduced())
+
+    def _reduced(self) -> bool:
         precision = self.config.precision
-        reduced = precision == "bfloat16" or (precision == "auto" and self.device.type == "cuda")
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=reduced)
+        return precision == "bfloat16" or (precision == "auto" and self.device.type == "cuda")
 
     # Its samples ------------------------------------------------------------------------------------------------------
 
@@ -227,26 +342,46 @@ class EMDTrainer:
         z = ops.normal((n, *self.latent_shape), noise, stream=Stream.SHOWN)
         if cond is None and self.config.num_classes:
             cond = torch.arange(first_sample, first_sample + n, device=self.device) % self.config.num_classes
-        with self._compute_dtype():
-            return (self.ema.module if ema else self.generator)(z, cond).float()
+        network = self.ema.module if ema else self.generator
+        with gathered(network), self._compute_dtype():
+            return network(z, cond).float()
 
     # Its state --------------------------------------------------------------------------------------------------------
 
-    def save(self, path: str | Path) -> None:
-        """Writes everything that the run needs to go on; the teacher is not in it.
+    def save(self, path: str | Path, *, background: bool = False, then: Callable[[], object] | None = None) -> None:
+        """Writes everything that the run needs to go on into a folder; the teacher is not in it. All ranks call it.
+
+        Args:
+            background: returns when the state is copied; the next save, or `finish_saving`, waits for the rest.
+            then: called on rank 0 when the checkpoint is there.
 
         Raises:
             CheckpointError: it cannot be written; what stood at `path` before is intact.
         """
-        checkpoint.save(
-            path,
-            {
-                "config": to_dict(self.config),
-                "step": self.steps_done,
-                "skipped": self.skipped,
-                **{name: part.state_dict() for name, part in self._parts().items()},
-            },
-        )
+        facts = {
+            "config": to_dict(self.config),
+            "step": self.steps_done,
+            "seed": self.config.seed,
+            "skipped": self.skipped.item(),
+            "ranks": distributed.world_size(),
+            "groups": {name: _counters(optimizer) for name, optimizer in self._optimizers().items()},
+        }
+        tensors = self._tensors()
+        for name, optimizer in self._optimizers().items():
+            shards = self.shards[name]
+            for index, parameter in enumerate(shards.parameters):
+                for key, value in optimizer.state.get(parameter, {}).items():
+                    if isinstance(value, Tensor):
+                        tensors[f"{name}_optimizer.{shards.names[index]}.{key}"] = shards.like(index, value)
+        self._writer.save(path, tensors, facts, background=background, then=then)
+
+    def finish_saving(self) -> None:
+        """Waits for a checkpoint that is being written in the background.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        self._writer.wait()
 
     @classmethod
     def resume(
@@ -258,58 +393,82 @@ class EMDTrainer:
         generator: nn.Module | None = None,
         student: Denoiser | None = None,
     ) -> EMDTrainer:
-        """The trainer that `save` wrote, ready for its next step.
+        """The trainer that `save` wrote, ready for its next step, on any number of ranks. All ranks call it.
 
         Args:
-            config: replaces the saved one; only steps, max_z_rms and max_skipped may differ.
+            config: replaces the saved one; only what MAY_CHANGE names may differ.
             generator, student: as for the constructor, where they are not copies of the teacher.
 
         Raises:
-            CheckpointError: a missing, truncated or foreign file, another architecture or another configuration.
+            CheckpointError: a missing, damaged or foreign folder, another architecture or another configuration.
         """
-        state = checkpoint.load(path)
+        facts = checkpoint.facts(path)
         try:
-            saved = from_dict(EMDConfig, state["config"])
+            saved = from_dict(EMDConfig, facts["config"])
         except (ConfigError, KeyError) as error:
             raise checkpoint.CheckpointError(
                 f"{path} holds a configuration this release cannot read: {error}"
             ) from None
+        # A schedule that ends at the last step is another one when the last step moves.
+        may_change = MAY_CHANGE - ({"steps"} if saved.lr_schedule != "constant" else set())
         for item in dataclasses.fields(EMDConfig):
             was, now = getattr(saved, item.name), getattr(config or saved, item.name)
-            if was != now and item.name not in MAY_CHANGE:
+            if was != now and item.name not in may_change:
                 raise checkpoint.CheckpointError(
                     f"{path} was made with {item.name} = {was!r}, not {now!r}; another run needs another folder"
                 )
         trainer = cls(teacher, config or saved, generator, student)
-        for name, part in trainer._parts().items():
-            try:
-                part.load_state_dict(state[name])
-            except (KeyError, RuntimeError, ValueError) as error:
-                reason = str(error).splitlines()[-1].strip()
-                raise checkpoint.CheckpointError(f"{path} does not fit this {name}: {reason}") from error
-        trainer.skipped.copy_(state["skipped"])
-        trainer.steps_done = state["step"]
+        trainer._restore(Path(path), facts)
         return trainer
 
-    def _parts(self) -> dict[str, Any]:
+    def _restore(self, path: Path, facts: dict[str, Any]) -> None:
+        tensors, there = self._tensors(), checkpoint.shapes(path)
+        states: dict[str, dict[int, dict[str, Any]]] = {"generator": {}, "student": {}}
+        for name, shards in self.shards.items():
+            index_of = {parameter: index for index, parameter in enumerate(shards.names)}
+            part = f"{name}_optimizer."
+            for full in [full for full in there if full.startswith(part)]:
+                parameter, _, key = full.removeprefix(part).rpartition(".")
+                if parameter not in index_of:
+                    raise checkpoint.CheckpointError(f"{path} does not fit this {name}: it has no {parameter}")
+                index = index_of[parameter]
+                shape, dtype = there[full]
+                # Made here, before anything is read: what an optimizer would make at its first step comes too late.
+                own = shards.parameters[index]
+                shape = tuple(own.shape) if shape == tuple(shards.whole[index].shape) else shape
+                value = torch.zeros(shape, dtype=dtype, device=own.device)
+                states[name].setdefault(index, {})[key] = value
+                tensors[full] = shards.like(index, value)
+        checkpoint.restore(path, tensors)
+        for name, optimizer in self._optimizers().items():
+            groups = optimizer.state_dict()["param_groups"]
+            for group, counters in zip(groups, facts["groups"][name], strict=True):
+                group.update(counters)
+            optimizer.load_state_dict({"state": states[name], "param_groups": groups})
+        self.skipped.fill_(facts["skipped"])
+        self.steps_done = facts["step"]
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Parameters and buffers by "part.name", as the checkpoint has them."""
+        parts = {"generator": self.generator, "student": self.student, "ema": self.ema.module}
         return {
-            "generator": self.generator,
-            "student": self.student,
-            "generator_optimizer": self.generator_optimizer,
-            "student_optimizer": self.student_optimizer,
-            "ema": self.ema.module,
+            f"{part}.{name}": tensor for part, module in parts.items() for name, tensor in module.state_dict().items()
         }
 
 
-def check_health(metrics: dict[str, float], config: EMDConfig) -> None:
-    """Looks at one step's metrics, as numbers.
+def check_health(
+    metrics: dict[str, float], config: EMDConfig, culprit: Callable[[], str | None] = lambda: None
+) -> None:
+    """Looks at one step's metrics, as numbers; `culprit` says which tensor's gradient was not finite.
 
     Raises:
         Diverged: the run must stop, and why.
     """
     if metrics["skipped"] > config.max_skipped:
+        named = culprit()
         raise Diverged(
-            f"{metrics['skipped']:.0f} gradients were not finite (max_skipped = {config.max_skipped}); "
+            f"{metrics['skipped']:.0f} gradients were not finite{f', last that of {named}' if named else ''} "
+            f"(max_skipped = {config.max_skipped}); "
             "the weights are those before them. Try smaller learning rates, or a smaller gamma_z"
         )
     if not metrics["z_rms"] <= config.max_z_rms:  # also true for a NaN
@@ -321,8 +480,21 @@ def check_health(metrics: dict[str, float], config: EMDConfig) -> None:
         raise Diverged("drift is not finite: the teacher or the student returned values that are not finite")
 
 
-def _interpolate(log_ratio: Tensor, table: list[tuple[float, float]]) -> Tensor:
-    points = torch.tensor(table, dtype=torch.float32).log().to(log_ratio.device)
+def _profile(config: EMDConfig) -> ema.Profile:
+    if config.ema_profile == "power":
+        return ema.power(config.ema_power)
+    if config.ema_profile == "half_life":
+        return ema.half_life(config.ema_half_life, config.batch_size)
+    return ema.constant(config.ema)
+
+
+def _counters(optimizer: torch.optim.Optimizer) -> list[dict[str, int]]:
+    """What an optimizer counts in its groups (apex: the step) instead of in its tensors."""
+    return [{"step": group["step"]} if isinstance(group.get("step"), int) else {} for group in optimizer.param_groups]
+
+
+def _interpolate(log_ratio: Tensor, points: Tensor) -> Tensor:
+    """exp of what lies at log_ratio between points (n, 2) of logarithms."""
     if len(points) == 1:
         return points[0, 1].exp().expand_as(log_ratio)
     x, y = points.unbind(1)
@@ -334,8 +506,16 @@ def _interpolate(log_ratio: Tensor, table: list[tuple[float, float]]) -> Tensor:
 
 def _check_finite(name: str, module: nn.Module) -> None:
     for key, value in module.state_dict().items():
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        if value.is_floating_point() and not value.is_meta and not bool(torch.isfinite(value).all()):
             raise ValueError(f"the {name}'s weights are not finite: {key} holds NaN or infinity")
+
+
+def _check_bare(**networks: nn.Module | None) -> None:
+    """Gradients would be reduced twice, and by another rule."""
+    for name, network in networks.items():
+        modules = network.modules() if isinstance(network, nn.Module) else ()
+        if any(isinstance(module, DistributedDataParallel) or distributed.is_fsdp(module) for module in modules):
+            raise ValueError(f"the {name} is wrapped in DDP or FSDP2: give it bare, and say config.parallel")
 
 
 def _check_apart(**networks: nn.Module) -> None:
@@ -345,11 +525,6 @@ def _check_apart(**networks: nn.Module) -> None:
         for parameter in network.parameters():
             if owner.setdefault(id(parameter), name) != name:
                 raise ValueError(f"{owner[id(parameter)]} and {name} share parameters: give each its own (deepcopy)")
-
-
-def _device(module: nn.Module) -> torch.device:
-    tensor = next(iter((*module.parameters(), *module.buffers())), None)
-    return torch.device("cpu") if tensor is None else tensor.device
 
 
 def _shape(name: str, *owners: Any) -> tuple[int, ...]:

@@ -51,8 +51,8 @@ def test_a_run_leaves_the_promised_folder(tmp_path):
     assert set(metrics["frechet"]) == {"real", "teacher", "init", "student"}
     assert set(metrics["seconds"]) == {"teacher", "distil", "evaluate"}
     assert [path.name for path in checkpoint.found(tmp_path / "checkpoints")] == [
-        "step-00000004.pt",
-        "step-00000006.pt",
+        "step-00000004",
+        "step-00000006",
     ]
     assert not [name for name in os.listdir(tmp_path) if name.endswith(".tmp")]
 
@@ -118,17 +118,17 @@ def test_a_run_works_outside_of_the_main_thread(tmp_path):
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(tmp_path, capsys):
     run.distill(settings(), tmp_path / "damaged")
     run.distill(settings(emd__steps=8), tmp_path / "whole")
-    last = checkpoint.path_of(tmp_path / "damaged" / "checkpoints", 6)
+    last = checkpoint.path_of(tmp_path / "damaged" / "checkpoints", 6) / "__0_0.distcp"
     last.write_bytes(last.read_bytes()[:500])
     run.distill(settings(emd__steps=8), tmp_path / "damaged")
     said = capsys.readouterr().err
-    assert "step-00000006.pt is truncated, damaged" in said and "at step 4 of 8" in said
+    assert "step-00000006 is truncated, damaged" in said and "at step 4 of 8" in said
     assert_same(weights(tmp_path / "damaged", 8), weights(tmp_path / "whole", 8))
 
 
 def test_when_no_checkpoint_can_be_read_nothing_is_overwritten(tmp_path):
     run.distill(settings(emd__steps=2), tmp_path)
-    path = checkpoint.path_of(tmp_path / "checkpoints", 2)
+    path = checkpoint.path_of(tmp_path / "checkpoints", 2) / "__0_0.distcp"
     path.write_bytes(b"gone")
     with pytest.raises(CheckpointError, match="delete them to start over"):
         run.distill(settings(), tmp_path)

@@ -121,7 +121,7 @@ def test_the_m_step_regresses_on_drift_or_without_cancellation_on_eps(cancel):
     trainer.step()
     sampled = trainer.sample_posterior()
     residual = sampled.drift if cancel else sampled.eps
-    loss, _ = trainer._generator_update(sampled)
+    loss = trainer._generator_loss([sampled])
     assert loss.item() == pytest.approx(residual.square().mean().item() / 2, rel=1e-5)
     assert not torch.equal(sampled.drift, sampled.eps)
 
@@ -134,8 +134,10 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(network):
     module = getattr(trainer, network)
     optimizer = getattr(trainer, f"{network}_optimizer")
     moments = copy.deepcopy(optimizer.state_dict())
-    loss = sum((parameter * math.nan).sum() for parameter in module.parameters())
-    trainer._update(module, optimizer, loss)
+    optimizer.zero_grad()
+    sum((parameter * math.nan).sum() for parameter in module.parameters()).backward()
+    trainer._update(network)
+    assert trainer.culprit() == f"{next(name for name, _ in module.named_parameters())} of the {network}"
     assert all(torch.equal(value, states(trainer)[key]) for key, value in before.items())
     for index, state in optimizer.state_dict()["state"].items():
         assert all(torch.equal(value, moments["state"][index][key]) for key, value in state.items())

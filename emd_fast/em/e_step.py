@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from emd_fast import ops
 from emd_fast.denoiser import Condition, base
+from emd_fast.distributed import gathered
 from emd_fast.em.score_difference import ScoreDifference
 from emd_fast.noise import Noise
 
@@ -58,7 +59,7 @@ def e_step(
 
     Args:
         generator: callable (z, cond) -> x.
-        teacher, student: Denoisers of one schedule, bare or wrapped by DDP or torch.compile.
+        teacher, student: Denoisers of one schedule, bare or wrapped by DDP, FSDP2 (gathered once) or torch.compile.
         z, eps: (B, ...), floating; not modified.
         t: (B,) float32, held fixed.
         cond: None, a tensor or a pytree of tensors batched on dimension 0.
@@ -74,15 +75,49 @@ def e_step(
     Source: Xie et al., arXiv 2405.16852, algorithm 1; docs/algorithm.md.
     """
     check_e_step(z, eps, t, cond, steps, gamma_eps, gamma_z, guidance, noise)
+    check_values("sigma(t)", base(teacher).schedule.sigma(t), low=0.0, open_low=True)
+    return unchecked_e_step(
+        generator,
+        teacher,
+        student,
+        z,
+        eps,
+        t,
+        cond=cond,
+        null_cond=null_cond,
+        guidance=guidance,
+        steps=steps,
+        gamma_eps=gamma_eps,
+        gamma_z=gamma_z,
+        noise=noise,
+    )
+
+
+def unchecked_e_step(
+    generator: GeneratorLike,
+    teacher: Any,
+    student: Any,
+    z: Tensor,
+    eps: Tensor,
+    t: Tensor,
+    *,
+    cond: Condition = None,
+    null_cond: Condition = None,
+    guidance: float | Tensor | None = None,
+    steps: int,
+    gamma_eps: float | Tensor,
+    gamma_z: float | Tensor,
+    noise: Noise,
+) -> EStep:
+    """`e_step` for a caller that made its arguments itself: no value is looked at, so the host waits for nothing."""
     schedule = base(teacher).schedule
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
-    check_values("sigma(t)", sigma, low=0.0, open_low=True)
     moves_z = isinstance(gamma_z, Tensor) or gamma_z > 0
 
     difference = ScoreDifference(teacher, student, t, cond, null_cond, guidance)
     z, eps = _own(z), _own(eps)
     drift = torch.zeros_like(eps)
-    with frozen(generator) as g:
+    with gathered(generator, teacher, student), frozen(generator) as g:
         x0 = None
         for k in range(steps):
             if moves_z:
@@ -123,11 +158,10 @@ def frozen(generator: GeneratorLike) -> Iterator[GeneratorLike]:
     """The generator with parameters that require no gradient while the block runs.
 
     autograd.grad to z alone is not enough: compiled graphs and custom backwards compute the gradient of every weight
-    that requires one, wanted or not. DDP is taken off: it would wait for gradients that never come.
+    that requires one, wanted or not. DDP is taken off: it would wait for gradients that never come. What FSDP2
+    has sharded is to be gathered before.
     """
     bare = generator.module if isinstance(generator, DistributedDataParallel) else generator
-    if isinstance(bare, nn.Module):
-        _settle_sharding(bare)
     trainable = [p for p in bare.parameters() if p.requires_grad] if isinstance(bare, nn.Module) else []
     for parameter in trainable:
         parameter.requires_grad_(False)
@@ -136,16 +170,6 @@ def frozen(generator: GeneratorLike) -> Iterator[GeneratorLike]:
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
-
-
-def _settle_sharding(generator: nn.Module) -> None:
-    """FSDP2 takes the dtype of its gradients, once and for all, from the parameters that require some when it is first
-    used: let that be before they are frozen."""
-    for module in generator.modules():
-        # By what it has: importing FSDP2 to ask would cost everybody. What happens at its first forward pass happens
-        # here instead, outermost module first; after that it does nothing.
-        if (state_of := getattr(module, "_get_fsdp_state", None)) is not None:
-            state_of()._lazy_init()
 
 
 def check_e_step(

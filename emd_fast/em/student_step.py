@@ -9,6 +9,7 @@ from torch import Tensor
 
 from emd_fast import ops
 from emd_fast.denoiser import Condition, base
+from emd_fast.distributed import gathered
 from emd_fast.em.e_step import GeneratorLike
 
 
@@ -29,7 +30,8 @@ def student_step(
     """
     inner = base(student)
     alpha, sigma = inner.schedule.alpha(t), inner.schedule.sigma(t)
-    with torch.no_grad():
+    # FSDP2 would keep the generator gathered after a pass without a gradient, and miss its next optimizer step.
+    with gathered(generator), torch.no_grad():
         x0 = generator(z, cond)
         x_t = ops.perturb(x0, alpha, sigma, eps=eps, dtype=torch.float32)
     c_skip, c_out = inner.coefficients(t)

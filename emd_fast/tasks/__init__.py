@@ -23,6 +23,9 @@ class Task(Protocol):
     def make_teacher(self, folder: Path, on_step: OnStep | None) -> Denoiser:
         """The teacher: read from the run folder where it is there already, made (and written there) otherwise."""
 
+    def untrained_teacher(self) -> Denoiser:
+        """The teacher's architecture, whatever its weights: what it will need can be told before it is made."""
+
     def make_networks(self) -> tuple[nn.Module | None, Denoiser | None]:
         """Generator and student; None for copies of the teacher."""
 

@@ -40,6 +40,9 @@ class Digits:
         checkpoint.save(path, {"config": to_dict(config), "teacher": teacher.state_dict()})
         return teacher
 
+    def untrained_teacher(self) -> Denoiser:
+        return digits.denoiser(digits.network(self.config.teacher))
+
     def make_networks(self) -> tuple[nn.Module | None, Denoiser | None]:
         return None, None
 

@@ -34,6 +34,9 @@ class Mixture:
         covariances = (self.config.mixture.std**2 * torch.eye(2)).expand(len(self.means), 2, 2)
         return gaussian_mixture(self.weights, self.means, covariances, EDM())
 
+    def untrained_teacher(self) -> Denoiser:
+        return self.make_teacher(Path(), None)
+
     def make_networks(self) -> tuple[nn.Module | None, Denoiser | None]:
         mixture, seed = self.config.mixture, self.config.emd.seed
         generator = PointGenerator(

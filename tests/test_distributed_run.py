@@ -1,0 +1,299 @@
+"""Resumed on other ranks, stopped by signals, killed: what a run on a cluster must live through."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from spawned import Ranks
+from test_distributed import config, teacher, whole
+
+from emd_fast import EMDTrainer, checkpoint, distributed, run
+from emd_fast import config as configuration
+from emd_fast.checkpoint import CheckpointError
+from emd_fast.trainer import Diverged
+
+# The trainer ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    groups = {2: Ranks(2), 3: Ranks(3)}
+    yield lambda world, work, *arguments: groups[world](work, *arguments)
+    for group in groups.values():
+        group.close()
+
+
+def state_of(trainer) -> dict[str, torch.Tensor]:
+    parts = {"generator": trainer.generator, "student": trainer.student, "ema": trainer.ema.module}
+    state = {f"{part}.{key}": whole(v) for part, module in parts.items() for key, v in module.state_dict().items()}
+    for name, optimizer in trainer._optimizers().items():
+        shards = trainer.shards[name]
+        for index, parameter in enumerate(shards.parameters):
+            for key, value in optimizer.state[parameter].items():
+                state[f"{name}_optimizer.{index}.{key}"] = whole(shards.like(index, value))
+    return state
+
+
+def train(settings, steps, start=None, end=None, background=False):
+    """`steps` steps from a checkpoint or the beginning, saved at the end where asked; what is there then."""
+    trainer = EMDTrainer.resume(start, teacher(), config=settings) if start else EMDTrainer(teacher(), settings)
+    for _ in range(steps):
+        trainer.step()
+    if end:
+        trainer.save(end, background=background)
+        trainer.finish_saving()
+    return trainer.steps_done, state_of(trainer)
+
+
+def assert_equal(mine, its):
+    assert mine.keys() == its.keys()
+    for key, value in its.items():
+        assert torch.equal(mine[key], value), key
+
+
+def assert_close(mine, its):
+    assert mine.keys() == its.keys()
+    for key, value in its.items():
+        torch.testing.assert_close(mine[key], value, rtol=1e-3, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
+
+
+@pytest.mark.parametrize("mode", ["replicate", "fsdp"])
+def test_n_steps_and_n_more_are_two_n_bit_for_bit_on_the_same_ranks(ranks, tmp_path, mode):
+    settings = config(parallel=mode)
+    ranks(2, train, settings, 2, None, tmp_path / "half", True)
+    legs = ranks(2, train, settings, 2, tmp_path / "half")
+    whole_runs = ranks(2, train, settings, 4)
+    for (steps, mine), (_, its) in zip(legs, whole_runs, strict=True):
+        assert steps == 4
+        assert_equal(mine, its)
+    assert_equal(legs[0][1], legs[1][1])
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ((2, "fsdp"), (1, "auto")),
+        ((1, "auto"), (3, "fsdp")),
+        ((2, "fsdp"), (3, "fsdp")),
+        ((2, "replicate"), (2, "fsdp")),
+    ],
+)
+def test_a_run_goes_on_on_other_ranks(ranks, tmp_path, before, after):
+    """Sizes of 7: neither two ranks nor three divide them."""
+
+    def on(place, *arguments):
+        world, mode = place
+        settings = config(parallel=mode, optimizer="adamw")
+        return [train(settings, *arguments)] if world == 1 else ranks(world, train, settings, *arguments)
+
+    saved = on(before, 2, None, tmp_path / "half")[0][1]
+    # What is read is what was written, bit for bit; what is trained then agrees to rounding.
+    for _, restored in on(after, 0, tmp_path / "half"):
+        assert_equal(restored, saved)
+    _, expected = train(config(), 4)
+    for steps, mine in on(after, 2, tmp_path / "half"):
+        assert steps == 4
+        assert_close(mine, expected)
+
+
+def test_a_schedule_that_ends_at_the_last_step_keeps_it(tmp_path):
+    for schedule in ("constant", "cosine"):
+        train(config(lr_schedule=schedule), 1, None, tmp_path / schedule)
+    more = {"steps": 9, "micro_batch_size": 3, "parallel": "fsdp"}
+    assert train(config(**more), 0, tmp_path / "constant")[0] == 1
+    with pytest.raises(CheckpointError, match="steps = 4, not 9"):
+        train(config(lr_schedule="cosine", **more), 0, tmp_path / "cosine")
+
+
+def test_too_many_gradients_that_are_not_finite_end_the_run_by_name(tmp_path, monkeypatch):
+    original = run.EMDTrainer._accumulate
+
+    def poisoned(self, name, pieces, loss_of):
+        loss = original(self, name, pieces, loss_of)
+        if name == "student":
+            self.shards[name].parameters[2].grad.fill_(float("nan"))
+        return loss
+
+    monkeypatch.setattr(run.EMDTrainer, "_accumulate", poisoned)
+    settings = configuration.load("gmm", {**TINY, "emd.steps": 50, "emd.max_skipped": 3})
+    with pytest.raises(Diverged, match=r"not finite, last that of network\.hidden\.0\.weight of the student"):
+        run.distill(settings, tmp_path)
+    assert "network.hidden.0.weight of the student" in (tmp_path / "report.md").read_text()
+
+
+def damaged(path) -> str:
+    with pytest.raises(CheckpointError) as error:
+        EMDTrainer.resume(path, teacher())
+    return str(error.value)
+
+
+def test_damage_that_one_rank_finds_is_told_to_all(ranks, tmp_path):
+    path = tmp_path / "x"
+    ranks(2, train, config(), 1, None, path)
+    file = path / "__1_0.distcp"
+    contents = bytearray(file.read_bytes())
+    contents[len(contents) // 2] ^= 1
+    file.write_bytes(contents)
+    for said in ranks(2, damaged, path):
+        assert "x is truncated, damaged" in said and "__1_0.distcp" in said
+
+
+def cannot_write(folder) -> str:
+    trainer = EMDTrainer(teacher(), config())
+    trainer.step()
+    if distributed.rank() == 1:  # the disk of one machine
+
+        def full(*_):
+            raise OSError(28, "No space left on device")
+
+        os.fsync, original = full, os.fsync
+    try:
+        with pytest.raises(CheckpointError) as error:
+            trainer.save(folder / "x")
+    finally:
+        if distributed.rank() == 1:
+            os.fsync = original
+    return str(error.value)
+
+
+def test_a_full_disk_on_one_rank_is_an_error_on_all(ranks, tmp_path):
+    for said in ranks(2, cannot_write, tmp_path):
+        assert "cannot write the checkpoint" in said and "No space left" in said
+    assert not (tmp_path / "x").exists()
+
+
+# The run --------------------------------------------------------------------------------------------------------------
+
+TINY = {
+    "emd.batch_size": 16,
+    "emd.langevin_steps": 2,
+    "emd.student_warmup": 2,
+    "log_every": 2,
+    "samples": 50,
+    "mixture.generator_width": 8,
+    "mixture.student_width": 8,
+}
+
+
+def command(folder, **options) -> list[str]:
+    words = [sys.executable, "-m", "emd_fast", "distill", "gmm", "--out", str(folder)]
+    for key, value in {**TINY, **options}.items():
+        words += [f"--{key.replace('_', '-')}", str(value)]
+    return words
+
+
+def started(words, world=1) -> list[subprocess.Popen]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if world > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
+    return [
+        subprocess.Popen(
+            words,
+            env=environment | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else {}),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+
+
+def ended(processes) -> list[tuple[int, str]]:
+    try:
+        return [(p.wait(timeout=240), p.stderr.read()) for p in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def wait_for(condition, processes, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end or any(p.poll() not in (None, 0) for p in processes):
+            raise AssertionError(f"nothing came: {[said for _, said in ended(processes)]}")
+        time.sleep(0.01)
+
+
+def weights(folder, step) -> dict[str, torch.Tensor]:
+    return checkpoint.load(checkpoint.path_of(folder / "checkpoints", step))["generator"]
+
+
+def test_a_signal_to_one_rank_stops_all_and_the_run_goes_on(tmp_path):
+    """SIGTERM to one of two; then the same command again, to the end, and once more: it is finished."""
+    folder = tmp_path / "run"
+    words = command(folder, steps=100_000, save_every=5, parallel="fsdp")
+    processes = started(words, 2)
+    wait_for(lambda: checkpoint.found(folder / "checkpoints"), processes)
+    processes[1].send_signal(signal.SIGTERM)
+    results = ended(processes)
+    assert [code for code, _ in results] == [143, 143], results
+    stopped = int(re.search(r"stopped at step (\d+) of 100000, saved", results[0][1])[1])
+    assert "2 ranks, fsdp" in results[0][1] and not results[1][1].count("stopped")  # the main rank alone speaks
+    steps = stopped + 4
+    words = command(folder, steps=steps, save_every=5, parallel="fsdp")
+    results = ended(started(words, 2))
+    assert [code for code, _ in results] == [0, 0], results
+    assert f"resuming {folder} at step {stopped} of {steps}" in results[0][1]
+    assert (folder / "report.md").exists() and (folder / "metrics.json").exists()
+    again = run.distill(configuration.load(str(folder / "config.toml")), folder)
+    assert again["steps"] == steps
+    # The same run in one process, to rounding that the steps have had time to spread.
+    assert all(torch.isfinite(value).all() for value in weights(folder, steps).values())
+
+
+def survives_being_killed(folder, seed, kills):
+    steps = 40 * (kills + 2)
+    seen = 0
+    chance = random.Random(seed)
+    words = command(folder / "killed", steps=steps, save_every=1)
+    checkpoints = folder / "killed" / "checkpoints"
+    for kill in range(kills + 1):
+        last = seen
+        (process,) = started(words)
+        if kill < kills:
+            wait_for(lambda last=last: newest(checkpoints) > last or done(folder / "killed"), [process])
+            time.sleep(chance.uniform(0, 0.2))
+            seen = newest(checkpoints)
+            process.kill()
+        _, said = ended([process])[0]
+        if last:
+            # The checkpoint that could be seen before the kill is the least that the next leg goes on from.
+            told = re.search(r"resuming .* at step (\d+) of", said)
+            assert (told is None and done(folder / "killed")) or int(told[1]) >= last, said
+        assert "skipped" not in said, said
+    assert done(folder / "killed"), said
+    settings = configuration.load("gmm", {**TINY, "emd.steps": steps, "save_every": 1})
+    run.distill(settings, folder / "whole")
+    mine, its = weights(folder / "killed", steps), weights(folder / "whole", steps)
+    assert all(torch.equal(mine[key], its[key]) for key in its)
+    assert not list(checkpoints.glob(".*"))
+
+
+def newest(checkpoints) -> int:
+    return max((int(path.name.removeprefix("step-")) for path in checkpoint.found(checkpoints)), default=0)
+
+
+def done(folder) -> bool:
+    return (folder / "metrics.json").exists()
+
+
+def test_a_run_that_is_killed_loses_only_the_steps_since_its_last_checkpoint(tmp_path):
+    survives_being_killed(tmp_path, seed=0, kills=3)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_twenty_times(tmp_path):
+    survives_being_killed(tmp_path, seed=1, kills=20)
