@@ -1,0 +1,213 @@
+"""The parts of diffusers' UNets: residual blocks, attention, transformers. diffusers itself is never imported."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from emd_fast.conditioning import remember
+from emd_fast.unet.attention import attention, check_head_dim
+from emd_fast.unet.fused import Fused, has, is_a, kind_of
+from emd_fast.unet.norm import SERVED, Norm
+from emd_fast.unet.regional import run
+
+
+class ResnetBlock(Fused):
+    """ResnetBlock2D: the embedding's addition, or scale and shift, and both SiLUs are done by the norms."""
+
+    does = "norms, embedding and SiLUs by two kernels"
+
+    @classmethod
+    def recognises(cls, module: nn.Module) -> bool:
+        return is_a(module, "ResnetBlock2D") and has(module, "norm1", "norm2", "nonlinearity", "time_embedding_norm")
+
+    @classmethod
+    def why_not(cls, module: nn.Module) -> str | None:
+        if not is_a(module.nonlinearity, "SiLU"):  # type: ignore[arg-type]
+            return f"its activation is {type(module.nonlinearity).__name__}, not SiLU"
+        if module.time_embedding_norm not in ("default", "scale_shift"):
+            return f"time_embedding_norm is {module.time_embedding_norm!r}"
+        for name in ("norm1", "norm2"):
+            norm = getattr(module, name)
+            if not Norm.recognises(norm) or (why := Norm.why_not(norm)):
+                return f"{name} is {type(norm).__name__}" if not Norm.recognises(norm) else f"{name}: {why}"
+        return None
+
+    def forward(self, input_tensor: Tensor, temb: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+        projection: nn.Module | None = self.time_emb_proj  # type: ignore[attr-defined]
+        if (projection is None) != (temb is None) or kind_of(self.norm1) is not Norm or kind_of(self.norm2) is not Norm:  # type: ignore[attr-defined]
+            return super().forward(input_tensor, temb, *args, **kwargs)  # type: ignore[misc]
+        embedded = None if projection is None else remember(projection, self._embed, temb)
+        return run(self, _residual_block, input_tensor, embedded)  # type: ignore[arg-type]
+
+    def _embed(self, temb: Tensor) -> Tensor:
+        temb = temb if self.skip_time_act else self.nonlinearity(temb)  # type: ignore[attr-defined]
+        return self.time_emb_proj(temb)  # type: ignore[attr-defined]
+
+
+def _residual_block(block: Any, x: Tensor, embedded: Tensor | None) -> Tensor:
+    h = block.norm1(x, activation="silu")
+    resample = block.upsample if block.upsample is not None else block.downsample
+    if resample is not None:
+        x, h = resample(x), resample(h)
+    h = block.conv1(h)
+    if block.time_embedding_norm == "scale_shift" and embedded is not None:
+        scale, shift = embedded.chunk(2, dim=1)
+        h = block.norm2(h, scale=scale, shift=shift, activation="silu")
+    else:
+        h = block.norm2(h, add=embedded, activation="silu")
+    h = block.conv2(block.dropout(h))
+    if block.conv_shortcut is not None:
+        x = block.conv_shortcut(x)
+    return (x + h) / block.output_scale_factor
+
+
+class AttentionProcessor:
+    """What diffusers' Attention hands its work to: ops.attention on (B, tokens, heads, head_dim), nothing transposed.
+
+    The projections are called as the modules that they are, so LoRA in them is served. Keys and values of a condition
+    are computed once inside conditioning_cache. What ops.attention does not have (a mask, another dtype) goes to the
+    processor that was there before, `original`.
+    """
+
+    def __init__(self, original: Any) -> None:
+        self.original = original
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        key_value: tuple[Tensor, Tensor] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        """(B, tokens, C) or (B, C, H, W), as `hidden_states` is; key_value: what `keys_and_values` gave, if it did."""
+        if attention_mask is not None or hidden_states.dtype not in SERVED:
+            return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
+        x = hidden_states if attn.spatial_norm is None else attn.spatial_norm(hidden_states, temb)
+        tokens = x
+        if x.ndim == 4:
+            # The norm before the tokens are made: on channels_last images that costs no copy.
+            tokens = (x if attn.group_norm is None else attn.group_norm(x)).flatten(2).transpose(1, 2)
+        elif attn.group_norm is not None:
+            tokens = attn.group_norm(x.transpose(1, 2)).transpose(1, 2)
+        query = attn.to_q(tokens)
+        if encoder_hidden_states is None:
+            key, value = attn.to_k(tokens), attn.to_v(tokens)
+        else:
+            key, value = key_value or keys_and_values(attn, encoder_hidden_states)
+        query, key, value = (part.unflatten(-1, (attn.heads, -1)) for part in (query, key, value))
+        query = query if attn.norm_q is None else attn.norm_q(query)
+        key = key if attn.norm_k is None else attn.norm_k(key)
+        # A norm of q or k may compute in float32.
+        mixed = attention(query, key.to(query.dtype), value.to(query.dtype), _scale(attn, self.original))
+        out = attn.to_out[1](attn.to_out[0](mixed.flatten(2)))
+        if hidden_states.ndim == 4:
+            out = out.transpose(1, 2).reshape(hidden_states.shape)
+        if attn.residual_connection:
+            out = out + hidden_states
+        return out / attn.rescale_output_factor
+
+
+def keys_and_values(attn: Any, encoder_hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+    """Those of a condition, (B, keys, heads head_dim) each, by an Attention of diffusers."""
+    if attn.norm_cross is not None:
+        encoder_hidden_states = remember(attn.norm_cross, attn.norm_encoder_hidden_states, encoder_hidden_states)
+    return (
+        remember(attn.to_k, attn.to_k, encoder_hidden_states),
+        remember(attn.to_v, attn.to_v, encoder_hidden_states),
+    )
+
+
+def _scale(attn: Any, original: Any) -> float | None:
+    """AttnProcessor2_0 always takes 1 / sqrt(head_dim), whatever scale the module has."""
+    return attn.scale if type(original).__name__ == "AttnProcessor" else None
+
+
+class Attention(Fused):
+    """An Attention of diffusers with one of its plain processors: it gets ours, and keeps its class."""
+
+    does = "attention by ops.attention, as its processor"
+
+    @classmethod
+    def recognises(cls, module: nn.Module) -> bool:
+        return has(module, "processor", "set_processor", "to_q", "to_k", "heads")
+
+    @classmethod
+    def why_not(cls, module: nn.Module) -> str | None:
+        if isinstance(module.processor, AttentionProcessor):
+            return None
+        if type(module.processor).__name__ not in ("AttnProcessor", "AttnProcessor2_0") or not is_a(
+            module, "Attention"
+        ):
+            return f"its processor is {type(module.processor).__name__}, which computes something of its own"
+        if module.to_k is None or module.inner_kv_dim != module.inner_dim:
+            return "it has fewer heads of keys than of queries"
+        return None
+
+    @classmethod
+    def check(cls, module: nn.Module) -> None:
+        if cls.why_not(module) is None:
+            head_dim = module.inner_dim // module.heads  # type: ignore[operator]
+            check_head_dim(head_dim)  # type: ignore[arg-type]
+
+    @classmethod
+    def fuse(cls, module: nn.Module, **state: Any) -> None:
+        module.set_processor(AttentionProcessor(module.processor))  # type: ignore[operator]
+
+    @classmethod
+    def unfuse(cls, module: nn.Module) -> None:
+        module.set_processor(module.processor.original)  # type: ignore[operator, union-attr]
+
+
+class Transformer(Fused):
+    """Transformer2DModel on images: its result stays in channels_last, in which it has come out of the last block."""
+
+    does = "no copy to another layout behind the last block"
+
+    @classmethod
+    def recognises(cls, module: nn.Module) -> bool:
+        return is_a(module, "Transformer2DModel") and has(module, "_get_output_for_continuous_inputs", "proj_out")
+
+    def _get_output_for_continuous_inputs(
+        self, hidden_states: Tensor, residual: Tensor, batch_size: int, height: int, width: int, inner_dim: int
+    ) -> Tensor:
+        def image(tokens: Tensor) -> Tensor:
+            return tokens.transpose(1, 2).unflatten(2, (height, width))
+
+        project = self.proj_out  # type: ignore[attr-defined]
+        linear = self.use_linear_projection  # type: ignore[attr-defined]
+        return (image(project(hidden_states)) if linear else project(image(hidden_states))) + residual
+
+
+class TransformerBlock(Fused):
+    """BasicTransformerBlock in compiled code: keys and values of the condition come in from outside."""
+
+    does = "repeated block, compiled"
+
+    @classmethod
+    def recognises(cls, module: nn.Module) -> bool:
+        return False  # only where fuse() compiles: see takes_keys_and_values
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        condition = kwargs.get("encoder_hidden_states")
+        attn = self.attn2  # type: ignore[attr-defined]
+        if condition is None or attn is None or not isinstance(attn.processor, AttentionProcessor):
+            return run(self, _transformer_block, hidden_states, args, kwargs)  # type: ignore[arg-type]
+        if kwargs.get("encoder_attention_mask") is None:
+            given = kwargs.get("cross_attention_kwargs") or {}
+            kwargs["cross_attention_kwargs"] = {**given, "key_value": keys_and_values(attn, condition)}
+        return run(self, _transformer_block, hidden_states, args, kwargs)  # type: ignore[arg-type]
+
+
+def _transformer_block(block: Any, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    return type(block)._emd_fast_base.forward(block, hidden_states, *args, **kwargs)
+
+
+def takes_keys_and_values(block: nn.Module) -> bool:
+    """Whether the block is one of which TransformerBlock can hand keys and values to the second attention alone."""
+    return is_a(block, "BasicTransformerBlock") and not block.only_cross_attention
