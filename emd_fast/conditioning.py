@@ -1,7 +1,7 @@
 """What networks compute of time and condition alone, kept while both are fixed.
 
-Over the steps of an E-step only x changes. Inside `conditioning_cache` a pass of a fused network (emd_fast.unet) that is
-given the very tensors of an earlier pass, unchanged, takes the embeddings, scales, shifts, keys and values from there.
+Over the steps of an E-step only x changes. Inside `conditioning_cache` a pass of a fused network (emd_fast.unet) that
+is given the very tensors of an earlier pass, unchanged, takes embeddings, scales, shifts, keys and values from there.
 
 Tensors are told apart by identity and version, never by value: asking for values would make the host wait, and end a
 capture. `same` is how code outside of networks hands them the very same tensors again.
@@ -119,7 +119,7 @@ class conditioning_cache:
 
 
 @contextlib.contextmanager
-def one_pass(network: nn.Module, inputs: Any) -> Iterator[None]:
+def one_pass(network: Any, inputs: Any) -> Iterator[None]:
     """Inside it, a pass of `network` whose time and condition are `inputs`: what `remember` keeps belongs to them."""
     cache, outer = _active.cache, _active.current
     # A network inside another belongs to the pass of that one.
@@ -131,7 +131,7 @@ def one_pass(network: nn.Module, inputs: Any) -> Iterator[None]:
         _active.current = outer
 
 
-def remember(module: nn.Module, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def remember(module: Any, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """function(*args, **kwargs), or what it was in an earlier pass of the same time and condition.
 
     Args:

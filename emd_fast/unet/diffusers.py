@@ -19,12 +19,12 @@ class ResnetBlock(Fused):
     does = "norms, embedding and SiLUs by two kernels"
 
     @classmethod
-    def recognises(cls, module: nn.Module) -> bool:
+    def recognises(cls, module: Any) -> bool:
         return is_a(module, "ResnetBlock2D") and has(module, "norm1", "norm2", "nonlinearity", "time_embedding_norm")
 
     @classmethod
-    def why_not(cls, module: nn.Module) -> str | None:
-        if not is_a(module.nonlinearity, "SiLU"):  # type: ignore[arg-type]
+    def why_not(cls, module: Any) -> str | None:
+        if not is_a(module.nonlinearity, "SiLU"):
             return f"its activation is {type(module.nonlinearity).__name__}, not SiLU"
         if module.time_embedding_norm not in ("default", "scale_shift"):
             return f"time_embedding_norm is {module.time_embedding_norm!r}"
@@ -35,15 +35,15 @@ class ResnetBlock(Fused):
         return None
 
     def forward(self, input_tensor: Tensor, temb: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
-        projection: nn.Module | None = self.time_emb_proj  # type: ignore[attr-defined]
-        if (projection is None) != (temb is None) or kind_of(self.norm1) is not Norm or kind_of(self.norm2) is not Norm:  # type: ignore[attr-defined]
-            return super().forward(input_tensor, temb, *args, **kwargs)  # type: ignore[misc]
+        projection: nn.Module | None = self.time_emb_proj
+        if (projection is None) != (temb is None) or kind_of(self.norm1) is not Norm or kind_of(self.norm2) is not Norm:
+            return super().forward(input_tensor, temb, *args, **kwargs)
         embedded = None if projection is None else remember(projection, self._embed, temb)
-        return run(self, _residual_block, input_tensor, embedded)  # type: ignore[arg-type]
+        return run(self, _residual_block, input_tensor, embedded)
 
     def _embed(self, temb: Tensor) -> Tensor:
-        temb = temb if self.skip_time_act else self.nonlinearity(temb)  # type: ignore[attr-defined]
-        return self.time_emb_proj(temb)  # type: ignore[attr-defined]
+        temb = temb if self.skip_time_act else self.nonlinearity(temb)
+        return self.time_emb_proj(temb)
 
 
 def _residual_block(block: Any, x: Tensor, embedded: Tensor | None) -> Tensor:
@@ -134,11 +134,11 @@ class Attention(Fused):
     does = "attention by ops.attention, as its processor"
 
     @classmethod
-    def recognises(cls, module: nn.Module) -> bool:
+    def recognises(cls, module: Any) -> bool:
         return has(module, "processor", "set_processor", "to_q", "to_k", "heads")
 
     @classmethod
-    def why_not(cls, module: nn.Module) -> str | None:
+    def why_not(cls, module: Any) -> str | None:
         if isinstance(module.processor, AttentionProcessor):
             return None
         if type(module.processor).__name__ not in ("AttnProcessor", "AttnProcessor2_0") or not is_a(
@@ -150,18 +150,18 @@ class Attention(Fused):
         return None
 
     @classmethod
-    def check(cls, module: nn.Module) -> None:
+    def check(cls, module: Any) -> None:
         if cls.why_not(module) is None:
-            head_dim = module.inner_dim // module.heads  # type: ignore[operator]
-            check_head_dim(head_dim)  # type: ignore[arg-type]
+            head_dim = module.inner_dim // module.heads
+            check_head_dim(head_dim)
 
     @classmethod
-    def fuse(cls, module: nn.Module, **state: Any) -> None:
-        module.set_processor(AttentionProcessor(module.processor))  # type: ignore[operator]
+    def fuse(cls, module: Any, **state: Any) -> None:
+        module.set_processor(AttentionProcessor(module.processor))
 
     @classmethod
-    def unfuse(cls, module: nn.Module) -> None:
-        module.set_processor(module.processor.original)  # type: ignore[operator, union-attr]
+    def unfuse(cls, module: Any) -> None:
+        module.set_processor(module.processor.original)
 
 
 class Transformer(Fused):
@@ -170,7 +170,7 @@ class Transformer(Fused):
     does = "no copy to another layout behind the last block"
 
     @classmethod
-    def recognises(cls, module: nn.Module) -> bool:
+    def recognises(cls, module: Any) -> bool:
         return is_a(module, "Transformer2DModel") and has(module, "_get_output_for_continuous_inputs", "proj_out")
 
     def _get_output_for_continuous_inputs(
@@ -179,8 +179,8 @@ class Transformer(Fused):
         def image(tokens: Tensor) -> Tensor:
             return tokens.transpose(1, 2).unflatten(2, (height, width))
 
-        project = self.proj_out  # type: ignore[attr-defined]
-        linear = self.use_linear_projection  # type: ignore[attr-defined]
+        project = self.proj_out
+        linear = self.use_linear_projection
         return (image(project(hidden_states)) if linear else project(image(hidden_states))) + residual
 
 
@@ -190,18 +190,18 @@ class TransformerBlock(Fused):
     does = "repeated block, compiled"
 
     @classmethod
-    def recognises(cls, module: nn.Module) -> bool:
+    def recognises(cls, module: Any) -> bool:
         return False  # only where fuse() compiles: see takes_keys_and_values
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         condition = kwargs.get("encoder_hidden_states")
-        attn = self.attn2  # type: ignore[attr-defined]
+        attn = self.attn2
         if condition is None or attn is None or not isinstance(attn.processor, AttentionProcessor):
-            return run(self, _transformer_block, hidden_states, args, kwargs)  # type: ignore[arg-type]
+            return run(self, _transformer_block, hidden_states, args, kwargs)
         if kwargs.get("encoder_attention_mask") is None:
             given = kwargs.get("cross_attention_kwargs") or {}
             kwargs["cross_attention_kwargs"] = {**given, "key_value": keys_and_values(attn, condition)}
-        return run(self, _transformer_block, hidden_states, args, kwargs)  # type: ignore[arg-type]
+        return run(self, _transformer_block, hidden_states, args, kwargs)
 
 
 def _transformer_block(block: Any, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

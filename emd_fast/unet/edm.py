@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import dropout
 
 from emd_fast.conditioning import remember
@@ -23,28 +23,28 @@ class Block(Fused):
     does = "norms, embedding and SiLUs by two kernels, attention by ops.attention"
 
     @classmethod
-    def recognises(cls, module: nn.Module) -> bool:
+    def recognises(cls, module: Any) -> bool:
         names = ("norm0", "conv0", "affine", "norm1", "conv1", "skip", "adaptive_scale", "skip_scale", "num_heads")
         return has(module, *names) and "forward" not in vars(module)
 
     @classmethod
-    def why_not(cls, module: nn.Module) -> str | None:
+    def why_not(cls, module: Any) -> str | None:
         names = ("norm0", "norm1", *(("norm2",) if module.num_heads else ()))
         unknown = [name for name in names if not Norm.recognises(getattr(module, name))]
         return f"{', '.join(unknown)}: not a GroupNorm" if unknown else None
 
     @classmethod
-    def check(cls, module: nn.Module) -> None:
+    def check(cls, module: Any) -> None:
         if module.num_heads and cls.why_not(module) is None:
-            check_head_dim(channels_of(module.norm2) // module.num_heads)  # type: ignore
+            check_head_dim(channels_of(module.norm2) // module.num_heads)
 
     @classmethod
-    def probe(cls, module: nn.Module) -> tuple[tuple[int, ...], ...] | None:
-        return (2, channels_of(module.norm0), 4, 4), (2, module.affine.weight.shape[1])  # type: ignore
+    def probe(cls, module: Any) -> tuple[tuple[int, ...], ...] | None:
+        return (2, channels_of(module.norm0), 4, 4), (2, module.affine.weight.shape[1])
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        embedded = remember(self.affine, self.affine, emb)  # type: ignore[attr-defined]
-        return run(self, _block, x, embedded)  # type: ignore[arg-type]
+        embedded = remember(self.affine, self.affine, emb)
+        return run(self, _block, x, embedded)
 
 
 def _block(block: Any, x: Tensor, embedded: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import avg_pool2d, dropout, interpolate, silu
 
 from emd_fast.conditioning import remember
@@ -33,13 +33,13 @@ class Block(Fused):
     does = "attention by ops.attention, gains computed once inside conditioning_cache"
 
     @classmethod
-    def recognises(cls, module: nn.Module) -> bool:
+    def recognises(cls, module: Any) -> bool:
         names = ("conv_res0", "conv_res1", "conv_skip", "emb_linear", "emb_gain", "attn_qkv", "attn_proj")
         plain = ("flavor", "resample_mode", "num_heads", "res_balance", "attn_balance", "clip_act", "dropout")
         return has(module, *names, *plain) and "forward" not in vars(module)
 
     @classmethod
-    def why_not(cls, module: nn.Module) -> str | None:
+    def why_not(cls, module: Any) -> str | None:
         if module.flavor not in ("enc", "dec") or module.resample_mode not in _RESAMPLE:
             return f"flavor {module.flavor!r}, resample_mode {module.resample_mode!r}"
         taps = getattr(module, "resample_filter", None)
@@ -50,20 +50,20 @@ class Block(Fused):
         return None
 
     @classmethod
-    def check(cls, module: nn.Module) -> None:
+    def check(cls, module: Any) -> None:
         if module.num_heads:
-            check_head_dim(module.attn_proj.weight.shape[1] // module.num_heads)  # type: ignore
+            check_head_dim(module.attn_proj.weight.shape[1] // module.num_heads)
 
     @classmethod
-    def probe(cls, module: nn.Module) -> tuple[tuple[int, ...], ...] | None:
+    def probe(cls, module: Any) -> tuple[tuple[int, ...], ...] | None:
         # An encoder block may change the number of channels before its residual branch, a decoder block after it.
         first = module.conv_skip if module.conv_skip is not None else module.conv_res0
-        return (2, first.weight.shape[1], 4, 4), (2, module.emb_linear.weight.shape[1])  # type: ignore
+        return (2, first.weight.shape[1], 4, 4), (2, module.emb_linear.weight.shape[1])
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        linear: Any = self.emb_linear  # type: ignore[attr-defined]
-        gain = remember(linear, linear, emb, gain=self.emb_gain)  # type: ignore[attr-defined]
-        return run(self, _block, x, gain)  # type: ignore[arg-type]
+        linear: Any = self.emb_linear
+        gain = remember(linear, linear, emb, gain=self.emb_gain)
+        return run(self, _block, x, gain)
 
 
 def _block(block: Any, x: Tensor, gain: Tensor) -> Tensor:

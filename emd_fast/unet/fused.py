@@ -9,13 +9,14 @@ does the same to a class, and its subclass of ours works as ours.
 
 from __future__ import annotations
 
-import functools
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
 # Where a fused module keeps what its kind has to know: plain values, which copies and pickles take along.
 STATE = "_emd_fast"
+_SUBCLASSES: dict[tuple[type, type], Any] = {}
 
 
 class Fused:
@@ -24,51 +25,58 @@ class Fused:
     does: ClassVar[str]
     """One line for the report."""
 
+    if TYPE_CHECKING:  # it is a module besides, whose attributes are not known here
+        forward: Callable[..., Any]
+
+        def __getattr__(self, name: str) -> Any: ...
+
     @classmethod
-    def recognises(cls, module: nn.Module) -> bool:
+    def recognises(cls, module: Any) -> bool:
         """Whether this kind is for the module."""
         raise NotImplementedError
 
     @classmethod
-    def why_not(cls, module: nn.Module) -> str | None:
+    def why_not(cls, module: Any) -> str | None:
         """None, or why a module that it recognises must stay as it is."""
         return None
 
     @classmethod
-    def check(cls, module: nn.Module) -> None:
+    def check(cls, module: Any) -> None:
         """Raises ValueError for a module of which no version can be right."""
 
     @classmethod
-    def fuse(cls, module: nn.Module, **state: Any) -> None:
+    def fuse(cls, module: Any, **state: Any) -> None:
         """Makes the module one of this kind."""
         module.__dict__[STATE] = state
         module.__class__ = _subclass(cls, type(module))
 
     @classmethod
-    def unfuse(cls, module: nn.Module) -> None:
+    def unfuse(cls, module: Any) -> None:
         """Makes the module what it was."""
-        module.__class__ = type(module)._emd_fast_base  # type: ignore[attr-defined]
+        module.__class__ = type(module)._emd_fast_base
         del module.__dict__[STATE]
 
     @classmethod
-    def probe(cls, module: nn.Module) -> tuple[tuple[int, ...], ...] | None:
+    def probe(cls, module: Any) -> tuple[tuple[int, ...], ...] | None:
         """Shapes of inputs to try it on, where only its structure says what the module computes."""
         return None
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)
-        kind, base = type(self)._emd_fast_kind, type(self)._emd_fast_base  # type: ignore[attr-defined]
-        return _new, (kind, base), *reduced[2:]
+        return _new, (self._emd_fast_kind, self._emd_fast_base), *reduced[2:]
 
 
-@functools.cache
-def _subclass(kind: type[Fused], base: type[nn.Module]) -> type[nn.Module]:
+def _subclass(kind: Any, base: Any) -> Any:
+    """The one subclass of this kind and base, whatever asks for it."""
+    if (kind, base) in _SUBCLASSES:
+        return _SUBCLASSES[kind, base]
     names = ("__module__", "__qualname__", "__doc__")
     attributes: dict[str, Any] = {name: getattr(base, name) for name in names}
-    return type(base.__name__, (kind, base), {**attributes, "_emd_fast_kind": kind, "_emd_fast_base": base})
+    attributes |= {"_emd_fast_kind": kind, "_emd_fast_base": base}
+    return _SUBCLASSES.setdefault((kind, base), type(base.__name__, (kind, base), attributes))
 
 
-def _new(kind: type[Fused], base: type[nn.Module]) -> nn.Module:
+def _new(kind: type, base: type) -> nn.Module:
     subclass = _subclass(kind, base)
     return subclass.__new__(subclass)
 
@@ -81,7 +89,7 @@ def kind_of(module: nn.Module) -> type[Fused] | None:
 def is_a(module: nn.Module, name: str) -> bool:
     """Whether it is of a class of this name and computes what that class does: no forward of its own in between."""
     return "forward" not in vars(module) and any(
-        base.__name__ == name and type(module).forward is base.forward  # type: ignore[attr-defined]
+        base.__name__ == name and type(module).forward is base.forward
         for base in type(module).__mro__
         if issubclass(base, nn.Module)
     )

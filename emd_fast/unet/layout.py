@@ -17,13 +17,20 @@ _BEFORE = "_emd_fast_strides"
 def set_layout(network: nn.Module, memory_format: torch.memory_format | str | None) -> None:
     for module in network.modules():
         for name, weight in module.named_parameters(recurse=False):
-            wanted = (torch.channels_last if weight.is_cuda else None) if memory_format == "auto" else memory_format
+            wanted = memory_format
+            if memory_format == "auto":
+                wanted = torch.channels_last if weight.is_cuda else None
             # A sharded weight is laid out by FSDP2; a meta tensor not at all.
-            if wanted is None or weight.dim() != 4 or type(weight) is not nn.Parameter or weight.is_meta:
+            if (
+                not isinstance(wanted, torch.memory_format)
+                or weight.dim() != 4
+                or type(weight) is not nn.Parameter
+                or weight.is_meta
+            ):
                 continue
-            if not weight.is_contiguous(memory_format=wanted):  # type: ignore[arg-type]
+            if not weight.is_contiguous(memory_format=wanted):
                 module.__dict__.setdefault(_BEFORE, {})[name] = weight.stride()
-                weight.data = weight.data.contiguous(memory_format=wanted)  # type: ignore[arg-type]
+                weight.data = weight.data.contiguous(memory_format=wanted)
 
 
 def restore(network: nn.Module) -> None:

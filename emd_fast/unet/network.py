@@ -36,7 +36,7 @@ class Network(Fused):
     does = "inside conditioning_cache, what depends on time and condition alone is computed once"
 
     @classmethod
-    def recognises(cls, module: nn.Module) -> bool:
+    def recognises(cls, module: Any) -> bool:
         # EDM's and EDM2's preconditioners make a new tensor of their noise level in each pass, so theirs is the pass.
         inside = getattr(module, "model" if hasattr(module, "round_sigma") else "unet", None)
         if isinstance(inside, nn.Module) and hasattr(module, "sigma_data"):
@@ -44,23 +44,23 @@ class Network(Fused):
         return _layers(module) is not None
 
     @classmethod
-    def why_not(cls, module: nn.Module) -> str | None:
+    def why_not(cls, module: Any) -> str | None:
         return "it has a forward of its own on the instance" if "forward" in vars(module) else None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        own = super().forward  # type: ignore[misc]
-        if torch.compiler.is_compiling() or _draws_conditions(self):  # type: ignore[arg-type]
+        own = super().forward
+        if torch.compiler.is_compiling() or _draws_conditions(self):
             return own(*args, **kwargs)
-        name = None if args else next(iter(kwargs.keys() & {"x", "sample"}), None)
+        name = "" if args else next(iter(kwargs.keys() & {"x", "sample"}), "")
         x = args[0] if args else kwargs.get(name)
         if not isinstance(x, Tensor):
             return own(*args, **kwargs)
         others = {key: value for key, value in kwargs.items() if key != name}
-        with one_pass(self, (args[1:], others, tuple(x.shape), x.dtype, x.device)):  # type: ignore[arg-type]
+        with one_pass(self, (args[1:], others, tuple(x.shape), x.dtype, x.device)):
             return own(*args, **kwargs)
 
 
-def _draws_conditions(network: nn.Module) -> bool:
+def _draws_conditions(network: Any) -> bool:
     """Whether two passes of the same condition may differ: dropped labels, dropout in an embedding."""
     return network.training and any(
         getattr(module, "label_dropout", 0) or (isinstance(module, nn.Dropout) and module.p)
@@ -74,11 +74,11 @@ class Conditioning(Fused):
     does = "computed once inside conditioning_cache"
 
     @classmethod
-    def recognises(cls, module: nn.Module) -> bool:
+    def recognises(cls, module: Any) -> bool:
         return False  # by the network that it belongs to: see conditioning_layers
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return remember(self, super().forward, *args, **kwargs)  # type: ignore[misc, arg-type]
+        return remember(self, super().forward, *args, **kwargs)
 
 
 def conditioning_layers(network: nn.Module) -> Iterator[nn.Module]:

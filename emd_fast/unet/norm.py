@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +26,7 @@ class Norm(Fused):
     does = "group norm by one kernel"
 
     @classmethod
-    def recognises(cls, module: nn.Module) -> bool:
+    def recognises(cls, module: Any) -> bool:
         if isinstance(module, nn.GroupNorm):
             return is_a(module, "GroupNorm")
         groups, eps = (getattr(module, name, None) for name in ("num_groups", "eps"))
@@ -40,19 +42,19 @@ class Norm(Fused):
         )
 
     @classmethod
-    def why_not(cls, module: nn.Module) -> str | None:
-        return None if module.eps > 0 else f"its eps is {module.eps}, and the kernel wants a positive one"  # type: ignore[operator]
+    def why_not(cls, module: Any) -> str | None:
+        return None if module.eps > 0 else f"its eps is {module.eps}, and the kernel wants a positive one"
 
     @classmethod
-    def check(cls, module: nn.Module) -> None:
+    def check(cls, module: Any) -> None:
         channels, groups = channels_of(module), module.num_groups
-        if channels is not None and (groups < 1 or channels % groups):  # type: ignore[operator]
+        if groups < 1 or channels % groups:
             raise ValueError(f"num_groups must divide the channels: got {groups} for {channels} channels")
 
     @classmethod
-    def probe(cls, module: nn.Module) -> tuple[tuple[int, ...], ...] | None:
+    def probe(cls, module: Any) -> tuple[tuple[int, ...], ...] | None:
         channels = channels_of(module)
-        return None if isinstance(module, nn.GroupNorm) or channels is None else ((2, channels, 3, 3),)
+        return None if isinstance(module, nn.GroupNorm) else ((2, channels, 3, 3),)
 
     def forward(
         self,
@@ -69,10 +71,10 @@ class Norm(Fused):
         add, scale, shift = (_batched(vector, input) for vector in (add, scale, shift))
         return ops.group_norm(
             input,
-            self.num_groups,  # type: ignore[attr-defined]
-            self.weight,  # type: ignore[attr-defined]
-            self.bias,  # type: ignore[attr-defined]
-            eps=self.eps,  # type: ignore[attr-defined]
+            self.num_groups,
+            self.weight,
+            self.bias,
+            eps=self.eps,
             add=add,
             scale=scale,
             shift=shift,
@@ -84,16 +86,15 @@ class Norm(Fused):
     ) -> Tensor:
         """For dtypes that the kernels do not have: the module's own forward, and the rest around it."""
         add, scale, shift = (v if v is None else v.reshape(*v.shape, *[1] * (x.dim() - 2)) for v in (add, scale, shift))
-        y = super().forward(x if add is None else x + add)  # type: ignore[misc]
+        y = super().forward(x if add is None else x + add)
         y = y if scale is None else y * (1 + scale)
         y = y if shift is None else y + shift
         return y if activation is None else silu(y)
 
 
-def channels_of(norm: nn.Module) -> int | None:
-    """Of a norm that Norm recognises."""
-    channels = getattr(norm, "num_channels", None)
-    return len(norm.weight) if channels is None else channels  # type: ignore[arg-type]
+def channels_of(norm: Any) -> int:
+    """Of a norm that Norm recognises: PyTorch's may have no weight, EDM's has no other number."""
+    return norm.num_channels if isinstance(norm, nn.GroupNorm) else len(norm.weight)
 
 
 def _batched(vector: Tensor | None, x: Tensor) -> Tensor | None:
@@ -107,7 +108,7 @@ class FoldedSiLU(Fused):
     does = "done by the norm before it"
 
     @classmethod
-    def recognises(cls, module: nn.Module) -> bool:
+    def recognises(cls, module: Any) -> bool:
         return False  # by its neighbour, not by itself: see silu_behind_norm
 
     def forward(self, input: Tensor) -> Tensor:
@@ -123,11 +124,11 @@ def silu_behind_norm(network: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]
     for module in network.modules():
         if type(module) is nn.Sequential:
             children = list(module._modules.values())
-            pairs = list(zip(children, children[1:], strict=False))
+            pairs = list(itertools.pairwise(children))
         else:
             # The last layers of diffusers' UNets and autoencoders.
-            pair = tuple(getattr(module, name, None) for name in ("conv_norm_out", "conv_act"))
-            pairs = [pair] if isinstance(pair[0], nn.Module) and isinstance(pair[1], nn.Module) else []  # type: ignore[list-item]
+            last, act = (getattr(module, name, None) for name in ("conv_norm_out", "conv_act"))
+            pairs = [(last, act)] if isinstance(last, nn.Module) and isinstance(act, nn.Module) else []
         for norm, activation in pairs:
             if (
                 Norm.recognises(norm)

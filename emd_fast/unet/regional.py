@@ -20,7 +20,7 @@ from emd_fast.unet.fused import STATE, Fused
 logger = logging.getLogger("emd_fast")
 
 
-def run(module: nn.Module, body: Callable[..., Any], *args: Any) -> Any:
+def run(module: Any, body: Callable[..., Any], *args: Any) -> Any:
     """body(module, *args), compiled where fuse() was asked for that."""
     options = module.__dict__[STATE].get("compile")
     if options is None or torch.compiler.is_compiling():
@@ -71,15 +71,15 @@ class Repeated(Fused):
     does = "repeated block, compiled"
 
     @classmethod
-    def recognises(cls, module: nn.Module) -> bool:
+    def recognises(cls, module: Any) -> bool:
         return False  # by how often it is there: see repeated
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return run(self, _own_forward, args, kwargs)  # type: ignore[arg-type]
+        return run(self, _own_forward, args, kwargs)
 
 
-def _own_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return type(module)._emd_fast_base.forward(module, *args, **kwargs)  # type: ignore[attr-defined]
+def _own_forward(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return type(module)._emd_fast_base.forward(module, *args, **kwargs)
 
 
 def repeated(network: nn.Module) -> list[nn.Module]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from emd_fast.unet.attention import attention, check_head_dim
 from emd_fast.unet.fused import Fused, has, is_a
@@ -16,20 +16,20 @@ class ResidualBlock(Fused):
     does = "norms, scale, shift and SiLUs by two kernels"
 
     @classmethod
-    def recognises(cls, module: nn.Module) -> bool:
+    def recognises(cls, module: Any) -> bool:
         return is_a(module, "ResidualBlock") and has(module, "norm1", "conv1", "norm2", "conv2", "skip", "channels")
 
     @classmethod
-    def why_not(cls, module: nn.Module) -> str | None:
+    def why_not(cls, module: Any) -> str | None:
         norms = (module.norm1, module.norm2)
-        return None if all(Norm.recognises(norm) for norm in norms) else "its norms are not GroupNorm"  # type: ignore[arg-type]
+        return None if all(Norm.recognises(norm) for norm in norms) else "its norms are not GroupNorm"
 
     @classmethod
-    def probe(cls, module: nn.Module) -> tuple[tuple[int, ...], ...] | None:
-        return (2, channels_of(module.norm1), 4, 4), (2, 2 * module.channels)  # type: ignore
+    def probe(cls, module: Any) -> tuple[tuple[int, ...], ...] | None:
+        return (2, channels_of(module.norm1), 4, 4), (2, 2 * module.channels)
 
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
-        return run(self, _residual_block, x, modulation)  # type: ignore[arg-type]
+        return run(self, _residual_block, x, modulation)
 
 
 def _residual_block(block: Any, x: Tensor, modulation: Tensor) -> Tensor:
@@ -43,19 +43,19 @@ class SelfAttention(Fused):
     does = "attention by ops.attention"
 
     @classmethod
-    def recognises(cls, module: nn.Module) -> bool:
+    def recognises(cls, module: Any) -> bool:
         return is_a(module, "SelfAttention") and has(module, "norm", "qkv", "projection")
 
     @classmethod
-    def check(cls, module: nn.Module) -> None:
-        check_head_dim(module.projection.in_features)  # type: ignore
+    def check(cls, module: Any) -> None:
+        check_head_dim(module.projection.in_features)
 
     @classmethod
-    def probe(cls, module: nn.Module) -> tuple[tuple[int, ...], ...] | None:
-        return ((2, module.projection.in_features, 4, 4),)  # type: ignore
+    def probe(cls, module: Any) -> tuple[tuple[int, ...], ...] | None:
+        return ((2, module.projection.in_features, 4, 4),)
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = self.norm(x).flatten(2).transpose(1, 2)  # type: ignore[attr-defined]
-        q, k, v = (part[:, :, None] for part in self.qkv(tokens).chunk(3, dim=-1))  # type: ignore[attr-defined]
+        tokens = self.norm(x).flatten(2).transpose(1, 2)
+        q, k, v = (part[:, :, None] for part in self.qkv(tokens).chunk(3, dim=-1))
         mixed = attention(q, k, v)[:, :, 0]
-        return x + self.projection(mixed).transpose(1, 2).reshape(x.shape)  # type: ignore[attr-defined]
+        return x + self.projection(mixed).transpose(1, 2).reshape(x.shape)
