@@ -18,19 +18,22 @@ def _diffusers():
 def unet2d(attention=True, **options):
     down = ("DownBlock2D", "AttnDownBlock2D" if attention else "DownBlock2D")
     up = ("AttnUpBlock2D" if attention else "UpBlock2D", "UpBlock2D")
+    defaults = {"block_out_channels": (16, 32), "down_block_types": down, "up_block_types": up}
     return _diffusers().UNet2DModel(
-        sample_size=8, in_channels=3, out_channels=3, block_out_channels=(16, 32), layers_per_block=1,
-        norm_num_groups=4, attention_head_dim=8, down_block_types=down, up_block_types=up, add_attention=attention,
-        **options,
+        sample_size=8, in_channels=3, out_channels=3, layers_per_block=1, norm_num_groups=4, attention_head_dim=8,
+        add_attention=attention, **{**defaults, **options},
     )  # fmt: skip
 
 
 def unet2d_condition(**options):
+    defaults = {
+        "block_out_channels": (16, 32),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    }
     return _diffusers().UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(16, 32), layers_per_block=1,
-        norm_num_groups=4, attention_head_dim=2, cross_attention_dim=24,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        **options,
+        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, norm_num_groups=4, attention_head_dim=2,
+        cross_attention_dim=24, **{**defaults, **options},
     )  # fmt: skip
 
 
@@ -79,9 +82,24 @@ FAMILIES = {
 }
 
 
+# Half as deep, for what takes its time by the block: compilation.
+SHALLOW = {
+    "shallow unet2d": (
+        lambda: unet2d(block_out_channels=(16,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",)),
+        *FAMILIES["unet2d"][1:],
+    ),
+    "shallow unet2d_condition": (
+        lambda: unet2d_condition(
+            block_out_channels=(16,), down_block_types=("CrossAttnDownBlock2D",), up_block_types=("UpBlock2D",)
+        ),
+        *FAMILIES["unet2d_condition"][1:],
+    ),
+}
+
+
 def make(name, seed=0):
     """The network, in eval mode, every weight random; x; the arguments after it."""
-    build, channels, arguments = FAMILIES[name]
+    build, channels, arguments = (FAMILIES | SHALLOW)[name]
     torch.manual_seed(seed)  # buffers
     network = randomised(build(), seed).eval()
     g = seeded(seed + 1)

@@ -195,19 +195,13 @@ class TransformerBlock(Fused):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         condition = kwargs.get("encoder_hidden_states")
-        attn = self.attn2
-        if condition is None or attn is None or not isinstance(attn.processor, AttentionProcessor):
-            return run(self, _transformer_block, hidden_states, args, kwargs)
-        if kwargs.get("encoder_attention_mask") is None:
+        unmasked = kwargs.get("encoder_attention_mask") is None
+        if condition is not None and unmasked and isinstance(self.attn2.processor, AttentionProcessor):
             given = kwargs.get("cross_attention_kwargs") or {}
-            kwargs["cross_attention_kwargs"] = {**given, "key_value": keys_and_values(attn, condition)}
-        return run(self, _transformer_block, hidden_states, args, kwargs)
-
-
-def _transformer_block(block: Any, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    return type(block)._emd_fast_base.forward(block, hidden_states, *args, **kwargs)
+            kwargs["cross_attention_kwargs"] = {**given, "key_value": keys_and_values(self.attn2, condition)}
+        return run(self, self._emd_fast_base.forward, hidden_states, *args, **kwargs)
 
 
 def takes_keys_and_values(block: nn.Module) -> bool:
     """Whether the block is one of which TransformerBlock can hand keys and values to the second attention alone."""
-    return is_a(block, "BasicTransformerBlock") and not block.only_cross_attention
+    return is_a(block, "BasicTransformerBlock") and not block.only_cross_attention and block.attn2 is not None

@@ -84,9 +84,8 @@ def fuse(
         return network
     _check_devices(network)
     steps, left = _plan(network)
-    options = tuple(sorted(compile.items())) if isinstance(compile, dict) else () if compile else None
-    if options is not None:
-        steps = _compiled(network, steps, options)
+    if compile is not False:
+        steps = _compiled(network, steps, {} if compile is True else compile)
     left += _apply(steps)
     done = [step for step in steps if _is_fused(step.module)]
     if strict and (left or not done):
@@ -176,20 +175,23 @@ def _reason(module: nn.Module) -> str | None:
     return None
 
 
-def _compiled(network: nn.Module, steps: list[_Step], options: tuple[tuple[str, Any], ...]) -> list[_Step]:
-    planned = {id(step.module): step for step in steps}
+def _compiled(network: nn.Module, steps: list[_Step], options: dict[str, Any]) -> list[_Step]:
+    planned = {id(step.module) for step in steps}
     paths = {id(module): path for path, module in network.named_modules()}
-    ours = {id(part) for step in steps if step.kind in _COMPILED for part in step.module.modules()}
     blocks = [step for step in steps if step.kind in _COMPILED]
+    inside = {id(part) for step in blocks for part in step.module.modules()}
     for module in network.modules():
-        if diffusers.takes_keys_and_values(module) and id(module) not in ours:
+        if diffusers.takes_keys_and_values(module):
             blocks.append(_Step(paths[id(module)], module, diffusers.TransformerBlock))
-            ours.update(id(part) for part in module.modules())
+            inside.update(id(part) for part in module.modules())
     for module in regional.repeated(network):
-        if id(module) not in planned and not any(id(part) in ours for part in module.modules()):
+        if id(module) not in planned and not any(id(part) in inside for part in module.modules()):
             blocks.append(_Step(paths[id(module)], module, regional.Repeated))
     for step in blocks:
-        step.state.update(compile=options, structure=regional.structure(step.module))
+        # A graph break in a block of ours is a fault, in an unknown one it is not. Sizes are fixed over a run.
+        fullgraph = step.kind is not regional.Repeated
+        frozen = regional.frozen_options({"fullgraph": fullgraph, "dynamic": False, **options})
+        step.state.update(compile=frozen, structure=regional.structure(step.module))
     return [*(step for step in steps if step not in blocks), *blocks]
 
 

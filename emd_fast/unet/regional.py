@@ -20,12 +20,21 @@ from emd_fast.unet.fused import STATE, Fused
 logger = logging.getLogger("emd_fast")
 
 
-def run(module: Any, body: Callable[..., Any], *args: Any) -> Any:
-    """body(module, *args), compiled where fuse() was asked for that."""
+def run(module: Any, body: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """body(module, *args, **kwargs), compiled where fuse() was asked for that."""
     options = module.__dict__[STATE].get("compile")
     if options is None or torch.compiler.is_compiling():
-        return body(module, *args)
-    return _compiled(body, module.__dict__[STATE]["structure"], torch.is_grad_enabled(), options)(module, *args)
+        return body(module, *args, **kwargs)
+    compiled = _compiled(body, module.__dict__[STATE]["structure"], torch.is_grad_enabled(), options)
+    return compiled(module, *args, **kwargs)
+
+
+def frozen_options(options: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """Arguments of torch.compile as a value that can be looked up."""
+    return tuple(
+        (name, tuple(sorted(value.items())) if name == "options" and value else value)
+        for name, value in sorted(options.items())
+    )
 
 
 def structure(module: nn.Module) -> Hashable:
@@ -46,16 +55,17 @@ def _compiled(
     # each structure gets a code object of its own; with_gradients is among the arguments for the same reason.
     code = body.__code__.replace()
     own = types.FunctionType(code, body.__globals__, body.__name__, body.__defaults__, body.__closure__)
-    # Sizes are fixed over a run, and kernels for fixed sizes are the faster ones.
-    compiled = torch.compile(own, **{"fullgraph": True, "dynamic": False, **dict(options)})
+    own.__kwdefaults__ = body.__kwdefaults__
+    arguments: dict[str, Any] = {name: dict(value) if name == "options" else value for name, value in options}
+    compiled = torch.compile(own, **arguments)
     first = True
 
-    def call(module: nn.Module, *args: Any) -> Any:
+    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         nonlocal first
         if not first:
-            return compiled(module, *args)
+            return compiled(module, *args, **kwargs)
         start = time.perf_counter()
-        result = compiled(module, *args)
+        result = compiled(module, *args, **kwargs)
         first = False
         seconds = time.perf_counter() - start
         what = "with" if with_gradients else "without"
@@ -75,11 +85,7 @@ class Repeated(Fused):
         return False  # by how often it is there: see repeated
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return run(self, _own_forward, args, kwargs)
-
-
-def _own_forward(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return type(module)._emd_fast_base.forward(module, *args, **kwargs)
+        return run(self, self._emd_fast_base.forward, *args, **kwargs)
 
 
 def repeated(network: nn.Module) -> list[nn.Module]:
