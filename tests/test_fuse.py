@@ -428,3 +428,24 @@ def test_what_is_left_in_a_diffusers_network():
         "mid_block.resnets.0": "its activation is GELU, not SiLU",
         "mid_block.attentions.0": "its processor is SlicedAttnProcessor, which computes something of its own",
     }
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_channels_last_stays(linear):
+    """With weights in channels_last no activation of an image is laid out otherwise, whatever the blocks do."""
+    from networks import unet2d_condition
+
+    network, x, arguments = make("unet2d_condition")
+    if linear:
+        network = unet2d_condition(use_linear_projection=True).eval()
+    expected = output(network, x, arguments)
+    emd_fast.fuse(network, memory_format=torch.channels_last)
+    seen = []
+    for path, module in network.named_modules():
+        if path.endswith(("conv1", "conv2", "norm1", "norm2", "norm", "proj_in", "proj_out", "conv_norm_out")):
+            module.register_forward_pre_hook(lambda m, args, path=path: seen.append((path, args[0])))
+    actual = output(network, x.contiguous(memory_format=torch.channels_last), arguments)
+    assert relative(actual, expected) < 1e-5
+    images = [(path, value) for path, value in seen if value.dim() == 4]
+    assert len(images) > 20
+    assert [path for path, value in images if not value.is_contiguous(memory_format=torch.channels_last)] == []

@@ -165,9 +165,9 @@ class Attention(Fused):
 
 
 class Transformer(Fused):
-    """Transformer2DModel on images: its result stays in channels_last, in which it has come out of the last block."""
+    """Transformer2DModel on images: where they are in channels_last, as tokens are, so is the result."""
 
-    does = "no copy to another layout behind the last block"
+    does = "no copies to another layout behind the last block, on channels_last images"
 
     @classmethod
     def recognises(cls, module: Any) -> bool:
@@ -176,6 +176,11 @@ class Transformer(Fused):
     def _get_output_for_continuous_inputs(
         self, hidden_states: Tensor, residual: Tensor, batch_size: int, height: int, width: int, inner_dim: int
     ) -> Tensor:
+        if residual.is_contiguous():
+            return self._emd_fast_base._get_output_for_continuous_inputs(
+                self, hidden_states, residual, batch_size, height, width, inner_dim
+            )
+
         def image(tokens: Tensor) -> Tensor:
             return tokens.transpose(1, 2).unflatten(2, (height, width))
 
