@@ -449,3 +449,66 @@ def test_channels_last_stays(linear):
     images = [(path, value) for path, value in seen if value.dim() == 4]
     assert len(images) > 20
     assert [path for path, value in images if not value.is_contiguous(memory_format=torch.channels_last)] == []
+
+
+def transformer(name):
+    """A transformer of diffusers, and what it makes of an image."""
+    import diffusers
+    from helpers import randomised
+
+    x, t = torch.randn(2, 4, 8, 8, generator=seeded(1)), torch.tensor([1, 500])
+    common = {"num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "out_channels": 4, "num_layers": 2}
+    if name == "dit":
+        network = diffusers.DiTTransformer2DModel(**common, sample_size=8, num_embeds_ada_norm=10, norm_num_groups=4)
+        conditions = {"class_labels": torch.tensor([2, 3])}
+    else:
+        network = diffusers.SD3Transformer2DModel(
+            **common, sample_size=8, patch_size=2, joint_attention_dim=16, caption_projection_dim=16,
+            pooled_projection_dim=16, pos_embed_max_size=16, qk_norm="rms_norm" if name == "sd3.5" else None,
+        )  # fmt: skip
+        text = torch.randn(2, 7, 16, generator=seeded(2))
+        conditions = {"encoder_hidden_states": text, "pooled_projections": text[:, 0]}
+    return randomised(network, 0).eval(), lambda net: net(x, timestep=t, **conditions).sample
+
+
+@pytest.mark.parametrize("options", [{}, {"compile": {"backend": "eager"}}])
+@pytest.mark.parametrize("name", ["dit", "sd3", "sd3.5"])
+def test_transformers_get_their_attention(name, options):
+    network, run = transformer(name)
+    before, expected = state_of(network), run(network)
+    emd_fast.fuse(network, strict=True, **options)
+    torch.manual_seed(0)
+    results = [run(net) for net in (network, copy.deepcopy(network))]
+    assert all(relative(result, expected) < 1e-5 for result in results)
+    fused = [part.name for part in emd_fast.fusion_report(network).fused]
+    assert fused.count("Attention") == 2 and len(fused) == (4 if options else 2)
+    assert not emd_fast.fusion_report(network).left
+    assert state_of(emd_fast.unfuse(network)) == before
+
+
+def test_attention_goes_through_the_op(monkeypatch):
+    """Not only around the processor that was there before."""
+    from emd_fast import ops
+
+    seen = []
+    own = ops.attention
+    monkeypatch.setattr(ops, "attention", lambda q, k, v, **rest: seen.append(q.shape[2:]) or own(q, k, v, **rest))
+    for name, count in (
+        ("unet2d", 4),
+        ("unet2d_condition", 8),
+        ("song", 3),
+        ("dhariwal", 3),
+        ("edm2", 3),
+        ("small", 1),
+    ):
+        network, x, arguments = make(name)
+        emd_fast.fuse(network)
+        seen.clear()
+        output(network, x, arguments)
+        assert len(seen) == count, name
+    for name in ("dit", "sd3"):
+        network, run = transformer(name)
+        emd_fast.fuse(network)
+        seen.clear()
+        run(network)
+        assert len(seen) == 2

@@ -219,14 +219,31 @@ class TestGradients:
         assert mine[1][1] < exact[1][1]
 
     def test_to_the_condition(self):
+        """Also after passes without gradients have filled the cache."""
         network, x, (t, cond) = make("unet2d_condition")
         emd_fast.fuse(network)
         cond.requires_grad_()
-        with frozen(network), conditioning_cache():
-            results = [
-                torch.autograd.grad(output(network, x, (t, cond)).square().sum(), cond)[0].clone() for _ in range(2)
-            ]
-        assert_same(*results)
+
+        def gradient():
+            return torch.autograd.grad(output(network, x, (t, cond)).square().sum(), cond)[0].clone()
+
+        with frozen(network):
+            exact = gradient()
+            with conditioning_cache():
+                passes(network, x, (t, cond))
+                for _ in range(2):
+                    assert_same(gradient(), exact)
+
+    def test_no_graph_is_kept(self):
+        """What a pass with gradients computed is not handed to one without."""
+        network, x, arguments = make("small")
+        emd_fast.fuse(network)
+        with conditioning_cache() as cache:
+            assert output(network, x, arguments).requires_grad
+            held = [value for kept in cache._passes.values() for value, _ in kept.values.values()]
+            assert not any(value.requires_grad for value in held)
+            with torch.no_grad():
+                assert not output(network, x, arguments).requires_grad
 
     def test_labels_dropped_in_training_are_drawn_anew(self):
         import lookalikes
@@ -279,3 +296,34 @@ def test_the_e_step_computes_conditions_once(monkeypatch, run, guidance):
     passes_more = 2 if run is e_step_xz else 0  # the generator's, before and behind the chain
     assert whole == unfused
     assert whole - fewer == (2 * samples + passes_more) * one
+
+
+class TextOf(nn.Module):
+    """A network of diffusers as a Denoiser calls it: a module, so that the E-step finds the parameters to freeze."""
+
+    def __init__(self, unet):
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, x, t, cond):
+        return self.unet(x, t, cond["text"]).sample
+
+
+def test_an_e_step_of_stable_diffusion_projects_the_text_once():
+    """Three networks with cross-attention, guidance, an adapter between: keys and values once a network."""
+    calls, nets = [], []
+    for seed in range(3):
+        unet, *_ = make("shallow unet2d_condition", seed)
+        emd_fast.fuse(unet)
+        for module in unet.modules():
+            if type(module).__name__ == "BasicTransformerBlock":
+                module.attn2.to_k.register_forward_hook(lambda *_, seed=seed: calls.append(seed))
+        nets.append(Denoiser(TextOf(unet), EDM(), "edm", sigma_data=0.5))
+    g = seeded(5)
+    z, eps = torch.randn(2, 2, 4, 8, 8, generator=g).unbind()
+    texts = torch.randn(2, 2, 77, 24, generator=g).unbind()
+    emd_fast.e_step(
+        Generator(nets[0], 2.0), *nets[1:], z, eps, torch.tensor([0.3, 0.6]), cond={"text": texts[0]},
+        null_cond={"text": texts[1]}, guidance=2.0, steps=3, gamma_eps=0.1, gamma_z=0.05, noise=Noise(0),
+    )  # fmt: skip
+    assert sorted(calls) == [0, 0, 1, 1, 2, 2]  # two transformers in each

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from emd_fast.conditioning import remember
@@ -26,7 +27,7 @@ class ResnetBlock(Fused):
     def why_not(cls, module: Any) -> str | None:
         if not is_a(module.nonlinearity, "SiLU"):
             return f"its activation is {type(module.nonlinearity).__name__}, not SiLU"
-        if module.time_embedding_norm not in ("default", "scale_shift"):
+        if module.time_emb_proj is not None and module.time_embedding_norm not in ("default", "scale_shift"):
             return f"time_embedding_norm is {module.time_embedding_norm!r}"
         for name in ("norm1", "norm2"):
             norm = getattr(module, name)
@@ -63,16 +64,20 @@ def _residual_block(block: Any, x: Tensor, embedded: Tensor | None) -> Tensor:
     return (x + h) / block.output_scale_factor
 
 
-class AttentionProcessor:
+class Processor:
+    """An attention processor of ours, and the one that was there before."""
+
+    def __init__(self, original: Any) -> None:
+        self.original = original
+
+
+class AttentionProcessor(Processor):
     """What diffusers' Attention hands its work to: ops.attention on (B, tokens, heads, head_dim), nothing transposed.
 
     The projections are called as the modules that they are, so LoRA in them is served. Keys and values of a condition
     are computed once inside conditioning_cache. What ops.attention does not have (a mask, another dtype) goes to the
-    processor that was there before, `original`.
+    processor that was there before.
     """
-
-    def __init__(self, original: Any) -> None:
-        self.original = original
 
     def __call__(
         self,
@@ -113,6 +118,49 @@ class AttentionProcessor:
         return out / attn.rescale_output_factor
 
 
+class JointAttentionProcessor(Processor):
+    """The same for Stable Diffusion 3: tokens of image and text attend to all of them together."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """(B, tokens, C), and (B, text tokens, C) where there is text."""
+        if attention_mask is not None or hidden_states.dtype not in SERVED:
+            return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, *args, **kwargs)
+
+        def heads(tokens: Tensor, norm: Any = None) -> Tensor:
+            tokens = tokens.unflatten(-1, (attn.heads, -1))
+            return tokens if norm is None else norm(tokens)
+
+        text, count = encoder_hidden_states, hidden_states.shape[1]
+        query = heads(attn.to_q(hidden_states), attn.norm_q)
+        key = heads(attn.to_k(hidden_states), attn.norm_k)
+        value = heads(attn.to_v(hidden_states))
+        if text is not None:
+            query = torch.cat([query, heads(attn.add_q_proj(text), attn.norm_added_q)], dim=1)
+            key = torch.cat([key, heads(attn.add_k_proj(text), attn.norm_added_k)], dim=1)
+            value = torch.cat([value, heads(attn.add_v_proj(text))], dim=1)
+        mixed = attention(query, key.to(query.dtype), value.to(query.dtype)).flatten(2)
+        image = attn.to_out[1](attn.to_out[0](mixed[:, :count]))
+        if text is None:
+            return image
+        return image, mixed[:, count:] if attn.context_pre_only else attn.to_add_out(mixed[:, count:])
+
+
+# By the name of the class that each takes the place of.
+_PROCESSORS: dict[str, type[Processor]] = {
+    "AttnProcessor": AttentionProcessor,
+    "AttnProcessor2_0": AttentionProcessor,
+    "JointAttnProcessor2_0": JointAttentionProcessor,
+}
+
+
 def keys_and_values(attn: Any, encoder_hidden_states: Tensor) -> tuple[Tensor, Tensor]:
     """Those of a condition, (B, keys, heads head_dim) each, by an Attention of diffusers."""
     if attn.norm_cross is not None:
@@ -139,11 +187,11 @@ class Attention(Fused):
 
     @classmethod
     def why_not(cls, module: Any) -> str | None:
-        if isinstance(module.processor, AttentionProcessor):
+        if isinstance(module.processor, Processor):
             return None
-        if type(module.processor).__name__ not in ("AttnProcessor", "AttnProcessor2_0") or not is_a(
-            module, "Attention"
-        ):
+        if not is_a(module, "Attention"):
+            return "attention of a kind that is not known"
+        if type(module.processor).__name__ not in _PROCESSORS:
             return f"its processor is {type(module.processor).__name__}, which computes something of its own"
         if module.to_k is None or module.inner_kv_dim != module.inner_dim:
             return "it has fewer heads of keys than of queries"
@@ -152,12 +200,11 @@ class Attention(Fused):
     @classmethod
     def check(cls, module: Any) -> None:
         if cls.why_not(module) is None:
-            head_dim = module.inner_dim // module.heads
-            check_head_dim(head_dim)
+            check_head_dim(module.inner_dim // module.heads)
 
     @classmethod
     def fuse(cls, module: Any, **state: Any) -> None:
-        module.set_processor(AttentionProcessor(module.processor))
+        module.set_processor(_PROCESSORS[type(module.processor).__name__](module.processor))
 
     @classmethod
     def unfuse(cls, module: Any) -> None:

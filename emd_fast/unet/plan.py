@@ -210,7 +210,7 @@ def _nothing(network: nn.Module) -> str:
 
 def _is_fused(module: nn.Module) -> bool:
     processor = getattr(module, "processor", None)
-    return kind_of(module) is not None or isinstance(processor, diffusers.AttentionProcessor)
+    return kind_of(module) is not None or isinstance(processor, diffusers.Processor)
 
 
 def _apply(steps: list[_Step]) -> list[Part]:
