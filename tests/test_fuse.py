@@ -512,3 +512,24 @@ def test_attention_goes_through_the_op(monkeypatch):
         seen.clear()
         run(network)
         assert len(seen) == 2
+
+
+@pytest.mark.parametrize("name", ["song", "edm2"])
+def test_layers_that_are_wrapped_in_a_block_known_by_its_attributes(name):
+    """As LoRA of somebody's own puts them; they show no weight of theirs."""
+
+    class Wrapped(torch.nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, *args, **kwargs):
+            return 1.5 * self.layer(*args, **kwargs)
+
+    network, x, arguments = make(name)
+    for block in (*network.enc.values(), *network.dec.values()):
+        for layer in ("affine", "proj", "emb_linear", "attn_proj"):
+            if isinstance(getattr(block, layer, None), torch.nn.Module):
+                setattr(block, layer, Wrapped(getattr(block, layer)))
+    expected = output(network, x, arguments)
+    assert relative(output(emd_fast.fuse(network, strict=True), x, arguments), expected) < 1e-5

@@ -51,7 +51,7 @@ class Block(Fused):
 
     @classmethod
     def check(cls, module: Any) -> None:
-        if module.num_heads:
+        if module.num_heads and hasattr(module.attn_proj, "weight"):
             check_head_dim(module.attn_proj.weight.shape[1] // module.num_heads)
 
     @classmethod

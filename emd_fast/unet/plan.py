@@ -233,7 +233,11 @@ def _apply(steps: list[_Step]) -> list[Part]:
 def _tried(step: _Step) -> Tensor | None:
     """What the module makes of some input, where its kind goes by structure; None where it cannot be asked here."""
     module = step.module
-    if (shapes := step.kind.probe(module)) is None:
+    try:
+        shapes = step.kind.probe(module)
+    except AttributeError:  # a layer that something else has wrapped does not show its shape
+        shapes = None
+    if shapes is None:
         return None
     weights = [p for p in module.parameters() if p.is_floating_point()]
     if not weights or any(type(p) is not nn.Parameter or p.is_meta or p.dtype not in SERVED for p in weights):
