@@ -368,6 +368,21 @@ def test_a_structure_that_misleads():
     assert state_of(emd_fast.unfuse(network)) == before
 
 
+def test_a_structure_whose_forward_wants_something_else():
+    import lookalikes
+
+    class Other(lookalikes.UNetBlock):
+        def forward(self, x, emb, mask):
+            return mask * super().forward(x, emb)
+
+    network = Other(16, 16, 8)
+    x, emb = torch.randn(2, 16, 4, 4), torch.randn(2, 8)
+    expected = network(x, emb, 3.0)
+    assert relative(emd_fast.fuse(network)(x, emb, 3.0), expected) < 1e-5
+    (left,) = emd_fast.fusion_report(network).left
+    assert left.path == "" and "does not take what such a module takes" in left.note
+
+
 def broken(how):
     import lookalikes
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from emd_fast.backends import use_backend
 from emd_fast.unet import diffusers, edm, edm2, regional, small
 from emd_fast.unet.fused import STATE, Fused, kind_of
 from emd_fast.unet.layout import restore, set_layout
@@ -192,7 +192,7 @@ def _compiled(network: nn.Module, steps: list[_Step], options: dict[str, Any]) -
         fullgraph = step.kind is not regional.Repeated
         frozen = regional.frozen_options({"fullgraph": fullgraph, "dynamic": False, **options})
         step.state.update(compile=frozen, structure=regional.structure(step.module))
-    return [*(step for step in steps if step not in blocks), *blocks]
+    return [*(step for step in steps if step.kind not in _COMPILED), *blocks]
 
 
 def _check_devices(network: nn.Module) -> None:
@@ -221,17 +221,18 @@ def _apply(steps: list[_Step]) -> list[Part]:
     left = []
     # Inner modules first: a block is right only if its norms are.
     for step in reversed(steps):
-        if (before := expected[id(step.module)]) is None or _agree(before, _tried(step)):
+        if (before := expected[id(step.module)]) is None or (why := _disagreement(before, _tried(step))) is None:
             continue
         step.kind.unfuse(step.module)
-        step.module.__dict__[_LEFT] = "its structure is known, but it computes something else"
+        step.module.__dict__[_LEFT] = f"its structure is known, but it {why}"
         left.append(Part(step.path, type(step.module).__name__, step.module.__dict__[_LEFT]))
     return left
 
 
 @torch.no_grad()
-def _tried(step: _Step) -> Tensor | None:
-    """What the module makes of some input, where its kind goes by structure; None where it cannot be asked here."""
+def _tried(step: _Step) -> Tensor | Exception | None:
+    """What the module makes of some input, or raises, where its kind goes by structure; None where that cannot be
+    asked."""
     module = step.module
     try:
         shapes = step.kind.probe(module)
@@ -248,10 +249,10 @@ def _tried(step: _Step) -> Tensor | None:
     module.eval()
     options = vars(module).get(STATE, {}).pop("compile", None)
     try:
-        with torch.autocast(inputs[0].device.type, enabled=False):
+        with torch.autocast(inputs[0].device.type, enabled=False), use_backend("auto"):
             return module(*inputs)
-    except (AttributeError, RuntimeError, TypeError, ValueError):
-        return torch.full((), torch.nan)
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        return error
     finally:
         for part in training:
             part.training = True
@@ -259,22 +260,20 @@ def _tried(step: _Step) -> Tensor | None:
             module.__dict__[STATE]["compile"] = options
 
 
-def _agree(before: Tensor, after: Tensor | None) -> bool:
-    if after is None or before.shape != after.shape:
-        return False
-    scale = before.float().abs().max().clamp(min=1e-6)
-    tolerance = 1e-3 if before.dtype == torch.float32 else 0.1
-    return bool((before.float() - after.float()).abs().max() <= tolerance * scale)
+def _disagreement(before: Tensor | Exception, after: Tensor | Exception | None) -> str | None:
+    """None where the fused module does what it did before."""
+    if isinstance(before, Exception):
+        return f"does not take what such a module takes: {before}"
+    if not isinstance(after, Tensor):
+        return f"fails when it is fused: {after}"
+    tolerance = (1e-3 if before.dtype == torch.float32 else 0.1) * before.float().abs().max().clamp(min=1e-6)
+    same = before.shape == after.shape and bool((before.float() - after.float()).abs().max() <= tolerance)
+    return None if same else "computes something else"
 
 
 def _undo(network: nn.Module) -> None:
     restore(network)
-    for module in _fused_modules(network):
-        kind = kind_of(module)
-        (kind or diffusers.Attention).unfuse(module)
+    for module in [module for module in network.modules() if _is_fused(module)]:
+        (kind_of(module) or diffusers.Attention).unfuse(module)
     for module in network.modules():
         module.__dict__.pop(_LEFT, None)
-
-
-def _fused_modules(network: nn.Module) -> Iterator[nn.Module]:
-    yield from [module for module in network.modules() if _is_fused(module)]
