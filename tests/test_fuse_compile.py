@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from helpers import assert_same, assert_within
-from networks import FAMILIES, make, output
+from networks import make, output
 from test_compile import Counting
 from test_fuse import gradients, relative
 from torch._dynamo.utils import counters
@@ -17,7 +17,7 @@ from emd_fast.unet import conditioning_cache, regional
 
 # Tracing a UNet takes seconds: one of each family, and those that take long only on request.
 QUICK = ["shallow unet2d_condition", "song", "small"]
-ALL = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES if name not in QUICK)]
+ALL = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in ("unet2d", "dhariwal", "edm2"))]
 
 
 @pytest.fixture(autouse=True)
@@ -149,7 +149,7 @@ def test_other_repeated_blocks():
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("c++") is None, reason="inductor needs a C++ compiler")
-@pytest.mark.parametrize("name", ["unet2d_condition", "dhariwal", "small"])
+@pytest.mark.parametrize("name", ["shallow unet2d_condition", "small"])
 def test_blocks_under_inductor(name):
     network, x, arguments = make(name)
     expected, its = gradients(network, x, arguments)
