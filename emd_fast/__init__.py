@@ -7,6 +7,7 @@ from emd_fast.denoiser import Denoiser, Generator
 from emd_fast.em.e_step import EStep, e_step
 from emd_fast.noise import Noise
 from emd_fast.trainer import EMDTrainer
+from emd_fast.unet import fuse, fusion_report, unfuse
 
 __version__ = "0.1.0"
 
@@ -20,8 +21,11 @@ __all__ = [
     "backend_report",
     "distributed",
     "e_step",
+    "fuse",
+    "fusion_report",
     "ops",
     "schedules",
     "teachers",
+    "unfuse",
     "use_backend",
 ]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from emd_fast.conditioning import same
 from emd_fast.schedules import Schedule, check_times
 
 Pair = tuple[Tensor, Tensor]
@@ -156,7 +157,7 @@ class Denoiser(nn.Module):
         if x_t.dim() == 0 or t.shape != x_t.shape[:1]:
             raise ValueError(f"t must have shape (B,) for x_t (B, ...), got {tuple(t.shape)} for {tuple(x_t.shape)}")
         scaled = x_t if self._c_in is None else column(self._c_in(t), x_t) * x_t
-        returned = self.network(scaled.to(self._input_dtype(x_t)), self._c_noise(t), cond)
+        returned = self.network(scaled.to(self._input_dtype(x_t)), same(self._c_noise, t), cond)
         output = returned if self._output is None else self._output(returned)
         if not isinstance(output, Tensor):
             raise TypeError(
@@ -235,8 +236,11 @@ class Generator(nn.Module):
     def forward(self, z: Tensor, cond: Condition = None) -> Tensor:
         """x (B, ...) for z (B, ...) ~ N(0, I)."""
         x_t = self.input_scale * z
-        t = torch.full((len(z),), self.t_star, dtype=torch.float32, device=z.device)
+        t = same(self._times, len(z), z.device)
         return self.c_skip * x_t + self.c_out * self.denoiser(x_t, t, cond)
+
+    def _times(self, batch: int, device: torch.device) -> Tensor:
+        return torch.full((batch,), self.t_star, dtype=torch.float32, device=device)
 
 
 def base(network: Any) -> Denoiser:
@@ -273,6 +277,10 @@ def null_like(null_cond: Condition, cond: Condition, batch: int) -> Condition:
 
 def both(network: Any, x_t: Tensor, t: Tensor, cond: Condition, null_cond: Condition) -> Pair:
     """F_c and F_u, from one pass of twice the batch."""
-    null = null_like(base(network).null_cond if null_cond is None else null_cond, cond, len(x_t))
-    twice = pytree.tree_map(lambda c, n: torch.cat([c, n]), cond, null)
-    return network(torch.cat([x_t, x_t]), torch.cat([t, t]), twice).chunk(2)
+    null_cond = base(network).null_cond if null_cond is None else null_cond
+    return network(torch.cat([x_t, x_t]), *same(_twice, t, cond, null_cond)).chunk(2)
+
+
+def _twice(t: Tensor, cond: Condition, null_cond: Condition) -> tuple[Tensor, Condition]:
+    null = null_like(null_cond, cond, len(t))
+    return torch.cat([t, t]), pytree.tree_map(lambda c, n: torch.cat([c, n]), cond, null)

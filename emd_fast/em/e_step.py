@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
 from emd_fast import ops
+from emd_fast.conditioning import conditioning_cache
 from emd_fast.denoiser import Condition, base
 from emd_fast.distributed import gathered
 from emd_fast.em.score_difference import ScoreDifference
@@ -117,7 +118,7 @@ def unchecked_e_step(
     difference = ScoreDifference(teacher, student, t, cond, null_cond, guidance)
     z, eps = _own(z), _own(eps)
     drift = torch.zeros_like(eps)
-    with gathered(generator, teacher, student), frozen(generator) as g:
+    with gathered(generator, teacher, student), frozen(generator) as g, conditioning_cache():
         x0 = None
         for k in range(steps):
             if moves_z:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from emd_fast import ops
+from emd_fast.conditioning import conditioning_cache
 from emd_fast.denoiser import Condition, base, column
 from emd_fast.distributed import gathered
 from emd_fast.em.e_step import EStep, GeneratorLike, check_e_step, check_values, frozen
@@ -47,7 +48,7 @@ def e_step_xz(
     z, noises = z.detach().float(), eps.detach().float()
     alpha_x, sigma_x = column(alpha, eps), column(sigma, eps)
     step_x, step_z = _column(gamma_eps, eps), _column(gamma_z, z)
-    with gathered(generator, teacher, student), frozen(generator) as g, torch.no_grad():
+    with gathered(generator, teacher, student), frozen(generator) as g, conditioning_cache(), torch.no_grad():
         x = alpha_x * g(z, cond).float() + sigma_x * noises
         for k in range(steps):
             with torch.enable_grad():

@@ -1,0 +1,73 @@
+"""The blocks of EDM's networks (SongUNet, DhariwalUNet), known by their structure.
+
+Source: Karras et al. (arXiv 2206.00364), appendix F; Dhariwal and Nichol (arXiv 2105.05233).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.nn.functional import dropout
+
+from emd_fast.conditioning import remember
+from emd_fast.unet.attention import attention, check_head_dim
+from emd_fast.unet.fused import Fused, has
+from emd_fast.unet.norm import Norm, channels_of
+from emd_fast.unet.regional import run
+
+
+class Block(Fused):
+    """conv1(silu(norm1 with the embedding(conv0(silu(norm0(x)))))) + skip(x), then attention over pixels, if any."""
+
+    does = "norms, embedding and SiLUs by two kernels, attention by ops.attention"
+
+    @classmethod
+    def recognises(cls, module: Any) -> bool:
+        names = ("norm0", "conv0", "affine", "norm1", "conv1", "skip", "adaptive_scale", "skip_scale", "num_heads")
+        return has(module, *names) and "forward" not in vars(module)
+
+    @classmethod
+    def why_not(cls, module: Any) -> str | None:
+        names = ("norm0", "norm1", *(("norm2",) if module.num_heads else ()))
+        unknown = [name for name in names if not Norm.recognises(getattr(module, name))]
+        return f"{', '.join(unknown)}: not a GroupNorm" if unknown else None
+
+    @classmethod
+    def check(cls, module: Any) -> None:
+        if module.num_heads and cls.why_not(module) is None:
+            check_head_dim(channels_of(module.norm2) // module.num_heads)
+
+    @classmethod
+    def probe(cls, module: Any) -> tuple[tuple[int, ...], ...] | None:
+        return (2, channels_of(module.norm0), 4, 4), (2, module.affine.weight.shape[1])
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        embedded = remember(self.affine, self.affine, emb)
+        return run(self, _block, x, embedded)
+
+
+def _block(block: Any, x: Tensor, embedded: Tensor) -> Tensor:
+    h = block.conv0(block.norm0(x, activation="silu"))
+    if block.adaptive_scale:
+        scale, shift = embedded.chunk(2, dim=1)
+        h = block.norm1(h, scale=scale, shift=shift, activation="silu")
+    else:
+        h = block.norm1(h, add=embedded, activation="silu")
+    h = block.conv1(dropout(h, p=block.dropout, training=block.training))
+    x = (h + (x if block.skip is None else block.skip(x))) * block.skip_scale
+    if not block.num_heads:
+        return x
+    q, k, v = queries_keys_values(block.qkv(block.norm2(x)), block.num_heads)
+    mixed = attention(q.contiguous(), k.contiguous(), v.contiguous())
+    return (block.proj(as_image(mixed, x)) + x) * block.skip_scale
+
+
+def queries_keys_values(qkv: Tensor, heads: int) -> tuple[Tensor, ...]:
+    """(B, tokens, heads, head_dim) each, strided, of (B, heads head_dim 3, H, W), the channels in that order."""
+    return qkv.flatten(2).unflatten(1, (heads, -1, 3)).permute(3, 0, 4, 1, 2).unbind(0)
+
+
+def as_image(mixed: Tensor, like: Tensor) -> Tensor:
+    """(B, tokens, heads, head_dim) as (B, C, H, W)."""
+    return mixed.flatten(2).transpose(1, 2).unflatten(2, like.shape[2:])

@@ -1,0 +1,42 @@
+"""The memory format of convolution weights.
+
+On a GPU the fast kernels for convolutions read and write channels_last; a weight in another format is copied in every
+pass, an activation before and after. On a CPU oneDNN lays weights out as it likes in any case. The parameters stay the
+same objects, since optimizers and averages hold them; their memory is another.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+# Strides before, on the module that owns the weight.
+_BEFORE = "_emd_fast_strides"
+
+
+def set_layout(network: nn.Module, memory_format: torch.memory_format | str | None) -> None:
+    for module in network.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            wanted = memory_format
+            if memory_format == "auto":
+                wanted = torch.channels_last if weight.is_cuda else None
+            # A sharded weight is laid out by FSDP2; a meta tensor not at all.
+            if (
+                not isinstance(wanted, torch.memory_format)
+                or weight.dim() != 4
+                or type(weight) is not nn.Parameter
+                or weight.is_meta
+            ):
+                continue
+            if not weight.is_contiguous(memory_format=wanted):
+                module.__dict__.setdefault(_BEFORE, {})[name] = weight.stride()
+                weight.data = weight.data.contiguous(memory_format=wanted)
+
+
+def restore(network: nn.Module) -> None:
+    for module in network.modules():
+        for name, strides in module.__dict__.pop(_BEFORE, {}).items():
+            weight = getattr(module, name)
+            weight.data = torch.empty_strided(weight.shape, strides, dtype=weight.dtype, device=weight.device).copy_(
+                weight.data
+            )

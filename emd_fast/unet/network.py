@@ -1,0 +1,90 @@
+"""Whole networks, and the layers of theirs that see time and condition only: who takes part in conditioning_cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from emd_fast.conditioning import one_pass, remember
+from emd_fast.unet.fused import Fused, has, is_a
+
+# The layers of each network that turn time and condition into embeddings. The blocks remember their own projections.
+_DIFFUSERS = ("time_proj", "time_embedding", "class_embedding", "add_time_proj", "add_embedding", "encoder_hid_proj")
+_EDM = ("map_noise", "map_label", "map_augment", "map_layer0", "map_layer1")
+_EDM2 = ("emb_fourier", "emb_noise", "emb_label")
+_SMALL = ("noise_embedding", "class_embedding", "embedding", "modulation")
+
+
+def _layers(module: nn.Module) -> tuple[str, ...] | None:
+    if is_a(module, "UNet2DModel") or is_a(module, "UNet2DConditionModel"):
+        return _DIFFUSERS
+    if has(module, "enc", "dec", "map_noise", "map_layer0", "map_layer1"):
+        return _EDM
+    if has(module, "enc", "dec", "emb_fourier", "emb_noise", "out_conv"):
+        return _EDM2
+    if has(module, "noise_embedding", "modulation", "down_block", "up_block", "frequencies"):
+        return _SMALL
+    return None
+
+
+class Network(Fused):
+    """A UNet, or a preconditioner around one: all arguments but the first are time and condition."""
+
+    does = "inside conditioning_cache, what depends on time and condition alone is computed once"
+
+    @classmethod
+    def recognises(cls, module: Any) -> bool:
+        # EDM's and EDM2's preconditioners make a new tensor of their noise level in each pass, so theirs is the pass.
+        inside = getattr(module, "model" if hasattr(module, "round_sigma") else "unet", None)
+        if isinstance(inside, nn.Module) and hasattr(module, "sigma_data"):
+            return _layers(inside) is not None
+        return _layers(module) is not None
+
+    @classmethod
+    def why_not(cls, module: Any) -> str | None:
+        return "it has a forward of its own on the instance" if "forward" in vars(module) else None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        own = super().forward
+        if torch.compiler.is_compiling() or _draws_conditions(self):
+            return own(*args, **kwargs)
+        name = "" if args else next(iter(kwargs.keys() & {"x", "sample"}), "")
+        x = args[0] if args else kwargs.get(name)
+        if not isinstance(x, Tensor):
+            return own(*args, **kwargs)
+        others = {key: value for key, value in kwargs.items() if key != name}
+        with one_pass(self, (args[1:], others, tuple(x.shape), x.dtype, x.device)):
+            return own(*args, **kwargs)
+
+
+def _draws_conditions(network: Any) -> bool:
+    """Whether two passes of the same condition may differ: dropped labels, dropout in an embedding."""
+    return network.training and any(
+        getattr(module, "label_dropout", 0) or (isinstance(module, nn.Dropout) and module.p)
+        for module in network.modules()
+    )
+
+
+class Conditioning(Fused):
+    """A layer that sees time and condition only."""
+
+    does = "computed once inside conditioning_cache"
+
+    @classmethod
+    def recognises(cls, module: Any) -> bool:
+        return False  # by the network that it belongs to: see conditioning_layers
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return remember(self, super().forward, *args, **kwargs)
+
+
+def conditioning_layers(network: nn.Module) -> Iterator[nn.Module]:
+    """Of every network inside that Network recognises."""
+    for module in network.modules():
+        for name in _layers(module) or ():
+            layer = getattr(module, name, None)
+            if isinstance(layer, nn.Module) and "forward" not in vars(layer):
+                yield layer

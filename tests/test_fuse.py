@@ -1,0 +1,550 @@
+"""fuse(): the same numbers, parameters and keys; what it refuses; how it is copied, saved and undone."""
+
+import copy
+
+import pytest
+import torch
+from helpers import assert_same, assert_within, seeded
+from networks import FAMILIES, make, output
+
+import emd_fast
+
+
+def gradients(network, x, arguments, weights=None):
+    """The output, and the gradients of a random linear form of it: to the input, then to every parameter."""
+    x = x.detach().clone().requires_grad_()
+    out = output(network, x, arguments)
+    cotangent = torch.randn(out.shape, generator=seeded(9)).to(out.dtype)
+    parameters = list(network.parameters())
+    return out, torch.autograd.grad(out, [x, *parameters], cotangent, allow_unused=True)
+
+
+def relative(mine, exact):
+    return ((mine.double() - exact.double()).norm() / exact.double().norm().clamp(min=1e-12)).item()
+
+
+def wide(value):
+    return value.double() if value.is_floating_point() else value
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_float32_outputs_and_gradients(backend, name):
+    network, x, arguments = make(name)
+    exact = gradients(copy.deepcopy(network).double(), x.double(), tuple(wide(a) for a in arguments))[1]
+    expected, its = gradients(network, x, arguments)
+    addresses = {key: value.data_ptr() for key, value in network.state_dict().items()}
+    named = {key: id(value) for key, value in network.named_parameters()}
+
+    assert emd_fast.fuse(network) is network
+    actual, mine = gradients(network, x, arguments)
+    assert actual.dtype == torch.float32
+    assert relative(actual, expected) < 1e-5
+    assert relative(mine[0], its[0]) < 1e-5
+    together = [torch.cat([g.flatten() for g in found if g is not None]) for found in (mine, its)]
+    assert relative(*together) < 1e-5
+    for key, a, b, e in zip(["x", *named], mine, its, exact, strict=True):
+        assert (a is None) == (b is None), key
+        if a is None:
+            continue
+        # Some gradients are small sums of large terms, of which float32 itself keeps fewer digits.
+        error, own = (torch.linalg.vector_norm(g.double() - e).item() for g in (a, b))
+        bound = max(1e-5 * e.norm().item(), 2 * own + 1e-7 * together[1].norm().item())
+        assert error <= bound, (key, error, own, e.norm().item())
+
+    assert addresses == {key: value.data_ptr() for key, value in network.state_dict().items()}
+    assert named == {key: id(value) for key, value in network.named_parameters()}
+    assert emd_fast.fusion_report(network).fused
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_bfloat16_is_no_worse_than_the_original(backend, name):
+    """Error against float32 at most 1.5 times the original's own, output and gradient to the input."""
+    network, x, arguments = make(name)
+    exact, (its, *_) = gradients(network, x, arguments)
+    network.bfloat16()
+    arguments = tuple(a.bfloat16() if a.dim() == 3 else a for a in arguments)
+    x = x.bfloat16()
+    original, (eager, *_) = gradients(network, x, arguments)
+    emd_fast.fuse(network)
+    fused, (mine, *_) = gradients(network, x, arguments)
+    assert fused.dtype == original.dtype and mine.dtype == eager.dtype
+    assert relative(fused, exact) <= 1.5 * relative(original, exact)
+    assert relative(mine, its) <= 1.5 * relative(eager, its)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_autocast_is_no_worse_than_the_original(name):
+    network, x, arguments = make(name)
+    exact = output(network, x, arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        original = output(network, x, arguments)
+        fused = output(emd_fast.fuse(network), x, arguments)
+    assert relative(fused, exact) <= 1.5 * relative(original, exact)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_float64_goes_through(name):
+    """The kernels have no float64: what a network computed before in it, it computes still."""
+    network, x, arguments = make(name)
+    network, arguments = network.double(), tuple(wide(a) for a in arguments)
+    expected = output(network, x.double(), arguments)
+    assert relative(output(emd_fast.fuse(network), x.double(), arguments), expected) < 1e-6
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_in_training_mode(name):
+    """Weights that EDM2 normalises in training are normalised as before; fuse() itself changes none."""
+    network, x, arguments = make(name)
+    before = {key: value.clone() for key, value in network.train().state_dict().items()}
+    other = emd_fast.fuse(copy.deepcopy(network))
+    assert all(module.training for module in other.modules())
+    for key, value in other.state_dict().items():
+        assert_same(value, before[key], key)
+    with torch.no_grad():
+        assert relative(output(other, x, arguments), output(network, x, arguments)) < 1e-5
+    for (key, a), b in zip(other.state_dict().items(), network.state_dict().values(), strict=True):
+        assert_same(a, b, key)
+
+
+# Copies, files, undoing ---------------------------------------------------------------------------------------------
+
+
+def state_of(network):
+    """All that unfuse() is to give back."""
+    return [
+        (path, type(module), id(module), sorted(vars(module)), id(vars(module).get("processor")))
+        for path, module in network.named_modules()
+    ], [
+        (name, id(parameter), parameter.stride(), parameter.data_ptr())
+        for name, parameter in network.named_parameters()
+    ]
+
+
+@pytest.mark.parametrize("options", [{}, {"compile": True}])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_unfuse_gives_everything_back(name, options):
+    network, x, arguments = make(name)
+    before, expected = state_of(network), output(network, x, arguments)
+    emd_fast.fuse(network, **options)
+    assert state_of(network) != before
+    assert emd_fast.unfuse(network) is network
+    assert state_of(network) == before
+    assert_same(output(network, x, arguments), expected)
+    assert not emd_fast.fusion_report(network).fused
+
+
+def test_memory_format_is_set_and_given_back():
+    network, x, arguments = make("unet2d")
+    expected = output(network, x, arguments)
+    weights = {n: (p, p.stride(), p.clone()) for n, p in network.named_parameters()}
+    emd_fast.fuse(network, memory_format=torch.channels_last)
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in network.parameters() if p.dim() == 4)
+    assert relative(output(network, x, arguments), expected) < 1e-5
+    other = copy.deepcopy(network)
+    for net in (network, other):
+        emd_fast.unfuse(net)
+        for key, p in net.named_parameters():
+            before, strides, value = weights[key]
+            assert net is other or p is before
+            assert p.stride() == strides
+            assert_same(p, value)
+        assert_same(output(net, x, arguments), expected)
+
+
+def pickled(network, tmp_path):
+    torch.save(network, tmp_path / "network.pt")
+    return torch.load(tmp_path / "network.pt", weights_only=False)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_copies_are_fused_and_independent(name, how, tmp_path):
+    network, x, arguments = make(name)
+    emd_fast.fuse(network, memory_format=torch.channels_last)
+    expected = output(network, x, arguments)
+    other = copy.deepcopy(network) if how == "deepcopy" else pickled(network, tmp_path)
+    assert emd_fast.fusion_report(other) == emd_fast.fusion_report(network)
+    assert_same(output(other, x, arguments), expected)
+    with torch.no_grad():
+        for p in network.parameters():
+            p.zero_()
+    assert_same(output(other, x, arguments), expected)
+    emd_fast.unfuse(other)
+    assert emd_fast.fusion_report(network).fused
+    assert relative(output(other, x, arguments), expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["unet2d", "unet2d_condition"])
+def test_save_pretrained(name, tmp_path):
+    network, x, arguments = make(name)
+    expected = output(emd_fast.fuse(network), x, arguments)
+    network.save_pretrained(tmp_path)
+    loaded = type(make(name)[0]).from_pretrained(tmp_path).eval()
+    assert not emd_fast.fusion_report(loaded).fused
+    assert relative(output(loaded, x, arguments), expected) < 1e-5
+    assert type(network).__name__ == type(loaded).__name__ and isinstance(network, type(loaded))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_weights_load_both_ways(name):
+    network, x, arguments = make(name)
+    other, *_ = make(name, seed=0)
+    emd_fast.fuse(other)
+    with torch.no_grad():
+        for p in other.parameters():
+            p *= 1.1
+    network.load_state_dict(other.state_dict())
+    assert relative(output(other, x, arguments), output(network, x, arguments)) < 1e-5
+    other.load_state_dict(make(name)[0].state_dict())
+
+
+class Lora(torch.nn.Module):
+    """Low-rank weights beside those of a linear layer, as peft puts them: it takes the layer's place."""
+
+    def __init__(self, layer, seed):
+        super().__init__()
+        self.base_layer = layer
+        shapes = (4, layer.in_features), (layer.out_features, 4)
+        self.down, self.up = (torch.nn.Parameter(0.1 * torch.randn(s, generator=seeded(seed))) for s in shapes)
+
+    def forward(self, x):
+        return self.base_layer(x) + x @ self.down.T @ self.up.T
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_with_lora_in_the_projections(when):
+    network, x, arguments = make("unet2d_condition")
+
+    def load(net):
+        attentions = [m for m in net.modules() if type(m).__name__ == "Attention"]
+        for k, attention in enumerate(attentions):
+            for name in ("to_q", "to_k", "to_v"):
+                setattr(attention, name, Lora(getattr(attention, name), k))
+            attention.to_out[0] = Lora(attention.to_out[0], k)
+        return net
+
+    plain = output(network, x, arguments)
+    exact, its = gradients(load(copy.deepcopy(network)), x, arguments)
+    if when == "before":
+        emd_fast.fuse(load(network))
+    else:
+        load(emd_fast.fuse(network))
+    actual, mine = gradients(network, x, arguments)
+    assert relative(plain, exact) > 1e-3
+    assert relative(actual, exact) < 1e-5
+    assert relative(*(torch.cat([g.flatten() for g in found]) for found in (mine, its))) < 1e-5
+
+
+def test_attention_masks_go_to_the_processor_before():
+    network, x, arguments = make("unet2d_condition")
+    masks = {"encoder_attention_mask": torch.arange(77).expand(3, -1) < 40}
+    with torch.no_grad():
+        plain, expected = network(x, *arguments).sample, network(x, *arguments, **masks).sample
+        actual = emd_fast.fuse(network)(x, *arguments, **masks).sample
+    assert not torch.allclose(plain, expected)
+    assert relative(actual, expected) < 1e-5
+
+
+def test_a_processor_set_later_serves():
+    from diffusers.models.attention_processor import AttnProcessor
+
+    network, x, arguments = make("unet2d_condition")
+    expected = output(emd_fast.fuse(network), x, arguments)
+    network.set_attn_processor(AttnProcessor())
+    assert relative(output(network, x, arguments), expected) < 1e-5
+    assert [part.name for part in emd_fast.fusion_report(network).left] == ["Attention"] * 8
+    assert emd_fast.fusion_report(emd_fast.unfuse(network)).fused == ()
+
+
+def test_the_trainer_copies_a_fused_teacher():
+    from emd_fast import Denoiser, EMDConfig, EMDTrainer
+    from emd_fast.schedules import EDM
+
+    results = []
+    for fused in (False, True):
+        network, *_ = make("small")
+        denoiser = Denoiser(network, EDM(), "edm", sigma_data=0.5, sample_shape=(3, 8, 8))
+        if fused:
+            emd_fast.fuse(denoiser)
+        trainer = EMDTrainer(denoiser, EMDConfig(steps=2, batch_size=4, num_classes=10, seed=1))
+        for net in (trainer.generator, trainer.student, trainer.ema.module):
+            assert bool(emd_fast.fusion_report(net).fused) == fused
+        metrics = [trainer.step() for _ in range(2)]
+        results.append((trainer.generate(4), metrics))
+    assert relative(results[1][0], results[0][0]) < 1e-4
+    for mine, its in zip(results[1][1], results[0][1], strict=True):
+        for key in its:
+            assert_within(mine[key], its[key], 1e-3 * (1e-6 + its[key].abs()), key)
+
+
+# What is refused, and what is left ----------------------------------------------------------------------------------
+
+
+def test_a_fused_network_is_returned_as_it_is():
+    network, *_ = make("small")
+    emd_fast.fuse(network)
+    before = state_of(network)
+    assert emd_fast.fuse(network, compile=True, memory_format=torch.channels_last) is network
+    assert state_of(network) == before
+
+
+def test_one_line_is_logged(caplog):
+    with caplog.at_level("INFO", "emd_fast"):
+        emd_fast.fuse(make("unet2d")[0])
+    assert len(caplog.records) == 1 and caplog.records[0].name == "emd_fast"
+    for word in ("UNet2DModel", "8 ResnetBlock2D", "4 Attention", "21 GroupNorm"):
+        assert word in caplog.text
+
+
+def test_nothing_to_fuse():
+    network = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU())
+    before = state_of(network)
+    with pytest.warns(UserWarning, match="nothing to fuse in Sequential.*UNet2DConditionModel.*GroupNorm"):
+        assert emd_fast.fuse(network) is network
+    with pytest.raises(ValueError, match="nothing to fuse"):
+        emd_fast.fuse(network, strict=True)
+    assert state_of(network) == before
+
+
+class Somebodys(torch.nn.Module):
+    """A network that nobody knows."""
+
+    def __init__(self):
+        super().__init__()
+        nn = torch.nn
+        self.first = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.SiLU(), nn.GroupNorm(4, 8))
+        act = nn.SiLU()
+        self.shared = nn.Sequential(nn.GroupNorm(2, 8), act, nn.Conv2d(8, 8, 1), act)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Conv2d(8, 8, 1), nn.GELU()) for _ in range(3))
+
+    def forward(self, x):
+        x = self.shared(self.first(x))
+        for block in self.blocks:
+            x = x + block(x)
+        tokens = x.flatten(2).transpose(1, 2)
+        return x + self.attention(tokens, tokens, tokens)[0].transpose(1, 2).reshape(x.shape)
+
+
+def test_the_known_parts_of_any_network():
+    network, x = Somebodys(), torch.randn(2, 3, 4, 4)
+    before = state_of(network)
+    expected, its = gradients(network, x, ())
+    with pytest.raises(ValueError, match=r"attention \(MultiheadAttention\): attention of a kind"):
+        emd_fast.fuse(network, strict=True)
+    assert state_of(network) == before
+    emd_fast.fuse(network)
+    actual, mine = gradients(network, x, ())
+    assert relative(actual, expected) < 1e-5
+    assert relative(*(torch.cat([g.flatten() for g in found]) for found in (mine, its))) < 1e-5
+    report = emd_fast.fusion_report(network)
+    assert [part.path for part in report.fused] == ["first.1", "first.2", "first.3", "shared.0"]
+    assert [(part.path, part.name) for part in report.left] == [("attention", "MultiheadAttention")]
+    for text in ("Somebodys", "3 GroupNorm (first.1 and 2 more)", "1 MultiheadAttention (attention)"):
+        assert text in str(report)
+
+
+def test_a_structure_that_misleads():
+    """The attributes of a known block, and another computation: left, with a reason, and strict refuses it."""
+    import lookalikes
+
+    class Other(lookalikes.UNetBlock):
+        def forward(self, x, emb):
+            return 2 * super().forward(x, emb)
+
+    network = torch.nn.ModuleList([Other(16, 16, 8), lookalikes.UNetBlock(16, 16, 8)])
+    x, emb = torch.randn(2, 16, 4, 4), torch.randn(2, 8)
+    expected = [block(x, emb) for block in network]
+    before = state_of(network)
+    with pytest.raises(ValueError, match="computes something else"):
+        emd_fast.fuse(network, strict=True)
+    assert state_of(network) == before
+    emd_fast.fuse(network)
+    for block, out in zip(network, expected, strict=True):
+        assert relative(block(x, emb), out) < 1e-5
+    assert [(p.path, p.note) for p in emd_fast.fusion_report(network).left] == [
+        ("0", "its structure is known, but it computes something else")
+    ]
+    assert state_of(emd_fast.unfuse(network)) == before
+
+
+def test_a_structure_whose_forward_wants_something_else():
+    import lookalikes
+
+    class Other(lookalikes.UNetBlock):
+        def forward(self, x, emb, mask):
+            return mask * super().forward(x, emb)
+
+    network = Other(16, 16, 8)
+    x, emb = torch.randn(2, 16, 4, 4), torch.randn(2, 8)
+    expected = network(x, emb, 3.0)
+    assert relative(emd_fast.fuse(network)(x, emb, 3.0), expected) < 1e-5
+    (left,) = emd_fast.fusion_report(network).left
+    assert left.path == "" and "does not take what such a module takes" in left.note
+
+
+def broken(how):
+    import lookalikes
+
+    if how == "groups":
+        network = make("unet2d")[0]
+        network.up_blocks[0].resnets[0].norm2.num_groups = 5
+        return network, r"up_blocks.0.resnets.0.norm2: num_groups must divide the channels: got 5 for 32"
+    if how == "groups of EDM":
+        network = make("song")[0]
+        network.enc["8x8_block0"].norm1.num_groups = 3
+        return network, r"enc.8x8_block0.norm1: num_groups must divide the channels: got 3 for 16"
+    if how == "devices":
+        network = make("unet2d")[0]
+        network.conv_out.to("meta")
+        return network, "parameters must be on one device, got cpu, meta"
+    if how == "head_dim":
+        network = make("unet2d")[0]
+        network.mid_block.attentions[0].heads = 1
+        network.mid_block.attentions[0].inner_dim = network.mid_block.attentions[0].inner_kv_dim = 512
+        return network, r"mid_block.attentions.0: attention has a head_dim of 512, and ops.attention takes at most 256"
+    return torch.nn.Sequential(
+        lookalikes.UNetBlock(260, 260, 8, attention=True, channels_per_head=260)
+    ), "head_dim of 260"
+
+
+@pytest.mark.parametrize("how", ["groups", "groups of EDM", "devices", "head_dim", "head_dim of EDM"])
+def test_bad_networks_raise_before_anything_changes(how):
+    network, message = broken(how)
+    before = state_of(network)
+    with pytest.raises(ValueError, match=message):
+        emd_fast.fuse(network)
+    assert state_of(network) == before
+
+
+@pytest.mark.parametrize(
+    ("network", "options", "message"),
+    [
+        ("unet", {}, "network must be an nn.Module, got str"),
+        (torch.nn.GroupNorm(1, 2), {"memory_format": "nhwc"}, "memory_format must be"),
+        (torch.nn.GroupNorm(1, 2), {"compile": "yes"}, "compile must be"),
+    ],
+)
+def test_bad_arguments(network, options, message):
+    with pytest.raises(TypeError, match=message):
+        emd_fast.fuse(network, **options)
+
+
+def test_what_is_left_in_a_diffusers_network():
+    from diffusers.models.attention_processor import SlicedAttnProcessor
+
+    network, x, arguments = make("unet2d")
+    network.mid_block.resnets[0].nonlinearity = torch.nn.GELU()
+    network.mid_block.attentions[0].set_processor(SlicedAttnProcessor(1))
+    expected = output(network, x, arguments)
+    assert relative(output(emd_fast.fuse(network), x, arguments), expected) < 1e-5
+    notes = {part.path: part.note for part in emd_fast.fusion_report(network).left}
+    assert notes == {
+        "mid_block.resnets.0": "its activation is GELU, not SiLU",
+        "mid_block.attentions.0": "its processor is SlicedAttnProcessor, which computes something of its own",
+    }
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_channels_last_stays(linear):
+    """With weights in channels_last no activation of an image is laid out otherwise, whatever the blocks do."""
+    from networks import unet2d_condition
+
+    network, x, arguments = make("unet2d_condition")
+    if linear:
+        network = unet2d_condition(use_linear_projection=True).eval()
+    expected = output(network, x, arguments)
+    emd_fast.fuse(network, memory_format=torch.channels_last)
+    seen = []
+    for path, module in network.named_modules():
+        if path.endswith(("conv1", "conv2", "norm1", "norm2", "norm", "proj_in", "proj_out", "conv_norm_out")):
+            module.register_forward_pre_hook(lambda m, args, path=path: seen.append((path, args[0])))
+    actual = output(network, x.contiguous(memory_format=torch.channels_last), arguments)
+    assert relative(actual, expected) < 1e-5
+    images = [(path, value) for path, value in seen if value.dim() == 4]
+    assert len(images) > 20
+    assert [path for path, value in images if not value.is_contiguous(memory_format=torch.channels_last)] == []
+
+
+def transformer(name):
+    """A transformer of diffusers, and what it makes of an image."""
+    import diffusers
+    from helpers import randomised
+
+    x, t = torch.randn(2, 4, 8, 8, generator=seeded(1)), torch.tensor([1, 500])
+    common = {"num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "out_channels": 4, "num_layers": 2}
+    if name == "dit":
+        network = diffusers.DiTTransformer2DModel(**common, sample_size=8, num_embeds_ada_norm=10, norm_num_groups=4)
+        conditions = {"class_labels": torch.tensor([2, 3])}
+    else:
+        network = diffusers.SD3Transformer2DModel(
+            **common, sample_size=8, patch_size=2, joint_attention_dim=16, caption_projection_dim=16,
+            pooled_projection_dim=16, pos_embed_max_size=16, qk_norm="rms_norm" if name == "sd3.5" else None,
+        )  # fmt: skip
+        text = torch.randn(2, 7, 16, generator=seeded(2))
+        conditions = {"encoder_hidden_states": text, "pooled_projections": text[:, 0]}
+    return randomised(network, 0).eval(), lambda net: net(x, timestep=t, **conditions).sample
+
+
+@pytest.mark.parametrize("options", [{}, {"compile": {"backend": "eager"}}])
+@pytest.mark.parametrize("name", ["dit", "sd3", "sd3.5"])
+def test_transformers_get_their_attention(name, options):
+    network, run = transformer(name)
+    before, expected = state_of(network), run(network)
+    emd_fast.fuse(network, strict=True, **options)
+    torch.manual_seed(0)
+    results = [run(net) for net in (network, copy.deepcopy(network))]
+    assert all(relative(result, expected) < 1e-5 for result in results)
+    fused = [part.name for part in emd_fast.fusion_report(network).fused]
+    assert fused.count("Attention") == 2 and len(fused) == (4 if options else 2)
+    assert not emd_fast.fusion_report(network).left
+    assert state_of(emd_fast.unfuse(network)) == before
+
+
+def test_attention_goes_through_the_op(monkeypatch):
+    """Not only around the processor that was there before."""
+    from emd_fast import ops
+
+    seen = []
+    own = ops.attention
+    monkeypatch.setattr(ops, "attention", lambda q, k, v, **rest: seen.append(q.shape[2:]) or own(q, k, v, **rest))
+    for name, count in (
+        ("unet2d", 4),
+        ("unet2d_condition", 8),
+        ("song", 3),
+        ("dhariwal", 3),
+        ("edm2", 3),
+        ("small", 1),
+    ):
+        network, x, arguments = make(name)
+        emd_fast.fuse(network)
+        seen.clear()
+        output(network, x, arguments)
+        assert len(seen) == count, name
+    for name in ("dit", "sd3"):
+        network, run = transformer(name)
+        emd_fast.fuse(network)
+        seen.clear()
+        run(network)
+        assert len(seen) == 2
+
+
+@pytest.mark.parametrize("name", ["song", "edm2"])
+def test_layers_that_are_wrapped_in_a_block_known_by_its_attributes(name):
+    """As LoRA of somebody's own puts them; they show no weight of theirs."""
+
+    class Wrapped(torch.nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, *args, **kwargs):
+            return 1.5 * self.layer(*args, **kwargs)
+
+    network, x, arguments = make(name)
+    for block in (*network.enc.values(), *network.dec.values()):
+        for layer in ("affine", "proj", "emb_linear", "attn_proj"):
+            if isinstance(getattr(block, layer, None), torch.nn.Module):
+                setattr(block, layer, Wrapped(getattr(block, layer)))
+    expected = output(network, x, arguments)
+    assert relative(output(emd_fast.fuse(network, strict=True), x, arguments), expected) < 1e-5

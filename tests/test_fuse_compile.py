@@ -1,0 +1,158 @@
+"""Fused networks under torch.compile: as a whole, and block by block by fuse(compile=True)."""
+
+import copy
+import shutil
+
+import pytest
+import torch
+from helpers import assert_same, assert_within
+from networks import make, output
+from test_compile import Counting
+from test_fuse import gradients, relative
+from torch._dynamo.utils import counters
+
+import emd_fast
+from emd_fast.em.e_step import frozen
+from emd_fast.unet import conditioning_cache, regional
+
+# Tracing a UNet takes seconds: one of each family, and those that take long only on request.
+QUICK = ["shallow unet2d_condition", "song", "small"]
+ALL = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in ("unet2d", "dhariwal", "edm2"))]
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    counters.clear()
+    regional._compiled.cache_clear()
+    yield
+    torch._dynamo.reset()
+    regional._compiled.cache_clear()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_whole_network_is_one_graph(name):
+    network, x, arguments = make(name)
+    emd_fast.fuse(network)
+    expected, its = gradients(network, x, arguments)
+    counting = Counting()
+    compiled = torch.compile(network, fullgraph=True, backend=counting)
+    with conditioning_cache():  # which leaves compiled code alone
+        for _ in range(2):
+            actual, mine = gradients(compiled, x, arguments)
+    assert relative(actual, expected) < 1e-5
+    assert relative(*(torch.cat([g.flatten() for g in found if g is not None]) for found in (mine, its))) < 1e-5
+    assert counting.graphs == 1
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_blocks_are_compiled_once_for_each_structure(name, caplog):
+    network, x, arguments = make(name)
+    expected, its = gradients(network, x, arguments)
+    counting = Counting()
+    with caplog.at_level("INFO", "emd_fast"):
+        emd_fast.fuse(network, compile={"backend": counting})
+        blocks = [m for m in network.modules() if "compile" in vars(m).get("_emd_fast", {})]
+        structures = {vars(m)["_emd_fast"]["structure"] for m in blocks}
+        actual, mine = gradients(network, x, arguments)
+    assert relative(actual, expected) < 1e-5
+    assert relative(*(torch.cat([g.flatten() for g in found if g is not None]) for found in (mine, its))) < 1e-5
+    assert len(blocks) >= 4 and len(structures) <= len(blocks)
+    first = counting.graphs
+    assert first <= len(structures) + 2  # one structure may stand at two resolutions
+    assert not counters["graph_break"]
+    assert sum("compiled" in record.message and " s" in record.message for record in caplog.records) == len(structures)
+    for shift in (1, 2):
+        gradients(network, x + shift, arguments)
+    assert counting.graphs == first
+
+
+def test_copies_share_the_compiled_code():
+    """As a trainer has them: teacher, student and generator, in every mode that a step runs them in."""
+    teacher, x, arguments = make("small")
+    counting = Counting()
+    emd_fast.fuse(teacher, compile={"backend": counting})
+    others = [copy.deepcopy(teacher).requires_grad_(True) for _ in range(2)]
+    teacher.requires_grad_(False)
+    for other in others:
+        for block in other.modules():
+            if "compile" in vars(block).get("_emd_fast", {}):
+                vars(block)["_emd_fast"]["compile"] = vars(teacher.down_block)["_emd_fast"]["compile"]
+
+    def step():
+        with torch.no_grad():
+            for network in (teacher, *others):
+                output(network, x, arguments)
+        with frozen(others[0]):
+            gradient = torch.autograd.grad(
+                output(others[0], latent := x.clone().requires_grad_(), arguments).sum(), latent
+            )
+        for other in others:
+            output(other, x, arguments).square().mean().backward()
+        return gradient
+
+    step()
+    graphs = counting.graphs
+    assert graphs <= 3 * 5  # three structures of blocks, five modes
+    for _ in range(3):
+        step()
+    assert counting.graphs == graphs
+    assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("name", ["shallow unet2d_condition", "small"])
+def test_conditions_are_computed_once_outside_of_the_compiled_code(name):
+    network, x, arguments = make(name)
+    emd_fast.fuse(network, compile={"backend": "aot_eager"})
+    calls = []
+    for key, module in network.named_modules():
+        if key.endswith(("attn2.to_k", "attn2.to_v", "time_emb_proj", "affine")):
+            module.register_forward_hook(lambda *_, key=key: calls.append(key))
+    with torch.no_grad():
+        expected = [output(network, x + k, arguments) for k in range(3)]
+        calls.clear()
+        with conditioning_cache():
+            for k in range(3):
+                assert_same(output(network, x + k, arguments), expected[k])
+    assert len(calls) == len(set(calls)) and (calls or name == "small")
+
+
+def test_other_repeated_blocks():
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.linear = torch.nn.LayerNorm(8), torch.nn.Linear(8, 8)
+
+        def forward(self, x, scale=1.0):
+            return x + scale * self.linear(self.norm(x))
+
+    class Network(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = torch.nn.ModuleList(Layer() for _ in range(4))
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = block(x, scale=0.5)
+            return x
+
+    network, x = Network(), torch.randn(2, 3, 8)
+    expected = network(x)
+    counting = Counting()
+    assert emd_fast.fuse(network, compile={"backend": counting}) is network
+    assert_within(network(x), expected, 1e-6)
+    assert counting.graphs == 2  # the first block's input asks for no gradient
+    assert [part.note for part in emd_fast.fusion_report(network).fused] == ["repeated block, compiled"] * 4
+    emd_fast.unfuse(network)
+    assert type(network.blocks[0]) is Layer
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("c++") is None, reason="inductor needs a C++ compiler")
+@pytest.mark.parametrize("name", ["shallow unet2d_condition", "small"])
+def test_blocks_under_inductor(name):
+    network, x, arguments = make(name)
+    expected, its = gradients(network, x, arguments)
+    actual, mine = gradients(emd_fast.fuse(network, compile=True), x, arguments)
+    assert relative(actual, expected) < 1e-5
+    assert relative(*(torch.cat([g.flatten() for g in found if g is not None]) for found in (mine, its))) < 1e-5

@@ -1,0 +1,329 @@
+"""conditioning_cache: the same numbers, fewer products; nothing stale, nothing kept that has a gradient."""
+
+import copy
+
+import pytest
+import torch
+from helpers import assert_same, assert_within, seeded
+from networks import FAMILIES, make, output
+from test_e_step import Flops
+from torch import nn
+
+import emd_fast
+from emd_fast import Denoiser, Generator, Noise
+from emd_fast.em.e_step import frozen
+from emd_fast.em.e_step_xz import e_step_xz
+from emd_fast.schedules import EDM
+from emd_fast.teachers.small_unet import SmallUNet
+from emd_fast.unet import conditioning_cache
+
+
+def flops(run, *args):
+    with Flops() as counter:
+        result = run(*args)
+    return result, counter.total
+
+
+def passes(network, x, arguments, count=3):
+    """Outputs and FLOPs of passes on different x."""
+    with torch.no_grad():
+        return [flops(output, network, x + k, arguments) for k in range(count)]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_passes_after_the_first_do_less_and_give_the_same_bits(name):
+    network, x, arguments = make(name)
+    emd_fast.fuse(network)
+    plain = passes(network, x, arguments)
+    with conditioning_cache():
+        cached = passes(network, x, arguments)
+    for (mine, _), (exact, _) in zip(cached, plain, strict=True):
+        assert_same(mine, exact)
+    (_, whole), *_ = plain
+    first, second, third = (count for _, count in cached)
+    assert first == whole and third == second < whole
+    assert passes(network, x, arguments)[0][1] == whole
+
+
+def linear_flops(network):
+    """FLOPs of a pass that the cache is to save: all layers that see the embedding or the condition."""
+    return sum(m.weight.numel() for m in network.modules() if isinstance(m, nn.Linear))
+
+
+def test_every_product_of_time_and_class_is_saved():
+    """A UNet without attention has no linear layers but those."""
+    network, x, arguments = make("unet2d, no attention, classes")
+    emd_fast.fuse(network)
+    with conditioning_cache():
+        (_, first), (_, second), _ = passes(network, x, arguments)
+    assert first - second == 2 * len(x) * linear_flops(network)
+
+
+def test_keys_and_values_are_saved():
+    network, x, arguments = make("unet2d_condition")
+    emd_fast.fuse(network)
+    calls = []
+    for key, module in network.named_modules():
+        if key.endswith(("to_k", "to_v", "time_emb_proj", "time_embedding.linear_1")):
+            module.register_forward_hook(lambda *_, key=key: calls.append(key))
+    with conditioning_cache():
+        passes(network, x, arguments, 4)
+    own = [key for key in calls if "attn1" in key]
+    assert len(own) == 4 * len(set(own)) > 0
+    others = [key for key in calls if "attn1" not in key]
+    assert len(others) == len(set(others)) == 4 * 2 + 8 + 1
+
+
+class TestStale:
+    """What changes inside the block changes the result."""
+
+    @pytest.fixture(params=["small", "unet2d_condition", "edm2"])
+    def case(self, request):
+        network, x, arguments = make(request.param)
+        emd_fast.fuse(network)
+        with torch.no_grad():
+            yield network, x, arguments
+
+    def check(self, network, x, arguments):
+        actual = output(network, x, arguments)
+        outer = emd_fast.conditioning._active
+        cache, outer.cache = outer.cache, None
+        try:
+            assert_same(actual, output(network, x, arguments))
+        finally:
+            outer.cache = cache
+        return actual
+
+    def test_another_tensor(self, case):
+        network, x, (t, cond) = case
+        with conditioning_cache():
+            results = [
+                self.check(network, x, args) for args in ((t, cond), (t + 1, cond), (t, cond.flip(0)), (t, cond))
+            ]
+        assert not torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
+        assert_same(results[0], results[3])
+
+    def test_the_same_tensor_changed_in_place(self, case):
+        network, x, (t, cond) = case
+        with conditioning_cache():
+            before = self.check(network, x, (t, cond))
+            t += 1
+            assert not torch.equal(before, self.check(network, x, (t, cond)))
+            t -= 1
+            cond.copy_(cond.flip(0))
+            assert not torch.equal(before, self.check(network, x, (t, cond)))
+
+    def test_parameters_changed_in_place(self, case):
+        network, x, arguments = case
+        with conditioning_cache():
+            self.check(network, x, arguments)
+            for parameter in network.parameters():
+                parameter += 0.1
+                self.check(network, x, arguments)
+
+    def test_parameters_replaced(self, case):
+        network, x, arguments = case
+        with conditioning_cache():
+            for parameter in network.parameters():
+                parameter.data = 1.1 * parameter.data
+                self.check(network, x, arguments)
+
+    def test_many_conditions(self, case):
+        """More than are kept, in turn: as in a memory that is bounded."""
+        network, x, (t, cond) = case
+        with conditioning_cache() as cache:
+            for k in range(12):
+                self.check(network, x, (t + k % 7, cond))
+            assert len(cache._passes) <= 4
+
+    def test_batch_and_dtype_of_x(self, case):
+        network, x, (t, cond) = case
+        with conditioning_cache():
+            self.check(network, x, (t, cond))
+            with torch.autocast("cpu", torch.bfloat16):
+                self.check(network, x, (t, cond))
+            self.check(network, x, (t, cond))
+            with torch.inference_mode():
+                self.check(network, x, (t, cond))
+            self.check(network, x, (t, cond))
+
+    def test_a_copy_is_another_network(self, case):
+        network, x, arguments = case
+        other = copy.deepcopy(network)
+        for parameter in other.parameters():
+            parameter *= 1.1
+        with conditioning_cache():
+            a, b = self.check(network, x, arguments), self.check(other, x, arguments)
+        assert not torch.equal(a, b)
+
+    def test_nothing_outlives_the_block(self, case):
+        network, x, arguments = case
+        with conditioning_cache() as cache:
+            output(network, x, arguments)
+            assert cache._passes
+        assert not cache._passes and not cache._same and emd_fast.conditioning._active.cache is None
+        (_, before), *_ = passes(network, x, arguments)
+        with conditioning_cache():
+            (_, after), *_ = passes(network, x, arguments)
+        assert before == after
+
+    def test_only_the_networks_that_are_named(self, case):
+        network, x, arguments = case
+        other = copy.deepcopy(network)
+        for given, saves in ((network, True), (Denoiser(network, EDM(), "eps"), True), (other, False)):
+            with conditioning_cache(given):
+                (_, first), (_, second), _ = passes(network, x, arguments)
+            assert (second < first) == saves
+
+    def test_an_exception_inside_a_pass(self, case):
+        network, x, arguments = case
+        with conditioning_cache():
+            with pytest.raises(RuntimeError):
+                output(network, x[:, :1], arguments)
+            self.check(network, x, arguments)
+            assert emd_fast.conditioning._active.current is None
+
+
+class TestGradients:
+    @pytest.mark.parametrize("name", ["small", "unet2d_condition", "dhariwal"])
+    def test_to_parameters_are_complete_in_every_pass(self, name):
+        """Also after passes without gradients have filled the cache."""
+        network, x, arguments = make(name)
+        emd_fast.fuse(network)
+
+        def gradients():
+            found = torch.autograd.grad(output(network, x, arguments).square().sum(), list(network.parameters()))
+            return torch.cat([g.flatten() for g in found])
+
+        exact = gradients()
+        with conditioning_cache():
+            passes(network, x, arguments)
+            for _ in range(2):
+                assert_same(gradients(), exact)
+
+    @pytest.mark.parametrize("name", ["small", "unet2d_condition", "dhariwal"])
+    def test_to_the_input_of_a_frozen_network(self, name):
+        network, x, arguments = make(name)
+        emd_fast.fuse(network)
+
+        def gradient(k):
+            latent = (x + k).requires_grad_()
+            return torch.autograd.grad(output(network, latent, arguments).square().sum(), latent)[0]
+
+        with frozen(network):
+            exact = [flops(gradient, k) for k in range(3)]
+            with conditioning_cache():
+                mine = [flops(gradient, k) for k in range(3)]
+        for (a, _), (b, _) in zip(mine, exact, strict=True):
+            assert_same(a, b)
+        assert mine[1][1] < exact[1][1]
+
+    def test_to_the_condition(self):
+        """Also after passes without gradients have filled the cache."""
+        network, x, (t, cond) = make("unet2d_condition")
+        emd_fast.fuse(network)
+        cond.requires_grad_()
+
+        def gradient():
+            return torch.autograd.grad(output(network, x, (t, cond)).square().sum(), cond)[0].clone()
+
+        with frozen(network):
+            exact = gradient()
+            with conditioning_cache():
+                passes(network, x, (t, cond))
+                for _ in range(2):
+                    assert_same(gradient(), exact)
+
+    def test_no_graph_is_kept(self):
+        """What a pass with gradients computed is not handed to one without."""
+        network, x, arguments = make("small")
+        emd_fast.fuse(network)
+        with conditioning_cache() as cache:
+            assert output(network, x, arguments).requires_grad
+            held = [value for kept in cache._passes.values() for value, _ in kept.values.values()]
+            assert not any(value.requires_grad for value in held)
+            with torch.no_grad():
+                assert not output(network, x, arguments).requires_grad
+
+    def test_labels_dropped_in_training_are_drawn_anew(self):
+        import lookalikes
+
+        network = emd_fast.fuse(lookalikes.DhariwalUNet(label_dropout=0.5)).train()
+        x, arguments = torch.randn(8, 3, 8, 8), (torch.zeros(8), torch.eye(10)[:8])
+        with torch.no_grad(), conditioning_cache():
+            for parameter in network.parameters():
+                parameter.normal_(generator=seeded(0), std=0.1)
+            outs = [network(x, *arguments) for _ in range(4)]
+        assert any(not torch.equal(outs[0], other) for other in outs[1:])
+
+
+def denoisers(fused):
+    nets = []
+    for seed in range(3):
+        network, *_ = make("small", seed)
+        if fused:
+            emd_fast.fuse(network)
+        nets.append(
+            Denoiser(network, EDM(), "edm", sigma_data=0.5, sample_shape=(3, 8, 8), null_cond=torch.tensor([0]))
+        )
+    return Generator(nets[0], 2.0), nets[1], nets[2]
+
+
+@pytest.mark.parametrize("run", [emd_fast.e_step, e_step_xz])
+@pytest.mark.parametrize("guidance", [None, 2.0])
+def test_the_e_step_computes_conditions_once(monkeypatch, run, guidance):
+    g = seeded(5)
+    z, eps = torch.randn(2, 4, 3, 8, 8, generator=g).unbind()
+    t, cond = torch.rand(4, generator=g) + 0.2, torch.arange(4)
+    options = {"cond": cond, "guidance": guidance, "gamma_eps": 0.1, "gamma_z": 0.05}
+
+    def counted(networks):
+        return flops(lambda: run(*networks, z, eps, t, steps=3, noise=Noise(0), **options))
+
+    cached, fewer = counted(denoisers(fused=True))
+    plain, unfused = counted(denoisers(fused=False))
+    monkeypatch.setattr(conditioning_cache, "__enter__", lambda self: self)
+    monkeypatch.setattr(conditioning_cache, "__exit__", lambda self, *exc: None)
+    exact, whole = counted(denoisers(fused=True))
+    for what in ("z", "eps", "drift"):
+        assert_same(getattr(cached, what), getattr(exact, what), what)
+        assert_within(getattr(cached, what), getattr(plain, what), 1e-4, what)
+    # Layers of the embedding: two products and additions for each weight and sample, in each pass after the first.
+    network: SmallUNet = denoisers(fused=False)[1].network
+    layers = (network.noise_embedding, network.embedding, network.modulation)
+    one = 2 * 4 * sum(layer.weight.numel() for layer in layers)
+    samples = 3 if guidance is None else 4  # the teacher's pass is twice as large with guidance
+    passes_more = 2 if run is e_step_xz else 0  # the generator's, before and behind the chain
+    assert whole == unfused
+    assert whole - fewer == (2 * samples + passes_more) * one
+
+
+class TextOf(nn.Module):
+    """A network of diffusers as a Denoiser calls it: a module, so that the E-step finds the parameters to freeze."""
+
+    def __init__(self, unet):
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, x, t, cond):
+        return self.unet(x, t, cond["text"]).sample
+
+
+def test_an_e_step_of_stable_diffusion_projects_the_text_once():
+    """Three networks with cross-attention, guidance, an adapter between: keys and values once a network."""
+    calls, nets = [], []
+    for seed in range(3):
+        unet, *_ = make("shallow unet2d_condition", seed)
+        emd_fast.fuse(unet)
+        for module in unet.modules():
+            if type(module).__name__ == "BasicTransformerBlock":
+                module.attn2.to_k.register_forward_hook(lambda *_, seed=seed: calls.append(seed))
+        nets.append(Denoiser(TextOf(unet), EDM(), "edm", sigma_data=0.5))
+    g = seeded(5)
+    z, eps = torch.randn(2, 2, 4, 8, 8, generator=g).unbind()
+    texts = torch.randn(2, 2, 77, 24, generator=g).unbind()
+    emd_fast.e_step(
+        Generator(nets[0], 2.0), *nets[1:], z, eps, torch.tensor([0.3, 0.6]), cond={"text": texts[0]},
+        null_cond={"text": texts[1]}, guidance=2.0, steps=3, gamma_eps=0.1, gamma_z=0.05, noise=Noise(0),
+    )  # fmt: skip
+    assert sorted(calls) == [0, 0, 1, 1, 2, 2]  # two transformers in each
