@@ -106,6 +106,8 @@ class EMDConfig:
         parallel: how the networks lie on several devices: "replicate", "fsdp", "hybrid" (shards within groups of
             devices, copies across them) or "auto": replicate up to a billion parameters of the generator.
         shard_group: devices that hold one copy together under "hybrid"; those of one machine when 0.
+        cuda_graph: the E-step as one CUDA graph, for batches so small that the host cannot keep up. Not for sharded
+            networks, which run without.
     """
 
     steps: int = 1000
@@ -144,6 +146,7 @@ class EMDConfig:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     parallel: Literal["auto", "replicate", "fsdp", "hybrid"] = "auto"
     shard_group: int = 0
+    cuda_graph: bool = False
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -184,6 +187,7 @@ class EMDConfig:
         _require(all(0 <= beta < 1 for beta in self.betas), self, "betas", "each in [0, 1)")
         _require(0 <= self.ema < 1, self, "ema", "in [0, 1)")
         _require(0 <= self.seed < 2**63, self, "seed", "in [0, 2^63)")
+        _require(not (self.cuda_graph and self.sampling == "x_z"), self, "cuda_graph", 'False for sampling "x_z"')
         _require(self.guidance is None or math.isfinite(self.guidance), self, "guidance", "finite")
 
 

@@ -28,11 +28,12 @@ from emd_fast.em.e_step import EStep, unchecked_e_step
 from emd_fast.em.e_step_xz import e_step_xz
 from emd_fast.em.m_step import WEIGHTINGS, m_step
 from emd_fast.em.student_step import student_step
+from emd_fast.graphs import GraphedEStep
 from emd_fast.noise import Noise, Stream
 
-# What may change between two legs of one run; everything else makes it another run. The last three, as the number of
-# devices, change the order in which gradients are summed and nothing else.
-MAY_CHANGE = {"steps", "max_z_rms", "max_skipped", "micro_batch_size", "parallel", "shard_group"}
+# What may change between two legs of one run; everything else makes it another run. A graph changes nothing but the
+# time; the three before it, as the number of devices, the order in which gradients are summed.
+MAY_CHANGE = {"steps", "max_z_rms", "max_skipped", "micro_batch_size", "parallel", "shard_group", "cuda_graph"}
 
 
 class Diverged(RuntimeError):
@@ -101,6 +102,12 @@ class EMDTrainer:
         self.shards = {"generator": Shards(self.generator), "student": Shards(self.student)}
         self.generator_optimizer = optimizers.make(config, self.shards["generator"].parameters, config.generator_lr)
         self.student_optimizer = optimizers.make(config, self.shards["student"].parameters, config.student_lr)
+        networks = (self.generator, self.teacher, self.student)
+        self._graphed = (
+            GraphedEStep(*networks, steps=self._langevin_steps(), guidance=config.guidance, noise=self.noise)
+            if config.cuda_graph
+            else None
+        )
         self.skipped = torch.zeros((), device=self.device)
         self.steps_done = 0
         self._tables: dict[Any, Tensor] = {}
@@ -179,21 +186,30 @@ class EMDTrainer:
         self.noise.set(first_sample=piece.first)
         t = self._times(config.time_distribution, Stream.E_STEP_TIME, 0, piece.size)
         vsd = config.objective == "vsd"
+        gamma_eps = self._step_size(config.gamma_eps, t)
+        gamma_z = 0.0 if vsd else self._step_size(config.gamma_z, t)
+        z = ops.normal((piece.size, *self.latent_shape), self.noise, stream=Stream.E_STEP_Z)
+        eps = ops.normal((piece.size, *self.sample_shape), self.noise, stream=Stream.E_STEP_EPS)
         with self._compute_dtype():
+            if self._graphed is not None:
+                return self._graphed(z, eps, t, piece.cond, gamma_eps=gamma_eps, gamma_z=gamma_z)
             return (e_step_xz if config.sampling == "x_z" else unchecked_e_step)(
                 self.generator,
                 self.teacher,
                 self.student,
-                ops.normal((piece.size, *self.latent_shape), self.noise, stream=Stream.E_STEP_Z),
-                ops.normal((piece.size, *self.sample_shape), self.noise, stream=Stream.E_STEP_EPS),
+                z,
+                eps,
                 t,
                 cond=piece.cond,
                 guidance=config.guidance,
-                steps=1 if vsd else config.langevin_steps,
-                gamma_eps=self._step_size(config.gamma_eps, t),
-                gamma_z=0.0 if vsd else self._step_size(config.gamma_z, t),
+                steps=self._langevin_steps(),
+                gamma_eps=gamma_eps,
+                gamma_z=gamma_z,
                 noise=self.noise,
             )
+
+    def _langevin_steps(self) -> int:
+        return 1 if self.config.objective == "vsd" else self.config.langevin_steps
 
     def _generator_loss(self, sampled: Sequence[EStep]) -> Tensor:
         """This rank's part of the M-step's loss; leaves its gradient."""

@@ -13,6 +13,7 @@ from helpers import (
     draw,
     normals,
     per_sample,
+    randomised,
     seeded,
     uniforms,
 )  # fmt: skip
@@ -333,3 +334,34 @@ def test_attention(head_dim, tokens, keys):
             results.append([x.detach().cpu() for x in (y, *gradients)])
         for i, (ours, exact, eager) in enumerate(zip(*results, strict=True)):
             assert_as_good_as_eager(ours, exact, eager, what=f"{dtype} {i}")
+
+
+@pytest.mark.parametrize("batch", [4, 64])
+def test_the_e_step_as_a_graph_equals_eager(backend, batch):
+    from emd_fast.graphs import GraphedEStep, _say_once
+    from emd_fast.teachers.small_unet import SmallUNet
+
+    schedule = emd_fast.schedules.EDM()
+    three = [
+        emd_fast.Denoiser(SmallUNet(3, num_classes=4), schedule, "edm", sigma_data=0.5, sample_shape=(3, 16, 16))
+        for _ in range(3)
+    ]
+    for seed, network in enumerate(three):
+        randomised(network, seed, scale=0.5).to(DEVICE).eval()
+    generator = emd_fast.Generator(three.pop(), 1.0).to(DEVICE)
+    settings = {"steps": 4, "gamma_eps": 0.1, "gamma_z": 0.01}
+    noise = Noise(9, device=DEVICE)
+    sample = GraphedEStep(generator, *three, noise=noise, **settings)
+    _say_once.cache_clear()
+    for step in range(3):
+        noise.set(step=step)
+        with torch.no_grad():
+            for parameter in three[1].parameters():
+                parameter.mul_(1.01)
+        z, eps = (ops.normal((batch, 3, 16, 16), noise, stream=s) for s in (0, 1))
+        t, cond = torch.full((batch,), 0.5 + 0.1 * step, device=DEVICE), torch.arange(batch, device=DEVICE) % 4
+        found = sample(z, eps, t, cond)
+        expected = emd_fast.e_step(generator, *three, z, eps, t, cond=cond, noise=noise, **settings)
+        for name in ("z", "eps", "drift"):
+            assert_same(getattr(found, name), getattr(expected, name), what=f"{name} at {step}")
+    assert not sample._refused and len(sample._captured) == 1

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from emd_fast.denoiser import Condition, base, both, column, null_like
+from emd_fast.em.branches import side_by_side
 
 
 class ScoreDifference:
@@ -48,11 +49,13 @@ class ScoreDifference:
 
     def outputs(self, x: Tensor) -> list[Tensor]:
         """The raw outputs for x_t (B, ...), in the order of the columns of `coefs`."""
+        teacher, student = side_by_side(lambda: self._teacher(x), lambda: self.student(x, self.t, self.cond))
+        return [*teacher, student]
+
+    def _teacher(self, x: Tensor) -> list[Tensor]:
         if self.guided:
-            teacher = list(both(self.teacher, x, self.t, self.cond, self.null_cond))
-        else:
-            teacher = [self.teacher(x, self.t, self.cond)]
-        return [*teacher, self.student(x, self.t, self.cond)]
+            return list(both(self.teacher, x, self.t, self.cond, self.null_cond))
+        return [self.teacher(x, self.t, self.cond)]
 
     def at(self, x: Tensor) -> Tensor:
         """delta (B, ...) float32, for code that has no use for a fused op."""

@@ -1,0 +1,147 @@
+"""The E-step as a graph: what does not need a GPU. tests/test_cuda.py has the rest."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from helpers import Mlp, assert_same
+
+from emd_fast import Denoiser, Generator, Noise, e_step, graphs, ops, schedules
+from emd_fast.em.branches import branches, side_by_side
+from emd_fast.graphs import GraphedEStep
+
+SETTINGS = {"steps": 3, "gamma_eps": 0.2, "gamma_z": 0.05}
+
+
+def networks():
+    schedule = schedules.EDM()
+    teacher, student, other = (
+        Denoiser(Mlp(seed=s, classes=4), schedule, "edm", sigma_data=0.5, sample_shape=(3,)) for s in range(3)
+    )
+    return Generator(other, 1.0), teacher, student
+
+
+def arguments(batch=5, seed=0):
+    noise = Noise(seed)
+    z, eps = (ops.normal((batch, 3), noise, stream=s) for s in (0, 1))
+    return z, eps, torch.full((batch,), 0.7) + 0.1 * seed, torch.arange(batch) % 4
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Graphs of the CPU: a replay runs the captured code again on the tensors that it was captured with."""
+    captures = []
+
+    def graph(run, parallel):
+        found = run()
+        captures.append(parallel)
+
+        def replay():
+            for old, new in zip(vars(found).values(), vars(run()).values(), strict=True):
+                old.copy_(new)
+
+        return replay, found
+
+    monkeypatch.setattr(graphs, "_graph", graph)
+    monkeypatch.setattr(GraphedEStep, "_why_not", lambda self, z: None)
+    return captures
+
+
+def assert_as_eager(found, expected):
+    for name, value in vars(expected).items():
+        assert_same(getattr(found, name), value, what=name)
+
+
+def test_a_replay_follows_arguments_noise_and_weights(recorded):
+    three, noise = networks(), Noise(3)
+    sample = GraphedEStep(*three, noise=noise, **SETTINGS)
+    first = None
+    for step in range(4):
+        noise.set(step=step)
+        with torch.no_grad():
+            for network in three:
+                for parameter in network.parameters():
+                    parameter.mul_(1.01)
+        given = arguments(seed=step)
+        found = sample(*given[:3], given[3])
+        assert_as_eager(found, e_step(*three, *given[:3], cond=given[3], noise=noise, **SETTINGS))
+        first = first or (found, {name: value.clone() for name, value in vars(found).items()})
+    assert recorded == [True]
+    for name, value in first[1].items():  # what was returned is the caller's
+        assert_same(getattr(first[0], name), value)
+
+
+def test_another_shape_or_mode_is_another_graph(recorded):
+    three = networks()
+    sample = GraphedEStep(*three, noise=Noise(0), steps=2)
+    for batch, gamma in (
+        (5, 0.1),
+        (5, 0.1),
+        (40, 0.1),
+        (5, 0.2),
+        (5, torch.full((5,), 0.1)),
+        (5, torch.full((5,), 0.3)),
+    ):
+        z, eps, t, cond = arguments(batch)
+        found = sample(z, eps, t, cond, gamma_eps=gamma, gamma_z=0.01)
+        expected = e_step(*three, z, eps, t, cond=cond, steps=2, gamma_eps=gamma, gamma_z=0.01, noise=Noise(0))
+        assert_as_eager(found, expected)
+    assert recorded == [True, False, True, True]
+
+
+def test_weights_that_moved_are_captured_anew(recorded):
+    three = networks()
+    sample = GraphedEStep(*three, noise=Noise(0), **SETTINGS)
+    z, eps, t, cond = arguments()
+    sample(z, eps, t, cond)
+    parameter = next(three[1].parameters())
+    parameter.data = 2 * parameter.data
+    expected = e_step(*three, z, eps, t, cond=cond, noise=Noise(0), **SETTINGS)
+    assert_as_eager(sample(z, eps, t, cond), expected)
+    assert len(recorded) == 2
+
+
+def test_on_the_cpu_it_is_the_e_step_and_says_so_once(caplog):
+    graphs._say_once.cache_clear()
+    three, (z, eps, t, cond) = networks(), arguments()
+    sample = GraphedEStep(*three, noise=Noise(0), **SETTINGS)
+    with caplog.at_level(logging.WARNING, "emd_fast"):
+        for _ in range(2):
+            found = sample(z, eps, t, cond)
+    assert [record.getMessage() for record in caplog.records] == [
+        "the E-step runs without a CUDA graph: cpu tensors have no graphs"
+    ]
+    assert_as_eager(found, e_step(*three, z, eps, t, cond=cond, noise=Noise(0), **SETTINGS))
+
+
+def test_what_cannot_be_captured_runs_as_it_is(monkeypatch, caplog):
+    graphs._say_once.cache_clear()
+    monkeypatch.setattr(GraphedEStep, "_why_not", lambda self, z: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+
+    def graph(run, parallel):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(graphs, "_graph", graph)
+    three, (z, eps, t, cond) = networks(), arguments()
+    sample = GraphedEStep(*three, noise=Noise(0), **SETTINGS)
+    with caplog.at_level(logging.WARNING, "emd_fast"):
+        found = [sample(z, eps, t, cond) for _ in range(2)][-1]
+    assert len(caplog.records) == 1 and "cannot be captured: operation not permitted" in caplog.text
+    assert_as_eager(found, e_step(*three, z, eps, t, cond=cond, noise=Noise(0), **SETTINGS))
+
+
+def test_step_sizes_must_come_from_somewhere():
+    sample = GraphedEStep(*networks(), noise=Noise(0), steps=1, gamma_eps=0.1)
+    with pytest.raises(ValueError, match="gamma_z must be given"):
+        sample(*arguments())
+
+
+def test_side_by_side_is_in_turn_where_nobody_asked():
+    seen = []
+    assert side_by_side(lambda: seen.append("first") or 1, lambda: seen.append("second") or 2) == (1, 2)
+    assert seen == ["first", "second"]
+    with branches(False):
+        assert side_by_side(lambda: 1, lambda: 2) == (1, 2)
