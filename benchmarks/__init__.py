@@ -24,10 +24,15 @@ OPS = (
 )
 """What runs when no op is named."""
 
-NAMES = (*OPS, "training_step")
+WHOLE = tuple(f"{what}:{network}" for what in ("unet", "e_step") for network in ("small", "sd15"))
+"""Forward passes and E-steps of whole networks."""
+
+NAMES = (*OPS, "training_step", *WHOLE)
 
 
 def load(name: str) -> Bench:
     """The declaration of one of NAMES."""
-    bench: Bench = importlib.import_module(f"benchmarks.{name}").BENCH
+    module, _, network = name.partition(":")
+    declared = importlib.import_module(f"benchmarks.{module}")
+    bench: Bench = declared.bench(network) if network else declared.BENCH
     return bench

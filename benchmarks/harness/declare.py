@@ -129,6 +129,7 @@ class Bench:
         rotates, captures, compiles: whether several sets of inputs, CUDA graphs and torch.compile make sense.
         eager_name: what to call the eager contender.
         dtype: by device type, what is run when none is given.
+        roundings: how many a result of somebody else's may be off by: more for a whole network than for an op.
     """
 
     name: str
@@ -153,6 +154,7 @@ class Bench:
     compiles: bool = True
     eager_name: str = "eager"
     dtype: Mapping[str, str] = field(default_factory=lambda: {"cpu": "bf16", "cuda": "bf16"})
+    roundings: float = 8
 
     def cases(
         self, shapes: list[tuple[int, ...]] | None, dtype: str | None, layout: str | None, device: torch.device

@@ -6,8 +6,8 @@ compiled out are compared with the eager formula in float64 with noise of 0, aft
 noise has been found equal to the reference. What returns nothing but noise of its own is judged by its moments.
 
 Bounds, on the largest error of each result. Ours: twice the error of eager PyTorch in the same dtypes, plus 1e-6, plus
-two units in the last place of the largest float32, plus what the contract allows noise. Everybody else: what SLACK
-roundings to the dtype of the result amount to at the largest value, plus the same for noise.
+two units in the last place of the largest float32, plus what the contract allows noise. Everybody else: what some
+roundings (Bench.roundings) to the dtype of the result amount to at the largest value, plus the same for noise.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from benchmarks.harness.declare import BOTH, Bench, Case, Draw, Inputs
 from emd_fast import Noise
 
 NOISE_ERROR = 5e-6
-SLACK = 8
 SEED = 2**31 - 1
 
 Results = dict[str, Tensor]
@@ -156,7 +155,8 @@ class Judge:
             return self._rounded(name, found, right)
         return 2 * eager + 1e-6 + 2 * 2.0**-23 * _largest(right) + self._noise_allowance()
 
-    def _rounded(self, name: str, found: Tensor, right: Tensor, slack: float = SLACK) -> float:
+    def _rounded(self, name: str, found: Tensor, right: Tensor, slack: float | None = None) -> float:
+        slack = self.bench.roundings if slack is None else slack
         return slack * torch.finfo(found.dtype).eps / 2 * _largest(right) + self._noise_allowance()
 
     def _moments(self, contender: Contender) -> Verdict:

@@ -1,0 +1,182 @@
+"""A whole E-step of K Langevin steps: plain PyTorch, that with everything PyTorch has to make it fast, and ours."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import emd_fast
+from benchmarks.harness.declare import Arguments, Bench, Case, Draw, Function, Inputs
+from benchmarks.networks import VARIANTS, Networks, flops, networks
+from emd_fast import Noise
+from emd_fast.backends import reference
+from emd_fast.denoiser import column
+from emd_fast.em.score_difference import ScoreDifference
+from emd_fast.graphs import GraphedEStep
+from emd_fast.noise import Stream
+
+GAMMA_EPS, GAMMA_Z = 0.1, 0.01
+STEPS = 8
+
+
+def bench(kind: str) -> Bench:
+    """e_step:small, e_step:sd15."""
+
+    def inputs(draw: Draw) -> Inputs:
+        case = draw.case
+        made = networks(kind, case.device, case.dtype == "bf16")
+        batch, steps = case.shape[0], case.shape[1] if len(case.shape) > 1 else STEPS
+        return Inputs(
+            {
+                "networks": made,
+                "z": draw.normal(batch, *made.kind.sample_shape),
+                "eps": draw.normal(batch, *made.kind.sample_shape),
+                "t": draw.between(0.5, 2.0, batch),
+                "cond": made.kind.condition(batch, case.device),
+                "steps": steps,
+                "noise": Noise(draw.seed, device=case.device),
+            }
+        )
+
+    def work(case: Case) -> float:
+        # Three forward passes and one backward pass to the input, which costs what a forward pass does.
+        return 4 * (case.shape[1] if len(case.shape) > 1 else STEPS) * case.shape[0] * flops(kind, case.device)
+
+    return Bench(
+        name=f"e_step:{kind}",
+        op=plain,
+        inputs=inputs,
+        eager=plain,
+        exact=exact,
+        traffic=None,
+        shapes={"cpu": ((32, 8),), "cuda": ((4, 1), (4, 16), (16, 16))},
+        axes=("B", "[K]"),
+        noises=noises,
+        flops=work,
+        peers=peers,
+        served=served,
+        layouts=False,
+        rotates=False,
+        captures=False,  # one of ours is a graph itself, and so is the tuned baseline
+        compiles=False,
+        dtype={"cpu": "fp32", "cuda": "bf16"},
+        roundings=100,
+    )
+
+
+def noises(arguments: Arguments) -> dict[str, Tensor]:
+    size, state = list(arguments["z"].shape), arguments["noise"].state
+    return {
+        name: torch.stack([reference.normal(size, state, stream, k, torch.float32) for k in range(arguments["steps"])])
+        for name, stream in (("n", Stream.LANGEVIN_EPS), ("m", Stream.LANGEVIN_Z))
+    }
+
+
+def plain(networks: Networks, n: Tensor | None = None, m: Tensor | None = None, **arguments: Any) -> tuple[Tensor, ...]:
+    x = arguments["z"]
+    with networks.precision(x):
+        chain: Any = _chain
+        result: tuple[Tensor, ...] = chain(*networks.like(x), n=n, m=m, **arguments)
+    return result
+
+
+def exact(networks: Networks, **arguments: Any) -> tuple[Tensor, ...]:
+    return plain(networks, **noises(arguments), **arguments)
+
+
+def _chain(
+    generator: Any,
+    teacher: Any,
+    student: Any,
+    z: Tensor,
+    eps: Tensor,
+    t: Tensor,
+    cond: Any,
+    steps: int,
+    noise: Noise,
+    n: Tensor | None = None,
+    m: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """The formulas as a user of PyTorch would write them."""
+    t = t.float()
+    alpha, sigma = (column(v, eps) for v in (teacher.schedule.alpha(t), teacher.schedule.sigma(t)))
+    difference, drift = ScoreDifference(teacher, student, t, cond, None, None), torch.zeros_like(eps)
+    for k in range(steps):
+        with torch.enable_grad():
+            latent = z.detach().requires_grad_()
+            x0 = generator(latent, cond)
+        with torch.no_grad():
+            delta = difference.at((alpha * x0 + sigma * eps).to(eps.dtype)).to(eps.dtype)
+            kick = torch.randn_like(eps) if n is None else n[k]
+            drift = (1 - GAMMA_EPS) * drift + GAMMA_EPS * sigma * delta
+            eps = eps + GAMMA_EPS * (sigma * delta - eps) + (2 * GAMMA_EPS) ** 0.5 * kick
+        (z_grad,) = torch.autograd.grad(x0, latent, (alpha * delta).to(x0.dtype))
+        with torch.no_grad():
+            kick = torch.randn_like(z) if m is None else m[k]
+            z = z + GAMMA_Z * (z_grad - z) + (2 * GAMMA_Z) ** 0.5 * kick
+    return z.detach(), eps, drift
+
+
+def served(bench: Bench, device: torch.device) -> dict[str, Function | str]:
+    settings: dict[str, Any] = {"gamma_eps": GAMMA_EPS, "gamma_z": GAMMA_Z}
+
+    def of(variant: str) -> Function:
+        def run(networks: Networks, **arguments: Any) -> tuple[Tensor, ...]:
+            with networks.precision(arguments["z"]):
+                ours: Any = emd_fast.e_step
+                found = ours(*networks.fused(variant), **settings, **arguments)
+            return found.z, found.eps, found.drift
+
+        return run
+
+    def graphed(variant: str) -> Function:
+        def run(networks: Networks, steps: int, noise: Noise, **arguments: Any) -> tuple[Tensor, ...]:
+            def make() -> GraphedEStep:
+                return GraphedEStep(*networks.fused(variant), steps=steps, noise=noise, **settings)
+
+            sample: Any = networks.made(f"{variant} {steps} {id(noise)}", make)
+            with networks.precision(arguments["z"]):
+                found = sample(**arguments)
+            return found.z, found.eps, found.drift
+
+        return run
+
+    none = "graphs need a GPU"
+    return {
+        **{variant: of(variant) for variant in VARIANTS},
+        **{f"{variant}, graph": graphed(variant) if device.type == "cuda" else none for variant in VARIANTS},
+    }
+
+
+def peers(case: Case) -> dict[str, Function]:
+    return {"tuned baseline": tuned} if case.device.type == "cuda" else {}
+
+
+def tuned(networks: Networks, **arguments: Any) -> tuple[Tensor, ...]:
+    """torch.compile at its best (with its CUDA graphs), channels_last, weights in the dtype of the products."""
+
+    def make() -> tuple[Any, ...]:
+        copies: Any = copy.deepcopy(networks.plain)
+        for network in copies:
+            network.requires_grad_(False).to(memory_format=torch.channels_last)
+            if networks.autocast:
+                network.to(torch.bfloat16)
+        return tuple(_bare_compiled(network) for network in copies)
+
+    made: Any = networks.made("tuned", make)  # has no precision of its own: everything is in the weights' dtype
+    noise: dict[str, Any] = noises(
+        arguments
+    )  # of the contract, so that it can be verified; a fraction of a percent of the time
+    chain: Any = _chain
+    result: tuple[Tensor, ...] = chain(*made, **noise, **arguments)
+    return result
+
+
+def _bare_compiled(network: Any) -> Any:
+    # The UNet itself: what is around it is a handful of operations.
+    denoiser = getattr(network, "denoiser", network)
+    denoiser.network.compile(mode="max-autotune", dynamic=False)
+    return network

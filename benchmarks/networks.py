@@ -1,0 +1,135 @@
+"""The networks of whole passes and E-steps, built from their configurations with random weights."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import emd_fast
+from emd_fast import Denoiser, Generator, schedules
+from emd_fast.config import ConfigError
+
+VARIANTS: dict[str, dict[str, Any]] = {"fused": {}, "fused, compiled": {"compile": True}}
+"""What fuse() is asked for."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A network, and what it is given: images, and class labels (their number) or text (tokens, channels)."""
+
+    build: Callable[[], nn.Module]
+    sample_shape: tuple[int, ...]
+    classes: int = 0
+    text: tuple[int, int] | None = None
+
+    def condition(self, batch: int, device: torch.device) -> Tensor | None:
+        if self.text:
+            return torch.randn(batch, *self.text, device=device, generator=torch.Generator(device).manual_seed(0))
+        return torch.arange(batch, device=device) % self.classes if self.classes else None
+
+
+def _small() -> nn.Module:
+    from emd_fast.teachers.small_unet import SmallUNet
+
+    return SmallUNet(1)
+
+
+def _sd15() -> nn.Module:
+    try:
+        from diffusers import UNet2DConditionModel
+    except ImportError:
+        raise ConfigError("sd15 needs diffusers (pip install diffusers)") from None
+    network: Any = UNet2DConditionModel(cross_attention_dim=768, sample_size=64)
+    return _Sample(network)
+
+
+class _Sample(nn.Module):
+    """network(x, t, text), for a network of diffusers."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor, t: Tensor, cond: Tensor) -> Any:
+        return self.network(x, t, cond).sample
+
+
+KINDS = {
+    "small": Kind(_small, (1, 8, 8), classes=10),
+    "sd15": Kind(_sd15, (4, 64, 64), text=(77, 768)),
+}
+
+
+class Networks:
+    """Generator, teacher and student of one kind, every weight random, and what was made of them."""
+
+    def __init__(self, kind: str, device: torch.device, autocast: bool) -> None:
+        self.kind, self.device, self.autocast = KINDS[kind], device, autocast
+        teacher, student, generator = (self._denoiser(seed) for seed in range(3))
+        self.plain = (Generator(generator, 2.0).to(device).eval(), teacher, student)
+        for network in self.plain[1:]:
+            network.requires_grad_(False)
+        self._made: dict[str, Any] = {}
+
+    def _denoiser(self, seed: int) -> Denoiser:
+        network = self.kind.build()
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for parameter in network.parameters():  # fresh UNets return exactly 0
+                scale = parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 0.1
+                parameter.copy_(scale * torch.randn_like(parameter) + (parameter.dim() == 1))
+        denoiser = Denoiser(network, schedules.EDM(), "edm", sigma_data=0.5, sample_shape=self.kind.sample_shape)
+        return denoiser.to(self.device).eval()
+
+    def made(self, name: str, make: Callable[[], Any]) -> Any:
+        """What `make` returned at the first call."""
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
+
+    def fused(self, variant: str) -> tuple[Any, Any, Any]:
+        def make() -> tuple[Any, ...]:
+            copies = copy.deepcopy(self.plain)
+            for network in copies:
+                emd_fast.fuse(network, **VARIANTS[variant])
+            return copies
+
+        made: tuple[Any, Any, Any] = self.made(variant, make)
+        return made
+
+    def like(self, x: Tensor) -> tuple[Any, Any, Any]:
+        """The networks as they are; in float64 for inputs of float64."""
+        if x.dtype != torch.float64:
+            return self.plain
+        made: tuple[Any, Any, Any] = self.made("double", lambda: tuple(n.double() for n in copy.deepcopy(self.plain)))
+        return made
+
+    @contextlib.contextmanager
+    def precision(self, x: Tensor) -> Iterator[None]:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast and x.dtype != torch.float64):
+            yield
+
+
+@functools.cache
+def networks(kind: str, device: torch.device, autocast: bool) -> Networks:
+    if kind not in KINDS:
+        raise ConfigError(f"the network must be one of {', '.join(KINDS)}, got {kind!r}")
+    return Networks(kind, device, autocast)
+
+
+@functools.cache
+def flops(kind: str, device: torch.device) -> float:
+    """Of one pass of one sample."""
+    made = networks(kind, device, False)
+    x = torch.randn(1, *made.kind.sample_shape, device=device)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        made.plain[1](x, torch.ones(1, device=device), made.kind.condition(1, device))
+    return float(counter.get_total_flops())

@@ -1,0 +1,72 @@
+"""The forward pass of a frozen teacher: as it is, fused, and by torch.compile."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness.declare import Bench, Case, Draw, Function, Inputs
+from benchmarks.networks import VARIANTS, Networks, flops, networks
+
+
+def bench(kind: str) -> Bench:
+    """unet:small, unet:sd15."""
+
+    def inputs(draw: Draw) -> Inputs:
+        case = draw.case
+        made = networks(kind, case.device, case.dtype == "bf16")
+        batch = case.shape[0]
+        return Inputs(
+            {
+                "networks": made,
+                "x": draw.normal(batch, *made.kind.sample_shape),
+                "t": draw.between(0.5, 2.0, batch),
+                "cond": made.kind.condition(batch, case.device),
+            }
+        )
+
+    return Bench(
+        name=f"unet:{kind}",
+        op=eager,
+        inputs=inputs,
+        eager=eager,
+        exact=eager,
+        traffic=None,
+        shapes={"cpu": ((32,),), "cuda": ((4,), (64,))},
+        axes=("B",),
+        flops=lambda case: case.shape[0] * flops(kind, case.device),
+        peers=peers,
+        served=served,
+        layouts=False,
+        rotates=False,
+        compiles=False,
+        dtype={"cpu": "fp32", "cuda": "bf16"},
+        roundings=100,
+    )
+
+
+def eager(networks: Networks, x: Tensor, t: Tensor, cond: Any) -> Tensor:
+    return _pass(networks, networks.like(x)[1], x, t, cond)
+
+
+def _pass(networks: Networks, network: Any, x: Tensor, t: Tensor, cond: Any) -> Tensor:
+    with torch.no_grad(), networks.precision(x):
+        output: Tensor = network(x, t.float(), cond)
+    return output.to(x.dtype)
+
+
+def served(bench: Bench, device: torch.device) -> dict[str, Function | str]:
+    def of(variant: str) -> Function:
+        return lambda networks, x, t, cond: _pass(networks, networks.fused(variant)[1], x, t, cond)
+
+    return {variant: of(variant) for variant in VARIANTS}
+
+
+def peers(case: Case) -> dict[str, Function]:
+    def compiled(networks: Networks, x: Tensor, t: Tensor, cond: Any) -> Tensor:
+        network = networks.made("torch.compile", lambda: torch.compile(networks.plain[1], dynamic=False))
+        return _pass(networks, network, x, t, cond)
+
+    return {"torch.compile": compiled}
