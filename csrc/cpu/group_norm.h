@@ -32,12 +32,18 @@ struct Pass {
   Items items;
 };
 
+// Elements of a sample that a core keeps between two passes.
+constexpr int64_t kCachedElements = 65536;
+
+// Whether there are samples for every thread.
+inline bool by_sample(const GroupNorm& norm) { return norm.samples >= at::get_num_threads(); }
+
 // The passes of a channels_last op. Where there are samples for every thread, one after the other for each sample, so
 // that a pass finds in the cache what the one before has read; otherwise each over all chunks.
 template <class Op>
 void passes(const Op& op, const GroupNorm& norm, const std::vector<Pass<Op>>& all) {
   const int64_t chunks = norm.chunks();
-  if (norm.samples >= at::get_num_threads()) {
+  if (by_sample(norm)) {
     at::parallel_for(0, norm.samples, grain_of(norm.channels * norm.positions), [&](int64_t first, int64_t last) {
       for (int64_t s = first; s < last; s++) {
         for (const Pass<Op>& pass : all) {

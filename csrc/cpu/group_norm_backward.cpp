@@ -100,6 +100,9 @@ Gradients group_norm_backward(const at::Tensor& grad, const at::Tensor& input, c
       std::vector<Pass<GroupNormBackward>> all = {{kernels().group_norm_backward_maps, Items::samples},
                                                   {kernels().group_norm_backward_sums, Items::chunks},
                                                   {kernels().group_norm_backward_totals, Items::samples}};
+      // Where a sample stays in the cache until its last pass.
+      op.keeps_inner = op.grad_x && norm.type == Type::float32 && by_sample(norm) &&
+                       norm.channels * norm.positions <= kCachedElements;
       if (op.grad_x) all.push_back({kernels().group_norm_backward_apply, Items::chunks});
       passes(op, norm, all);
     }

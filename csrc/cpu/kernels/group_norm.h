@@ -158,8 +158,12 @@ struct Part {
   EMD_HD int64_t size() const { return channels * positions; }
 };
 
-// Enough for the loop over them to be worth entering, few enough for the maps to be worth repeating.
-inline int64_t positions_together(const GroupNorm& op) { return op.channels < 256 ? 256 / op.channels : 1; }
+// A power of two: enough for the loop over them to be worth entering, few enough for the maps to be worth repeating.
+inline int64_t positions_together(const GroupNorm& op) {
+  int64_t together = 1;
+  while (2 * together * op.channels <= 256) together *= 2;
+  return together;
+}
 
 // Calls function(part) for the parts of a chunk, and block(channel, channels) before those of the same channels.
 template <class Block, class Function>
@@ -177,22 +181,21 @@ inline void for_parts_of(const GroupNorm& op, const Chunk& chunk, Block block, F
 
 // The same numbers for every position of a part.
 inline void repeat(const GroupNorm& op, const float* numbers, int64_t channels, float* out) {
-  const int64_t times = positions_together(op);
-  for (int64_t t = 0; t < times; t++) {
-    float* to = out + t * channels;
-#pragma omp simd
-    for (int64_t c = 0; c < channels; c++) to[c] = numbers[c];
-  }
+  memcpy(out, numbers, size_t(channels) * sizeof(float));
+  // Twice as many each time: a loop over few channels costs more to enter than to run.
+  const int64_t all = positions_together(op) * channels;
+  for (int64_t done = channels; done < all; done *= 2) memcpy(out + done, out, size_t(done) * sizeof(float));
 }
 
-// sums[c] of the entries of channel c, over the positions that share a tile.
-inline void fold(const GroupNorm& op, const Buffer& lanes, int64_t channels, float* sums) {
-  memcpy(sums, lanes.data, size_t(channels) * sizeof(float));
-  for (int64_t t = 1; t < positions_together(op); t++) {
-    const float* more = lanes.data + t * channels;
+// sums[c] of the entries of channel c, over the positions that share a tile. The lanes are used up.
+inline void fold(const GroupNorm& op, Buffer& lanes, int64_t channels, float* sums) {
+  float* lane = lanes.data;
+  for (int64_t half = positions_together(op) * channels / 2; half >= channels; half /= 2) {
+    const float* upper = lane + half;
 #pragma omp simd
-    for (int64_t c = 0; c < channels; c++) sums[c] += more[c];
+    for (int64_t i = 0; i < half; i++) lane[i] += upper[i];
   }
+  memcpy(sums, lane, size_t(channels) * sizeof(float));
 }
 
 inline float* chunk_moments(const GroupNorm& op, int64_t item) { return op.scratch + item * 2 * op.channels; }

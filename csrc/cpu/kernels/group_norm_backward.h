@@ -128,7 +128,7 @@ void group_norm_backward_sums(const GroupNormBackward& op, int64_t first, int64_
         const int64_t row = chunk.start + p * norm.channels + channel;
         const float* grad = read_row(op.grad, norm.type, row, n, grad_buffer.data);
         const float* x = read_row(norm.x, norm.type, row, n, x_buffer.data);
-        float* inner = inner_buffer.data;
+        float* inner = op.keeps_inner ? static_cast<float*>(op.grad_x) + row : inner_buffer.data;
         inner_gradient(norm.silu, n, grad, x, inner, center, gain, offset);
 #pragma omp simd
         for (int64_t i = 0; i < n; i++) {
@@ -194,11 +194,15 @@ void group_norm_backward_apply(const GroupNormBackward& op, int64_t first, int64
           const float *center = tile[0].data, *gain = tile[1].data, *offset = tile[2].data;
           const float *slope = tile[3].data, *constant = tile[4].data;
           const int64_t n = part.size();
-          const float* grad = read_row(op.grad, norm.type, part.start, n, grad_buffer.data);
           const float* x = read_row(norm.x, norm.type, part.start, n, x_buffer.data);
-          inner_gradient(norm.silu, n, grad, x, inner_buffer.data, center, gain, offset);
           float* out = begin_row(op.grad_x, norm.type, part.start, out_buffer.data);
-          gradient_of_x(n, inner_buffer.data, x, out, center, gain, slope, constant);
+          const float* inner = out;
+          if (!op.keeps_inner) {
+            const float* grad = read_row(op.grad, norm.type, part.start, n, grad_buffer.data);
+            inner_gradient(norm.silu, n, grad, x, inner_buffer.data, center, gain, offset);
+            inner = inner_buffer.data;
+          }
+          gradient_of_x(n, inner, x, out, center, gain, slope, constant);
           finish_row(op.grad_x, norm.type, part.start, n, out);
         });
   }
