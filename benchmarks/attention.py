@@ -24,6 +24,14 @@ def sizes(case: Case) -> tuple[int, int, int, int, int]:
     return batch, tokens, heads, head_dim, rest[0] if rest else tokens
 
 
+# What the networks of ADM (ImageNet-64) and Stable Diffusion 1.5 ask for.
+ADM = ((16, 1024, 6, 64), (16, 256, 9, 64), (16, 64, 12, 64))
+SD15 = (
+    *((16, tokens, 8, head_dim) for tokens, head_dim in ((4096, 40), (1024, 80), (256, 160), (64, 160))),
+    *((16, tokens, 8, head_dim, 77) for tokens, head_dim in ((4096, 40), (1024, 80), (256, 160))),
+)
+
+
 def inputs(draw: Draw) -> Inputs:
     batch, tokens, heads, head_dim, keys = sizes(draw.case)
     dtype = DTYPES[draw.case.dtype]
@@ -99,7 +107,7 @@ BENCH = Bench(
     eager=eager,
     exact=exact,
     traffic=traffic,
-    shapes={"cpu": ((2, 256, 8, 64),), "cuda": ((16, 1024, 8, 64), (16, 1024, 8, 64, 77))},
+    shapes={"cpu": ((2, 256, 8, 64),), "cuda": ADM + SD15},
     axes=("B", "tokens", "heads", "head_dim", "[keys]"),
     gradients=("q", "k", "v"),
     flops=flops,

@@ -16,6 +16,8 @@ from emd_fast import ops
 from emd_fast.backends import reference
 
 GROUPS = 32
+ADM = ((64, 192, 64, 64), (64, 384, 32, 32), (64, 576, 16, 16), (64, 768, 8, 8))
+SD15 = ((16, 320, 64, 64), (16, 640, 32, 32), (16, 1280, 16, 16), (16, 1280, 8, 8))
 
 
 def inputs(draw: Draw) -> Inputs:
@@ -88,7 +90,7 @@ BENCH = Bench(
     eager=eager,
     exact=exact,
     traffic=traffic,
-    shapes={"cpu": ((4, 128, 32, 32),), "cuda": ((16, 320, 64, 64), (16, 640, 32, 32), (16, 1280, 16, 16))},
+    shapes={"cpu": ((8, 192, 64, 64), (8, 384, 32, 32), (8, 576, 16, 16), (8, 768, 8, 8)), "cuda": ADM + SD15},
     gradients=("x", "weight", "bias"),
     peers=peers,
 )

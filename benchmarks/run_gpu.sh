@@ -10,9 +10,9 @@ usage: benchmarks/run_gpu.sh FOLDER PART...
   test      the tests of the ops, on CUDA tensors too
   ops       emd-fast bench over the ops of the E-step and the losses, cold and warm
   sanitize  compute-sanitizer, memcheck and racecheck, over tests/test_cuda.py
-  unet      emd-fast bench over group_norm and attention, and benchmarks/unet.py where it is
+  unet      emd-fast bench over group_norm, attention, a whole UNet and an E-step of it
   train     emd-fast bench over a training step
-FOLDER gets at most seven files: run.log, ops.json, ops-warm.json, ops.md, ops.png, unet.json, train.json.
+FOLDER gets at most eight files: run.log, ops.json, ops-warm.json, ops.md, ops.png, unet.json, e_step.json, train.json.
 TEXT
     exit 2
 }
@@ -116,11 +116,9 @@ sanitize() {
 
 unet() {
     local failed=0
-    step --at-most 300 "$python" -m emd_fast bench --device cuda group_norm attention --skip "emd_fast reference" \
+    step --at-most 200 "$python" -m emd_fast bench --device cuda group_norm attention --skip "emd_fast reference" \
         --json "$folder/unet.json" || failed=1
-    if [ -e benchmarks/unet.py ]; then
-        step "$python" benchmarks/unet.py || failed=1
-    fi
+    bench unet:sd15 e_step:sd15 --shape 4 --rounds 20 --json "$folder/e_step.json" || failed=1
     return $failed
 }
 
@@ -150,7 +148,7 @@ done
     echo
     echo "=== results ==="
     files=()
-    for file in ops ops-warm unet train; do
+    for file in ops ops-warm unet e_step train; do
         [ -e "$folder/$file.json" ] && files+=("$folder/$file.json")
     done
     printf '%s\n' "${summary[@]}"
