@@ -198,7 +198,9 @@ def _read(path: Path) -> _Teacher:
     # A file of safetensors starts with the length of its header, eight bytes, and the header with a brace.
     teacher = _read_safetensors(path) if head[8:] == b"{" else _read_pickle(path)
     if teacher.wrapper not in _WRAPPERS:
-        raise EDMError(f"{path}: the class {teacher.wrapper!r} is not supported; supported are {', '.join(_WRAPPERS)}")
+        raise EDMError(
+            f"{path}: the class {teacher.wrapper[:100]!r} is not supported; supported: {', '.join(_WRAPPERS)}"
+        )
     return teacher
 
 
@@ -237,11 +239,14 @@ def _denoiser(path: Path, teacher: _Teacher, device: torch.device, dtype: torch.
     wrapper = _WRAPPERS[teacher.wrapper]
     given = dict(teacher.arguments)
     kind = given.pop("model_type", wrapper.network)
-    if kind not in _NETWORKS or (kind == "UNet") != (teacher.wrapper == "Precond"):
-        raise EDMError(f"{path}: the network {kind!r} is not supported in {teacher.wrapper}")
+    fitting = [name for name in _NETWORKS if (name == "UNet") == (teacher.wrapper == "Precond")]
+    if kind not in fitting:
+        raise EDMError(
+            f"{path}: the network {kind!r:.100} is not supported in {teacher.wrapper}; supported: {', '.join(fitting)}"
+        )
     arguments_type, network_type = _NETWORKS[kind]
     try:
-        own = {name: _number(name, given.pop(name, default)) for name, default in wrapper.own.items()}
+        own = {name: _number(name, given.pop(name, default), type(default)) for name, default in wrapper.own.items()}
         channels = given.pop("img_channels")
         given |= {"in_channels": channels, "out_channels": wrapper.outputs * channels}
         arguments = from_dict(arguments_type, given)
@@ -288,7 +293,8 @@ def _some(names: Any) -> str:
     return ", ".join(map(repr, first)) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e6:
-        raise ValueError(f"{name} must be a positive number, got {value!r}"[:200])
-    return value
+def _number(name: str, value: Any, kind: type[float]) -> float:
+    if type(value) is int or (type(value) is float and kind is float):
+        if 0 < value < 1e6:
+            return value
+    raise ValueError(f"{name} must be a positive {kind.__name__} below 1e6, got {value!r}"[:200])

@@ -76,7 +76,7 @@ def read(
         raise PickleError(f"the pickle is damaged: at byte {at} it takes what is not there") from None
     except (ValueError, TypeError, OverflowError, MemoryError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise PickleError(f"not a whole pickle, or a damaged one, at byte {at}: {reason[:200]}") from None
+        raise PickleError(f"not a whole pickle, or a damaged one, behind byte {at}: {reason[:200]}") from None
     return machine.value()
 
 

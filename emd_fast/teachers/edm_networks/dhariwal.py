@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from emd_fast.teachers.edm_networks import skeleton
 from emd_fast.teachers.edm_networks.arguments import DhariwalArguments
 from emd_fast.teachers.edm_networks.blocks import Block, Style, norm, normalise
 from emd_fast.teachers.edm_networks.layers import no_labels, one_hot, positional_frequencies, waves
@@ -31,43 +32,21 @@ class DhariwalUNet(nn.Module):
         self.map_layer1 = nn.Linear(width, width)
         self.map_label = nn.Linear(a.label_dim, width, bias=False) if a.label_dim else None
 
-        def block(in_channels: int, out_channels: int, attention: bool = False, resample: str | None = None) -> Block:
+        def block(
+            in_channels: int, out_channels: int, *, decoder: bool, attention: bool = False, resample: str | None = None
+        ) -> Block:
             heads = out_channels // _HEAD if attention else 0
             return Block(in_channels, out_channels, width, _STYLE, resample=resample, heads=heads)
 
-        self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
-        channels, skips = a.in_channels, []
-        for level, (r, wide) in enumerate(zip(a.resolutions, a.channels, strict=True)):
-            if level == 0:
-                self.enc[f"{r}x{r}_conv"], channels = nn.Conv2d(channels, wide, 3, padding=1), wide
-            else:
-                self.enc[f"{r}x{r}_down"] = block(channels, channels, resample="down")
-            skips.append(channels)
-            for i in range(a.num_blocks):
-                self.enc[f"{r}x{r}_block{i}"] = block(channels, wide, r in a.attn_resolutions)
-                channels = wide
-                skips.append(channels)
-        for level, (r, wide) in reversed(list(enumerate(zip(a.resolutions, a.channels, strict=True)))):
-            if level == len(a.channels) - 1:
-                self.dec[f"{r}x{r}_in0"] = block(channels, channels, attention=True)
-                self.dec[f"{r}x{r}_in1"] = block(channels, channels)
-            else:
-                self.dec[f"{r}x{r}_up"] = block(channels, channels, resample="up")
-            for i in range(a.num_blocks + 1):
-                self.dec[f"{r}x{r}_block{i}"] = block(channels + skips.pop(), wide, r in a.attn_resolutions)
-                channels = wide
+        channels = a.channels[0]
+        first = nn.Conv2d(a.in_channels, channels, 3, padding=1)
+        self.enc, self.dec = skeleton.build(a, first, channels, block)
         self.out_norm = norm(channels, _STYLE.eps)
         self.out_conv = nn.Conv2d(channels, a.out_channels, 3, padding=1)
 
     def forward(self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None) -> Tensor:
         embedded = self._embed(c_noise, labels)
-        h = x.contiguous(memory_format=torch.channels_last)
-        skips = []
-        for layer in self.enc.values():
-            h = layer(h, embedded) if isinstance(layer, Block) else layer(h)
-            skips.append(h)
-        for name, layer in self.dec.items():
-            h = layer(torch.cat([h, skips.pop()], dim=1) if "_block" in name else h, embedded)
+        h = skeleton.run(self.enc, self.dec, x.contiguous(memory_format=torch.channels_last), embedded)
         return self.out_conv(normalise(self.out_norm, h, "silu"))
 
     def _embed(self, c_noise: Tensor, labels: Tensor | None) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear, silu
 
+from emd_fast.teachers.edm_networks import skeleton
 from emd_fast.teachers.edm_networks.arguments import EDM2Arguments
 from emd_fast.teachers.edm_networks.layers import (
     as_image,
@@ -42,44 +43,23 @@ class EDM2UNet(nn.Module):
         self.emb_noise = MPConv(noise, width)
         self.emb_label = MPConv(a.label_dim, width) if a.label_dim else None
 
-        def block(in_channels: int, out_channels: int, decoder: bool, attention: bool = False, resample: str = "keep"):
+        def block(
+            in_channels: int, out_channels: int, *, decoder: bool, attention: bool = False, resample: str | None = None
+        ) -> _Block:
             heads = out_channels // a.channels_per_head if attention else 0
             return _Block(in_channels, out_channels, width, a, decoder=decoder, heads=heads, resample=resample)
 
-        self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
-        channels, skips = a.in_channels + 1, []  # a channel of ones stands in for biases, which there are none of
-        for level, (r, wide) in enumerate(zip(a.resolutions, a.channels, strict=True)):
-            if level == 0:
-                self.enc[f"{r}x{r}_conv"], channels = MPConv(channels, wide, 3), wide
-            else:
-                self.enc[f"{r}x{r}_down"] = block(channels, channels, False, resample="down")
-            skips.append(channels)
-            for i in range(a.num_blocks):
-                self.enc[f"{r}x{r}_block{i}"] = block(channels, wide, False, r in a.attn_resolutions)
-                channels = wide
-                skips.append(channels)
-        for level, (r, wide) in reversed(list(enumerate(zip(a.resolutions, a.channels, strict=True)))):
-            if level == len(a.channels) - 1:
-                self.dec[f"{r}x{r}_in0"] = block(channels, channels, True, attention=True)
-                self.dec[f"{r}x{r}_in1"] = block(channels, channels, True)
-            else:
-                self.dec[f"{r}x{r}_up"] = block(channels, channels, True, resample="up")
-            for i in range(a.num_blocks + 1):
-                self.dec[f"{r}x{r}_block{i}"] = block(channels + skips.pop(), wide, True, r in a.attn_resolutions)
-                channels = wide
+        channels = a.channels[0]
+        first = MPConv(
+            a.in_channels + 1, channels, 3
+        )  # a channel of ones stands in for biases, which there are none of
+        self.enc, self.dec = skeleton.build(a, first, channels, block)
         self.out_conv = MPConv(channels, a.out_channels, 3)
 
     def forward(self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None) -> Tensor:
         embedded = self._embed(c_noise, labels)
         h = torch.cat([x, torch.ones_like(x[:, :1])], dim=1).contiguous(memory_format=torch.channels_last)
-        skips = []
-        for layer in self.enc.values():
-            h = layer(h, embedded) if isinstance(layer, _Block) else layer(h)
-            skips.append(h)
-        for name, layer in self.dec.items():
-            if "_block" in name:
-                h = _cat(h, skips.pop(), self.arguments.concat_balance)
-            h = layer(h, embedded)
+        h = skeleton.run(self.enc, self.dec, h, embedded, lambda h, skip: _cat(h, skip, self.arguments.concat_balance))
         return self.out_conv(h, self.out_gain)
 
     def _embed(self, c_noise: Tensor, labels: Tensor | None) -> Tensor:
@@ -130,7 +110,7 @@ class _Block(nn.Module):
         *,
         decoder: bool,
         heads: int,
-        resample: str,
+        resample: str | None,
     ) -> None:
         super().__init__()
         self.decoder, self.heads, self.resample, self.arguments = decoder, heads, resample, arguments
@@ -160,7 +140,7 @@ class _Block(nn.Module):
         return x if clip is None else x.clamp(-clip, clip)
 
     def _resampled(self, x: Tensor) -> Tensor:
-        if self.resample == "keep":
+        if self.resample is None:
             return x
         taps = self.arguments.resample_filter
         resample = upsample if self.resample == "up" else downsample

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from emd_fast.teachers.edm_networks import skeleton
 from emd_fast.teachers.edm_networks.arguments import SongArguments
 from emd_fast.teachers.edm_networks.blocks import Block, ResampledConv, Style, norm, normalise
 from emd_fast.teachers.edm_networks.layers import no_labels, one_hot, positional_frequencies, waves
@@ -40,43 +41,30 @@ class SongUNet(nn.Module):
         self.map_layer0 = nn.Linear(noise, width)
         self.map_layer1 = nn.Linear(width, width)
 
-        def block(in_channels: int, out_channels: int, attention: bool = False, resample: str | None = None) -> Block:
+        def block(
+            in_channels: int, out_channels: int, *, decoder: bool, attention: bool = False, resample: str | None = None
+        ) -> Block:
             return Block(in_channels, out_channels, width, style, resample=resample, heads=int(attention))
 
-        self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
-        channels, aux, skips = a.in_channels, a.in_channels, []
-        for level, (r, wide) in enumerate(zip(a.resolutions, a.channels, strict=True)):
+        first = nn.Conv2d(a.in_channels, a.model_channels, 3, padding=1)
+        self.enc, self.dec = skeleton.build(a, first, a.model_channels, block, attend_every=False)
+        self._add_paths_of_the_image(style)
+
+    def _add_paths_of_the_image(self, style: Style) -> None:
+        """What leads from the image into each level of the encoder, and from each level of the decoder to the image."""
+        a, aux = self.arguments, self.arguments.in_channels
+        # A block that halves the resolution returns the channels of the level above.
+        for r, channels in zip(a.resolutions[1:], a.channels, strict=False):
             at = f"{r}x{r}"
-            if level == 0:
-                channels = a.model_channels
-                self.enc[f"{at}_conv"] = nn.Conv2d(a.in_channels, channels, 3, padding=1)
-            else:
-                self.enc[f"{at}_down"] = block(channels, channels, resample="down")
-                if a.encoder_type == "skip":
-                    self.enc[f"{at}_aux_down"] = ResampledConv(aux, aux, 0, "down", style.taps)
-                    self.enc[f"{at}_aux_skip"] = nn.Conv2d(aux, channels, 1)
-                elif a.encoder_type == "residual":
-                    self.enc[f"{at}_aux_residual"] = ResampledConv(
-                        aux, channels, 3, "down", style.taps, filter_last=True
-                    )
-                    aux = channels
-            skips.append(channels)
-            for i in range(a.num_blocks):
-                self.enc[f"{at}_block{i}"] = block(channels, wide, r in a.attn_resolutions)
-                channels = wide
-                skips.append(channels)
-        for level, (r, wide) in reversed(list(enumerate(zip(a.resolutions, a.channels, strict=True)))):
-            at, coarsest = f"{r}x{r}", level == len(a.channels) - 1
-            if coarsest:
-                self.dec[f"{at}_in0"] = block(channels, channels, attention=True)
-                self.dec[f"{at}_in1"] = block(channels, channels)
-            else:
-                self.dec[f"{at}_up"] = block(channels, channels, resample="up")
-            for i in range(a.num_blocks + 1):
-                attention = i == a.num_blocks and r in a.attn_resolutions
-                self.dec[f"{at}_block{i}"] = block(channels + skips.pop(), wide, attention)
-                channels = wide
-            if a.decoder_type == "skip" and not coarsest:
+            if a.encoder_type == "skip":
+                self.enc[f"{at}_aux_down"] = ResampledConv(aux, aux, 0, "down", style.taps)
+                self.enc[f"{at}_aux_skip"] = nn.Conv2d(aux, channels, 1)
+            elif a.encoder_type == "residual":
+                self.enc[f"{at}_aux_residual"] = ResampledConv(aux, channels, 3, "down", style.taps, filter_last=True)
+                aux = channels
+        for level, (r, channels) in enumerate(zip(a.resolutions, a.channels, strict=True)):
+            at = f"{r}x{r}"
+            if a.decoder_type == "skip" and level < len(a.channels) - 1:
                 self.dec[f"{at}_aux_up"] = ResampledConv(a.out_channels, a.out_channels, 0, "up", style.taps)
             if a.decoder_type == "skip" or level == 0:
                 self.dec[f"{at}_aux_norm"] = norm(channels, _EPS)
