@@ -134,6 +134,16 @@ def test_bfloat16_is_close(name, backend, loaded):
     assert ((found.float() - expected).square().mean() / expected.square().mean()).sqrt() < 0.05
 
 
+@pytest.mark.parametrize("name", ["ncsnpp", "adm", "edm2"])
+def test_it_compiles_to_one_graph(name, loaded):
+    denoiser = loaded(name)
+    x, sigma, labels = edm_files.image()
+    labels = labels if denoiser.null_cond else None
+    with torch.no_grad():
+        compiled = torch.compile(denoiser.network, fullgraph=True, backend="eager")(x, sigma, labels)
+        assert_within(compiled, denoiser.network(x, sigma, labels), 1e-6)
+
+
 def test_labels(loaded):
     denoiser = loaded("ddpmpp")
     x, sigma, labels = edm_files.image()

@@ -221,7 +221,8 @@ def _read_safetensors(path: Path) -> _Teacher:
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(_METADATA)
-            tensors = {name: file.get_tensor(name) for name in file.keys()} if text else {}
+            # Copies: the tensors of safetensors lie in the file, which somebody may change or cut off.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()} if text else {}
     except SafetensorError as error:
         raise EDMError(f"{path} is not a whole file of safetensors: {str(error).splitlines()[0]}") from None
     try:

@@ -64,14 +64,15 @@ class ResampledConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, out_channels, 2H or H/2, 2W or W/2) of x (B, in_channels, H, W)."""
+        kernel = None if self.box else self.resample_filter
         if self.filter_last and self.weight is not None:
             # Padded by what both need, so that the border is that of one filter on an image with zeros around it.
             margin = self.weight.shape[-1] // 2 + (self.resample_filter.shape[-1] - 1) // 2
             wide = conv2d(x, self.weight, padding=margin)
-            y = downsample(wide, self.resample_filter, self.box, padding=0)
+            y = downsample(wide, kernel, padding=0)
             return y if self.bias is None else y + self.bias[:, None, None].to(y.dtype)
         resample = upsample if self.resample == "up" else downsample
-        x = resample(x, self.resample_filter, self.box)
+        x = resample(x, kernel)
         return x if self.weight is None else conv2d(x, self.weight, self.bias, padding=self.weight.shape[-1] // 2)
 
 

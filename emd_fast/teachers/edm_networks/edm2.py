@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -142,9 +143,9 @@ class _Block(nn.Module):
     def _resampled(self, x: Tensor) -> Tensor:
         if self.resample is None:
             return x
-        taps = self.arguments.resample_filter
+        taps = tuple(self.arguments.resample_filter)
         resample = upsample if self.resample == "up" else downsample
-        return resample(x, fir(taps).to(x.device), is_box(taps))
+        return resample(x, None if is_box(taps) else _fir_on(taps, x.device))
 
 
 class _Fourier(nn.Module):
@@ -161,6 +162,12 @@ class _Fourier(nn.Module):
     def forward(self, c_noise: Tensor) -> Tensor:
         angles = c_noise.float()[:, None] * self.freqs.float() + self.phases.float()
         return math.sqrt(2) * angles.cos()
+
+
+@functools.cache
+def _fir_on(taps: tuple[float, ...], device: torch.device) -> Tensor:
+    """The filter, which these checkpoints do not store, copied to a device once: a copy in every pass would wait."""
+    return fir(taps).to(device)
 
 
 def _silu(x: Tensor) -> Tensor:

@@ -25,17 +25,17 @@ def is_box(taps: Sequence[float]) -> bool:
     return len(taps) == 2 and taps[0] == taps[1]
 
 
-def upsample(x: Tensor, kernel: Tensor, box: bool) -> Tensor:
-    """(B, C, 2H, 2W): zeros between the pixels of x (B, C, H, W), smoothed by the kernel (1, 1, n, n)."""
-    if box:
+def upsample(x: Tensor, kernel: Tensor | None) -> Tensor:
+    """(B, C, 2H, 2W): zeros between the pixels of x (B, C, H, W), smoothed by the kernel (1, 1, n, n). None: a box."""
+    if kernel is None:
         return interpolate(x, scale_factor=2.0, mode="nearest")
     weight = (4 * kernel).to(x.dtype).expand(x.shape[1], 1, -1, -1)
     return conv_transpose2d(x, weight, groups=x.shape[1], stride=2, padding=(kernel.shape[-1] - 1) // 2)
 
 
-def downsample(x: Tensor, kernel: Tensor, box: bool, padding: int | None = None) -> Tensor:
-    """(B, C, H/2, W/2): x (B, C, H, W) smoothed by the kernel (1, 1, n, n), every second pixel."""
-    if box and not padding:
+def downsample(x: Tensor, kernel: Tensor | None, padding: int | None = None) -> Tensor:
+    """(B, C, H/2, W/2): x (B, C, H, W) smoothed by the kernel (1, 1, n, n), every second pixel. None: a box."""
+    if kernel is None:  # which needs no padding
         return avg_pool2d(x, 2)
     padding = (kernel.shape[-1] - 1) // 2 if padding is None else padding
     weight = kernel.to(x.dtype).expand(x.shape[1], 1, -1, -1)
