@@ -22,9 +22,9 @@ import torch
 
 import emd_fast
 from emd_fast import config
-from emd_fast.config import ConfigError, EMDConfig, MixtureConfig, RunConfig, TeacherConfig
+from emd_fast.config import ConfigError, EMDConfig, FileConfig, MixtureConfig, RunConfig, TeacherConfig
 
-_TABLES = {"emd": EMDConfig, "teacher": TeacherConfig, "mixture": MixtureConfig}
+_TABLES = {"emd": EMDConfig, "teacher": TeacherConfig, "mixture": MixtureConfig, "file": FileConfig}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -113,6 +113,14 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--compare", type=Path, metavar="OLD.json", help="exit code 1 on a regression beyond the noise")
     bench.add_argument("--ncu", action="store_true", help="print the command of Nsight Compute for OP, and run it")
     bench.add_argument("--one-call", action="store_true", help="one call of ours for a profiler, untimed")
+
+    convert = commands.add_parser(
+        "convert",
+        help="a checkpoint of EDM or EDM2 as safetensors",
+        description="Reads the average of the weights from a pickle of NVlabs, and runs nothing that is in it.",
+    )
+    convert.add_argument("file", type=Path, metavar="FILE.pkl", help="what NVlabs published, or their code wrote")
+    convert.add_argument("out", type=Path, metavar="OUT.safetensors", help="what emd_fast.teachers.edm.load reads")
 
     info = commands.add_parser("info", help="ops, backends, versions")
     info.add_argument("--json", action="store_true", help="for programs")
@@ -298,6 +306,15 @@ def _bench(options: argparse.Namespace, rest: Sequence[str]) -> int:
     return code
 
 
+def _convert(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    from emd_fast.teachers import edm
+
+    if options.out.suffix != ".safetensors":
+        raise ConfigError(f"the second file must end in .safetensors, got {options.out}")
+    print(f"{options.out}: {edm.convert(options.file, options.out)}")
+    return 0
+
+
 def _info(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from emd_fast.backends import native
 
@@ -345,4 +362,11 @@ def _apex() -> str:
     return "NVIDIA's" if nvidia else "installed, but not NVIDIA's apex"
 
 
-_COMMANDS = {"distill": _distill, "sample": _sample, "evaluate": _evaluate, "bench": _bench, "info": _info}
+_COMMANDS = {
+    "distill": _distill,
+    "sample": _sample,
+    "evaluate": _evaluate,
+    "bench": _bench,
+    "convert": _convert,
+    "info": _info,
+}

@@ -219,23 +219,34 @@ class MixtureConfig:
 
 
 @dataclass(frozen=True)
+class FileConfig:
+    """A teacher from a file. path: a checkpoint of EDM or EDM2, the pickle or what `emd-fast convert` wrote."""
+
+    path: str = ""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """A whole run: the task, its teacher, the distillation, and how often to write.
 
     Args:
-        task: "digits" or "gmm".
-        teacher: of the task "digits"; mixture: of the task "gmm".
+        task: "digits", "gmm" or "file".
+        teacher: of the task "digits"; mixture: of the task "gmm"; file: of the task "file".
         emd: the distillation.
         log_every: steps between two rows of log.jsonl (the only steps on which the host waits for the device).
         save_every: steps between two checkpoints; keep_checkpoints: how many of the last ones stay.
         background_checkpoints: write them while the training goes on, from a copy in the host's memory.
-        samples: one-step samples that the evaluation draws of the task "gmm"; digits use as many as there are
-            held-out images.
+        samples: that the evaluation draws of the tasks "gmm" and "file"; digits use as many as there are held-out
+            images.
     """
 
-    task: Literal["digits", "gmm"] = "digits"
+    task: Literal["digits", "gmm", "file"] = "digits"
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
+    file: FileConfig = field(default_factory=FileConfig)
     emd: EMDConfig = field(default_factory=EMDConfig)
     log_every: int = 10
     save_every: int = 100

@@ -204,7 +204,7 @@ def write_stopped(folder: str | os.PathLike[str], reason: str) -> Path:
     return write(folder, f"This run stopped before its end: {reason}")
 
 
-_TASKS = {"digits": "8x8 digits", "gmm": "a two-dimensional mixture"}
+_TASKS = {"digits": "8x8 digits", "gmm": "a two-dimensional mixture", "file": "a teacher from a file"}
 _CAPTIONS = {
     "real": "real",
     "teacher": "teacher (18-step Heun, 35 network calls)",
@@ -219,6 +219,8 @@ _LABELS = {
     "modes": "modes found (higher)",
     "total_variation": "total variation of the mass (lower)",
     "mass": "mass by mode",
+    "mean": "mean of all values",
+    "std": "standard deviation of all values",
 }
 _HIDDEN = ("seconds", "due")  # in a table of its own, and the same in every column
 _ABOUT = {
@@ -234,6 +236,10 @@ _ABOUT = {
         "Every set is compared with as many fresh, exact samples of the mixture, on the coordinates themselves. The "
         "column *real* is another set of exact samples. A mode is found when at least a quarter of its due mass lies "
         "within 3 standard deviations of its mean."
+    ),
+    "file": (
+        "A teacher from a file brings no data to compare with. These numbers find a generator that has broken; they do "
+        "not say how good one is. Look at the pictures, and measure FID with the statistics of the teacher's data."
     ),
 }
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from emd_fast import journal, run
 from emd_fast.checkpoint import write_whole
-from emd_fast.config import EMDConfig, RunConfig
+from emd_fast.config import ConfigError, EMDConfig, RunConfig
 from emd_fast.progress import say
 from emd_fast.tasks import task_of
 
@@ -32,6 +32,8 @@ class Variant:
 
 def conduct(settings: RunConfig, folder: Path) -> Path:
     """Runs every variant with every seed and writes study.json and study.md. Returns the path of the latter."""
+    if settings.task == "file":
+        raise ConfigError("a teacher from a file has no study: there is nothing to measure its generators by")
     variants, seeds = (_digits(settings), 3) if settings.task == "digits" else (_mixture(settings), 5)
     folder.mkdir(parents=True, exist_ok=True)
     if settings.task == "digits":

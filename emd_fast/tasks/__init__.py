@@ -35,6 +35,8 @@ class Task(Protocol):
 
 def task_of(config: RunConfig) -> Task:
     from emd_fast.tasks.digits import Digits
+    from emd_fast.tasks.file import FromFile
     from emd_fast.tasks.gmm import Mixture
 
-    return Digits(config) if config.task == "digits" else Mixture(config)
+    tasks: dict[str, Callable[[RunConfig], Task]] = {"digits": Digits, "gmm": Mixture, "file": FromFile}
+    return tasks[config.task](config)

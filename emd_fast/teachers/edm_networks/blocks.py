@@ -1,0 +1,144 @@
+"""The residual block of EDM's UNets, DDPM++, NCSN++ and ADM, and its convolution with a FIR filter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import conv2d, linear
+
+from emd_fast import ops
+from emd_fast.teachers.edm_networks.layers import as_image, downsample, fir, is_box, pixel_attention, upsample
+
+
+@dataclass(frozen=True)
+class Style:
+    """What differs between the families.
+
+    Args:
+        scale_shift: the embedding scales and shifts after the second norm (ADM), or is added before it (Song).
+        skip_scale: of the sum of a branch and what it started from.
+        eps: of the norms.
+        taps: of the filter that up- and downsampling smooths with.
+        always_project: a 1x1 convolution beside every block that resamples, not only where the channels change.
+    """
+
+    scale_shift: bool
+    skip_scale: float
+    eps: float
+    taps: tuple[float, ...]
+    always_project: bool
+
+
+class ResampledConv(nn.Module):
+    """A convolution after up- or downsampling; with kernel 0 the resampling alone.
+
+    Args:
+        resample: "up" or "down".
+        filter_last: convolve the larger image, then smooth and thin out (NCSN++'s residual encoder); "down" only.
+    """
+
+    resample_filter: Tensor
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int,
+        resample: str,
+        taps: Sequence[float],
+        *,
+        bias: bool = True,
+        filter_last: bool = False,
+    ) -> None:
+        super().__init__()
+        self.resample, self.filter_last, self.box = resample, filter_last, is_box(taps)
+        shape = (out_channels, in_channels, kernel, kernel)
+        self.weight = nn.Parameter(torch.empty(shape)) if kernel else None
+        self.bias = nn.Parameter(torch.zeros(out_channels)) if kernel and bias else None
+        self.register_buffer("resample_filter", fir(taps))
+        if self.weight is not None:
+            nn.init.kaiming_uniform_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, out_channels, 2H or H/2, 2W or W/2) of x (B, in_channels, H, W)."""
+        kernel = None if self.box else self.resample_filter
+        if self.filter_last and self.weight is not None:
+            # Padded by what both need, so that the border is that of one filter on an image with zeros around it.
+            margin = self.weight.shape[-1] // 2 + (self.resample_filter.shape[-1] - 1) // 2
+            wide = conv2d(x, self.weight, padding=margin)
+            y = downsample(wide, kernel, padding=0)
+            return y if self.bias is None else y + self.bias[:, None, None].to(y.dtype)
+        resample = upsample if self.resample == "up" else downsample
+        x = resample(x, kernel)
+        return x if self.weight is None else conv2d(x, self.weight, self.bias, padding=self.weight.shape[-1] // 2)
+
+
+def norm(channels: int, eps: float) -> nn.GroupNorm:
+    """32 groups, or fewer where a group would have fewer than 4 channels."""
+    return nn.GroupNorm(max(1, min(32, channels // 4)), channels, eps)
+
+
+def normalise(layer: nn.GroupNorm, x: Tensor, activation: str | None = None, **shift: Tensor | None) -> Tensor:
+    """The layer applied by the fused op: norm(x + add) (1 + scale) + shift, and the activation."""
+    return ops.group_norm(x, layer.num_groups, layer.weight, layer.bias, eps=layer.eps, activation=activation, **shift)
+
+
+class Block(nn.Module):
+    """Norm, SiLU, convolution, the embedding, norm, SiLU, convolution; what it started from is added; attention.
+
+    Args:
+        embedding: width of the embedding.
+        resample: "up", "down" or None.
+        heads: of attention; 0 for none.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        embedding: int,
+        style: Style,
+        *,
+        resample: str | None = None,
+        heads: int = 0,
+    ) -> None:
+        super().__init__()
+        self.out_channels, self.style, self.heads = out_channels, style, heads
+        self.norm0 = norm(in_channels, style.eps)
+        self.affine = nn.Linear(embedding, out_channels * (2 if style.scale_shift else 1))
+        self.norm1 = norm(out_channels, style.eps)
+        self.conv1 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.skip: nn.Module | None = None
+        self.conv0: nn.Module
+        if resample is None:
+            self.conv0 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+            if in_channels != out_channels:
+                self.skip = nn.Conv2d(in_channels, out_channels, 1)
+        else:
+            self.conv0 = ResampledConv(in_channels, out_channels, 3, resample, style.taps)
+            kernel = 1 if style.always_project or in_channels != out_channels else 0
+            self.skip = ResampledConv(in_channels, out_channels, kernel, resample, style.taps)
+        if heads:
+            self.norm2 = norm(out_channels, style.eps)
+            self.qkv = nn.Conv2d(out_channels, 3 * out_channels, 1)
+            self.proj = nn.Conv2d(out_channels, out_channels, 1)
+
+    def forward(self, x: Tensor, embedded: Tensor) -> Tensor:
+        """(B, out_channels, H', W') of x (B, in_channels, H, W) and the embedding (B, embedding)."""
+        h = self.conv0(normalise(self.norm0, x, "silu"))
+        modulation = self.affine(embedded)
+        if self.style.scale_shift:
+            scale, shift = modulation.chunk(2, dim=1)
+            h = normalise(self.norm1, h, "silu", scale=scale, shift=shift)
+        else:
+            h = normalise(self.norm1, h, "silu", add=modulation)
+        h = (self.conv1(h) + (x if self.skip is None else self.skip(x))) * self.style.skip_scale
+        return self._attend(h) if self.heads else h
+
+    def _attend(self, h: Tensor) -> Tensor:
+        mixed = pixel_attention(normalise(self.norm2, h), self.heads, self.qkv.weight, self.qkv.bias)
+        projected = linear(mixed, self.proj.weight.flatten(1), self.proj.bias)
+        return (as_image(projected, h) + h) * self.style.skip_scale

@@ -1,0 +1,119 @@
+"""What the UNets of EDM and EDM2 share: resampling by a FIR filter, attention over pixels, labels, noise levels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import avg_pool2d, conv2d, conv_transpose2d, interpolate, linear, scaled_dot_product_attention
+
+from emd_fast import ops
+
+_WIDEST_HEAD = 256  # of emd_fast.ops.attention
+
+
+def fir(taps: Sequence[float]) -> Tensor:
+    """The separable filter (1, 1, n, n) float32 of these taps, of sum 1."""
+    row = torch.tensor(taps, dtype=torch.float32)
+    return torch.outer(row, row)[None, None] / row.sum() ** 2
+
+
+def is_box(taps: Sequence[float]) -> bool:
+    """Whether the filter is the mean of 2x2 pixels, for which there are faster operations than a convolution."""
+    return len(taps) == 2 and taps[0] == taps[1]
+
+
+def upsample(x: Tensor, kernel: Tensor | None) -> Tensor:
+    """(B, C, 2H, 2W): zeros between the pixels of x (B, C, H, W), smoothed by the kernel (1, 1, n, n). None: a box."""
+    if kernel is None:
+        return interpolate(x, scale_factor=2.0, mode="nearest")
+    weight = (4 * kernel).to(x.dtype).expand(x.shape[1], 1, -1, -1)
+    return conv_transpose2d(x, weight, groups=x.shape[1], stride=2, padding=(kernel.shape[-1] - 1) // 2)
+
+
+def downsample(x: Tensor, kernel: Tensor | None, padding: int | None = None) -> Tensor:
+    """(B, C, H/2, W/2): x (B, C, H, W) smoothed by the kernel (1, 1, n, n), every second pixel. None: a box."""
+    if kernel is None:  # which needs no padding
+        return avg_pool2d(x, 2)
+    padding = (kernel.shape[-1] - 1) // 2 if padding is None else padding
+    weight = kernel.to(x.dtype).expand(x.shape[1], 1, -1, -1)
+    return conv2d(x, weight, groups=x.shape[1], stride=2, padding=padding)
+
+
+def pixel_attention(x: Tensor, heads: int, qkv: Tensor, qkv_bias: Tensor | None, unit: float | None = None) -> Tensor:
+    """Self-attention over the pixels of x (B, C, H, W): (B, H W, C), before the projection.
+
+    Args:
+        qkv: (3C, C, 1, 1) in the order of the checkpoints, row (head * C / heads + channel) * 3 + (0 q, 1 k, 2 v).
+        qkv_bias: (3C,) or None.
+        unit: where given, each q, k and v is divided by its root mean square plus this (EDM2).
+    """
+    channels = x.shape[1]
+    # Rows in the order q, k, v, head, channel: the split is then a view, of unit stride in the channels of a head. The
+    # weight is reordered, which is small, and not the activations.
+    weight = _by_part(qkv.flatten(1), heads)
+    bias = None if qkv_bias is None else _by_part(qkv_bias, heads)
+    tokens = linear(x.flatten(2).transpose(1, 2), weight, bias).unflatten(2, (3, heads, channels // heads))
+    if unit is not None:
+        tokens = unit_rms(tokens, -1, unit)
+    q, k, v = tokens.unbind(2)
+    if channels // heads <= _WIDEST_HEAD:
+        return ops.attention(q, k, v).flatten(2)
+    q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+    return scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def as_image(tokens: Tensor, like: Tensor) -> Tensor:
+    """Tokens (B, H W, C) as (B, C, H, W), without a copy: channels_last in memory."""
+    return tokens.transpose(1, 2).unflatten(2, like.shape[2:])
+
+
+def _by_part(rows: Tensor, heads: int) -> Tensor:
+    return rows.unflatten(0, (heads, -1, 3)).movedim(2, 0).flatten(0, 2)
+
+
+def unit_rms(x: Tensor, dim: int | tuple[int, ...], eps: float) -> Tensor:
+    """x / (eps + root mean square over dim), the mean square in float32."""
+    norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.float32)
+    return x / (eps + norm * math.sqrt(norm.numel() / max(x.numel(), 1))).to(x.dtype)
+
+
+def waves(c_noise: Tensor, frequencies: Tensor) -> Tensor:
+    """cos and sin (B, 2n) float32 of the noise level (B,) times the frequencies (n,)."""
+    angles = c_noise.float()[:, None] * frequencies.float()
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def positional_frequencies(channels: int, *, endpoint: bool, device: torch.device) -> Tensor:
+    """(channels / 2,) float32, falling geometrically from 1 to 1 / 10000 (`endpoint`) or to just above it."""
+    count = channels // 2
+    steps = torch.arange(count, dtype=torch.float32, device=device) / (count - 1 if endpoint else count)
+    return (1 / 10000) ** steps
+
+
+def one_hot(labels: Tensor | None, classes: int, batch: int, like: Tensor) -> Tensor:
+    """(B, classes), dtype and device of `like`: a row of zeros where the label is `classes`, or for None.
+
+    Raises:
+        ValueError: labels of a wrong shape or, of CPU tensors, outside [0, classes]. TypeError: labels not int64.
+    """
+    if labels is None:
+        return like.new_zeros(batch, classes)
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
+        raise TypeError(f"labels must be int64, got {getattr(labels, 'dtype', type(labels).__name__)}")
+    if labels.shape != (batch,):
+        raise ValueError(f"labels must have shape ({batch},), got {tuple(labels.shape)}")
+    # Reading values from a GPU would make the host wait, and compiled code would break its graph here.
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling() and type(labels) is Tensor and batch:
+        low, high = (end.item() for end in torch.aminmax(labels))
+        if low < 0 or high > classes:
+            raise ValueError(f"labels must be in [0, {classes}), or {classes} for none, got from {low} to {high}")
+    return (labels[:, None] == torch.arange(classes, device=labels.device)).to(like.dtype)
+
+
+def no_labels(labels: Tensor | None) -> None:
+    """Refuses labels for a network without classes."""
+    if labels is not None:
+        raise ValueError("this network has no classes: labels must be None")

@@ -1,0 +1,485 @@
+"""Checkpoints of EDM and EDM2 are read, and nothing in them is run, however they are made."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import pickle
+import pickletools
+import struct
+import sys
+
+import edm_files
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from emd_fast.teachers import edm, edm_pickle, plain_pickle
+from emd_fast.teachers.plain_pickle import PickleError
+
+# What happens while a file is read -----------------------------------------------------------------------------------
+
+_FORBIDDEN = ("exec", "compile", "import", "os.", "subprocess.", "socket.", "shutil.", "ctypes.", "pickle.", "code.")
+_seen: list[str] | None = None
+
+
+def _hook(event, arguments):
+    if _seen is None:
+        return
+    writes = event == "open" and (
+        arguments[1] not in ("r", "rb") if isinstance(arguments[1], str) else arguments[2] & 3
+    )
+    if event.startswith(_FORBIDDEN) or writes:
+        _seen.append(f"{event} {arguments[:2]}")
+
+
+sys.addaudithook(_hook)  # stays until the process ends, and does nothing outside of `watched`
+
+
+@contextlib.contextmanager
+def watched():
+    """What is inside runs no source, imports nothing, starts nothing and writes nothing."""
+    global _seen
+    _seen = found = []
+    try:
+        yield
+    finally:
+        _seen = None
+    assert not found, found
+
+
+def test_the_watch_sees():
+    for act in (lambda: exec("1"), lambda: os.system("true"), lambda: pickle.loads(pickle.dumps(nn.Linear))):
+        with pytest.raises(AssertionError), watched():
+            act()
+    with pytest.raises(AssertionError), watched():
+        open(os.devnull, "w").close()
+
+
+@pytest.fixture
+def read(tmp_path):
+    """Reads the bytes as a checkpoint, watched; returns what was raised."""
+
+    def of(content):
+        path = tmp_path / "file.pkl"
+        path.write_bytes(content)
+        with watched(), pytest.raises(PickleError) as caught:
+            edm_pickle.read_network(path)
+        message = str(caught.value)
+        assert message.startswith(f"{path}: ") and "\n" not in message and len(message) < 600 + len(str(path))
+        return message
+
+    return of
+
+
+# What pickles of the attackers are made of ---------------------------------------------------------------------------
+
+
+def text(value):
+    encoded = value.encode()
+    return b"X" + struct.pack("<I", len(encoded)) + encoded
+
+
+def call(module, name, *arguments):
+    """GLOBAL and REDUCE: module.name(*arguments), the arguments being opcodes already."""
+    return b"c" + f"{module}\n{name}\n".encode() + b"(" + b"".join(arguments) + b"tR"
+
+
+def stack_call(module, name, *arguments):
+    return text(module) + text(name) + b"\x93(" + b"".join(arguments) + b"tR"
+
+
+def whole(body, protocol=4):
+    return b"\x80" + bytes([protocol]) + body + b"."
+
+
+def as_ema(body):
+    """{"ema": body}"""
+    return whole(b"}" + text("ema") + body + b"s")
+
+
+def as_state(body):
+    """A network whose state is this: the place where a reader has most reason to go on."""
+    meta = b"}(" + text("type") + text("class") + text("class_name") + text("EDMPrecond") + text("version") + b"K\x06"
+    meta += text("module_src") + text(edm_files.HOSTILE) + text("state") + body + b"u"
+    return as_ema(b"ctorch_utils.persistence\n_reconstruct_persistent_obj\n" + meta + b"\x85R")
+
+
+SHELL = text("touch /tmp/emd_fast_ran")
+SOURCE = text("open('/tmp/emd_fast_ran', 'w')")
+
+# name -> (bytes, what the message says)
+CALLS = {
+    "os.system by GLOBAL": (as_ema(call("os", "system", SHELL)), "os.system"),
+    "os.system by STACK_GLOBAL": (as_ema(stack_call("os", "system", SHELL)), "os.system"),
+    "posix.system": (as_ema(call("posix", "system", SHELL)), "posix.system"),
+    "nt.system": (as_ema(call("nt", "system", SHELL)), "nt.system"),
+    "os.system by INST": (as_ema(b"(" + SHELL + b"ios\nsystem\n"), "os.system"),
+    "os.system by OBJ": (as_ema(b"(cos\nsystem\n" + SHELL + b"o"), "os.system"),
+    "os.system by NEWOBJ": (as_ema(b"cos\nsystem\n" + SHELL + b"\x85\x81"), "os.system"),
+    "os.system by NEWOBJ_EX": (as_ema(b"cos\nsystem\n" + SHELL + b"\x85}\x92"), "os.system"),
+    "subprocess": (as_ema(call("subprocess", "Popen", SHELL)), "subprocess.Popen"),
+    "builtins.eval": (as_ema(call("builtins", "eval", SOURCE)), "builtins.eval"),
+    "builtins.exec": (as_ema(stack_call("builtins", "exec", SOURCE)), "builtins.exec"),
+    "__builtin__.eval": (as_ema(call("__builtin__", "eval", SOURCE)), "__builtin__.eval"),
+    "builtins.compile": (as_ema(call("builtins", "compile", SOURCE, SOURCE, text("exec"))), "builtins.compile"),
+    "builtins.open": (as_ema(call("builtins", "open", SHELL, text("w"))), "builtins.open"),
+    "builtins.__import__": (as_ema(call("builtins", "__import__", text("os"))), "builtins.__import__"),
+    "getattr chain": (
+        as_ema(call("builtins", "getattr", call("builtins", "__import__", text("os")), text("system"))),
+        "builtins.getattr",
+    ),
+    "dotted name of an allowed module": (
+        as_ema(stack_call("torch._utils", "_rebuild_tensor_v2.__globals__", SHELL)),
+        "_rebuild_tensor_v2.__globals__",
+    ),
+    "operator.attrgetter": (as_ema(call("operator", "attrgetter", text("system"))), "operator.attrgetter"),
+    "functools.partial": (as_ema(call("functools", "partial")), "functools.partial"),
+    "pickle.loads": (as_ema(call("pickle", "loads", b"C\x01.")), "pickle.loads"),
+    "torch.load": (as_ema(call("torch", "load", SHELL)), "torch.load"),
+    "torch.hub": (as_ema(call("torch.hub", "load", SHELL)), "torch.hub.load"),
+    "copyreg._reconstructor": (as_ema(call("copyreg", "_reconstructor")), "copyreg._reconstructor"),
+    "codecs.decode": (as_ema(call("_codecs", "decode", SHELL)), "_codecs.decode"),
+    "rebuild from a type": (as_ema(call("torch._tensor", "_rebuild_from_type_v2")), "_rebuild_from_type_v2"),
+    "numpy with objects": (as_ema(call("numpy", "load", SHELL)), "numpy.load"),
+    "logging config": (as_ema(call("logging.config", "listen")), "logging.config.listen"),
+    "beside the network": (whole(b"}(" + text("x") + call("os", "system", SHELL) + text("ema") + b"Nu"), "os.system"),
+    "in the state of a network": (as_state(call("os", "system", SHELL)), "os.system"),
+    "a name that is never called": (as_ema(b"cos\nsystem\n"), "os.system"),
+    "BUILD on a function": (
+        as_ema(b"ctorch._utils\n_rebuild_tensor_v2\n}" + text("__code__") + SOURCE + b"sb"),
+        "state to a Name",
+    ),
+    "BUILD on a dict": (as_ema(b"}}" + text("__setstate__") + SOURCE + b"sb"), "state to a dict"),
+    "BUILD with slots": (as_ema(b"ctorch._utils\n_rebuild_parameter\nN}" + text("x") + b"Ns\x86b"), "state to a Name"),
+    "a string is called": (as_ema(text("system") + SHELL + b"\x85R"), "calls a str"),
+    "a tensor is called": (
+        as_ema(call("torch_utils.persistence", "_reconstruct_persistent_obj", b"N") + SHELL + b"\x85R"),
+        "not described",
+    ),
+    "a module is called": (as_ema(b"ctorch.nn.modules.container\nModuleDict\n)\x81" + SHELL + b"\x85R"), "calls a"),
+    "__setstate__ in a state": (as_state(b"}" + text("__setstate__") + SOURCE + b"s"), "does not say what arguments"),
+    "a nested network of hostile source": (
+        as_state(b"}(" + text("_init_args") + b")" + text("_init_kwargs") + as_state(b"N")[2:-1] + b"u"),
+        "constructor's arguments hold",
+    ),
+    "EXT1": (as_ema(b"\x82\x01"), "EXT1"),
+    "EXT2": (as_ema(b"\x83\x01\x00"), "EXT2"),
+    "EXT4": (as_ema(b"\x84\x01\x00\x00\x00"), "EXT4"),
+    "PERSID": (as_ema(b"Pos\n"), "PERSID"),
+    "BINPERSID": (as_ema(SHELL + b"Q"), "BINPERSID"),
+    "out-of-band buffer": (as_ema(b"\x97"), "NEXT_BUFFER"),
+    "protocol 0": (b"(S'ema'\ncos\nsystem\n(S'x'\ntRd.", "not a pickle of EDM"),
+    "text opcode": (as_ema(b"S'x'\n"), "STRING"),
+}
+MALFORMED = {
+    "empty": (b"", "empty"),
+    "text": (b"hello, world", "not a pickle"),
+    "zip": (b"PK\x03\x04" + bytes(64), "zip archive"),
+    "one byte": (b"\x80", "byte 0"),
+    "no stop": (b"\x80\x04N", "exhausted"),
+    "protocol 6": (b"\x80\x06N.", "protocol 6"),
+    "protocol 255": (b"\x80\xffN.", "protocol 255"),
+    "unknown opcode": (whole(b"\xff"), "unknown"),
+    "nothing on the stack": (b"\x80\x04.", "0 values"),
+    "two values": (whole(b"NN"), "2 values"),
+    "a mark is left": (whole(b"(N"), "damaged"),
+    "pop from nothing": (whole(b"\x85"), "byte 2"),
+    "tuple without a mark": (whole(b"t"), "byte 2"),
+    "reduce without a function": (whole(b")R"), "byte 3"),
+    "memo that was never put": (whole(b"h\x07"), "byte 2"),
+    "memo bomb": (whole(b"Nr\xff\xff\xff\xff"), "holds something else"),
+    "huge string": (whole(b"\x8d" + b"\xff" * 8), "byte count"),
+    "huge bytes": (whole(b"\x8e" + struct.pack("<Q", 2**62)), "only 1 remain"),
+    "huge bytearray": (whole(b"\x96" + struct.pack("<Q", 2**62)), "only 1 remain"),
+    "huge frame": (b"\x80\x04\x95" + struct.pack("<Q", 2**62) + b"N.", "holds something else"),
+    "negative length": (whole(b"\x8b" + struct.pack("<i", -5)), "count < 0"),
+    "huge number": (as_ema(b"\x8b" + struct.pack("<i", 2**20) + b"\x7f" * 2**20), "not a network"),
+    "not UTF-8": (whole(b"X\x02\x00\x00\x00\xff\xfe"), "utf-8"),
+    "bytes behind the end": (as_ema(b"N") + b"x", "follow"),
+    "a second pickle": (as_ema(b"N") + whole(call("os", "system", SHELL)), "follow"),
+    "no entry ema": (whole(b"}" + text("G_ema") + b"Ns"), "'G_ema'"),
+    "a list": (whole(b"]"), "something else"),
+    "ema is a number": (as_ema(b"K\x01"), "not a network"),
+    "a network without a state": (as_state(b"N"), "no attributes"),
+    "a network whose state is a list": (as_state(b"]"), "no attributes"),
+    "odd items": (whole(b"}(Nu"), "key without a value"),
+    "items of a list": (whole(b"](NNu"), "fills a list"),
+    "append to a dict": (whole(b"}Na"), "fills a dict"),
+    "a list as a key": (whole(b"}]Ns"), "list as a key"),
+    "a deep tuple as a key": (whole(b"})" + b"\x85" * 100_000 + b"Ns"), "tuple as a key"),
+    "a deep tuple": (as_ema(b")" + b"\x85" * 100_000), "not a network"),
+    "deep arguments": (
+        as_state(b"}(" + text("_init_args") + b")" + text("_init_kwargs") + b"]" + b"\x85" * 99_999 + b"u"),
+        "without end",
+    ),
+    "arguments that hold themselves": (
+        as_state(b"}(" + text("_init_args") + b")" + text("_init_kwargs") + b"}\x94" + text("x") + b"h\x00su"),
+        "without end",
+    ),
+    "set of a set": (whole(b"\x8f(\x8f\x90"), "set as a key"),
+}
+ATTACKS = CALLS | MALFORMED
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_nothing_is_run_and_the_message_says_why(name, read):
+    content, says = ATTACKS[name]
+    assert says in read(content)
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if "EXT" not in name and "a module" not in name][:12])
+def test_the_attacks_are_real(name):
+    """They reach what they name where pickle reads them: a test that no reader fails would say nothing."""
+    reached = []
+
+    class Reader(pickle.Unpickler):
+        def find_class(self, module, word):
+            reached.append(f"{module}.{word}")
+            raise pickle.UnpicklingError("enough")
+
+    with pytest.raises(pickle.UnpicklingError):
+        Reader(io.BytesIO(CALLS[name][0])).load()
+    assert reached == [CALLS[name][1]]
+
+
+def test_an_extension_that_somebody_registered_is_refused(read):
+    import copyreg
+
+    copyreg.add_extension("posix", "system", 77)
+    try:
+        with contextlib.suppress(TypeError):
+            pickle.loads(whole(b"\x82\x4d"))  # fills the cache past which pickle.Unpickler does not ask
+        assert "EXT1" in read(as_ema(b"\x82\x4d" + SHELL + b"\x85R"))
+    finally:
+        copyreg.remove_extension("posix", "system", 77)
+
+
+# Tensors --------------------------------------------------------------------------------------------------------------
+
+
+def saved(storage, offset=0, size=(2,), stride=(1,), names=("w",), table="_parameters", arguments=(), kwargs=None):
+    """A file with a network that has one tensor under each name."""
+    tensor = _Call("torch._utils", "_rebuild_tensor_v2", storage, offset, size, stride, False, {})
+    module = edm_files.Module("EDMPrecond", *arguments, **(kwargs or {}))
+    module.__dict__[table] = dict.fromkeys(names, tensor)
+    return _dumps(module)
+
+
+class _Call:
+    """Pickles as a call of module.name."""
+
+    def __init__(self, module, name, *arguments):
+        self.function, self.arguments = _Word(module, name), arguments
+
+    def __reduce__(self):
+        return self.function, self.arguments
+
+
+class _Word:
+    """Pickles as a global."""
+
+    def __init__(self, module, name):
+        self.module, self.name = module, name
+
+    def __call__(self):
+        raise AssertionError
+
+
+class _Pickler(pickle._Pickler):
+    """Python's own, with GLOBAL written for words that name nothing here."""
+
+    def save(self, obj, *arguments, **options):
+        if isinstance(obj, _Word):
+            self.write(b"c" + f"{obj.module}\n{obj.name}\n".encode())
+        else:
+            super().save(obj, *arguments, **options)
+
+
+def _dumps(network):
+    file = io.BytesIO()
+    with edm_files.nvlabs_modules():
+        _Pickler(file, 4).dump({"ema": network})
+    return file.getvalue()
+
+
+def storage(content, kind=("torch", "FloatStorage"), count=None, key="0", **more):
+    """What torch.storage._load_from_bytes is given: a file of torch in its old form, with every part for a change."""
+    count = len(content) // 4 if count is None else count
+    file = io.BytesIO()
+
+    class Old(_Pickler):
+        def persistent_id(self, obj):
+            return more.get("identifier", ("storage", _Word(*kind), key, "cpu", count, None)) if obj == "<it>" else None
+
+    pickle.dump(more.get("magic", 0x1950A86A20F9469CFC6C), file, 2)
+    pickle.dump(1001, file, 2)
+    pickle.dump({"protocol_version": 1001, "little_endian": more.get("little_endian", True)}, file, 2)
+    Old(file, 2).dump(more.get("object", "<it>"))
+    pickle.dump(more.get("keys", [key]), file, 2)
+    file.write(struct.pack("<q", more.get("written", count)) + content)
+    return _Call("torch.storage", "_load_from_bytes", file.getvalue() + more.get("behind", b""))
+
+
+FLOATS = np.arange(8, dtype="<f4").tobytes()
+
+
+def test_storages_are_those_of_torch():
+    pickled = pickletools.genops(pickle.dumps(torch.arange(8.0), 4))
+    (theirs,) = (argument for _, argument, _ in pickled if isinstance(argument, bytes))
+    mine = storage(FLOATS).arguments[0]
+    for i in (0, 1, 3, 4):  # all but the facts about the machine, which torch has more of
+        assert _opcodes(theirs)[i] == _opcodes(mine)[i]
+    assert theirs.endswith(struct.pack("<q", 8) + FLOATS) and mine.endswith(struct.pack("<q", 8) + FLOATS)
+
+
+def _opcodes(content):
+    """The sets of opcodes of the five pickles in an old file of torch."""
+    file = io.BytesIO(content)
+    return [{op.name for op, _, _ in pickletools.genops(file)} for _ in range(5)]
+
+
+@pytest.mark.parametrize(
+    "offset, size, stride", [(0, (8,), (1,)), (3, (2, 2), (2, 1)), (0, (2, 3), (1, 2)), (0, (), ())]
+)
+def test_tensors_are_views(tmp_path, offset, size, stride):
+    path = tmp_path / "file.pkl"
+    path.write_bytes(saved(storage(FLOATS), offset, size, stride))
+    with watched():
+        found = edm_pickle.read_network(path).tensors["w"]
+    assert torch.equal(found, torch.arange(8.0).as_strided(size, stride, offset)) and found.is_contiguous()
+
+
+BAD_TENSORS = {
+    "storage too short for the view": (saved(storage(FLOATS), 0, (9,), (1,)), "too short"),
+    "offset beyond the end": (saved(storage(FLOATS), 7, (2,), (1,)), "too short"),
+    "stride beyond the end": (saved(storage(FLOATS), 0, (2, 2), (7, 1)), "too short"),
+    "more elements than there are, overlapping": (saved(storage(FLOATS), 0, (3, 3), (1, 1)), "too short"),
+    "stride 0": (saved(storage(FLOATS), 0, (2**30, 2**30), (0, 0)), "no saved tensor"),
+    "negative stride": (saved(storage(FLOATS), 7, (8,), (-1,)), "no saved tensor"),
+    "negative offset": (saved(storage(FLOATS), -1), "no saved tensor"),
+    "negative size": (saved(storage(FLOATS), 0, (-1,)), "no saved tensor"),
+    "huge size": (saved(storage(FLOATS), 0, (2**70,)), "no saved tensor"),
+    "sizes that are no numbers": (saved(storage(FLOATS), 0, ("2",)), "not described"),
+    "a size that is a list": (saved(storage(FLOATS), 0, [2]), "not described"),
+    "sizes without strides": (saved(storage(FLOATS), 0, (2,), ()), "not described"),
+    "a storage that is none": (saved("storage"), "not described"),
+    "too few bytes": (saved(storage(FLOATS[:-1], count=8)), "31 bytes"),
+    "too many bytes": (saved(storage(FLOATS, behind=b"x")), "33 bytes"),
+    "another number of elements": (saved(storage(FLOATS, written=7)), "8 elements"),
+    "huge number of elements": (saved(storage(b"", count=2**50)), "not described"),
+    "negative number of elements": (saved(storage(b"", count=-1)), "not described"),
+    "integers": (saved(storage(FLOATS, ("torch", "LongStorage"), 4)), "torch.LongStorage"),
+    "untyped": (saved(storage(FLOATS, ("torch.storage", "UntypedStorage"))), "torch.storage.UntypedStorage"),
+    "os.system as a type": (saved(storage(FLOATS, ("os", "system"))), "os.system"),
+    "os.system inside": (saved(storage(FLOATS, object=_Call("os", "system", "true"))), "os.system"),
+    "a storage inside": (saved(storage(FLOATS, object=storage(FLOATS))), "torch.storage._load_from_bytes"),
+    "the type is called": (saved(storage(FLOATS, object=_Call("torch", "FloatStorage", "x"))), "called"),
+    "no identifier": (saved(storage(FLOATS, object=3)), "announces"),
+    "another identifier": (saved(storage(FLOATS, identifier=("module", "os", "x"))), "not described"),
+    "another key": (saved(storage(FLOATS, keys=["1"])), "announces"),
+    "another magic number": (saved(storage(FLOATS, magic=1)), "form in which torch"),
+    "big-endian": (saved(storage(FLOATS, little_endian=False)), "little-endian"),
+    "a zip archive": (saved(_Call("torch.storage", "_load_from_bytes", b"PK\x03\x04" + FLOATS)), "form in which torch"),
+    "a tar archive": (saved(_Call("torch.storage", "_load_from_bytes", b"sys_info" + FLOATS)), "form in which torch"),
+    "a hostile pickle": (
+        saved(_Call("torch.storage", "_load_from_bytes", CALLS["os.system by GLOBAL"][0])),
+        "os.system",
+    ),
+    "an empty storage": (saved(_Call("torch.storage", "_load_from_bytes", b"")), "form in which torch"),
+    "text": (saved(_Call("torch.storage", "_load_from_bytes", "PK")), "not made of bytes"),
+    "many views of one storage": (saved(storage(bytes(40_000)), names=[str(i) for i in range(100)]), "more bytes"),
+    "a parameter that is text": (saved("x").replace(b"_rebuild_tensor_v2", b"_rebuild_parameter"), "not a tensor"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TENSORS)
+def test_tensors_that_are_none(name, read):
+    content, says = BAD_TENSORS[name]
+    assert says in read(content)
+
+
+def test_modules_that_are_no_tree(read):
+    inner = edm_files.Module("Linear")
+    outer = edm_files.Module("EDMPrecond")
+    outer.__dict__["_modules"] = {"a": inner, "b": inner}
+    assert "not a tree" in read(_dumps(outer))
+    for _ in range(40):
+        inner, child = edm_files.Module("Linear"), inner
+        inner.__dict__["_modules"] = {"x": child}
+    outer.__dict__["_modules"] = {"a": inner}
+    assert "not a tree" in read(_dumps(outer))
+    outer.__dict__["_modules"] = {"a": 3}
+    assert "not a module" in read(_dumps(outer))
+    outer.__dict__["_modules"] = {}
+    outer.__dict__["_buffers"] = {"a": 3}
+    assert "not a tensor" in read(_dumps(outer))
+
+
+# Files as they should be ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("name", ["ddpmpp", "edm2"])
+def test_real_files_are_read_whole(name, protocol, tmp_path):
+    wrapper, network, kwargs = edm_files.network_of(name)
+    path = tmp_path / "file.pkl"
+    path.write_bytes(edm_files.file_of(name, protocol))
+    with watched():
+        found = edm_pickle.read_network(path)
+    assert (found.class_name, found.positional, found.arguments) == (wrapper, [], kwargs)
+    prefix = "unet." if wrapper == "Precond" else "model."
+    own = {key[len(prefix) :]: value for key, value in found.tensors.items() if key.startswith(prefix)}
+    expected = network.state_dict()
+    assert own.keys() == expected.keys()
+    assert all(torch.equal(own[key], expected[key]) for key in expected)
+    others = {key for key in found.tensors if not key.startswith(prefix)}
+    assert bool(others) == (wrapper == "Precond")
+
+
+def test_half_precision_and_positional_arguments(tmp_path):
+    _, network, kwargs = edm_files.network_of("edm2")
+    first = [kwargs.pop(name) for name in ("img_resolution", "img_channels", "label_dim")]
+    network_16 = edm_files.wrapped(network, "Precond", **kwargs).half()
+    network_16._init_args = tuple(first)
+    path = tmp_path / "file.pkl"
+    path.write_bytes(edm_files.dumps_edm2(network_16))
+    assert {value.dtype for value in edm_pickle.read_network(path).tensors.values()} == {torch.float16}
+    assert edm.load(path).sample_shape == (3, 8, 8)
+
+
+def test_damaged_files_are_refused_or_read_and_nothing_is_run(tmp_path):
+    """A byte changed, bytes cut out, the file cut off, at 120 places."""
+    good, path = edm_files.file_of("vp"), tmp_path / "file.pkl"
+    generator = np.random.default_rng(0)
+    refused = 0
+    for trial in range(120):
+        content = bytearray(good)
+        at = int(generator.integers(len(good)))
+        if trial % 4 == 0:
+            content = content[:at]
+        elif trial % 4 == 1:
+            del content[at : at + int(generator.integers(1, 50))]
+        else:
+            content[at] = int(generator.integers(256))
+        path.write_bytes(bytes(content))
+        try:
+            with watched():
+                edm_pickle.read_network(path)
+            edm.load(path)
+        except ValueError as error:
+            assert "\n" not in str(error)
+            refused += 1
+    assert refused > 45
+
+
+def test_plain_values():
+    values = [None, True, 3, -(2**40), 2**100, 1.5, "ü", b"x", (1, (2, 3), ()), {"a": [1, {"b"}]}, bytearray(b"y")]
+    for protocol in (3, 4, 5):
+        for value in values:
+            if protocol < 5 and isinstance(value, bytearray):
+                continue
+            names = {"builtins set": set}
+            assert plain_pickle.read(io.BytesIO(pickle.dumps(value, protocol)), names) == value
