@@ -86,6 +86,7 @@ class EMDConfig:
         guidance: classifier-free guidance weight of the teacher, or None.
         num_classes: draw labels below it as conditions; 0 for none.
         t_star: noise level, in the schedule's t, at which the teacher's network starts as the generator.
+        input_scale: scale of z at the generator's input; sigma(t_star) when None.
         time_distribution: of t in the E-step; student_time_distribution: in the student step.
         student_updates: student steps before each E-step; student_warmup: more of them before the first.
         generator_lr, student_lr, betas, weight_decay: of AdamW; lr_warmup: steps of linear warm-up of both rates.
@@ -110,6 +111,7 @@ class EMDConfig:
     guidance: float | None = None
     num_classes: int = 0
     t_star: float = 2.0
+    input_scale: float | None = None
     time_distribution: TimeDistribution = field(default_factory=TimeDistribution)
     student_time_distribution: TimeDistribution = field(default_factory=TimeDistribution)
     student_updates: int = 2
@@ -155,6 +157,7 @@ class EMDConfig:
         _require(all(0 <= beta < 1 for beta in self.betas), self, "betas", "each in [0, 1)")
         _require(0 <= self.ema < 1, self, "ema", "in [0, 1)")
         _require(0 <= self.seed < 2**63, self, "seed", "in [0, 2^63)")
+        _require(self.input_scale is None or self.input_scale > 0, self, "input_scale", "above 0")
         _require(self.guidance is None or math.isfinite(self.guidance), self, "guidance", "finite")
 
 

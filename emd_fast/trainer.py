@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from emd_fast import checkpoint, ops
+from emd_fast import checkpoint, conditions, ops
 from emd_fast.config import ConfigError, EMDConfig, StepSize, TimeDistribution, from_dict, to_dict
 from emd_fast.denoiser import Condition, Denoiser, Generator, base
 from emd_fast.em.e_step import EStep, e_step
@@ -45,6 +46,8 @@ class EMDTrainer:
         config: the distillation.
         generator: callable module (z, cond) -> x; a copy of the teacher at noise level t_star when None.
         student: a Denoiser of the teacher's schedule; a copy of the teacher when None.
+        prompts: conditions to draw from where `step` is given none, evenly: a tensor or dict of tensors (N, ...), or a
+            table of `emd_fast.conditions`. For labels, config.num_classes says as much.
 
     Raises:
         ValueError: a teacher with weights that are not finite, without a sample_shape, or without the parameters that
@@ -52,7 +55,12 @@ class EMDTrainer:
     """
 
     def __init__(
-        self, teacher: Denoiser, config: EMDConfig, generator: nn.Module | None = None, student: Denoiser | None = None
+        self,
+        teacher: Denoiser,
+        config: EMDConfig,
+        generator: nn.Module | None = None,
+        student: Denoiser | None = None,
+        prompts: Any = None,
     ) -> None:
         if not isinstance(config, EMDConfig):
             raise TypeError(f"config must be an EMDConfig, got {type(config).__name__}")
@@ -61,7 +69,7 @@ class EMDTrainer:
             raise ValueError("this teacher has no parameters to start from: give EMDTrainer a generator and a student")
         self.config = config
         self.schedule = base(teacher).schedule
-        self.generator = generator if generator is not None else Generator(copy.deepcopy(teacher), config.t_star)
+        self.generator = generator if generator is not None else _copy_of(teacher, config)
         self.student = student if student is not None else copy.deepcopy(teacher)
         self.teacher = teacher
         _check_apart(teacher=self.teacher, generator=self.generator, student=self.student)
@@ -74,6 +82,7 @@ class EMDTrainer:
         self.generator_optimizer = self._optimizer(self.generator, config.generator_lr)
         self.student_optimizer = self._optimizer(self.student, config.student_lr)
         self.ema = EMA(self.generator, config.ema)
+        self.prompts = None if prompts is None else conditions.table(prompts)
         self.skipped = torch.zeros((), device=self.device)
         self.steps_done = 0
 
@@ -203,15 +212,32 @@ class EMDTrainer:
         return _interpolate(-self.schedule.log_snr(t) / 2, size)
 
     def _conditions(self, cond: Condition, substep: int) -> Condition:
-        if cond is not None or not self.config.num_classes:
+        if cond is not None:
             return cond
         size = (self.config.batch_size,)
+        if self.prompts is not None:
+            # Drawn on the host, which has to look the prompts up, and would wait for the device otherwise.
+            host = Noise(self.config.seed, step=self.steps_done)
+            drawn = ops.integers(len(self.prompts), size, host, stream=Stream.CONDITION, substep=substep)
+            return self._looked_up(drawn)
+        if not self.config.num_classes:
+            return None
         return ops.integers(self.config.num_classes, size, self.noise, stream=Stream.CONDITION, substep=substep)
 
-    def _compute_dtype(self) -> contextlib.AbstractContextManager[Any]:
+    def _looked_up(self, indices: Tensor) -> Condition:
+        assert self.prompts is not None
+        found = self.prompts[indices]
+        return pytree.tree_map(lambda leaf: leaf.to(self.device, non_blocking=True), found)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Of the networks' passes: bfloat16 by autocast, or float32."""
         precision = self.config.precision
         reduced = precision == "bfloat16" or (precision == "auto" and self.device.type == "cuda")
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=reduced)
+        return torch.bfloat16 if reduced else torch.float32
+
+    def _compute_dtype(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16)
 
     # Its samples ------------------------------------------------------------------------------------------------------
 
@@ -220,12 +246,14 @@ class EMDTrainer:
         """n samples (n, ...) float32 of the generator, or of its average. The same n for the same seed, every time.
 
         Args:
-            cond: batched conditions; classes in turn (0, 1, 2, ...) when None and the configuration has classes.
+            cond: batched conditions; prompts or classes in turn (0, 1, 2, ...) when None and the trainer has some.
             first_sample: where in the stream of shown samples to start.
         """
         noise = Noise(self.config.seed, first_sample=first_sample, device=self.device)
         z = ops.normal((n, *self.latent_shape), noise, stream=Stream.SHOWN)
-        if cond is None and self.config.num_classes:
+        if cond is None and self.prompts is not None:
+            cond = self._looked_up(torch.arange(first_sample, first_sample + n) % len(self.prompts))
+        elif cond is None and self.config.num_classes:
             cond = torch.arange(first_sample, first_sample + n, device=self.device) % self.config.num_classes
         with self._compute_dtype():
             return (self.ema.module if ema else self.generator)(z, cond).float()
@@ -257,12 +285,14 @@ class EMDTrainer:
         config: EMDConfig | None = None,
         generator: nn.Module | None = None,
         student: Denoiser | None = None,
+        prompts: Any = None,
     ) -> EMDTrainer:
         """The trainer that `save` wrote, ready for its next step.
 
         Args:
             config: replaces the saved one; only steps, max_z_rms and max_skipped may differ.
             generator, student: as for the constructor, where they are not copies of the teacher.
+            prompts: as for the constructor; they are not in the file.
 
         Raises:
             CheckpointError: a missing, truncated or foreign file, another architecture or another configuration.
@@ -280,7 +310,7 @@ class EMDTrainer:
                 raise checkpoint.CheckpointError(
                     f"{path} was made with {item.name} = {was!r}, not {now!r}; another run needs another folder"
                 )
-        trainer = cls(teacher, config or saved, generator, student)
+        trainer = cls(teacher, config or saved, generator, student, prompts)
         for name, part in trainer._parts().items():
             try:
                 part.load_state_dict(state[name])
@@ -319,6 +349,10 @@ def check_health(metrics: dict[str, float], config: EMDConfig) -> None:
         )
     if not math.isfinite(metrics["drift_rms"]):
         raise Diverged("drift is not finite: the teacher or the student returned values that are not finite")
+
+
+def _copy_of(teacher: Denoiser, config: EMDConfig) -> Generator:
+    return Generator(copy.deepcopy(teacher), config.t_star, input_scale=config.input_scale)
 
 
 def _interpolate(log_ratio: Tensor, table: list[tuple[float, float]]) -> Tensor:

@@ -24,7 +24,7 @@ class DiffusersDenoiser(Denoiser):
     """A Denoiser whose network came from a folder of diffusers.
 
     Attributes:
-        folder: where it came from. training: its schedule and what it predicts, by the scheduler's configuration.
+        folder: where it came from. trained: its schedule and what it predicts, by the scheduler's configuration.
         takes: the conditions of the network. num_classes: how many labels may be drawn; 0 without labels.
     """
 
@@ -49,7 +49,7 @@ class DiffusersDenoiser(Denoiser):
             sample_shape=sample_shape,
             null_cond=null_cond,
         )
-        self.folder, self.training, self.scheduler_config = folder, training, dict(scheduler_config)
+        self.folder, self.trained, self.scheduler_config = folder, training, dict(scheduler_config)
 
     @property
     def takes(self) -> Conditions:
@@ -63,7 +63,7 @@ class DiffusersDenoiser(Denoiser):
 
     def time(self, index: float) -> float:
         """t of a training index: of index i in a chain of N betas i / (N - 1), in a rectified flow i / N."""
-        return index / self.training.index_scale
+        return index / self.trained.index_scale
 
     def encode(self, prompts: Sequence[str]) -> Condition:
         """Conditions (B, ...) for prompts, by the folder's text encoders, which are read for this call alone.

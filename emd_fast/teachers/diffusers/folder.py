@@ -16,6 +16,7 @@ from emd_fast.teachers.diffusers.networks import ARCHITECTURES, Architecture
 
 _NOT_FOR_TEXT = ("vae", "image_encoder", "feature_extractor", "safety_checker")
 MAY_LACK = ("text_encoder_3", "tokenizer_3")  # of Stable Diffusion 3, the T5 that many folders leave out
+EXPORTED = "emd_fast.json"  # where `emd_fast.export` says what it wrote; it names the components too
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
@@ -60,9 +61,9 @@ class Folder:
         self.index: dict[str, Any] = {}  # of a pipeline
         if (self.root / "model_index.json").exists():
             self.index = read_json(self.root / "model_index.json")
-            self.model = next((self.root / part for part in ("unet", "transformer") if self.has(part)), self.root)
-        else:
-            self.model = self.root
+        elif (self.root / EXPORTED).exists():
+            self.index = read_json(self.root / EXPORTED).get("pipeline", {})
+        self.model = next((self.root / part for part in ("unet", "transformer") if self.has(part)), self.root)
         if not (self.model / "config.json").exists():
             raise ValueError(f"{self.root} is no model of diffusers: it has no config.json, no unet/ and no transformer/")
         self.model_class: str = read_json(self.model / "config.json").get("_class_name", "without _class_name")
