@@ -25,7 +25,7 @@ from emd_fast.checkpoint import write_whole
 from emd_fast.denoiser import Denoiser, Generator
 from emd_fast.one_step import Facts, OneStep
 from emd_fast.teachers.diffusers import DiffusersDenoiser
-from emd_fast.teachers.diffusers.folder import EXPORTED, MAY_LACK, Folder, need_diffusers, read_json
+from emd_fast.teachers.diffusers.folder import EXPORTED, Folder, need_diffusers, read_json
 from emd_fast.teachers.diffusers.networks import ARCHITECTURES, Network
 from emd_fast.teachers.mlp import PointGenerator, TimeMLP
 from emd_fast.teachers.small_unet import SmallUNet
@@ -102,7 +102,6 @@ def _write_folder(out: Path, generator: nn.Module, facts: Facts) -> Path:
     component = denoiser.folder.architecture.component
     source = denoiser.folder
     index = {name: value for name, value in source.index.items() if name != "scheduler"}
-    index |= {name: [None, None] for name in MAY_LACK if source.has("text_encoder_2") and not source.has(name)}
     index |= {component: ["diffusers", source.model_class], "_diffusers_version": need_diffusers().__version__}
 
     try:

@@ -34,7 +34,7 @@ def unet(folder, scheduler=None, **changes):
     return folder
 
 
-def vae(channels=4):
+def vae(channels=4, **changes):
     from diffusers import AutoencoderKL
 
     torch.manual_seed(1)
@@ -45,6 +45,7 @@ def vae(channels=4):
         latent_channels=channels,
         norm_num_groups=4,
         scaling_factor=0.5,
+        **changes,
     )
 
 
@@ -160,7 +161,7 @@ def sd3(folder):
     StableDiffusion3Pipeline(
         transformer=sd3_transformer(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=vae(),
+        vae=vae(shift_factor=0.1),
         text_encoder=text_encoder(projection=True),
         tokenizer=words,
         text_encoder_2=text_encoder(projection=True),

@@ -49,7 +49,7 @@ def distilled(tmp_path_factory):
 
 
 def trained(teacher, prompts=None, steps=2, **changes):
-    t_star = 1.0 if teacher.parametrization == "flow" else teacher.time(600)
+    t_star = 1.0 if teacher.parametrization == "flow" else teacher.time(300)
     options = {"t_star": t_star, "input_scale": 1.0, "num_classes": teacher.num_classes, **changes}
     # A rate at which two steps move the weights and their average away from the teacher's, and apart.
     config = EMDConfig(steps=2, batch_size=3, langevin_steps=2, student_updates=1, generator_lr=1e-2, **options)
@@ -87,8 +87,8 @@ def same(stock, ours):
     torch.testing.assert_close(stock, ours, rtol=0, atol=2e-5)
 
 
-def pipeline_of(path):
-    made = diffusers.DiffusionPipeline.from_pretrained(path)
+def pipeline_of(path, **components):
+    made = diffusers.DiffusionPipeline.from_pretrained(path, **components)
     made.set_progress_bar_config(disable=True)
     return made
 
@@ -106,7 +106,7 @@ def test_ddim_pipeline_samples_a_unet_in_one_step(distilled, tmp_path):
     pipeline = pipeline_of(silent(tmp_path / "out", trainer))
     assert type(pipeline) is diffusers.DDIMPipeline
     pipeline.scheduler.set_timesteps(1)
-    assert pipeline.scheduler.timesteps.tolist() == [600]
+    assert pipeline.scheduler.timesteps.tolist() == [300]
     images = pipeline(batch_size=3, generator=drawn(), num_inference_steps=1, output_type="pt").images
     same(images, load(tmp_path / "out")(noise((3, 3, 8, 8))))
     # DDPM's pipeline, with the same scheduler.
@@ -157,7 +157,8 @@ def test_stable_diffusion_pipeline_samples_in_one_step(distilled, tmp_path, inpu
 @needs_text
 def test_sd3_pipeline_samples_in_one_step(distilled, tmp_path):
     trainer, _ = distilled("sd3")
-    pipeline = pipeline_of(silent(tmp_path / "out", trainer))
+    # diffusers wants to be told of a T5 that is not there, as for the teacher's own folder.
+    pipeline = pipeline_of(silent(tmp_path / "out", trainer), text_encoder_3=None, tokenizer_3=None)
     assert type(pipeline) is diffusers.StableDiffusion3Pipeline and pipeline.text_encoder_3 is None
     prompts, z = ["a b", "c"], noise((2, 4, 8, 8))
     options = {"num_inference_steps": 1, "guidance_scale": 1.0, "output_type": "pt", "height": 16, "width": 16}
@@ -169,7 +170,7 @@ def test_sd3_pipeline_samples_in_one_step(distilled, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"t_star": 0.60012}, "schedulers know whole ones"),
+        ({"t_star": 0.30012}, "schedulers know whole ones"),
         ({"input_scale": None}, "train with input_scale = 1"),
         ({"input_scale": 0.5}, "not by 0.5"),
     ],

@@ -15,7 +15,7 @@ from emd_fast.denoiser import Condition
 from emd_fast.teachers.diffusers.networks import ARCHITECTURES, Architecture
 
 _NOT_FOR_TEXT = ("vae", "image_encoder", "feature_extractor", "safety_checker")
-MAY_LACK = ("text_encoder_3", "tokenizer_3")  # of Stable Diffusion 3, the T5 that many folders leave out
+_MAY_LACK = ("text_encoder_3", "tokenizer_3")  # of Stable Diffusion 3, the T5 that many folders leave out
 EXPORTED = "emd_fast.json"  # where `emd_fast.export` says what it wrote; it names the components too
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
@@ -125,7 +125,7 @@ class Folder:
         pipeline_class = getattr(need_diffusers(), self.index["_class_name"])
         # What encodes no text is left out, and the network is the one that is there already.
         expected = inspect.signature(pipeline_class).parameters
-        without = {part: None for part in expected if part in _NOT_FOR_TEXT or (part in MAY_LACK and not self.has(part))}
+        without = {part: None for part in expected if part in _NOT_FOR_TEXT or (part in _MAY_LACK and not self.has(part))}
         pipeline = pipeline_class.from_pretrained(self.root, **without, **{self.architecture.component: model})
         device = next(model.parameters()).device
         for name, part in pipeline.components.items():

@@ -69,9 +69,10 @@ def read(config: Mapping[str, Any]) -> Training:
 
 
 def _with_signal(betas: Tensor) -> Tensor:
-    """betas, the last one so that some signal is left: at zero terminal signal alpha is 2^-12 instead of 0, for which
-    log alpha is defined."""
+    """betas, the last one so that some signal is left: log alpha has no value where a rescaled chain has none."""
     if betas[-1] < 1:
         return betas
     before = torch.prod(1 - betas[:-1])
-    return torch.cat([betas[:-1], 1 - _LAST_ALPHA_SQUARED / before[None]])
+    # Less than the index before has, which may be less than what diffusers puts there.
+    last = torch.clamp(before / 4, max=_LAST_ALPHA_SQUARED)
+    return torch.cat([betas[:-1], 1 - (last / before)[None]])
