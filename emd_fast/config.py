@@ -189,12 +189,29 @@ class MixtureConfig:
 
 
 @dataclass(frozen=True)
+class PretrainedConfig:
+    """A teacher that is there already.
+
+    Args:
+        teacher: a folder of diffusers, the name of a pipeline on the hub, or "package.module:function", a function that
+            returns a Denoiser.
+        prompts: a text file with a prompt in each line, or a .safetensors table of `emd_fast.conditions`; "" for none.
+    """
+
+    teacher: str = ""
+    prompts: str = ""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """A whole run: the task, its teacher, the distillation, and how often to write.
 
     Args:
-        task: "digits" or "gmm".
-        teacher: of the task "digits"; mixture: of the task "gmm".
+        task: "digits", "gmm" or "pretrained".
+        teacher: of the task "digits"; mixture: of the task "gmm"; pretrained: of the task "pretrained".
         emd: the distillation.
         log_every: steps between two rows of log.jsonl (the only steps on which the host waits for the device).
         save_every: steps between two checkpoints; keep_checkpoints: how many of the last ones stay.
@@ -202,9 +219,10 @@ class RunConfig:
             held-out images.
     """
 
-    task: Literal["digits", "gmm"] = "digits"
+    task: Literal["digits", "gmm", "pretrained"] = "digits"
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
+    pretrained: PretrainedConfig = field(default_factory=PretrainedConfig)
     emd: EMDConfig = field(default_factory=EMDConfig)
     log_every: int = 10
     save_every: int = 100
@@ -215,6 +233,8 @@ class RunConfig:
         check_types(self)
         for name in ("log_every", "save_every", "keep_checkpoints", "samples"):
             _require(getattr(self, name) > 0, self, name, "above 0")
+        if self.task == "pretrained":
+            _require(self.pretrained.teacher != "", self.pretrained, "teacher", "given: --teacher FOLDER")
         if self.task == "digits":
             expected = 10 if self.teacher.conditional else 0
             _require(

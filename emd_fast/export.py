@@ -33,6 +33,10 @@ from emd_fast.trainer import EMDTrainer
 
 _VERSION = 1
 
+
+class NotForStock(UserWarning):
+    """What was exported is for `load` alone: no pipeline of diffusers makes the same samples."""
+
 # Writing ----------------------------------------------------------------------------------------------------------
 
 
@@ -54,7 +58,7 @@ def export(
 
     Returns:
         The path of what was written. `load` reads it. Where stock diffusers cannot make the same samples the folder
-        has no model_index.json, so that it cannot make others, and a warning says why.
+        has no model_index.json, so that it cannot make others, and a NotForStock warning says why.
 
     Raises:
         ValueError: a generator that the format cannot describe, or a folder that is not empty.
@@ -109,7 +113,7 @@ def _write_folder(out: Path, generator: nn.Module, facts: Facts) -> Path:
         index |= {"_class_name": pipeline, "scheduler": ["diffusers", type(scheduler).__name__]}
     except stock.NoStockPipeline as reason:
         pipeline, scheduler = None, None
-        warnings.warn(f"{out}: emd_fast.export.load reads it, stock diffusers does not: {reason}", stacklevel=3)
+        warnings.warn(f"{out}: emd_fast.export.load reads it, stock diffusers does not: {reason}", NotForStock, stacklevel=3)
 
     # Whole or not at all: a pipeline that lacks a component would be found out much later.
     unfinished = out.with_name(f".{out.name}.{os.getpid()}.tmp")

@@ -204,7 +204,7 @@ def write_stopped(folder: str | os.PathLike[str], reason: str) -> Path:
     return write(folder, f"This run stopped before its end: {reason}")
 
 
-_TASKS = {"digits": "8x8 digits", "gmm": "a two-dimensional mixture"}
+_TASKS = {"digits": "8x8 digits", "gmm": "a two-dimensional mixture", "pretrained": "a pretrained teacher"}
 _CAPTIONS = {
     "real": "real",
     "teacher": "teacher (18-step Heun, 35 network calls)",
@@ -235,6 +235,7 @@ _ABOUT = {
         "column *real* is another set of exact samples. A mode is found when at least a quarter of its due mass lies "
         "within 3 standard deviations of its mean."
     ),
+    "pretrained": "Mean and standard deviation of all elements of the samples (latents, where the teacher has a VAE).",
 }
 
 

@@ -249,14 +249,20 @@ class EMDTrainer:
             cond: batched conditions; prompts or classes in turn (0, 1, 2, ...) when None and the trainer has some.
             first_sample: where in the stream of shown samples to start.
         """
+        z, in_turn = self.shown(n, first_sample)
+        with self._compute_dtype():
+            return (self.ema.module if ema else self.generator)(z, in_turn if cond is None else cond).float()
+
+    def shown(self, n: int, first_sample: int = 0) -> tuple[Tensor, Condition]:
+        """The z (n, ...) of n shown samples, and prompts or classes in turn where the trainer has some."""
         noise = Noise(self.config.seed, first_sample=first_sample, device=self.device)
         z = ops.normal((n, *self.latent_shape), noise, stream=Stream.SHOWN)
-        if cond is None and self.prompts is not None:
-            cond = self._looked_up(torch.arange(first_sample, first_sample + n) % len(self.prompts))
-        elif cond is None and self.config.num_classes:
-            cond = torch.arange(first_sample, first_sample + n, device=self.device) % self.config.num_classes
-        with self._compute_dtype():
-            return (self.ema.module if ema else self.generator)(z, cond).float()
+        which = range(first_sample, first_sample + n)
+        if self.prompts is not None:
+            return z, self._looked_up(torch.tensor(which, dtype=torch.int64) % len(self.prompts))
+        if self.config.num_classes:
+            return z, torch.tensor(which, dtype=torch.int64, device=self.device) % self.config.num_classes
+        return z, None
 
     # Its state --------------------------------------------------------------------------------------------------------
 

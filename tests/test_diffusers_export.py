@@ -11,7 +11,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 
 from emd_fast import EMDConfig, EMDTrainer, Generator
-from emd_fast.export import export, load
+from emd_fast.export import NotForStock, export, load
 from emd_fast.teachers import diffusers as teachers
 
 diffusers = pytest.importorskip("diffusers")
@@ -177,7 +177,7 @@ def test_sd3_pipeline_samples_in_one_step(distilled, tmp_path):
 )
 def test_what_stock_diffusers_cannot_do_is_said_and_it_cannot_load_it(distilled, tmp_path, changes, said):
     trainer = trained(distilled("unet")[0].teacher, steps=1, **changes)
-    with pytest.warns(UserWarning, match=said):
+    with pytest.warns(NotForStock, match=said):
         path = export(trainer, tmp_path / "out")
     assert not (path / "model_index.json").exists()
     assert torch.equal(load(path).sample(2), trainer.generate(2))
@@ -185,7 +185,7 @@ def test_what_stock_diffusers_cannot_do_is_said_and_it_cannot_load_it(distilled,
 
 def test_a_unet_with_labels_has_no_stock_pipeline(tmp_path):
     trainer = trained(teachers.load(folders.unet(tmp_path / "teacher", num_class_embeds=4)), steps=1)
-    with pytest.warns(UserWarning, match="gives labels"):
+    with pytest.warns(NotForStock, match="gives labels"):
         path = export(trainer, tmp_path / "out")
     assert torch.equal(load(path).sample(6), trainer.generate(6))
 
