@@ -64,7 +64,9 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_keys(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    distill.add_argument("recipe", help=f"{', '.join(config.recipes())}, or a .toml file; may be left out for --teacher")
+    distill.add_argument(
+        "recipe", help=f"{', '.join(config.recipes())}, or a .toml file; may be left out for --teacher"
+    )
     distill.add_argument("--teacher", metavar="FOLDER", help="of diffusers, a hub name, or package.module:function")
     distill.add_argument("--prompts", metavar="FILE", help="for --teacher: a prompt in each line, or .safetensors")
     distill.add_argument("--out", type=Path, help="run folder (default: runs/RECIPE)")
@@ -292,7 +294,7 @@ def _generator(options: argparse.Namespace) -> tuple[Callable, Callable, Callabl
         generate = functools.partial(one_step.sample, options.n, first_sample=options.first)
         return generate, one_step.decode, one_step.encode, one_step.facts.num_classes
     _, _, trainer = run.open_run(options.run)
-    teacher = trainer.teacher
+    teacher: Any = trainer.teacher
     generate = functools.partial(trainer.generate, options.n, ema=not options.raw, first_sample=options.first)
 
     def encode(prompts: list[str]) -> Any:
@@ -308,10 +310,10 @@ def _export(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from emd_fast.progress import say
 
     _, _, trainer = run.open_run(options.run)
-    format = "safetensors" if options.out.suffix == ".safetensors" else "diffusers"
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", UserWarning)
-        export.export(trainer, options.out, format, ema=not options.raw)
+        is_file = options.out.suffix == ".safetensors"
+        export.export(trainer, options.out, "safetensors" if is_file else "diffusers", ema=not options.raw)
     for warning in said:
         if issubclass(warning.category, export.NotForStock):
             say(f"warning: {warning.message}")

@@ -55,7 +55,7 @@ class Mapped:
             self._file: Any = safe_open(str(path), "pt")
         except (OSError, SafetensorError) as error:
             raise ValueError(f"cannot read the conditions in {path}: {error}") from None
-        self._names = [name for name in self._file.keys() if not name.startswith(_NULL)]  # noqa: SIM118: no mapping
+        self._names = [name for name in self._file.keys() if not name.startswith(_NULL)]
         sizes = {self._file.get_slice(name).get_shape()[0] for name in self._names}
         if len(sizes) != 1:
             raise ValueError(f"{path} is no table of conditions: its tensors must have one batch size, got {sizes}")

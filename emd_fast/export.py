@@ -37,6 +37,7 @@ _VERSION = 1
 class NotForStock(UserWarning):
     """What was exported is for `load` alone: no pipeline of diffusers makes the same samples."""
 
+
 # Writing ----------------------------------------------------------------------------------------------------------
 
 
@@ -70,7 +71,9 @@ def export(
             raise ValueError("a checkpoint holds no teacher: give export() the teacher that it was distilled from")
         trainer = EMDTrainer.resume(Path(trainer), teacher)
     generator = trainer.ema.module if ema else trainer.generator
-    return (_write_folder if format == "diffusers" else _write_file)(Path(out), generator, _facts(trainer, generator, ema))
+    return (_write_folder if format == "diffusers" else _write_file)(
+        Path(out), generator, _facts(trainer, generator, ema)
+    )
 
 
 def _facts(trainer: EMDTrainer, generator: nn.Module, ema: bool) -> Facts:
@@ -97,11 +100,11 @@ def _facts(trainer: EMDTrainer, generator: nn.Module, ema: bool) -> Facts:
 def _write_folder(out: Path, generator: nn.Module, facts: Facts) -> Path:
     from emd_fast.teachers.diffusers import stock
 
-    denoiser = generator.denoiser if isinstance(generator, Generator) else None
-    if not isinstance(denoiser, DiffusersDenoiser):
+    if not isinstance(generator, Generator) or not isinstance(generator.denoiser, DiffusersDenoiser):
         raise ValueError("format 'diffusers' needs a teacher from a folder of diffusers; use format='safetensors'")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists already and is not empty: choose another folder")
+    denoiser = generator.denoiser
     model: Any = denoiser.network.model
     component = denoiser.folder.architecture.component
     source = denoiser.folder
@@ -113,7 +116,9 @@ def _write_folder(out: Path, generator: nn.Module, facts: Facts) -> Path:
         index |= {"_class_name": pipeline, "scheduler": ["diffusers", type(scheduler).__name__]}
     except stock.NoStockPipeline as reason:
         pipeline, scheduler = None, None
-        warnings.warn(f"{out}: emd_fast.export.load reads it, stock diffusers does not: {reason}", NotForStock, stacklevel=3)
+        warnings.warn(
+            f"{out}: emd_fast.export.load reads it, stock diffusers does not: {reason}", NotForStock, stacklevel=3
+        )
 
     # Whole or not at all: a pipeline that lacks a component would be found out much later.
     unfinished = out.with_name(f".{out.name}.{os.getpid()}.tmp")
@@ -145,7 +150,9 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
 def _write_file(out: Path, generator: nn.Module, facts: Facts) -> Path:
     from safetensors.torch import save as encoded
 
-    network = generator.denoiser.network if isinstance(generator, Generator) else generator
+    network: Any = generator.denoiser.network if isinstance(generator, Generator) else generator
+    if isinstance(generator, Generator) and generator.denoiser.has_output and not isinstance(network, Network):
+        raise ValueError("this generator's Denoiser has an `output` of its own, which a file cannot hold")
     if isinstance(network, Network):
         model: Any = network.model
         described = {
@@ -221,7 +228,7 @@ def _read_file(path: Path) -> OneStep:
     try:
         with safe_open(str(path), "pt") as file:
             metadata = json.loads((file.metadata() or {}).get("emd_fast", "{}"))
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: not a mapping
+            weights = {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError) as error:
         raise ValueError(f"cannot read {path}: {error}") from None
     facts = _facts_in(path, metadata)

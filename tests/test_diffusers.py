@@ -1,4 +1,4 @@
-"""Teachers from folders of diffusers: their schedules, outputs, conditions, and what is said when something is wrong."""
+"""Teachers from folders of diffusers: schedules, outputs, conditions, and what is said when something is wrong."""
 
 from __future__ import annotations
 
@@ -78,7 +78,9 @@ def test_a_rectified_flow(sd3):
     assert teacher.network_inputs(t)[1].item() == 250.0 and teacher.time(250) == 0.25
     cond = {"prompt_embeds": torch.randn(1, 5, 16), "pooled_projections": torch.randn(1, 16)}
     x_t = torch.randn(1, 4, 8, 8)
-    velocity = teacher.network.model(x_t, cond["prompt_embeds"], cond["pooled_projections"], torch.tensor([250.0])).sample
+    velocity = teacher.network.model(
+        x_t, cond["prompt_embeds"], cond["pooled_projections"], torch.tensor([250.0])
+    ).sample
     torch.testing.assert_close(teacher.denoise(x_t, t, cond), x_t - 0.25 * velocity, rtol=0, atol=1e-6)
 
 
@@ -236,7 +238,9 @@ def test_folders_that_hold_no_teacher(tmp_path, unet):
         teachers.load(tmp_path)
     one_line(error)
     (tmp_path / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}')
-    with pytest.raises(ValueError, match="holds a FluxTransformer2DModel, which is not supported: UNet2DModel") as error:
+    with pytest.raises(
+        ValueError, match="holds a FluxTransformer2DModel, which is not supported: UNet2DModel"
+    ) as error:
         teachers.load(tmp_path)
     one_line(error)
 

@@ -8,7 +8,6 @@ import warnings
 import diffusers_folders as folders
 import pytest
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 
 from emd_fast import EMDConfig, EMDTrainer, Generator
 from emd_fast.export import NotForStock, export, load
@@ -94,7 +93,7 @@ def pipeline_of(path, **components):
 
 
 def noise(shape):
-    return randn_tensor(shape, generator=torch.Generator().manual_seed(5))
+    return torch.randn(shape, generator=drawn())  # what a pipeline draws
 
 
 def drawn():
@@ -120,7 +119,9 @@ def test_ddim_pipeline_samples_a_unet_in_one_step(distilled, tmp_path):
 @pytest.mark.parametrize("index", [0, 400, 999])
 def test_every_prediction_type_and_index_and_zero_terminal_snr(tmp_path, prediction, index):
     scheduler = diffusers.DDIMScheduler(
-        prediction_type=prediction, rescale_betas_zero_snr=prediction == "v_prediction", beta_schedule="squaredcos_cap_v2"
+        prediction_type=prediction,
+        rescale_betas_zero_snr=prediction == "v_prediction",
+        beta_schedule="squaredcos_cap_v2",
     )
     teacher = teachers.load(folders.unet(tmp_path / "teacher", scheduler))
     trainer = trained(teacher, steps=0, t_star=teacher.time(index))

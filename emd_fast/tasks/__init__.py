@@ -35,7 +35,7 @@ class Task(Protocol):
 def task_of(config: RunConfig) -> Task:
     from emd_fast.tasks.digits import Digits
     from emd_fast.tasks.gmm import Mixture
-
     from emd_fast.tasks.pretrained import Pretrained
 
-    return {"digits": Digits, "gmm": Mixture, "pretrained": Pretrained}[config.task](config)
+    tasks: dict[str, type[Task]] = {"digits": Digits, "gmm": Mixture, "pretrained": Pretrained}
+    return tasks[config.task](config)

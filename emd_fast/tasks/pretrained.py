@@ -88,8 +88,11 @@ class Pretrained:
                 images = decoded(trainer.teacher, x)
                 if images.dim() == 4 and images.shape[1] in (1, 3) and images.isfinite().all():
                     report.save_grid(folder / "samples" / f"{name}.png", images)
-        moments = {"mean": Tensor.mean, "std": Tensor.std}
-        return {key: {name: of(x).item() for name, x in samples.items()} for key, of in moments.items()} | {"n": _SHOWN}
+        return {
+            "n": _SHOWN,
+            "mean": {name: x.mean().item() for name, x in samples.items()},
+            "std": {name: x.std().item() for name, x in samples.items()},
+        }
 
 
 def decoded(teacher: Denoiser, samples: Tensor) -> Tensor:

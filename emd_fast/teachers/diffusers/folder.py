@@ -65,7 +65,9 @@ class Folder:
             self.index = read_json(self.root / EXPORTED).get("pipeline", {})
         self.model = next((self.root / part for part in ("unet", "transformer") if self.has(part)), self.root)
         if not (self.model / "config.json").exists():
-            raise ValueError(f"{self.root} is no model of diffusers: it has no config.json, no unet/ and no transformer/")
+            raise ValueError(
+                f"{self.root} is no model of diffusers: it has no config.json, no unet/ and no transformer/"
+            )
         self.model_class: str = read_json(self.model / "config.json").get("_class_name", "without _class_name")
         if self.model_class not in ARCHITECTURES:
             raise ValueError(
@@ -125,7 +127,9 @@ class Folder:
         pipeline_class = getattr(need_diffusers(), self.index["_class_name"])
         # What encodes no text is left out, and the network is the one that is there already.
         expected = inspect.signature(pipeline_class).parameters
-        without = {part: None for part in expected if part in _NOT_FOR_TEXT or (part in _MAY_LACK and not self.has(part))}
+        without = {
+            part: None for part in expected if part in _NOT_FOR_TEXT or (part in _MAY_LACK and not self.has(part))
+        }
         pipeline = pipeline_class.from_pretrained(self.root, **without, **{self.architecture.component: model})
         device = next(model.parameters()).device
         for name, part in pipeline.components.items():

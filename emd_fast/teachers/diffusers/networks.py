@@ -41,7 +41,8 @@ class Architecture:
 def _unet(config: Mapping[str, Any]) -> Conditions:
     if config.get("time_embedding_type", "positional") != "positional":
         raise ValueError(
-            f"a UNet2DModel with time_embedding_type {config['time_embedding_type']!r} is not supported: 'positional' is"
+            f"a UNet2DModel with time_embedding_type = {config['time_embedding_type']!r} is not supported: "
+            "'positional' is"
         )
     return Conditions(num_classes=_classes(config))
 

@@ -62,8 +62,15 @@ def read(config: Mapping[str, Any]) -> Training:
     if prediction not in PREDICTIONS:
         raise ValueError(f"prediction_type {prediction!r} of {name} is not supported: {', '.join(PREDICTIONS)} are")
     # DDIM knows every kind of betas that the others know; what differs between the classes is how they sample.
-    asked = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
-    chain = diffusers.DDIMScheduler(**{"beta_schedule": "linear", **{k: config[k] for k in asked if k in config}})
+    asked = (
+        "num_train_timesteps",
+        "beta_start",
+        "beta_end",
+        "beta_schedule",
+        "trained_betas",
+        "rescale_betas_zero_snr",
+    )
+    chain: Any = diffusers.DDIMScheduler(**{"beta_schedule": "linear", **{k: config[k] for k in asked if k in config}})
     betas = _with_signal(chain.betas.double())
     return Training(VP(betas), PREDICTIONS[prediction], float(len(betas) - 1), tuple(betas.tolist()))
 

@@ -75,7 +75,9 @@ def scheduler(generator: Generator) -> Any:
     betas = denoiser.trained.betas
     index = t_star * (len(betas) - 1)
     if abs(index - round(index)) > 1e-3:
-        raise NoStockPipeline(f"t_star = {t_star:g} is index {index:g}, and schedulers know whole ones: use teacher.time(i)")
+        raise NoStockPipeline(
+            f"t_star = {t_star:g} is index {index:g}, and schedulers know whole ones: use teacher.time(i)"
+        )
     sigma = denoiser.schedule.sigma(torch.tensor([t_star])).item()
     if math.isclose(scale, 1.0, rel_tol=1e-6):
         chosen, options = "DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": True}
