@@ -233,8 +233,6 @@ class RunConfig:
         check_types(self)
         for name in ("log_every", "save_every", "keep_checkpoints", "samples"):
             _require(getattr(self, name) > 0, self, name, "above 0")
-        if self.task == "pretrained":
-            _require(self.pretrained.teacher != "", self.pretrained, "teacher", "given: --teacher FOLDER")
         if self.task == "digits":
             expected = 10 if self.teacher.conditional else 0
             _require(

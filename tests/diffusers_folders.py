@@ -172,6 +172,21 @@ def sd3(folder):
     return folder
 
 
+def bare_text_unet(folder):
+    """A UNet2DConditionModel and its scheduler: embeddings have to come from elsewhere."""
+    from diffusers import PNDMScheduler
+
+    chain = PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    return bare(text_unet(), chain, folder)
+
+
+def bare_sd3(folder):
+    """A SD3Transformer2DModel and its scheduler."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    return bare(sd3_transformer(), FlowMatchEulerDiscreteScheduler(shift=3.0), folder)
+
+
 def bare(model, scheduler, folder):
     """A model folder with its scheduler beside the weights."""
     model.save_pretrained(folder)

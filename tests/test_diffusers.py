@@ -31,14 +31,12 @@ def dit(tmp_path_factory):
 @pytest.fixture(scope="module")
 def text_unet(tmp_path_factory):
     """Without a text encoder: what takes embeddings, and nothing else."""
-    chain = diffusers.PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    return folders.bare(folders.text_unet(), chain, tmp_path_factory.mktemp("text") / "teacher")
+    return folders.bare_text_unet(tmp_path_factory.mktemp("text") / "teacher")
 
 
 @pytest.fixture(scope="module")
 def sd3(tmp_path_factory):
-    chain = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
-    return folders.bare(folders.sd3_transformer(), chain, tmp_path_factory.mktemp("sd3") / "teacher")
+    return folders.bare_sd3(tmp_path_factory.mktemp("sd3") / "teacher")
 
 
 # Schedules --------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -18,7 +19,8 @@ def test_from_a_teacher_to_a_pipeline(tmp_path):
     lines = re.search(r"```py\n(from diffusers.*?)```", (DOCS / "export.md").read_text(), re.DOTALL)
     assert lines is not None
     folders.dit(tmp_path / "teacher")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(DOCS.parent), os.environ.get("PYTHONPATH", "")])}
     script = lines[1] + "assert image.size == (16, 16)\n"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "one-step" / "model_index.json").exists()

@@ -23,6 +23,8 @@ _SHOWN = 16
 
 class Pretrained:
     def __init__(self, config: RunConfig) -> None:
+        if not config.pretrained.teacher:
+            raise ConfigError("there is no teacher: give --teacher FOLDER")
         self.config = config
         self.prompts: conditions.Table | None = None
 

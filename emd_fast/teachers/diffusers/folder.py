@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import json
 import re
@@ -102,7 +103,9 @@ class Folder:
 
     def load_model(self, dtype: torch.dtype) -> nn.Module:
         try:
-            return getattr(need_diffusers(), self.model_class).from_pretrained(self.model, torch_dtype=dtype)
+            return getattr(need_diffusers(), self.model_class).from_pretrained(
+                self.model, torch_dtype=dtype, **_reading()
+            )
         except (OSError, RuntimeError, ValueError) as error:
             raise ValueError(f"cannot read the weights in {self.model}: {str(error).splitlines()[0]}") from error
 
@@ -113,7 +116,7 @@ class Folder:
             return latents.float()
         if self._vae is None:
             vae_class = getattr(need_diffusers(), self.index["vae"][1])
-            self._vae = vae_class.from_pretrained(self.root / "vae").eval().requires_grad_(False)
+            self._vae = vae_class.from_pretrained(self.root / "vae", **_reading()).eval().requires_grad_(False)
         vae: Any = self._vae.to(latents.device)
         scale = getattr(vae.config, "scaling_factor", None) or 1.0
         shift = getattr(vae.config, "shift_factor", None) or 0.0
@@ -130,7 +133,8 @@ class Folder:
         without = {
             part: None for part in expected if part in _NOT_FOR_TEXT or (part in _MAY_LACK and not self.has(part))
         }
-        pipeline = pipeline_class.from_pretrained(self.root, **without, **{self.architecture.component: model})
+        given = {self.architecture.component: model, **_reading()}
+        pipeline = pipeline_class.from_pretrained(self.root, **without, **given)
         device = next(model.parameters()).device
         for name, part in pipeline.components.items():
             if name.startswith("text_encoder") and part is not None:
@@ -140,6 +144,11 @@ class Folder:
             tokens, _, pooled, _ = pipeline.encode_prompt(prompts, None, None, **options)
             return {"prompt_embeds": tokens, "pooled_projections": pooled}
         return pipeline.encode_prompt(prompt=prompts, **options)[0]
+
+
+def _reading() -> dict[str, bool]:
+    """diffusers reads without a second copy where accelerate is there, and says so at length where it is not."""
+    return {"low_cpu_mem_usage": importlib.util.find_spec("accelerate") is not None}
 
 
 def _found(name: str | Path) -> Path:
