@@ -211,6 +211,9 @@ def load(path: str | os.PathLike[str], *, device: torch.device | str = "cpu") ->
     """
     path = Path(path)
     one_step = _read_folder(path) if path.is_dir() else _read_file(path)
+    for parameter in one_step.parameters():
+        # What safetensors maps need not be aligned, and PyTorch rounds differently then.
+        parameter.data = parameter.data.clone()
     return one_step.to(device).eval().requires_grad_(False)
 
 

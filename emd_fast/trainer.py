@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from emd_fast import checkpoint, conditions, ops
 from emd_fast.config import ConfigError, EMDConfig, StepSize, TimeDistribution, from_dict, to_dict
 from emd_fast.denoiser import Condition, Denoiser, Generator, base
-from emd_fast.em.e_step import EStep, e_step
+from emd_fast.em.e_step import EStep, e_step, frozen
 from emd_fast.em.e_step_xz import e_step_xz
 from emd_fast.em.m_step import WEIGHTINGS, m_step
 from emd_fast.em.student_step import student_step
@@ -250,8 +250,10 @@ class EMDTrainer:
             first_sample: where in the stream of shown samples to start.
         """
         z, in_turn = self.shown(n, first_sample)
-        with self._compute_dtype():
-            return (self.ema.module if ema else self.generator)(z, in_turn if cond is None else cond).float()
+        # Frozen: PyTorch rounds some products differently where weights require a gradient, wanted or not, and what is
+        # exported must give the same samples.
+        with self._compute_dtype(), frozen(self.ema.module if ema else self.generator) as generator:
+            return generator(z, in_turn if cond is None else cond).float()
 
     def shown(self, n: int, first_sample: int = 0) -> tuple[Tensor, Condition]:
         """The z (n, ...) of n shown samples, and prompts or classes in turn where the trainer has some."""
