@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import functools
 import importlib
 import importlib.util
 import json
@@ -13,7 +14,8 @@ import platform
 import re
 import sys
 import tomllib
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,9 +24,9 @@ import torch
 
 import emd_fast
 from emd_fast import config
-from emd_fast.config import ConfigError, EMDConfig, FileConfig, MixtureConfig, RunConfig, TeacherConfig
+from emd_fast.config import ConfigError, EMDConfig, MixtureConfig, PretrainedConfig, RunConfig, TeacherConfig
 
-_TABLES = {"emd": EMDConfig, "teacher": TeacherConfig, "mixture": MixtureConfig, "file": FileConfig}
+_TABLES = {"emd": EMDConfig, "teacher": TeacherConfig, "mixture": MixtureConfig, "pretrained": PretrainedConfig}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -48,7 +50,9 @@ def _parser() -> argparse.ArgumentParser:
         epilog="examples:\n"
         "  emd-fast distill digits --out runs/digits          train, distil, evaluate, report\n"
         "  emd-fast distill gmm --study --out runs/gmm        K = 1 to 16 on a mixture with exact scores\n"
+        "  emd-fast distill --teacher FOLDER --out runs/mine  distil a model of diffusers, or of your own\n"
         "  emd-fast sample runs/digits -n 100 --out grid.png  pictures of the one-step generator\n"
+        "  emd-fast export runs/mine one-step                 a folder that DiffusionPipeline.from_pretrained loads\n"
         "  emd-fast info                                      every op, its backend here, and why not a faster one",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -62,7 +66,11 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_keys(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    distill.add_argument("recipe", help=f"{', '.join(config.recipes())}, or the path of a .toml file")
+    distill.add_argument(
+        "recipe", help=f"{', '.join(config.recipes())}, or a .toml file; may be left out for --teacher"
+    )
+    distill.add_argument("--teacher", metavar="FOLDER", help="of diffusers, a hub name, or package.module:function")
+    distill.add_argument("--prompts", metavar="FILE", help="for --teacher: a prompt in each line, or .safetensors")
     distill.add_argument("--out", type=Path, help="run folder (default: runs/RECIPE)")
     distill.add_argument("--short", action="store_true", help="a tenth of all steps: shows that it works, not how well")
     distill.add_argument("--study", action="store_true", help="the recipe's study: several K and seeds, a table")
@@ -76,13 +84,23 @@ def _parser() -> argparse.ArgumentParser:
     distill.add_argument("--tensorboard", action="store_true", help="log to TensorBoard too")
     distill.add_argument("--wandb", action="store_true", help="log to Weights & Biases too")
 
-    sample = commands.add_parser("sample", help="pictures of a run's one-step generator")
-    sample.add_argument("run", type=Path, help="run folder")
+    sample = commands.add_parser("sample", help="pictures of a run's one-step generator, or of an exported one")
+    sample.add_argument("run", type=Path, help="run folder, or what `emd-fast export` wrote")
     sample.add_argument("-n", type=_positive, default=100, help="how many samples (default 100)")
     sample.add_argument("--out", type=Path, required=True, help=".png for a grid or scatter, .pt for a tensor (n, ...)")
     sample.add_argument("--label", type=int, help="one class for all; classes in turn by default")
+    sample.add_argument("--prompt", help="one prompt for all; the run's prompts in turn by default")
     sample.add_argument("--first", type=int, default=0, help="index of the first sample in the stream (default 0)")
     sample.add_argument("--raw", action="store_true", help="the generator itself, not the average of its weights")
+
+    export = commands.add_parser(
+        "export",
+        help="a run's one-step generator as a pipeline folder of diffusers, or one file",
+        epilog="docs/export.md says which pipelines sample it, and how",
+    )
+    export.add_argument("run", type=Path, help="run folder")
+    export.add_argument("out", type=Path, help="a new folder, or a .safetensors file")
+    export.add_argument("--raw", action="store_true", help="the generator itself, not the average of its weights")
 
     evaluate = commands.add_parser("evaluate", help="metrics.json and report.md of a run, again")
     evaluate.add_argument("run", type=Path, help="run folder")
@@ -203,7 +221,7 @@ def _value(text: str) -> Any:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit code."""
     parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
+    options, rest = parser.parse_known_args(_with_recipe(sys.argv[1:] if arguments is None else list(arguments)))
     try:
         if rest and options.command != "distill":
             raise ConfigError(f"unknown option {rest[0]!r}; see emd-fast {options.command} --help")
@@ -221,6 +239,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
 
 
+def _with_recipe(words: list[str]) -> list[str]:
+    """`distill --teacher X` is `distill pretrained --teacher X`. An optional argument would take the value of a key of
+    the configuration, which argparse does not know, for the recipe."""
+    names_teacher = any(word.partition("=")[0] == "--teacher" for word in words)
+    if words[:1] == ["distill"] and names_teacher and words[1].startswith("-"):
+        return ["distill", "pretrained", *words[1:]]
+    return words
+
+
 def _fail(error: BaseException, code: int) -> int:
     print(f"emd-fast: {error}", file=sys.stderr)
     return code
@@ -230,7 +257,11 @@ def _distill(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from emd_fast import distributed, run, study
     from emd_fast.plan import GIB
 
-    settings = config.load(options.recipe, _overrides(rest))
+    overrides = _overrides(rest)
+    for key in ("teacher", "prompts"):
+        if getattr(options, key) is not None:
+            overrides |= {"task": "pretrained", f"pretrained.{key}": getattr(options, key)}
+    settings = config.load(options.recipe, overrides)
     if options.short:
         settings = run.shortened(settings)
     if options.dry_run:
@@ -255,23 +286,66 @@ def _distill(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def _sample(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    from emd_fast import checkpoint, report, run
+    from emd_fast import checkpoint, report
 
     if options.out.suffix not in (".png", ".pt"):
         raise ConfigError(f"--out must end in .png or .pt, got {options.out}")
-    _, _, trainer = run.open_run(options.run)
+    generate, decode, encode, num_classes = _generator(options)
+    if options.label is not None and options.prompt is not None:
+        raise ConfigError("give --label or --prompt, not both")
     cond = None
     if options.label is not None:
-        if not 0 <= options.label < trainer.config.num_classes:
-            raise ConfigError(f"--label must be in [0, {trainer.config.num_classes}), got {options.label}")
+        if not 0 <= options.label < num_classes:
+            raise ConfigError(f"--label must be in [0, {num_classes}), got {options.label}")
         cond = torch.full((options.n,), options.label, dtype=torch.int64)
-    samples = trainer.generate(options.n, cond, ema=not options.raw, first_sample=options.first).cpu()
+    elif options.prompt is not None:
+        cond = encode([options.prompt] * options.n)
+    samples = generate(cond)
     if options.out.suffix == ".pt":
-        checkpoint.write_whole(options.out, lambda file: torch.save(samples, file))
+        checkpoint.write_whole(options.out, lambda file: torch.save(samples.cpu(), file))
     elif samples.dim() == 4:
-        report.save_grid(options.out, samples)
+        report.save_grid(options.out, decode(samples).cpu())
     else:
-        report.scatter(options.out, {"generator": samples})
+        report.scatter(options.out, {"generator": samples.cpu()})
+    print(options.out)
+    return 0
+
+
+def _generator(options: argparse.Namespace) -> tuple[Callable, Callable, Callable, int]:
+    """How to generate, decode and encode prompts, and the number of classes: of a run, or of what was exported."""
+    from emd_fast import export, run
+    from emd_fast.tasks.pretrained import decoded
+
+    if (options.run / export.EXPORTED).exists() or options.run.is_file():
+        if options.raw:
+            raise ConfigError("--raw needs a run folder: what was exported has one set of weights")
+        one_step = export.load(options.run, device="cuda" if torch.cuda.is_available() else "cpu")
+        generate = functools.partial(one_step.sample, options.n, first_sample=options.first)
+        return generate, one_step.decode, one_step.encode, one_step.facts.num_classes
+    _, _, trainer = run.open_run(options.run)
+    teacher: Any = trainer.teacher
+    generate = functools.partial(trainer.generate, options.n, ema=not options.raw, first_sample=options.first)
+
+    def encode(prompts: list[str]) -> Any:
+        if not hasattr(teacher, "encode"):
+            raise ConfigError("this run's teacher takes no prompts")
+        return teacher.encode(prompts)
+
+    return generate, functools.partial(decoded, teacher), encode, trainer.config.num_classes
+
+
+def _export(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    from emd_fast import export, run
+    from emd_fast.progress import say
+
+    _, _, trainer = run.open_run(options.run)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", UserWarning)
+        is_file = options.out.suffix == ".safetensors"
+        export.export(trainer, options.out, "safetensors" if is_file else "diffusers", ema=not options.raw)
+    for warning in said:
+        if issubclass(warning.category, export.NotForStock):
+            say(f"warning: {warning.message}")
     print(options.out)
     return 0
 
@@ -365,6 +439,7 @@ def _apex() -> str:
 _COMMANDS = {
     "distill": _distill,
     "sample": _sample,
+    "export": _export,
     "evaluate": _evaluate,
     "bench": _bench,
     "convert": _convert,

@@ -88,6 +88,7 @@ class EMDConfig:
         guidance: classifier-free guidance weight of the teacher, or None.
         num_classes: draw labels below it as conditions; 0 for none.
         t_star: noise level, in the schedule's t, at which the teacher's network starts as the generator.
+        input_scale: scale of z at the generator's input; sigma(t_star) when None.
         time_distribution: of t in the E-step; student_time_distribution: in the student step.
         student_updates: student steps before each E-step; student_warmup: more of them before the first.
         optimizer: "adamw" (torch's fused one), "apex_adamw" (NVIDIA's apex) or "adamw_8bit" (torchao).
@@ -123,6 +124,7 @@ class EMDConfig:
     guidance: float | None = None
     num_classes: int = 0
     t_star: float = 2.0
+    input_scale: float | None = None
     time_distribution: TimeDistribution = field(default_factory=TimeDistribution)
     student_time_distribution: TimeDistribution = field(default_factory=TimeDistribution)
     student_updates: int = 2
@@ -188,6 +190,7 @@ class EMDConfig:
         _require(0 <= self.ema < 1, self, "ema", "in [0, 1)")
         _require(0 <= self.seed < 2**63, self, "seed", "in [0, 2^63)")
         _require(not (self.cuda_graph and self.sampling == "x_z"), self, "cuda_graph", 'False for sampling "x_z"')
+        _require(self.input_scale is None or self.input_scale > 0, self, "input_scale", "above 0")
         _require(self.guidance is None or math.isfinite(self.guidance), self, "guidance", "finite")
 
 
@@ -219,10 +222,17 @@ class MixtureConfig:
 
 
 @dataclass(frozen=True)
-class FileConfig:
-    """A teacher from a file. path: a checkpoint of EDM or EDM2, the pickle or what `emd-fast convert` wrote."""
+class PretrainedConfig:
+    """A teacher that is there already.
 
-    path: str = ""
+    Args:
+        teacher: a folder of diffusers, the name of a pipeline on the hub, a checkpoint of EDM or EDM2 (the pickle or
+            what `emd-fast convert` wrote), or "package.module:function", a function that returns a Denoiser.
+        prompts: a text file with a prompt in each line, or a .safetensors table of `emd_fast.conditions`; "" for none.
+    """
+
+    teacher: str = ""
+    prompts: str = ""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -233,20 +243,20 @@ class RunConfig:
     """A whole run: the task, its teacher, the distillation, and how often to write.
 
     Args:
-        task: "digits", "gmm" or "file".
-        teacher: of the task "digits"; mixture: of the task "gmm"; file: of the task "file".
+        task: "digits", "gmm" or "pretrained".
+        teacher: of the task "digits"; mixture: of the task "gmm"; pretrained: of the task "pretrained".
         emd: the distillation.
         log_every: steps between two rows of log.jsonl (the only steps on which the host waits for the device).
         save_every: steps between two checkpoints; keep_checkpoints: how many of the last ones stay.
         background_checkpoints: write them while the training goes on, from a copy in the host's memory.
-        samples: that the evaluation draws of the tasks "gmm" and "file"; digits use as many as there are held-out
+        samples: that the evaluation draws of the task "gmm"; digits use as many as there are held-out
             images.
     """
 
-    task: Literal["digits", "gmm", "file"] = "digits"
+    task: Literal["digits", "gmm", "pretrained"] = "digits"
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
-    file: FileConfig = field(default_factory=FileConfig)
+    pretrained: PretrainedConfig = field(default_factory=PretrainedConfig)
     emd: EMDConfig = field(default_factory=EMDConfig)
     log_every: int = 10
     save_every: int = 100

@@ -171,6 +171,15 @@ class Denoiser(nn.Module):
             )
         return output
 
+    @property
+    def has_output(self) -> bool:
+        """Whether an `output` of the user's stands between the network and F."""
+        return self._output is not None
+
+    def network_inputs(self, t: Tensor) -> Pair:
+        """(c_in, c_noise), each (B,) float32: the scale of x_t and the noise level as the network gets them."""
+        return (torch.ones_like(t) if self._c_in is None else self._c_in(t)), self._c_noise(t)
+
     def _input_dtype(self, x_t: Tensor) -> torch.dtype:
         if isinstance(self.network, nn.Module):
             for parameter in self.network.parameters():

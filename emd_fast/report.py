@@ -204,7 +204,7 @@ def write_stopped(folder: str | os.PathLike[str], reason: str) -> Path:
     return write(folder, f"This run stopped before its end: {reason}")
 
 
-_TASKS = {"digits": "8x8 digits", "gmm": "a two-dimensional mixture", "file": "a teacher from a file"}
+_TASKS = {"digits": "8x8 digits", "gmm": "a two-dimensional mixture", "pretrained": "a pretrained teacher"}
 _CAPTIONS = {
     "real": "real",
     "teacher": "teacher (18-step Heun, 35 network calls)",
@@ -237,9 +237,10 @@ _ABOUT = {
         "column *real* is another set of exact samples. A mode is found when at least a quarter of its due mass lies "
         "within 3 standard deviations of its mean."
     ),
-    "file": (
-        "A teacher from a file brings no data to compare with. These numbers find a generator that has broken; they do "
-        "not say how good one is. Look at the pictures, and measure FID with the statistics of the teacher's data."
+    "pretrained": (
+        "Mean and standard deviation of all elements of the samples (latents, where the teacher has a VAE). A teacher "
+        "that was there already brings no data to compare with: these numbers find a generator that has broken; they "
+        "do not say how good one is. Look at the pictures, and measure FID with the statistics of the teacher's data."
     ),
 }
 

@@ -132,7 +132,7 @@ def evaluate(
     teacher = trainer.teacher
     if distributed.is_sharded(teacher):  # a sharded network cannot be copied; the teacher comes from the folder again
         teacher, _ = _teacher(task, folder)
-    untrained = EMDTrainer(teacher, trainer.config, *task.make_networks())
+    untrained = EMDTrainer(teacher, trainer.config, *task.make_networks(), prompts=task.prompts)
     with distributed.gathered(trainer.teacher):
         metrics = task.evaluate(trainer, untrained, folder if distributed.is_main() else None)
     seconds = {**seconds, "evaluate": time.monotonic() - began}
@@ -152,12 +152,17 @@ def _open_folder(folder: Path, settings: RunConfig) -> None:
     try:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         (folder / "samples").mkdir(exist_ok=True)
-        if path.exists():
+        if path.exists() and _begun(folder):
             _check_same_run(folder, config.load(str(path)), settings)
         text = tomli_w.dumps(to_dict(settings))
         checkpoint.write_whole(path, lambda file: file.write(text.encode()))
     except OSError as error:
         raise RunError(f"cannot write the run folder {folder}: {error.strerror}; choose another with --out") from None
+
+
+def _begun(folder: Path) -> bool:
+    """Whether anything was made for the configuration there; a run that failed before that may be put right."""
+    return any(path.is_file() and path.name != "config.toml" for path in folder.rglob("*"))
 
 
 def _check_same_run(folder: Path, was: RunConfig, now: RunConfig) -> None:
@@ -227,12 +232,14 @@ def _latest(settings: RunConfig, folder: Path, task: Task, teacher: Denoiser) ->
             say(f"skipped: {error}")
             continue
         generator, student = task.make_networks()
-        return EMDTrainer.resume(path, teacher, config=settings.emd, generator=generator, student=student)
+        return EMDTrainer.resume(
+            path, teacher, config=settings.emd, generator=generator, student=student, prompts=task.prompts
+        )
     if paths:
         raise CheckpointError(
             f"none of the checkpoints in {folder / 'checkpoints'} can be read; delete them to start over"
         )
-    return EMDTrainer(teacher, settings.emd, *task.make_networks())
+    return EMDTrainer(teacher, settings.emd, *task.make_networks(), prompts=task.prompts)
 
 
 def _train(trainer: EMDTrainer, settings: RunConfig, folder: Path, sinks: tuple[str, ...]) -> float:

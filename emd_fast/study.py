@@ -32,7 +32,7 @@ class Variant:
 
 def conduct(settings: RunConfig, folder: Path) -> Path:
     """Runs every variant with every seed and writes study.json and study.md. Returns the path of the latter."""
-    if settings.task == "file":
+    if settings.task == "pretrained":
         raise ConfigError("a teacher from a file has no study: there is nothing to measure its generators by")
     variants, seeds = (_digits(settings), 3) if settings.task == "digits" else (_mixture(settings), 5)
     folder.mkdir(parents=True, exist_ok=True)

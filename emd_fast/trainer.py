@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
-from emd_fast import checkpoint, distributed, ema, ops, optimizers
+from emd_fast import checkpoint, conditions, distributed, ema, ops, optimizers
 from emd_fast.config import ConfigError, EMDConfig, StepSize, TimeDistribution, from_dict, to_dict
 from emd_fast.denoiser import Condition, Denoiser, Generator, base
 from emd_fast.distributed import Shards, gathered
-from emd_fast.em.e_step import EStep, unchecked_e_step
+from emd_fast.em.e_step import EStep, frozen, unchecked_e_step
 from emd_fast.em.e_step_xz import e_step_xz
 from emd_fast.em.m_step import WEIGHTINGS, m_step
 from emd_fast.em.student_step import student_step
@@ -65,6 +65,8 @@ class EMDTrainer:
         config: the distillation.
         generator: callable module (z, cond) -> x; a copy of the teacher at noise level t_star when None.
         student: a Denoiser of the teacher's schedule; a copy of the teacher when None.
+        prompts: conditions to draw from where `step` is given none, evenly: a tensor or dict of tensors (N, ...), or a
+            table of `emd_fast.conditions`. For labels, config.num_classes says as much.
 
     Raises:
         ValueError: a teacher with weights that are not finite, without a sample_shape, or without the parameters that
@@ -73,7 +75,12 @@ class EMDTrainer:
     """
 
     def __init__(
-        self, teacher: Denoiser, config: EMDConfig, generator: nn.Module | None = None, student: Denoiser | None = None
+        self,
+        teacher: Denoiser,
+        config: EMDConfig,
+        generator: nn.Module | None = None,
+        student: Denoiser | None = None,
+        prompts: Any = None,
     ) -> None:
         if not isinstance(config, EMDConfig):
             raise TypeError(f"config must be an EMDConfig, got {type(config).__name__}")
@@ -87,7 +94,7 @@ class EMDTrainer:
             raise ValueError("this teacher has no parameters to start from: give EMDTrainer a generator and a student")
         self.config = config
         self.schedule = base(teacher).schedule
-        self.generator = generator if generator is not None else Generator(copy.deepcopy(teacher), config.t_star)
+        self.generator = generator if generator is not None else _copy_of(teacher, config)
         self.student = student if student is not None else copy.deepcopy(teacher)
         self.teacher = teacher
         _check_apart(teacher=self.teacher, generator=self.generator, student=self.student)
@@ -108,6 +115,7 @@ class EMDTrainer:
             if config.cuda_graph
             else None
         )
+        self.prompts = None if prompts is None else conditions.table(prompts)
         self.skipped = torch.zeros((), device=self.device)
         self.steps_done = 0
         self._tables: dict[Any, Tensor] = {}
@@ -119,7 +127,7 @@ class EMDTrainer:
         mode, reason = distributed.resolve(config.parallel, sum(p.numel() for p in self.generator.parameters()))
         if distributed.world_size() > 1:
             mesh = distributed.make_mesh(mode, self.device, config.shard_group)
-            precision = torch.bfloat16 if self._reduced() else None
+            precision = torch.bfloat16 if self.compute_dtype == torch.bfloat16 else None
             for network in (self.teacher, self.generator, self.student, self.ema.module):
                 # The average is float32 throughout: it is what a run is for.
                 own = None if network is self.ema.module else precision
@@ -331,18 +339,30 @@ class EMDTrainer:
     def _conditions(self, cond: Condition, substep: int, start: int, end: int) -> Condition:
         if cond is not None:
             return pytree.tree_map(lambda leaf: leaf[start:end] if isinstance(leaf, Tensor) else leaf, cond)
+        size = (end - start,)
+        if self.prompts is not None:
+            # Drawn on the host, which has to look the prompts up, and would wait for the device otherwise.
+            host = Noise(self.config.seed, step=self.steps_done, first_sample=start)
+            drawn = ops.integers(len(self.prompts), size, host, stream=Stream.CONDITION, substep=substep)
+            return self._looked_up(drawn)
         if not self.config.num_classes:
             return None
-        return ops.integers(
-            self.config.num_classes, (end - start,), self.noise, stream=Stream.CONDITION, substep=substep
-        )
+        return ops.integers(self.config.num_classes, size, self.noise, stream=Stream.CONDITION, substep=substep)
+
+    def _looked_up(self, indices: Tensor) -> Condition:
+        assert self.prompts is not None
+        found = self.prompts[indices]
+        return pytree.tree_map(lambda leaf: leaf.to(self.device, non_blocking=True), found)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Of the networks' passes: bfloat16 by autocast, or float32."""
+        precision = self.config.precision
+        reduced = precision == "bfloat16" or (precision == "auto" and self.device.type == "cuda")
+        return torch.bfloat16 if reduced else torch.float32
 
     def _compute_dtype(self) -> contextlib.AbstractContextManager[Any]:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self._reduced())
-
-    def _reduced(self) -> bool:
-        precision = self.config.precision
-        return precision == "bfloat16" or (precision == "auto" and self.device.type == "cuda")
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16)
 
     # Its samples ------------------------------------------------------------------------------------------------------
 
@@ -351,16 +371,26 @@ class EMDTrainer:
         """n samples (n, ...) float32 of the generator, or of its average. The same n for the same seed, every time.
 
         Args:
-            cond: batched conditions; classes in turn (0, 1, 2, ...) when None and the configuration has classes.
+            cond: batched conditions; prompts or classes in turn (0, 1, 2, ...) when None and the trainer has some.
             first_sample: where in the stream of shown samples to start.
         """
+        z, in_turn = self.shown(n, first_sample)
+        # Frozen: PyTorch rounds some products differently where weights require a gradient, wanted or not, and what is
+        # exported must give the same samples.
+        network = self.ema.module if ema else self.generator
+        with gathered(network), self._compute_dtype(), frozen(network) as generator:
+            return generator(z, in_turn if cond is None else cond).float()
+
+    def shown(self, n: int, first_sample: int = 0) -> tuple[Tensor, Condition]:
+        """The z (n, ...) of n shown samples, and prompts or classes in turn where the trainer has some."""
         noise = Noise(self.config.seed, first_sample=first_sample, device=self.device)
         z = ops.normal((n, *self.latent_shape), noise, stream=Stream.SHOWN)
-        if cond is None and self.config.num_classes:
-            cond = torch.arange(first_sample, first_sample + n, device=self.device) % self.config.num_classes
-        network = self.ema.module if ema else self.generator
-        with gathered(network), self._compute_dtype():
-            return network(z, cond).float()
+        which = range(first_sample, first_sample + n)
+        if self.prompts is not None:
+            return z, self._looked_up(torch.tensor(which, dtype=torch.int64) % len(self.prompts))
+        if self.config.num_classes:
+            return z, torch.tensor(which, dtype=torch.int64, device=self.device) % self.config.num_classes
+        return z, None
 
     # Its state --------------------------------------------------------------------------------------------------------
 
@@ -408,12 +438,14 @@ class EMDTrainer:
         config: EMDConfig | None = None,
         generator: nn.Module | None = None,
         student: Denoiser | None = None,
+        prompts: Any = None,
     ) -> EMDTrainer:
         """The trainer that `save` wrote, ready for its next step, on any number of ranks. All ranks call it.
 
         Args:
             config: replaces the saved one; only what MAY_CHANGE names may differ.
             generator, student: as for the constructor, where they are not copies of the teacher.
+            prompts: as for the constructor; they are not in the file.
 
         Raises:
             CheckpointError: a missing, damaged or foreign folder, another architecture or another configuration.
@@ -433,7 +465,7 @@ class EMDTrainer:
                 raise checkpoint.CheckpointError(
                     f"{path} was made with {item.name} = {was!r}, not {now!r}; another run needs another folder"
                 )
-        trainer = cls(teacher, config or saved, generator, student)
+        trainer = cls(teacher, config or saved, generator, student, prompts)
         trainer._restore(Path(path), facts)
         return trainer
 
@@ -507,6 +539,10 @@ def _profile(config: EMDConfig) -> ema.Profile:
 def _counters(optimizer: torch.optim.Optimizer) -> list[dict[str, int]]:
     """What an optimizer counts in its groups (apex: the step) instead of in its tensors."""
     return [{"step": group["step"]} if isinstance(group.get("step"), int) else {} for group in optimizer.param_groups]
+
+
+def _copy_of(teacher: Denoiser, config: EMDConfig) -> Generator:
+    return Generator(copy.deepcopy(teacher), config.t_star, input_scale=config.input_scale)
 
 
 def _interpolate(log_ratio: Tensor, points: Tensor) -> Tensor:

@@ -294,7 +294,7 @@ def test_from_a_pickle_to_samples(name, pickled, tmp_path, call):
 
 def test_a_recipe_runs(pickled, tmp_path, call):
     folder = tmp_path / "run"
-    teacher = ["--file.path", pickled("ddpmpp"), "--num-classes=5"]
+    teacher = ["--teacher", pickled("ddpmpp"), "--num-classes=5"]
     code, said, error = call("distill", "cifar10", "--out", folder, *teacher, *TINY)
     assert code == 0, error
     assert said.strip() == str(folder / "report.md")
@@ -302,17 +302,17 @@ def test_a_recipe_runs(pickled, tmp_path, call):
     assert metrics["steps"] == 2 and metrics["std"].keys() == {"teacher", "init", "student"}
     assert {path.name for path in (folder / "samples").iterdir()} == {"teacher.png", "init.png", "student.png"}
     report = (folder / "report.md").read_text()
-    assert "a teacher from a file" in report and "no data to compare with" in report
+    assert "a pretrained teacher" in report and "no data to compare with" in report
     code, _, error = call("sample", folder, "-n", 4, "--out", tmp_path / "x.png")
     assert code == 0 and (tmp_path / "x.png").exists(), error
 
 
 def test_a_recipe_says_what_it_lacks(pickled, tmp_path, call):
     code, _, error = call("distill", "cifar10", "--out", tmp_path / "a", *TINY)
-    assert code == 2 and "--file.path" in error
-    code, _, error = call("distill", "cifar10", "--out", tmp_path / "b", "--file.path", pickled("vp"), *TINY)
-    assert code == 2 and "emd.num_classes must be 0" in error
-    code, _, error = call("distill", "edm2", "--out", tmp_path / "c", "--file.path", Path("none.pkl"), *TINY)
+    assert code == 2 and "--teacher" in error
+    code, _, error = call("distill", "cifar10", "--out", tmp_path / "b", "--teacher", pickled("vp"), *TINY)
+    assert code == 2 and "num_classes must be 0" in error
+    code, _, error = call("distill", "edm2", "--out", tmp_path / "c", "--teacher", Path("none.pkl"), *TINY)
     assert code == 1 and "none.pkl" in error
     code, _, error = call("distill", "edm2", "--out", tmp_path / "d", "--study")
     assert code == 2 and "no study" in error

@@ -18,6 +18,8 @@ OnStep = Callable[[int, int, float], None]  # steps done, steps in all, loss
 class Task(Protocol):
     """One task. Building it is cheap; nothing is trained or read before it is asked for."""
 
+    prompts: Any  # of the trainer; known once the teacher is made
+
     def __init__(self, config: RunConfig) -> None: ...
 
     def make_teacher(self, folder: Path, on_step: OnStep | None) -> Denoiser:
@@ -35,8 +37,8 @@ class Task(Protocol):
 
 def task_of(config: RunConfig) -> Task:
     from emd_fast.tasks.digits import Digits
-    from emd_fast.tasks.file import FromFile
     from emd_fast.tasks.gmm import Mixture
+    from emd_fast.tasks.pretrained import Pretrained
 
-    tasks: dict[str, Callable[[RunConfig], Task]] = {"digits": Digits, "gmm": Mixture, "file": FromFile}
+    tasks: dict[str, Callable[[RunConfig], Task]] = {"digits": Digits, "gmm": Mixture, "pretrained": Pretrained}
     return tasks[config.task](config)

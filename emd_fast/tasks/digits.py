@@ -23,6 +23,8 @@ _SHOWN = 100  # digits in a picture, ten of a class
 
 
 class Digits:
+    prompts = None
+
     def __init__(self, config: RunConfig) -> None:
         self.config = config
 

@@ -23,6 +23,8 @@ from emd_fast.trainer import EMDTrainer
 
 
 class Mixture:
+    prompts = None
+
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         mixture = config.mixture

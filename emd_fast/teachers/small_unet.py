@@ -95,7 +95,7 @@ class SmallUNet(nn.Module):
                 else f"labels must be given: int64 (B,) in [0, {self.num_classes})"
             )
         if labels is not None and self.class_embedding is not None:
-            _check_labels(labels, len(c_noise), self.num_classes)
+            check_labels(labels, len(c_noise), self.num_classes)
             embedded = embedded + self.class_embedding(labels)
         return silu(self.embedding(silu(embedded)))
 
@@ -137,7 +137,8 @@ class SelfAttention(nn.Module):
         return x + self.projection(mixed).transpose(1, 2).reshape(x.shape)
 
 
-def _check_labels(labels: Tensor, batch: int, num_classes: int) -> None:
+def check_labels(labels: Tensor, batch: int, num_classes: int) -> None:
+    """labels must be (batch,) int64 in [0, num_classes); values are looked at where the host need not wait."""
     if labels.dtype != torch.int64:
         raise TypeError(f"labels must be int64, got {labels.dtype}")
     if labels.shape != (batch,):

@@ -1,0 +1,32 @@
+"""A teacher by name: "package.module:function", whose function takes nothing and returns a Denoiser."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+from emd_fast.config import ConfigError
+from emd_fast.denoiser import Denoiser
+
+
+def load(name: str) -> Denoiser:
+    """Calls the function; modules in the working directory are found too.
+
+    Raises:
+        ConfigError: no such module or function, or one that returns something else.
+    """
+    module_name, _, function_name = name.partition(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ConfigError(f"cannot import the teacher's module {module_name!r}: {error}") from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise ConfigError(f"the module {module_name!r} has no function {function_name!r} for a teacher")
+    teacher = function()
+    if not isinstance(teacher, Denoiser):
+        raise ConfigError(f"{name} must return an emd_fast.Denoiser, got {type(teacher).__name__}")
+    return teacher

@@ -1,0 +1,151 @@
+"""Teachers from folders of diffusers: a pipeline, or a bare model with its scheduler (docs/teachers.md).
+
+diffusers is imported when a folder is loaded, not before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emd_fast.denoiser import Condition, Denoiser
+from emd_fast.teachers.diffusers.folder import Folder, need_diffusers
+from emd_fast.teachers.diffusers.networks import Conditions, Network
+from emd_fast.teachers.diffusers.scheduler import Training, read
+
+__all__ = ["DiffusersDenoiser", "load"]
+
+
+class DiffusersDenoiser(Denoiser):
+    """A Denoiser whose network came from a folder of diffusers.
+
+    Attributes:
+        folder: where it came from. trained: its schedule and what it predicts, by the scheduler's configuration.
+        takes: the conditions of the network. num_classes: how many labels may be drawn; 0 without labels.
+    """
+
+    network: Network
+
+    def __init__(
+        self,
+        network: Network,
+        folder: Folder,
+        training: Training,
+        scheduler_config: Mapping[str, Any],
+        sample_shape: Sequence[int],
+        null_cond: Condition,
+    ) -> None:
+        channels = sample_shape[0]
+        super().__init__(
+            network,
+            training.schedule,
+            training.parametrization,
+            c_noise=training.index,
+            output=lambda returned: returned[:, :channels],  # a learned variance, where there is one, is not used
+            sample_shape=sample_shape,
+            null_cond=null_cond,
+        )
+        self.folder, self.trained, self.scheduler_config = folder, training, dict(scheduler_config)
+
+    @property
+    def takes(self) -> Conditions:
+        return self.network.takes
+
+    @property
+    def num_classes(self) -> int:
+        # The null label of a DiT is none to draw.
+        null = self.folder.architecture.null_label(self.network.model.config)  # type: ignore[arg-type]
+        return self.takes.num_classes if null is None else null
+
+    def time(self, index: float) -> float:
+        """t of a training index: of index i in a chain of N betas i / (N - 1), in a rectified flow i / N."""
+        return index / self.trained.index_scale
+
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        """Conditions (B, ...) for prompts, by the folder's text encoders, which are read for this call alone.
+
+        Raises:
+            ValueError: this teacher takes no text, or its folder has no text encoder.
+        """
+        if not self.takes.embedding:
+            raise ValueError(f"this {self.folder.model_class} takes {self.takes}, not prompts")
+        if isinstance(prompts, str):
+            raise TypeError("prompts must be a list of strings, got one string")
+        return self.folder.encode(list(prompts), self.network.model)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images (B, 3, H, W) float32 of latents by the folder's VAE; the samples themselves where there is none."""
+        return self.folder.decode(latents)
+
+
+def load(
+    folder: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    scheduler: str | Path | Mapping[str, Any] | Any = None,
+    sample_shape: Sequence[int] | None = None,
+    null_cond: Condition = None,
+) -> DiffusersDenoiser:
+    """The teacher in a folder of diffusers, in eval mode.
+
+    Supported are UNet2DModel, UNet2DConditionModel, DiTTransformer2DModel and SD3Transformer2DModel.
+
+    Args:
+        folder: of a pipeline or a bare model, or the name of a pipeline on the hub.
+        device, dtype: of its weights. Generator and student start as copies, and are best trained in float32.
+        scheduler: instead of the folder's: a scheduler, its configuration, or a folder with scheduler_config.json.
+        sample_shape: (C, H, W); by default in_channels and sample_size of the model's configuration.
+        null_cond: the condition that means "none", for guidance. A DiT has its own; for text it is usually
+            `teacher.encode([""])`, which can be set later: `teacher.null_cond = ...`.
+
+    Raises:
+        ModuleNotFoundError: no diffusers. FileNotFoundError: no such folder. ValueError: no model in it, or an
+        architecture or scheduler that is not supported.
+    """
+    need_diffusers()
+    source = Folder(folder)
+    config = _scheduler_config(scheduler) if scheduler is not None else source.scheduler_config()
+    training = read(config)
+    network = Network(source.load_model(dtype))
+    shape = tuple(sample_shape) if sample_shape is not None else _sample_shape(network.model.config)
+    _check_channels(source.model_class, network.model.config, shape)
+    if null_cond is None:
+        null_cond = source.architecture.null_label(network.model.config)  # type: ignore[arg-type]
+    teacher = DiffusersDenoiser(network, source, training, config, shape, null_cond)
+    return teacher.to(device).eval().requires_grad_(False)
+
+
+def _scheduler_config(scheduler: Any) -> dict[str, Any]:
+    if isinstance(scheduler, (str, Path)):
+        from emd_fast.teachers.diffusers.folder import read_json
+
+        return read_json(Path(scheduler) / "scheduler_config.json")
+    if isinstance(scheduler, Mapping):
+        return dict(scheduler)
+    config = getattr(scheduler, "config", None)
+    if config is None:
+        raise TypeError(f"scheduler must be a scheduler, its configuration or a folder, got {type(scheduler).__name__}")
+    return {**config, "_class_name": type(scheduler).__name__}
+
+
+def _sample_shape(config: Any) -> tuple[int, ...]:
+    size = config.get("sample_size")
+    if size is None:
+        raise ValueError("the model's configuration has no sample_size: give load() a sample_shape (C, H, W)")
+    return (config["in_channels"], *((size, size) if isinstance(size, int) else size))
+
+
+def _check_channels(name: str, config: Any, shape: Sequence[int]) -> None:
+    channels, returned = config["in_channels"], config.get("out_channels") or config["in_channels"]
+    if len(shape) != 3 or shape[0] != channels:
+        raise ValueError(f"sample_shape must be ({channels}, H, W) for this {name}, got {tuple(shape)}")
+    if returned not in (channels, 2 * channels):
+        raise ValueError(
+            f"this {name} has in_channels {channels} and out_channels {returned}: only as many, or twice as many (a "
+            "learned variance) are supported"
+        )

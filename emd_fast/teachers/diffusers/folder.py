@@ -1,0 +1,165 @@
+"""A folder of diffusers on disk: a pipeline with its components, or a bare model."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from emd_fast.denoiser import Condition
+from emd_fast.teachers.diffusers.networks import ARCHITECTURES, Architecture
+
+_NOT_FOR_TEXT = ("vae", "image_encoder", "feature_extractor", "safety_checker")
+_MAY_LACK = ("text_encoder_3", "tokenizer_3")  # of Stable Diffusion 3, the T5 that many folders leave out
+EXPORTED = "emd_fast.json"  # where `emd_fast.export` says what it wrote; it names the components too
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+
+
+def need_diffusers() -> Any:
+    """The package.
+
+    Raises:
+        ModuleNotFoundError: it is not installed, and how to get it.
+    """
+    try:
+        import diffusers
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            'teachers from diffusers folders need diffusers: `pip install "emd_fast[diffusers]"`', name=error.name
+        ) from error
+    return diffusers
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object")
+    return value
+
+
+class Folder:
+    """Where the model, its scheduler and the components around it lie.
+
+    Args:
+        name: a pipeline folder (with model_index.json), a model folder (with config.json), or the name of a pipeline on
+            the hub, which is downloaded into the cache of diffusers.
+
+    Raises:
+        FileNotFoundError, ValueError: nothing there, no model, or an architecture that is not supported.
+    """
+
+    def __init__(self, name: str | Path) -> None:
+        self.root = _found(name)
+        self.index: dict[str, Any] = {}  # of a pipeline
+        if (self.root / "model_index.json").exists():
+            self.index = read_json(self.root / "model_index.json")
+        elif (self.root / EXPORTED).exists():
+            self.index = read_json(self.root / EXPORTED).get("pipeline", {})
+        self.model = next((self.root / part for part in ("unet", "transformer") if self.has(part)), self.root)
+        if not (self.model / "config.json").exists():
+            raise ValueError(
+                f"{self.root} is no model of diffusers: it has no config.json, no unet/ and no transformer/"
+            )
+        self.model_class: str = read_json(self.model / "config.json").get("_class_name", "without _class_name")
+        if self.model_class not in ARCHITECTURES:
+            raise ValueError(
+                f"{self.model} holds a {self.model_class}, which is not supported: {', '.join(ARCHITECTURES)} are"
+            )
+        if not self.index and (self.root.parent / "model_index.json").exists():
+            self.root = self.root.parent
+            self.index = read_json(self.root / "model_index.json")
+        if self.has("vqvae"):
+            raise ValueError(f"{self.root} has a vqvae, which is not supported: a vae, or none, is")
+        self._vae: nn.Module | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Folder:
+        return self  # copies of a teacher share its files and its VAE
+
+    @property
+    def architecture(self) -> Architecture:
+        return ARCHITECTURES[self.model_class]
+
+    @property
+    def pipeline_class(self) -> str | None:
+        return self.index.get("_class_name")
+
+    def has(self, component: str) -> bool:
+        return isinstance(self.index.get(component), list) and self.index[component][1] is not None
+
+    def scheduler_config(self) -> dict[str, Any]:
+        for path in (self.root / "scheduler" / "scheduler_config.json", self.model / "scheduler_config.json"):
+            if path.exists():
+                return read_json(path)
+        raise ValueError(f"{self.root} has no scheduler/scheduler_config.json: give load() a scheduler")
+
+    def load_model(self, dtype: torch.dtype) -> nn.Module:
+        try:
+            return getattr(need_diffusers(), self.model_class).from_pretrained(
+                self.model, torch_dtype=dtype, **_reading()
+            )
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ValueError(f"cannot read the weights in {self.model}: {str(error).splitlines()[0]}") from error
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images (B, 3, H, W) float32, about in [-1, 1], of latents; the latents themselves where there is no VAE."""
+        if not self.has("vae"):
+            return latents.float()
+        if self._vae is None:
+            vae_class = getattr(need_diffusers(), self.index["vae"][1])
+            self._vae = vae_class.from_pretrained(self.root / "vae", **_reading()).eval().requires_grad_(False)
+        vae: Any = self._vae.to(latents.device)
+        scale = getattr(vae.config, "scaling_factor", None) or 1.0
+        shift = getattr(vae.config, "shift_factor", None) or 0.0
+        return vae.decode(latents.to(vae.dtype) / scale + shift).sample.float()
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str], model: nn.Module) -> Condition:
+        """Text embeddings, as the folder's own pipeline computes them; its encoders are read for this call alone."""
+        if not self.has("text_encoder"):
+            raise ValueError(f"{self.root} has no text encoder: give embeddings instead of prompts")
+        pipeline_class = getattr(need_diffusers(), self.index["_class_name"])
+        # What encodes no text is left out, and the network is the one that is there already.
+        expected = inspect.signature(pipeline_class).parameters
+        without = {
+            part: None for part in expected if part in _NOT_FOR_TEXT or (part in _MAY_LACK and not self.has(part))
+        }
+        given = {self.architecture.component: model, **_reading()}
+        pipeline = pipeline_class.from_pretrained(self.root, **without, **given)
+        device = next(model.parameters()).device
+        for name, part in pipeline.components.items():
+            if name.startswith("text_encoder") and part is not None:
+                part.to(device)
+        options = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False, "device": device}
+        if self.model_class == "SD3Transformer2DModel":
+            tokens, _, pooled, _ = pipeline.encode_prompt(prompts, None, None, **options)
+            return {"prompt_embeds": tokens, "pooled_projections": pooled}
+        return pipeline.encode_prompt(prompt=prompts, **options)[0]
+
+
+def _reading() -> dict[str, bool]:
+    """diffusers reads without a second copy where accelerate is there, and says so at length where it is not."""
+    return {"low_cpu_mem_usage": importlib.util.find_spec("accelerate") is not None}
+
+
+def _found(name: str | Path) -> Path:
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if path.exists() or not _HUB_NAME.fullmatch(str(name)):
+        raise FileNotFoundError(f"{name} is no folder, and not the name of a pipeline on the hub either")
+    try:
+        return Path(need_diffusers().DiffusionPipeline.download(str(name)))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise FileNotFoundError(
+            f"{name} is no folder here, and the hub did not give it: {str(error).splitlines()[0]}"
+        ) from error

@@ -1,0 +1,100 @@
+"""What stock pipelines of diffusers need to make the samples of a one-step generator: a scheduler that ends at t_star.
+
+A pipeline called with one inference step draws z ~ N(0, I), asks its scheduler for the timestep and runs the network
+once. The chain of betas is cut off after the index of t_star and spaced "trailing", so that the one timestep is that
+index. Then DDIM computes D(z; t_star), which is the generator's for input_scale = 1, and Euler, which multiplies z by
+sigma / alpha first and divides by sqrt(1 + sigma^2 / alpha^2) after, D(sigma z; t_star).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from emd_fast.denoiser import Generator
+from emd_fast.teachers.diffusers import DiffusersDenoiser
+from emd_fast.teachers.diffusers.scheduler import PREDICTIONS
+
+# The stock pipeline for each network, and the schedulers that it runs as they are meant: those that take z as it is,
+# without the scheduler's init_noise_sigma, need input_scale = 1.
+_PIPELINES = {
+    "UNet2DModel": ("DDIMPipeline", ("DDIMScheduler",)),
+    "DiTTransformer2DModel": ("DiTPipeline", ("DDIMScheduler",)),
+    "UNet2DConditionModel": ("StableDiffusionPipeline", ("DDIMScheduler", "EulerDiscreteScheduler")),
+    "SD3Transformer2DModel": ("StableDiffusion3Pipeline", ("FlowMatchEulerDiscreteScheduler",)),
+}
+
+
+class NoStockPipeline(ValueError):
+    """Why no pipeline of diffusers makes these samples in one step."""
+
+
+def pipeline_class(denoiser: DiffusersDenoiser) -> str:
+    """The stock pipeline that runs this network.
+
+    Raises:
+        NoStockPipeline: there is none.
+    """
+    model, folder = denoiser.folder.model_class, denoiser.folder
+    name, _ = _PIPELINES[model]
+    config: Any = denoiser.network.model.config
+    if model == "UNet2DModel":
+        if denoiser.num_classes:
+            raise NoStockPipeline("no pipeline of diffusers gives labels to a UNet2DModel")
+    elif folder.pipeline_class != name:
+        raise NoStockPipeline(f"a {model} needs the other components of a {name}, which the teacher's folder is not")
+    if model != "DiTTransformer2DModel" and config.get("out_channels", config["in_channels"]) != config["in_channels"]:
+        raise NoStockPipeline(f"{name} does not cut a learned variance off")
+    return name
+
+
+def scheduler(generator: Generator) -> Any:
+    """The scheduler of diffusers with which the stock pipeline makes the generator's samples in one step.
+
+    Raises:
+        NoStockPipeline: there is none for this t_star and input_scale.
+    """
+    import diffusers
+
+    denoiser = generator.denoiser
+    assert isinstance(denoiser, DiffusersDenoiser)
+    name, able = _PIPELINES[denoiser.folder.model_class]
+    t_star, scale = generator.t_star, generator.input_scale
+    if denoiser.parametrization == "flow":
+        if able != ("FlowMatchEulerDiscreteScheduler",):
+            raise NoStockPipeline(f"{name} runs no rectified flow")
+        if t_star != 1 or scale != 1:
+            raise NoStockPipeline(
+                f"{name} with one step starts at t = 1, not at t_star = {t_star:g} with input_scale = {scale:g}"
+            )
+        return diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=int(denoiser.trained.index_scale))
+    if able == ("FlowMatchEulerDiscreteScheduler",):
+        raise NoStockPipeline(f"{name} runs nothing but rectified flows")
+    betas = denoiser.trained.betas
+    index = t_star * (len(betas) - 1)
+    if abs(index - round(index)) > 1e-3:
+        raise NoStockPipeline(
+            f"t_star = {t_star:g} is index {index:g}, and schedulers know whole ones: use teacher.time(i)"
+        )
+    sigma = denoiser.schedule.sigma(torch.tensor([t_star])).item()
+    if math.isclose(scale, 1.0, rel_tol=1e-6):
+        chosen, options = "DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": True}
+    elif math.isclose(scale, sigma, rel_tol=1e-6):
+        chosen, options = "EulerDiscreteScheduler", {}
+    else:
+        raise NoStockPipeline(f"schedulers scale z by 1 or by sigma(t_star) = {sigma:g}, not by {scale:g}")
+    if chosen not in able:
+        raise NoStockPipeline(
+            f"{name} takes z as it is, and input_scale is {scale:g}: train with input_scale = 1 to use it"
+        )
+    predicted = {ours: theirs for theirs, ours in PREDICTIONS.items()}[denoiser.parametrization]
+    return getattr(diffusers, chosen)(
+        num_train_timesteps=round(index) + 1,
+        trained_betas=list(betas[: round(index) + 1]),
+        timestep_spacing="trailing",
+        prediction_type=predicted,
+        steps_offset=1,  # idle here; another value makes StableDiffusionPipeline warn
+        **options,
+    )

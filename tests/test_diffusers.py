@@ -1,0 +1,278 @@
+"""Teachers from folders of diffusers: schedules, outputs, conditions, and what is said when something is wrong."""
+
+from __future__ import annotations
+
+import copy
+import re
+import subprocess
+import sys
+
+import diffusers_folders as folders
+import pytest
+import torch
+
+from emd_fast import EMDConfig, EMDTrainer, conditions, schedules
+from emd_fast.teachers import diffusers as teachers
+
+diffusers = pytest.importorskip("diffusers")
+needs_text = pytest.mark.skipif(folders.transformers_missing() is not None, reason=str(folders.transformers_missing()))
+
+
+@pytest.fixture(scope="module")
+def unet(tmp_path_factory):
+    return folders.unet(tmp_path_factory.mktemp("unet") / "teacher")
+
+
+@pytest.fixture(scope="module")
+def dit(tmp_path_factory):
+    return folders.dit(tmp_path_factory.mktemp("dit") / "teacher")
+
+
+@pytest.fixture(scope="module")
+def text_unet(tmp_path_factory):
+    """Without a text encoder: what takes embeddings, and nothing else."""
+    return folders.bare_text_unet(tmp_path_factory.mktemp("text") / "teacher")
+
+
+@pytest.fixture(scope="module")
+def sd3(tmp_path_factory):
+    return folders.bare_sd3(tmp_path_factory.mktemp("sd3") / "teacher")
+
+
+# Schedules --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler"])
+@pytest.mark.parametrize("betas", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+def test_alpha_and_sigma_are_those_of_the_scheduler(unet, name, betas):
+    scheduler = getattr(diffusers, name)(beta_schedule=betas)
+    teacher = teachers.load(unet, scheduler=scheduler)
+    index = torch.arange(0, 1000, 37)
+    alpha_squared = scheduler.alphas_cumprod[index].double()
+    t = teacher.time(index.float())
+    # float32 products of up to a thousand factors, on diffusers' side.
+    torch.testing.assert_close(teacher.schedule.alpha(t).double() ** 2, alpha_squared, rtol=2e-4, atol=0)
+    torch.testing.assert_close(teacher.schedule.sigma(t).double() ** 2, 1 - alpha_squared, rtol=2e-4, atol=1e-7)
+    torch.testing.assert_close(teacher.network_inputs(t)[1], index.float(), rtol=1e-6, atol=1e-4)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_denoised_images_are_those_of_the_scheduler(unet, prediction):
+    scheduler = diffusers.DDIMScheduler(prediction_type=prediction, clip_sample=False)
+    scheduler.set_timesteps(1000)
+    teacher = teachers.load(unet, scheduler=scheduler)
+    x_t = torch.randn(2, 3, 8, 8)
+    for index in (1, 500, 900):
+        output = teacher.network.model(x_t, index).sample
+        theirs = scheduler.step(output, index, x_t).pred_original_sample
+        ours = teacher.denoise(x_t, torch.full((2,), teacher.time(index)))
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_a_rectified_flow(sd3):
+    teacher = teachers.load(sd3)
+    assert teacher.schedule == schedules.RectifiedFlow() and teacher.parametrization == "flow"
+    t = torch.tensor([0.25])
+    assert teacher.network_inputs(t)[1].item() == 250.0 and teacher.time(250) == 0.25
+    cond = {"prompt_embeds": torch.randn(1, 5, 16), "pooled_projections": torch.randn(1, 16)}
+    x_t = torch.randn(1, 4, 8, 8)
+    velocity = teacher.network.model(
+        x_t, cond["prompt_embeds"], cond["pooled_projections"], torch.tensor([250.0])
+    ).sample
+    torch.testing.assert_close(teacher.denoise(x_t, t, cond), x_t - 0.25 * velocity, rtol=0, atol=1e-6)
+
+
+def test_zero_terminal_snr_keeps_a_trace_of_signal(unet):
+    scheduler = diffusers.DDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    teacher = teachers.load(unet, scheduler=scheduler)
+    last, before = teacher.schedule.alpha(torch.tensor([1.0, teacher.time(998)]))
+    assert 0 < last <= 2.0**-12 and last < before
+    inner = torch.arange(0, 999, 37)
+    alpha = teacher.schedule.alpha(teacher.time(inner.float()))
+    torch.testing.assert_close(alpha**2, scheduler.alphas_cumprod[inner], rtol=2e-4, atol=1e-8)
+
+
+def test_between_indices_the_network_is_told_the_fraction(unet):
+    teacher = teachers.load(unet)
+    around = teacher.schedule.log_alpha(torch.tensor([teacher.time(10), teacher.time(10.5), teacher.time(11)]))
+    torch.testing.assert_close(around[1], around[[0, 2]].mean())
+    assert teacher.network_inputs(torch.tensor([teacher.time(10.5)]))[1].item() == pytest.approx(10.5, abs=1e-4)
+
+
+# Networks ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_learned_variance_is_cut_off(dit):
+    teacher = teachers.load(dit)
+    x, t, labels = torch.randn(2, 4, 8, 8), torch.full((2,), teacher.time(100)), torch.tensor([3, 10])
+    whole = teacher.network.model(x, timestep=torch.full((2,), 100), class_labels=labels).sample
+    assert whole.shape == (2, 8, 8, 8)
+    torch.testing.assert_close(teacher(x, t, labels), whole[:, :4], rtol=0, atol=1e-4)
+    assert teacher.null_cond == 10 and teacher.num_classes == 10
+
+
+def test_bare_folders_and_models_inside_a_pipeline(unet, text_unet):
+    assert teachers.load(text_unet).sample_shape == (4, 8, 8)
+    inside, around = teachers.load(unet / "unet"), teachers.load(unet)
+    assert all(torch.equal(a, b) for a, b in zip(inside.parameters(), around.parameters(), strict=True))
+    assert inside.schedule == around.schedule
+
+
+def test_dtype(unet):
+    teacher = teachers.load(unet, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in teacher.parameters()} == {torch.bfloat16}
+    assert teacher(torch.randn(1, 3, 8, 8), torch.tensor([0.5])).dtype == torch.bfloat16
+
+
+def test_a_copy_shares_the_folder_and_no_weight(dit):
+    teacher = teachers.load(dit)
+    copied = copy.deepcopy(teacher)
+    assert copied.folder is teacher.folder and copied.same_form(teacher)
+    assert not {id(p) for p in copied.parameters()} & {id(p) for p in teacher.parameters()}
+    assert not [name for name in teacher.state_dict() if "vae" in name]
+
+
+def test_latents_are_decoded_with_scale_and_shift(tmp_path):
+    folder = folders.dit(tmp_path / "dit")
+    folders.vae(shift_factor=0.25).save_pretrained(folder / "vae")
+    teacher = teachers.load(folder)
+    latents = torch.randn(2, 4, 8, 8)
+    theirs = diffusers.AutoencoderKL.from_pretrained(folder / "vae").decode(latents / 0.5 + 0.25).sample
+    assert torch.equal(teacher.decode(latents), theirs)
+
+
+# Prompts ----------------------------------------------------------------------------------------------------------
+
+
+@needs_text
+def test_prompts_are_encoded_as_the_pipeline_does(tmp_path):
+    folder = folders.stable_diffusion(tmp_path / "sd")
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(folder)
+    theirs, _ = pipeline.encode_prompt(["a b", "c"], "cpu", 1, False)
+    ours = teachers.load(folder).encode(["a b", "c"])
+    assert torch.equal(ours, theirs) and ours.shape == (2, 12, 8) and not torch.equal(ours[0], ours[1])
+
+
+@needs_text
+def test_guidance_with_the_empty_prompt(tmp_path):
+    teacher = teachers.load(folders.sd3(tmp_path / "sd3"))
+    prompts = teacher.encode(["a b", "c"])
+    config = EMDConfig(steps=1, batch_size=2, langevin_steps=1, t_star=1.0, guidance=3.0)
+    with pytest.raises(ValueError, match="guidance needs a null condition"):
+        EMDTrainer(teacher, config, prompts=prompts).step()
+    teacher.null_cond = teacher.encode([""])
+    metrics = EMDTrainer(teacher, config, prompts=prompts).step()
+    assert metrics["drift_rms"] > 0
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_prompts_are_drawn_by_the_noise_contract(text_unet, tmp_path, mapped):
+    teacher, prompts = teachers.load(text_unet), torch.randn(5, 3, 8)
+    config = EMDConfig(steps=1, batch_size=4, langevin_steps=1, t_star=0.5)
+    conditions.save(tmp_path / "prompts.safetensors", prompts, torch.zeros(1, 3, 8))
+    table = conditions.Mapped(tmp_path / "prompts.safetensors") if mapped else prompts
+    trainer = EMDTrainer(teacher, config, prompts=table)
+    drawn = trainer._conditions(None, 0)
+    found = [int((prompts == row).all((1, 2)).nonzero()) for row in drawn]
+    assert found == [int((prompts == row).all((1, 2)).nonzero()) for row in trainer._conditions(None, 0)]
+    assert found != [int((prompts == row).all((1, 2)).nonzero()) for row in trainer._conditions(None, 1)]
+    assert trainer.step()["skipped"] == 0
+    # Shown in turn.
+    assert torch.equal(trainer.generate(7), trainer.generate(7, prompts[torch.arange(7) % 5]))
+
+
+def test_a_table_of_prompts_on_disk(tmp_path):
+    cond = {"prompt_embeds": torch.randn(4, 2, 3), "pooled_projections": torch.randn(4, 5).bfloat16()}
+    null = {name: torch.zeros_like(value[:1]) for name, value in cond.items()}
+    conditions.save(tmp_path / "both", cond, null)
+    conditions.save(tmp_path / "alone", cond["prompt_embeds"])
+    both, alone = conditions.Mapped(tmp_path / "both"), conditions.Mapped(tmp_path / "alone")
+    index = torch.tensor([2, 0, 2])
+    assert len(both) == 4 and all(torch.equal(both[index][name], cond[name][index]) for name in cond)
+    assert both.null_cond.keys() == null.keys() and alone.null_cond is None
+    assert torch.equal(alone[index], cond["prompt_embeds"][index])
+    (tmp_path / "bad").write_text("no")
+    with pytest.raises(ValueError, match="cannot read the conditions in"):
+        conditions.Mapped(tmp_path / "bad")
+
+
+# What is said when something is wrong -----------------------------------------------------------------------------
+
+
+def one_line(error):
+    assert len(str(error.value).splitlines()) == 1, error.value
+    return str(error.value)
+
+
+def test_labels_and_prompts_that_do_not_match(unet, dit, text_unet, sd3):
+    x, t = torch.randn(2, 4, 8, 8), torch.tensor([0.5, 0.5])
+    tokens = torch.randn(2, 3, 8)
+    wrong = [
+        (dit, tokens, TypeError, "labels must be int64"),
+        (dit, None, ValueError, "takes labels: an int64 tensor (B,) below 11"),
+        (dit, torch.tensor([1, 11]), ValueError, "labels must be in [0, 11)"),
+        (text_unet, torch.tensor([1, 2]), ValueError, "takes text embeddings (B, tokens, 8)"),
+        (text_unet, torch.randn(2, 3, 7), ValueError, "got a float32 tensor (2, 3, 7)"),
+        (sd3, tokens, ValueError, "a dict of prompt_embeds"),
+        (sd3, {"prompt_embeds": tokens, "pooled_projections": tokens}, ValueError, "pooled_projections (B, 16)"),
+    ]
+    for folder, cond, kind, said in wrong:
+        with pytest.raises(kind, match=re.escape(said)) as error:
+            teachers.load(folder)(x, t, cond)
+        one_line(error)
+    with pytest.raises(ValueError, match="takes no condition"):
+        teachers.load(unet)(torch.randn(2, 3, 8, 8), t, torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="not prompts"):
+        teachers.load(dit).encode(["a cat"])
+    with pytest.raises(ValueError, match="no text encoder"):
+        teachers.load(text_unet).encode(["a cat"])
+
+
+def test_folders_that_hold_no_teacher(tmp_path, unet):
+    with pytest.raises(FileNotFoundError, match="is no folder") as error:
+        teachers.load(tmp_path / "nowhere")
+    one_line(error)
+    with pytest.raises(ValueError, match="is no model of diffusers") as error:
+        teachers.load(tmp_path)
+    one_line(error)
+    (tmp_path / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}')
+    with pytest.raises(
+        ValueError, match="holds a FluxTransformer2DModel, which is not supported: UNet2DModel"
+    ) as error:
+        teachers.load(tmp_path)
+    one_line(error)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"_class_name": "KarrasVeScheduler"}, "KarrasVeScheduler is not supported: DDPMScheduler"),
+        ({"_class_name": "DDPMScheduler", "prediction_type": "flow_prediction"}, "'flow_prediction' of DDPMScheduler"),
+        ({"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"}, "timestep_type = 'continuous'"),
+    ],
+)
+def test_schedulers_that_are_not_supported(unet, config, said):
+    with pytest.raises(ValueError, match=said) as error:
+        teachers.load(unet, scheduler=config)
+    one_line(error)
+
+
+def test_a_bare_model_without_a_scheduler(tmp_path):
+    folders.text_unet().save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="give load\\(\\) a scheduler"):
+        teachers.load(tmp_path / "model")
+    assert teachers.load(tmp_path / "model", scheduler=diffusers.DDPMScheduler()).parametrization == "eps"
+
+
+def test_without_diffusers_one_line_says_so(tmp_path):
+    script = (
+        "import sys; sys.modules['diffusers'] = None\n"
+        "import emd_fast.export\n"
+        "from emd_fast.teachers import diffusers as teachers\n"
+        "try:\n    teachers.load('x')\nexcept ModuleNotFoundError as error:\n    print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == (
+        'teachers from diffusers folders need diffusers: `pip install "emd_fast[diffusers]"`'
+    )

@@ -1,0 +1,132 @@
+"""The command line with a teacher from a folder, or from a function: distill, sample, export, sample again."""
+
+from __future__ import annotations
+
+import diffusers_folders as folders
+import pytest
+import torch
+
+from emd_fast import Denoiser, checkpoint, cli, conditions, export, schedules
+from emd_fast.teachers.small_unet import SmallUNet
+
+TINY = ["--steps=2", "--batch-size=2", "--langevin-steps=1", "--student-updates=1", "--lr-warmup=0"]
+
+
+@pytest.fixture
+def call(capsys, monkeypatch, tmp_path):
+    """The command line in an empty folder: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words):
+        try:
+            code = cli.main([str(word) for word in words])
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def done(result):
+    assert result[0] == 0, result[2]
+    return result[1]
+
+
+def samples(call, source, *words):
+    done(call("sample", source, "-n", "3", "--out", "x.pt", *words))
+    return torch.load("x.pt")
+
+
+def test_a_diffusers_folder_from_distill_to_a_pipeline(call, tmp_path):
+    pytest.importorskip("diffusers")
+    folders.dit(tmp_path / "teacher")
+    code, _, err = call("distill", "--teacher", "teacher", "--out", "run", *TINY)
+    assert code == 2 and "give --num-classes 10" in err and len(err.strip().splitlines()) == 1
+    words = ["distill", "--teacher", "teacher", "--out", "run", "--num-classes", "10", *TINY]
+    assert done(call(*words)).strip() == "run/report.md"
+    assert {path.name for path in (tmp_path / "run" / "samples").iterdir()} == {
+        f"{name}.png" for name in ("teacher", "init", "student")
+    }
+    assert "is finished" in call(*words)[2]
+    done(call("export", "run", "one-step"))
+    assert torch.equal(samples(call, "one-step"), samples(call, "run"))
+    assert torch.equal(samples(call, "one-step", "--label", "7"), samples(call, "run", "--label", "7"))
+    done(call("export", "run", "raw.safetensors", "--raw"))
+    assert torch.equal(samples(call, "raw.safetensors"), samples(call, "run", "--raw"))
+    done(call("sample", "one-step", "-n", "4", "--out", "grid.png"))
+    code, _, err = call("sample", "one-step", "--label", "10", "--out", "grid.png")
+    assert code == 2 and "--label must be in [0, 10)" in err
+    assert (tmp_path / "one-step" / "model_index.json").exists()
+    # sigma(t_star) as input scale is nothing that DiTPipeline can do.
+    done(call("distill", "--teacher", "teacher", "--out", "scaled", "--num-classes", "10", "--input-scale=none", *TINY))
+    _, _, err = call("export", "scaled", "scaled-out")
+    assert "train with input_scale = 1" in err and len(err.strip().splitlines()) == 1
+    assert torch.equal(samples(call, "scaled-out"), samples(call, "scaled"))
+
+
+def test_prompts_that_were_encoded_before(call, tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    folders.bare(folders.text_unet(), diffusers.DDPMScheduler(), tmp_path / "teacher")
+    words = ["distill", "--teacher", "teacher", "--out", "run", "--guidance=2", *TINY]
+    code, _, err = call(*words)
+    assert code == 2 and "give --prompts FILE" in err
+    conditions.save(tmp_path / "p.safetensors", torch.randn(5, 3, 8), torch.zeros(1, 3, 8))
+    done(call(*words, "--prompts", "p.safetensors"))
+    assert samples(call, "run").shape == (3, 4, 8, 8)
+    code, _, err = call("sample", "run", "--prompt", "a", "--out", "x.pt")
+    assert code == 1 and "has no text encoder" in err
+
+
+@pytest.mark.skipif(folders.transformers_missing() is not None, reason=str(folders.transformers_missing()))
+def test_prompts_from_a_text_file(call, tmp_path):
+    folders.stable_diffusion(tmp_path / "teacher")
+    (tmp_path / "prompts.txt").write_text("a b\n\nc\n")
+    done(call("distill", "--teacher", "teacher", "--prompts", "prompts.txt", "--out", "run", "--guidance=2", *TINY))
+    assert len(conditions.Mapped(tmp_path / "run" / "prompts.safetensors")) == 2
+    done(call("export", "run", "one-step"))
+    assert torch.equal(samples(call, "run", "--prompt", "d"), samples(call, "one-step", "--prompt", "d"))
+
+
+def small():
+    """A teacher of one's own."""
+    network = SmallUNet(3, channels=4, num_classes=0)
+    return Denoiser(network, schedules.EDM(), "edm", sigma_data=0.5, sample_shape=(3, 8, 8))
+
+
+def test_a_function_is_a_teacher(call, tmp_path):
+    done(call("distill", "--teacher", "test_diffusers_cli:small", "--out", "run", *TINY))
+    done(call("export", "run", "one.safetensors"))
+    assert torch.equal(samples(call, "one.safetensors"), samples(call, "run"))
+    assert checkpoint.found(tmp_path / "run" / "checkpoints")
+    code, _, err = call("export", "run", "folder")
+    assert code == 1 and "use format='safetensors'" in err and not (tmp_path / "folder").exists()
+
+
+@pytest.mark.parametrize(
+    ("teacher", "code", "said"),
+    [
+        ("nothing:here", 2, "cannot import the teacher's module 'nothing'"),
+        ("test_diffusers_cli:nothing", 2, "has no function 'nothing'"),
+        ("test_diffusers_cli:one_of_none", 2, "must return an emd_fast.Denoiser, got NoneType"),
+        ("./nowhere", 1, "./nowhere is no folder"),
+    ],
+)
+def test_teachers_that_are_none(call, teacher, code, said):
+    got, _, err = call("distill", "--teacher", teacher, "--out", "run", *TINY)
+    assert got == code and said in err and len(err.strip().splitlines()) == 1
+
+
+def one_of_none():
+    return None
+
+
+def test_without_a_recipe_or_a_teacher(call):
+    code, _, err = call("distill")
+    assert code == 2 and "required: recipe" in err
+    code, _, err = call("distill", "pretrained")
+    assert code == 2 and "there is no teacher: give --teacher FOLDER" in err
+
+
+def test_a_folder_that_was_not_exported(tmp_path):
+    with pytest.raises(ValueError, match="was not written by"):
+        export.load(tmp_path)

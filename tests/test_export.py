@@ -1,0 +1,110 @@
+"""Generators of the project's own networks in one safetensors file."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from emd_fast import Denoiser, EMDConfig, EMDTrainer, Generator, export, schedules
+from emd_fast.teachers import gaussian_mixture
+from emd_fast.teachers.mlp import PointGenerator, TimeMLP
+from emd_fast.teachers.small_unet import SmallUNet, initialise
+
+
+def points(generator=None):
+    means = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+    teacher = gaussian_mixture(torch.tensor([0.5, 0.5]), means, 0.1 * torch.eye(2).expand(2, 2, 2), schedules.EDM())
+    student = Denoiser(TimeMLP(2, 8, 2, seed=1), schedules.EDM(), "edm", sigma_data=1.0, sample_shape=(2,))
+    config = EMDConfig(steps=2, batch_size=4, langevin_steps=1, seed=3, generator_lr=1e-2)
+    return EMDTrainer(teacher, config, generator or PointGenerator(2, 8, 1, seed=2), student)
+
+
+def images(**changes):
+    network = SmallUNet(1, channels=8, num_classes=3, embedding=16)
+    initialise(network, 0)
+    teacher = Denoiser(network, schedules.EDM(), "edm", sigma_data=0.5, sample_shape=(1, 4, 4))
+    options = {"steps": 2, "batch_size": 4, "langevin_steps": 1, "num_classes": 3, "generator_lr": 1e-2, **changes}
+    return EMDTrainer(teacher, EMDConfig(**options))
+
+
+def mlp_behind_a_denoiser():
+    denoiser = Denoiser(TimeMLP(2, 8, 2, seed=1), schedules.VP(torch.linspace(1e-4, 0.02, 100)), "v", sample_shape=(2,))
+    return EMDTrainer(denoiser, EMDConfig(steps=2, batch_size=4, langevin_steps=1, t_star=0.7, input_scale=0.5))
+
+
+@pytest.mark.parametrize("make", [points, images, mlp_behind_a_denoiser, lambda: images(precision="bfloat16")])
+@pytest.mark.parametrize("ema", [True, False])
+def test_the_file_gives_the_bits_of_the_trainer(make, ema, tmp_path):
+    trainer = make()
+    for _ in range(2):
+        trainer.step()
+    loaded = export.load(export.export(trainer, tmp_path / "one.safetensors", "safetensors", ema=ema))
+    assert torch.equal(loaded.sample(5), trainer.generate(5, ema=ema))
+    assert torch.equal(loaded.sample(2, first_sample=3), trainer.generate(2, ema=ema, first_sample=3))
+    assert not torch.equal(loaded.sample(5, seed=99), loaded.sample(5))
+    assert not torch.equal(trainer.generate(5), trainer.generate(5, ema=False))
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+
+
+def test_the_generator_of_a_trainer_is_what_the_numbers_say(tmp_path):
+    trainer = mlp_behind_a_denoiser()
+    loaded = export.load(export.export(trainer, tmp_path / "x", "safetensors"))
+    z = torch.randn(6, 2)
+    t = torch.full((6,), 0.7)
+    expected = trainer.ema.module.denoiser.denoise(0.5 * z, t)
+    torch.testing.assert_close(loaded(z), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_what_cannot_be_described_is_refused_before_anything_is_written(tmp_path):
+    class Mine(nn.Module):
+        sample_shape = (2,)
+
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(2, 2)
+
+        def forward(self, z, cond=None):
+            return self.layer(z)
+
+    with pytest.raises(ValueError, match="a Mine cannot be described in a file: SmallUNet"):
+        export.export(points(Mine()), tmp_path / "x", "safetensors")
+    with pytest.raises(ValueError, match="needs a teacher from a folder of diffusers"):
+        export.export(points(), tmp_path / "x")
+    with pytest.raises(ValueError, match="format must be"):
+        export.export(points(), tmp_path / "x", "onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_of_the_users_own_is_refused(tmp_path):
+    denoiser = Denoiser(
+        TimeMLP(2, 8, 1, seed=1),
+        schedules.EDM(),
+        "edm",
+        sigma_data=1.0,
+        sample_shape=(2,),
+        output=lambda returned: -returned,
+    )
+    trainer = EMDTrainer(denoiser, EMDConfig(steps=1, batch_size=2))
+    assert isinstance(trainer.generator, Generator)
+    with pytest.raises(ValueError, match="an `output` of its own"):
+        export.export(trainer, tmp_path / "x", "safetensors")
+
+
+def test_files_of_others_and_of_later_versions(tmp_path):
+    from safetensors.torch import save_file
+
+    with pytest.raises(ValueError, match="cannot read"):
+        export.load(tmp_path / "nowhere")
+    (tmp_path / "text").write_text("no")
+    with pytest.raises(ValueError, match="cannot read"):
+        export.load(tmp_path / "text")
+    save_file({"a": torch.ones(1)}, tmp_path / "other")
+    with pytest.raises(ValueError, match="was not written by"):
+        export.load(tmp_path / "other")
+    later = {"emd_fast": json.dumps({"version": 99, "generator": {}})}
+    save_file({"a": torch.ones(1)}, tmp_path / "later", metadata=later)
+    with pytest.raises(ValueError, match="has format version 99, this release reads 1"):
+        export.load(tmp_path / "later")
