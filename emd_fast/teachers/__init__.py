@@ -1,6 +1,6 @@
 """Where teachers come from. A teacher is an emd_fast.Denoiser."""
 
-from emd_fast.teachers import digits
+from emd_fast.teachers import diffusers, digits
 from emd_fast.teachers.analytic import gaussian, gaussian_mixture
 
-__all__ = ["digits", "gaussian", "gaussian_mixture"]
+__all__ = ["diffusers", "digits", "gaussian", "gaussian_mixture"]
