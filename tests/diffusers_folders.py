@@ -120,7 +120,9 @@ def stable_diffusion(folder, scheduler=None):
     """A Stable Diffusion pipeline. Needs transformers."""
     from diffusers import PNDMScheduler, StableDiffusionPipeline
 
-    chain = PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True)
+    chain = PNDMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
+    )
     StableDiffusionPipeline(
         vae=vae(),
         text_encoder=text_encoder(),

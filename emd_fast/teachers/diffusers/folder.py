@@ -161,5 +161,5 @@ def _found(name: str | Path) -> Path:
         return Path(need_diffusers().DiffusionPipeline.download(str(name)))
     except (OSError, ValueError, RuntimeError) as error:
         raise FileNotFoundError(
-            f"{name} is no folder here, and the hub did not give it: {str(error).splitlines()[0]}"
+            f"{name} is no folder here, and the hub did not give it: {str(error).splitlines()[0].partition(' (')[0]}"
         ) from error
