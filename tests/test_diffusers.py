@@ -172,10 +172,11 @@ def test_prompts_are_drawn_by_the_noise_contract(text_unet, tmp_path, mapped):
     conditions.save(tmp_path / "prompts.safetensors", prompts, torch.zeros(1, 3, 8))
     table = conditions.Mapped(tmp_path / "prompts.safetensors") if mapped else prompts
     trainer = EMDTrainer(teacher, config, prompts=table)
-    drawn = trainer._conditions(None, 0)
+    drawn = trainer._conditions(None, 0, 0, 4)
     found = [int((prompts == row).all((1, 2)).nonzero()) for row in drawn]
-    assert found == [int((prompts == row).all((1, 2)).nonzero()) for row in trainer._conditions(None, 0)]
-    assert found != [int((prompts == row).all((1, 2)).nonzero()) for row in trainer._conditions(None, 1)]
+    # By the global index of a sample, whoever takes it.
+    assert torch.equal(torch.cat([trainer._conditions(None, 0, i, i + 1) for i in range(4)]), drawn)
+    assert found != [int((prompts == row).all((1, 2)).nonzero()) for row in trainer._conditions(None, 1, 0, 4)]
     assert trainer.step()["skipped"] == 0
     # Shown in turn.
     assert torch.equal(trainer.generate(7), trainer.generate(7, prompts[torch.arange(7) % 5]))
