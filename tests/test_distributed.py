@@ -109,7 +109,7 @@ def one_step(settings: EMDConfig, world_dependent_start: bool = False) -> dict:
         },
         "ema": {key: whole(value) for key, value in trainer.ema.module.state_dict().items()},
         "metrics": {key: value.item() for key, value in metrics.items()},
-        "shown": trainer.generate(3),
+        "shown": torch.stack([trainer.generate(3), *trainer.denoised(3).values()]),
     }
 
 
