@@ -9,10 +9,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry, register_flop_formula
-
-from emd_fast import ops as _ops  # noqa: F401  (attention must be there before its formula)
 
 T = TypeVar("T")
 
@@ -82,28 +80,31 @@ class _Counter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
+        from torch.utils.flop_counter import (
+            flop_registry,
+        )  # imports Triton, which a bare import of the library must not
+
+        own = {torch.ops.emd_fast.attention: _attention, torch.ops.emd_fast.attention_backward: _attention_backward}
+        self.formulas: dict[Any, Any] = {**flop_registry, **own}
         self.total = 0.0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        formula = flop_registry.get(func._overloadpacket)
+        formula = self.formulas.get(func._overloadpacket)
         if formula is not None:
             self.total += formula(*args, **kwargs, out_val=result)
         return result
 
 
-@register_flop_formula(torch.ops.emd_fast.attention)
-def _attention(q: Any, k: Any, *_: Any, **__: Any) -> int:
-    """Shapes (B, tokens, heads, head_dim) and (B, keys, heads, head_dim): q k^T, and its product with v."""
-    batch, tokens, heads, head_dim = q
-    return 2 * 2 * batch * heads * tokens * k[1] * head_dim
+def _attention(q: Tensor, k: Tensor, *_: Any, **__: Any) -> int:
+    """q k^T of (B, tokens, heads, head_dim) and (B, keys, heads, head_dim), and its product with v."""
+    return 2 * 2 * q.numel() * k.shape[1]
 
 
-@register_flop_formula(torch.ops.emd_fast.attention_backward)
-def _attention_backward(grad: Any, q: Any, k: Any, *_: Any, **__: Any) -> int:
+def _attention_backward(grad: Tensor, q: Tensor, k: Tensor, *_: Any, **__: Any) -> int:
     """Five products: q k^T again, and the gradients of v, of the probabilities, of q and of k."""
-    return 2 * 5 * q[0] * q[2] * q[1] * k[1] * q[3]
+    return 5 * 2 * q.numel() * k.shape[1]
 
 
 def peak_memory(device: torch.device) -> float:
