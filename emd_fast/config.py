@@ -249,8 +249,10 @@ class RunConfig:
         log_every: steps between two rows of log.jsonl (the only steps on which the host waits for the device).
         save_every: steps between two checkpoints; keep_checkpoints: how many of the last ones stay.
         background_checkpoints: write them while the training goes on, from a copy in the host's memory.
-        samples: that the evaluation draws of the task "gmm"; digits use as many as there are held-out
-            images.
+        peak_tflops: what a device can do at most in the dtype of the run, in 10^12 operations a second, from its data
+            sheet; 0 where it is not known: the log then has no `mfu`.
+        samples: one-step samples that the evaluation draws of the task "gmm"; digits use as many as there are
+            held-out images.
     """
 
     task: Literal["digits", "gmm", "pretrained"] = "digits"
@@ -262,12 +264,14 @@ class RunConfig:
     save_every: int = 100
     keep_checkpoints: int = 2
     background_checkpoints: bool = True
+    peak_tflops: float = 0.0
     samples: int = 2000
 
     def __post_init__(self) -> None:
         check_types(self)
         for name in ("log_every", "save_every", "keep_checkpoints", "samples"):
             _require(getattr(self, name) > 0, self, name, "above 0")
+        _require(self.peak_tflops >= 0, self, "peak_tflops", "at least 0")
         if self.task == "digits":
             expected = 10 if self.teacher.conditional else 0
             _require(

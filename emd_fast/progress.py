@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 
 from tqdm import tqdm
 
@@ -39,6 +40,29 @@ class Progress:
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
+
+
+def summary(row: Mapping[str, float]) -> str:
+    """What a row of log.jsonl has of this, in a few words: losses, drift, speed, memory and where the time goes."""
+    parts = [
+        f"{word} {row[name] * scale:.3g}{unit}"
+        for name, word, scale, unit in (
+            ("generator_loss", "generator", 1, ""),
+            ("student_loss", "student", 1, ""),
+            ("drift_rms", "drift", 1, ""),
+            ("images_per_second", "", 1, " images/s"),
+            ("tflops", "", 1, " TFLOP/s"),
+            ("mfu", "MFU", 100, "%"),
+            ("memory_gib", "", 1, " GiB"),
+        )
+        if name in row
+    ]
+    times = [
+        f"{word} {row[name]:.0%}"
+        for name, word in (("e_step_share", "E"), ("m_step_share", "M"), ("student_share", "S"))
+        if name in row
+    ]
+    return ", ".join(part.strip() for part in [*parts, " ".join(times)] if part)
 
 
 def say(line: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import signal
 import threading
 import time
@@ -17,13 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
+import torch
+from torch import Tensor
 
-from emd_fast import checkpoint, config, distributed, journal, report
+from emd_fast import checkpoint, config, diagnostics, distributed, journal, report, throughput
 from emd_fast.checkpoint import CheckpointError
 from emd_fast.config import RunConfig, to_dict
 from emd_fast.denoiser import Denoiser
-from emd_fast.plan import Plan, Sizes, available, plan
-from emd_fast.progress import Progress, say
+from emd_fast.plan import GIB, Plan, Sizes, available, plan
+from emd_fast.progress import Progress, say, summary
 from emd_fast.tasks import Task, task_of
 from emd_fast.trainer import MAY_CHANGE, Diverged, EMDTrainer, check_health
 
@@ -33,8 +36,12 @@ _MAY_CHANGE = {
     "save_every",
     "keep_checkpoints",
     "background_checkpoints",
+    "peak_tflops",
     "samples",
 }
+
+
+_SHOWN = 8  # images of each network in a picture
 
 
 class RunError(RuntimeError):
@@ -257,6 +264,7 @@ def _train(trainer: EMDTrainer, settings: RunConfig, folder: Path, sinks: tuple[
     if main:
         checkpoint.clear_unfinished(checkpoint_folder)
     agree, saved, stop = distributed.Agreement(), first if first else -1, 0
+    flops = math.nan
     began = time.monotonic()
 
     def save() -> None:
@@ -275,18 +283,23 @@ def _train(trainer: EMDTrainer, settings: RunConfig, folder: Path, sinks: tuple[
                 stop = agree(stopped())
                 if stop:
                     break
-                metrics = trainer.step()
+                if main and math.isnan(flops) and _countable(trainer):
+                    metrics, flops = throughput.counted(trainer.step)
+                else:
+                    metrics = trainer.step()
                 done = trainer.steps_done
                 if done % settings.log_every == 0 or done == total:
-                    numbers = {name: value.item() for name, value in metrics.items()}
+                    numbers = _numbers(metrics | trainer.diagnostics())
                     seconds = time.monotonic() - began
-                    rate = (done - first) * settings.emd.batch_size / seconds
+                    row = {"step": done, **numbers, "seconds": before + seconds}
+                    row |= _speed(trainer, settings, (done - first) / seconds, flops)
                     if log is not None:
-                        log.write({"step": done, **numbers, "seconds": before + seconds, "images_per_second": rate})
+                        log.write(row)
                     check_health(numbers, settings.emd, trainer.culprit)
-                    progress.update(done, f"student {numbers['student_loss']:.3g}, drift {numbers['drift_rms']:.3g}")
+                    progress.update(done, summary(row))
                 if done % settings.save_every == 0 or done == total:
                     save()
+                    _show(trainer, folder)
             stop = max(stop, agree.final(stopped()))
             if stop:
                 save()
@@ -304,6 +317,47 @@ def _train(trainer: EMDTrainer, settings: RunConfig, folder: Path, sinks: tuple[
             log.close()
         trainer.finish_saving()
     return before + time.monotonic() - began
+
+
+def _countable(trainer: EMDTrainer) -> bool:
+    """Whether the operations of the next step are those of every step: no warm-up of the student, no CUDA graph."""
+    warms_up = trainer.steps_done == 0 and trainer.config.student_warmup > 0
+    return not (warms_up or trainer.config.cuda_graph)
+
+
+def _numbers(scalars: dict[str, Tensor]) -> dict[str, float]:
+    """The values, for which the host waits once; without the bins of log-SNR that have no sample."""
+    values = torch.stack([value.float() for value in scalars.values()]).tolist()
+    found = dict(zip(scalars, values, strict=True))
+    return {name: value for name, value in found.items() if not (diagnostics.is_bin(name) and math.isnan(value))}
+
+
+def _speed(trainer: EMDTrainer, settings: RunConfig, steps_per_second: float, flops: float) -> dict[str, float]:
+    """What the log says about the speed of the run so far; `flops` of a step on this device, or NaN."""
+    left = settings.emd.steps - trainer.steps_done
+    found = {
+        "images_per_second": steps_per_second * settings.emd.batch_size,
+        "eta_seconds": left / steps_per_second,
+        "memory_gib": throughput.peak_memory(trainer.device) / GIB,
+        **throughput.shares(trainer.laps.seconds()),
+    }
+    if not math.isnan(flops):
+        found["tflops"] = flops * steps_per_second / 1e12
+        if settings.peak_tflops:
+            found["mfu"] = found["tflops"] / settings.peak_tflops
+    return found
+
+
+def _show(trainer: EMDTrainer, folder: Path) -> None:
+    """samples/networks/: a row of images each of generator, teacher and student, where they are images."""
+    if len(trainer.sample_shape) != 3 or trainer.sample_shape[0] not in (1, 3):
+        return
+    rows = trainer.denoised(_SHOWN)
+    if distributed.is_main():
+        # A picture is no reason to stop: what is not finite is drawn at its limits.
+        images = torch.cat(list(rows.values())).nan_to_num()
+        path = folder / "samples" / "networks" / f"step-{trainer.steps_done:08d}.png"
+        report.save_grid(path, images, columns=_SHOWN)
 
 
 def shortened(settings: RunConfig) -> RunConfig:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
-from emd_fast import checkpoint, conditions, distributed, ema, ops, optimizers
+from emd_fast import checkpoint, conditions, diagnostics, distributed, ema, ops, optimizers
 from emd_fast.config import ConfigError, EMDConfig, StepSize, TimeDistribution, from_dict, to_dict
 from emd_fast.denoiser import Condition, Denoiser, Generator, base
 from emd_fast.distributed import Shards, gathered
@@ -30,6 +30,7 @@ from emd_fast.em.m_step import WEIGHTINGS, m_step
 from emd_fast.em.student_step import student_step
 from emd_fast.graphs import GraphedEStep
 from emd_fast.noise import Noise, Stream
+from emd_fast.throughput import Laps
 
 # What may change between two legs of one run; everything else makes it another run. A graph changes nothing but the
 # time; the three before it, as the number of devices, the order in which gradients are summed.
@@ -119,6 +120,8 @@ class EMDTrainer:
         self.skipped = torch.zeros((), device=self.device)
         self.steps_done = 0
         self._tables: dict[Any, Tensor] = {}
+        self._seen: list[diagnostics.Seen] = []
+        self.laps = Laps(self.device)  # of the last step: student, e_step, m_step
         self._writer = checkpoint.Writer()
 
     def _spread(self) -> str:
@@ -146,17 +149,22 @@ class EMDTrainer:
             not finite.
         """
         config = self.config
+        self._seen = []  # that of the step before: its memory is needed now
         self.noise.set(step=self.steps_done)
         self._set_learning_rates()
+        self.laps.start()
         if self.steps_done == 0:
             for j in range(config.student_warmup):
                 self._student_update(cond, config.student_updates + j)
         student = [self._student_update(cond, j) for j in range(config.student_updates)]
+        self.laps.end("student")
         with gathered(self.generator):
             sampled = self._e_steps(cond)
+            self.laps.end("e_step")
             generator_loss = self._generator_loss(sampled)
         generator_norm = self._update("generator")
         self.ema.update(self.generator, self.steps_done)
+        self.laps.end("m_step")
         self.steps_done += 1
         means = torch.stack(
             [
@@ -178,6 +186,26 @@ class EMDTrainer:
             "skipped": self.skipped.clone(),
         }
 
+    def diagnostics(self) -> dict[str, Tensor]:
+        """What emd_fast/diagnostics.py says about the last step: device scalars, the same on every rank. All ranks call
+        it, on the steps that are logged; the training does not notice.
+
+        Raises:
+            RuntimeError: no step was made.
+        """
+        if not self._seen:
+            raise RuntimeError("diagnostics are those of a step: call step() first")
+        first, _ = distributed.share(self.config.batch_size)
+        sizes = [len(piece.sampled.t) for piece in self._seen]
+        firsts = [first + sum(sizes[:i]) for i in range(len(sizes))]
+        return diagnostics.diagnose(
+            self._seen,
+            (self._start(*piece) for piece in zip(firsts, sizes, strict=True)),
+            batch=self.config.batch_size,
+            schedule=self.schedule,
+            times=self.config.time_distribution,
+        )
+
     def sample_posterior(self, cond: Condition = None) -> EStep:
         """The E-step of the current optimizer step, for all samples of this rank at once."""
         (piece,) = self._pieces(cond, 0, whole=True)
@@ -191,13 +219,11 @@ class EMDTrainer:
 
     def _e_step(self, piece: _Piece) -> EStep:
         config = self.config
-        self.noise.set(first_sample=piece.first)
+        z, eps = self._start(piece.first, piece.size)
         t = self._times(config.time_distribution, Stream.E_STEP_TIME, 0, piece.size)
         vsd = config.objective == "vsd"
         gamma_eps = self._step_size(config.gamma_eps, t)
         gamma_z = 0.0 if vsd else self._step_size(config.gamma_z, t)
-        z = ops.normal((piece.size, *self.latent_shape), self.noise, stream=Stream.E_STEP_Z)
-        eps = ops.normal((piece.size, *self.sample_shape), self.noise, stream=Stream.E_STEP_EPS)
         with self._compute_dtype():
             if self._graphed is not None:
                 return self._graphed(z, eps, t, piece.cond, gamma_eps=gamma_eps, gamma_z=gamma_z)
@@ -216,18 +242,32 @@ class EMDTrainer:
                 noise=self.noise,
             )
 
+    def _start(self, first: int, size: int) -> tuple[Tensor, Tensor]:
+        """z_0 and eps_0 of so many samples of this optimizer step."""
+        self.noise.set(first_sample=first)
+        return (
+            ops.normal((size, *self.latent_shape), self.noise, stream=Stream.E_STEP_Z),
+            ops.normal((size, *self.sample_shape), self.noise, stream=Stream.E_STEP_EPS),
+        )
+
     def _langevin_steps(self) -> int:
         return 1 if self.config.objective == "vsd" else self.config.langevin_steps
 
     def _generator_loss(self, sampled: Sequence[EStep]) -> Tensor:
-        """This rank's part of the M-step's loss; leaves its gradient."""
+        """This rank's part of the M-step's loss; leaves its gradient, and what `diagnostics` looks at."""
 
         def loss_of(piece: EStep) -> Tensor:
             weight = WEIGHTINGS[self.config.weighting](piece.alpha, piece.sigma)
             if self.config.objective == "vsd":
                 # The gradient is linear in drift, and drift is gamma_eps times that of score distillation.
                 weight = weight / self._step_size(self.config.gamma_eps, piece.t)
-            return m_step(self.generator, piece, weight, noise_cancellation=self.config.noise_cancellation)
+
+            def watched(z: Tensor, cond: Condition) -> Tensor:
+                generated = self.generator(z, cond)
+                self._seen.append(diagnostics.Seen(piece, generated.detach(), weight))
+                return generated
+
+            return m_step(watched, piece, weight, noise_cancellation=self.config.noise_cancellation)
 
         return self._accumulate("generator", sampled, loss_of)
 
@@ -391,6 +431,30 @@ class EMDTrainer:
         if self.config.num_classes:
             return z, torch.tensor(which, dtype=torch.int64, device=self.device) % self.config.num_classes
         return z, None
+
+    @torch.no_grad()
+    def denoised(self, n: int, cond: Condition = None) -> dict[str, Tensor]:
+        """The same n images (n, ...) float32 by the three networks: "generator" is x = g(z), not of the average;
+        "teacher" (with its guidance) and "student" are D(alpha x + sigma eps). t lies in the middle of the log-SNR that
+        time_distribution draws. All ranks call it.
+
+        Args:
+            cond: as for `generate`.
+        """
+        x = self.generate(n, cond, ema=False)
+        cond = self.shown(n)[1] if cond is None else cond
+        # The substep is that of no z.
+        eps = ops.normal(x.shape, Noise(self.config.seed, device=self.device), stream=Stream.SHOWN, substep=1)
+        drawn = self.config.time_distribution
+        middle = torch.full((n,), -math.log(drawn.low * drawn.high), device=self.device)
+        t = self.schedule.t_from_log_snr(middle).clamp(self.schedule.t_min, self.schedule.t_max)
+        x_t = ops.perturb(x, self.schedule.alpha(t), self.schedule.sigma(t), eps=eps, dtype=torch.float32)
+        with gathered(self.teacher, self.student), self._compute_dtype():
+            return {
+                "generator": x,
+                "teacher": self.teacher.denoise(x_t, t, cond, self.config.guidance),
+                "student": self.student.denoise(x_t, t, cond),
+            }
 
     # Its state --------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,330 @@
+"""What is logged about a step: its values against float64, and that nobody waits for a device to get them."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import traceback
+
+import pytest
+import torch
+from helpers import normals, randomised
+from PIL import Image
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from emd_fast import Denoiser, EMDConfig, EMDTrainer, diagnostics, journal, ops, run, schedules, throughput
+from emd_fast import config as settings
+from emd_fast.config import TimeDistribution
+from emd_fast.em.m_step import WEIGHTINGS
+from emd_fast.noise import Stream
+from emd_fast.teachers.mlp import TimeMLP
+from emd_fast.teachers.small_unet import SmallUNet
+
+
+def points_teacher(schedule=None) -> Denoiser:
+    schedule = schedule or schedules.EDM()
+    form = {"sigma_data": 0.5} if isinstance(schedule, schedules.EDM) else {}
+    return Denoiser(TimeMLP(2, 16, 1, seed=1), schedule, "edm" if form else "eps", sample_shape=(2,), **form)
+
+
+def config(**changes) -> EMDConfig:
+    return EMDConfig(**{"steps": 4, "batch_size": 11, "langevin_steps": 2, "t_star": 0.5, **changes})
+
+
+def by_hand(trainer: EMDTrainer, sampled, generated) -> dict[str, float]:
+    """The same statistics in float64, one sample after the other, from what the E-step returned and the M-step saw."""
+    settings, step, batch = trainer.config, trainer.steps_done - 1, trainer.config.batch_size
+    z, eps, drift, alpha, sigma = (
+        x.double() for x in (sampled.z, sampled.eps, sampled.drift, sampled.alpha, sampled.sigma)
+    )
+    z_0 = torch.as_tensor(normals(z.shape, seed=settings.seed, step=step, stream=Stream.E_STEP_Z))
+    eps_0 = torch.as_tensor(normals(eps.shape, seed=settings.seed, step=step, stream=Stream.E_STEP_EPS))
+    weight = WEIGHTINGS[settings.weighting](alpha, sigma)
+    if settings.objective == "vsd":
+        weight = weight / settings.gamma_eps
+    scale = (weight * alpha / sigma)[:, None]
+    x = generated.double()
+    found = {
+        "sample_mean": x.mean(),
+        "sample_std": x.std(correction=0),
+        "z_moved_rms": (z - z_0).square().mean().sqrt(),
+        "eps_moved_rms": (eps - eps_0).square().mean().sqrt(),
+        "signal_var_drift": (scale * drift).var(0, correction=0).mean(),
+        "signal_var_eps": (scale * eps).var(0, correction=0).mean(),
+    }
+    low, high = settings.time_distribution.low, settings.time_distribution.high
+    edges = torch.linspace(-2 * math.log(high), -2 * math.log(low), diagnostics.BINS + 1).tolist()
+    for i in range(diagnostics.BINS):
+        mine = [
+            drift[b].square().mean()
+            for b in range(batch)
+            if edges[i] <= 2 * math.log(alpha[b] / sigma[b]) < edges[i + 1]
+        ]
+        found[f"drift_rms_bin{i}"] = (sum(mine) / len(mine)) ** 0.5 if mine else math.nan
+    return {name: float(value) for name, value in found.items()}
+
+
+def watched_step(trainer: EMDTrainer):
+    """A step, with what its M-step had: the E-step of all samples and g(z_K), by another way than the trainer's own."""
+    before = copy.deepcopy(trainer.generator)
+    pieces, original = [], trainer._e_step
+    trainer._e_step = lambda piece: pieces.append(original(piece)) or pieces[-1]
+    trainer.step()
+    del trainer._e_step
+    parts = {name: torch.cat([getattr(p, name) for p in pieces]) for name in ("z", "eps", "drift", "alpha", "sigma")}
+    with torch.no_grad():
+        generated = before(parts["z"], None)
+    return type("Sampled", (), parts), generated
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"micro_batch_size": 4, "gamma_z": 0.0, "weighting": "sigma_over_alpha"},
+        {"objective": "vsd", "gamma_eps": 0.25},
+        {"noise_cancellation": False, "batch_size": 3},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("schedule", [schedules.EDM(), schedules.Cosine()], ids=repr)
+def test_every_value_is_that_of_float64_by_hand(changes, schedule):
+    trainer = EMDTrainer(points_teacher(schedule), config(**changes))
+    for _ in range(2):
+        sampled, generated = watched_step(trainer)
+    found, expected = trainer.diagnostics(), by_hand(trainer, sampled, generated)
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        assert value.shape == () and value.dtype == torch.float32, name
+        # Normals are right to 5e-6, sums of float32 to some 1e-6 of their size.
+        assert value.item() == pytest.approx(expected[name], rel=2e-5, abs=2e-5, nan_ok=True), name
+    bins = [found[f"drift_rms_bin{i}"].item() for i in range(diagnostics.BINS)]
+    assert any(map(math.isfinite, bins))
+    if trainer.config.batch_size < diagnostics.BINS:
+        assert any(map(math.isnan, bins))
+
+
+def test_displacement_without_moves_of_z_is_nothing_and_noise_is_most_of_the_signal():
+    trainer = EMDTrainer(points_teacher(), config(gamma_z=0.0, batch_size=256))
+    trainer.step()
+    found = trainer.diagnostics()
+    assert found["z_moved_rms"].item() == 0.0
+    assert found["signal_var_eps"] > 10 * found["signal_var_drift"] > 0
+
+
+def test_the_bins_divide_the_range_in_which_t_is_drawn_as_far_as_the_schedule_goes():
+    low, width = diagnostics.log_snr_bins(schedules.EDM(), TimeDistribution(low=0.05, high=5.0))
+    assert low == pytest.approx(-2 * math.log(5)) and 8 * width == pytest.approx(2 * math.log(100))
+    low, width = diagnostics.log_snr_bins(schedules.EDM(), TimeDistribution(low=1e-6, high=1e6))
+    assert low == pytest.approx(-2 * math.log(80), rel=1e-5) and 8 * width == pytest.approx(
+        2 * math.log(40_000), rel=1e-5
+    )
+
+
+def test_a_sample_that_is_not_finite_stays_in_its_bin():
+    trainer = EMDTrainer(points_teacher(), config(batch_size=64))
+    trainer.step()
+    healthy = trainer.diagnostics()
+    trainer._seen[0].sampled.drift[0] = math.nan
+    ill = trainer.diagnostics()
+    changed = [name for name in healthy if "bin" in name and not torch.equal(healthy[name], ill[name])]
+    assert len(changed) == 1 and ill[changed[0]].isnan()
+
+
+def test_looking_does_not_change_the_training():
+    network = SmallUNet(1, 8, num_classes=3)
+    teacher = Denoiser(network, schedules.EDM(), "edm", sigma_data=0.5, sample_shape=(1, 8, 8))
+    watched, alone = (EMDTrainer(teacher, config(num_classes=3, micro_batch_size=4)) for _ in range(2))
+    for _ in range(3):
+        said = watched.step()
+        watched.diagnostics()
+        assert all(torch.equal(value, said[name]) for name, value in alone.step().items())
+    for name, value in alone.generator.state_dict().items():
+        assert torch.equal(value, watched.generator.state_dict()[name]), name
+
+
+def test_there_are_no_diagnostics_before_a_step():
+    with pytest.raises(RuntimeError, match="call step"):
+        EMDTrainer(points_teacher(), config()).diagnostics()
+
+
+# How fast -------------------------------------------------------------------------------------------------------------
+
+
+class Product(nn.Module):
+    """x W, whatever the time: one matrix product a pass."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 6, generator=torch.Generator().manual_seed(seed)))
+
+    def forward(self, x, t, cond=None):
+        return x @ self.weight
+
+
+def test_operations_of_a_step_are_those_of_its_passes():
+    teacher = Denoiser(Product(0), schedules.EDM(), "edm", sigma_data=0.5, sample_shape=(6,))
+    trainer = EMDTrainer(teacher, config(langevin_steps=3, student_updates=2))
+    metrics, operations = throughput.counted(trainer.step)
+    # A student update: two passes, and the weights' gradient. A Langevin step: three passes, and the gradient to z.
+    # The M-step: a pass, and the weights' gradient.
+    assert operations == (2 * 3 + 3 * 4 + 2) * 2 * 11 * 6 * 6
+    same = EMDTrainer(teacher, config(langevin_steps=3, student_updates=2)).step()
+    assert all(torch.equal(value, metrics[name]) for name, value in same.items())
+
+
+def test_operations_of_attention_are_counted():
+    q, k, v = (torch.randn(2, tokens, 3, 4, requires_grad=True) for tokens in (5, 7, 7))
+    out, forward = throughput.counted(lambda: ops.attention(q, k, v, backend="reference"))
+    _, backward = throughput.counted(out.sum().backward)
+    product = 2 * 2 * 3 * 5 * 7 * 4
+    assert (forward, backward) == (2 * product, 5 * product)
+
+
+def test_laps_are_those_of_the_last_step(monkeypatch):
+    clock = iter([0.0, 1.0, 4.0, 10.0, 12.0, 13.0])
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: next(clock))
+    laps = throughput.Laps(torch.device("cpu"))
+    assert laps.seconds() == {} and throughput.shares({}) == {}
+    for _ in range(2):
+        laps.start()
+        laps.end("a")
+        laps.end("b")
+    assert laps.seconds() == {"a": 2.0, "b": 1.0}
+    assert throughput.shares(laps.seconds()) == {"a_share": pytest.approx(2 / 3), "b_share": pytest.approx(1 / 3)}
+
+
+def test_memory_is_in_bytes():
+    # A Python with torch: more than 50 MiB, less than this machine has.
+    assert 50 * 2**20 < throughput.peak_memory(torch.device("cpu")) < 2**44
+
+
+# In a run -------------------------------------------------------------------------------------------------------------
+
+
+TINY = {
+    "emd.steps": 7,
+    "emd.batch_size": 16,
+    "emd.langevin_steps": 2,
+    "emd.student_warmup": 1,
+    "log_every": 3,
+    "save_every": 100,
+    "samples": 50,
+    "mixture.generator_width": 8,
+    "mixture.student_width": 8,
+}
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Steps done whenever somebody reads a value, but for the checks of CPU tensors' values."""
+    steps: list[int] = []
+    now = [0]
+    step, tolist = EMDTrainer.step, torch.Tensor.tolist
+
+    def note() -> None:
+        # The mode that counts operations stands between whoever asks and the tensor.
+        frames = [f for f in traceback.extract_stack() if f.name != "__torch_dispatch__"]
+        names = [f.filename for f in frames if f"emd_fast{os.sep}" in f.filename and "tests" not in f.filename]
+        ours = [os.path.basename(name) for name in names]
+        if ours and ours[-1] not in ("schedules.py", "_check.py"):
+            steps.append(now[0])
+
+    class Reads(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.__name__.startswith(("_local_scalar_dense", "equal", "is_nonzero", "nonzero")):
+                note()
+            return func(*args, **(kwargs or {}))
+
+    def counted_step(self, cond=None):
+        now[0] = self.steps_done + 1
+        return step(self, cond)
+
+    def counted_tolist(self):  # reads the memory of a CPU tensor, past every dispatch
+        note()
+        return tolist(self)
+
+    monkeypatch.setattr(EMDTrainer, "step", counted_step)
+    monkeypatch.setattr(torch.Tensor, "tolist", counted_tolist)
+    monkeypatch.setattr(run, "evaluate", lambda *_: {})
+    with Reads():
+        yield steps
+
+
+def test_no_value_is_asked_for_between_logged_steps(tmp_path, asked):
+    run.distill(settings.load("gmm", TINY), tmp_path)
+    assert set(asked) - {0} == {3, 6, 7}
+    assert 3 in asked and 6 in asked
+
+
+def test_the_log_has_everything_and_the_line_says_the_most_of_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "evaluate", lambda *_: {})
+    seen = []
+    sink = type(
+        "Sink", (), {"__init__": lambda *_: None, "write": lambda _, r: seen.append(r), "close": lambda _: None}
+    )
+    monkeypatch.setitem(journal._SINKS, "tensorboard", sink)
+    run.distill(settings.load("gmm", {**TINY, "peak_tflops": 0.5}), tmp_path, ("tensorboard",))
+    rows = journal.read(tmp_path / "log.jsonl")
+    assert rows == seen and [row["step"] for row in rows] == [3, 6, 7]
+    for row in rows:
+        assert all(map(math.isfinite, row.values()))
+        assert {"sample_mean", "signal_var_eps", "images_per_second", "eta_seconds", "memory_gib"} < row.keys()
+        assert any(name.startswith("drift_rms_bin") for name in row)
+        assert row["student_share"] + row["e_step_share"] + row["m_step_share"] == pytest.approx(1)
+        assert row["mfu"] == pytest.approx(row["tflops"] / 0.5)
+    assert rows[-1]["eta_seconds"] == 0 and not (tmp_path / "samples" / "networks").exists()
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("distil 7/7")]
+    for word in ("generator", "student", "drift", "images/s", "TFLOP/s", "MFU", "GiB", "E ", "M ", "S ", "s left"):
+        assert word in line, word
+
+
+def test_what_is_not_known_is_not_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "evaluate", lambda *_: {})
+    run.distill(settings.load("gmm", TINY), tmp_path / "no_peak")
+    assert all("tflops" in row and "mfu" not in row for row in journal.read(tmp_path / "no_peak" / "log.jsonl"))
+    run.distill(settings.load("gmm", {**TINY, "emd.cuda_graph": True, "peak_tflops": 0.5}), tmp_path / "graph")
+    assert all("tflops" not in row and "mfu" not in row for row in journal.read(tmp_path / "graph" / "log.jsonl"))
+
+
+# Pictures -------------------------------------------------------------------------------------------------------------
+
+
+def digits_trainer() -> EMDTrainer:
+    teacher = Denoiser(
+        randomised(SmallUNet(1, 8, num_classes=3), 0, 0.2),
+        schedules.EDM(),
+        "edm",
+        sigma_data=0.5,
+        sample_shape=(1, 8, 8),
+        null_cond=0,
+    )
+    return EMDTrainer(teacher, config(num_classes=3, guidance=1.5))
+
+
+def test_the_three_networks_denoise_the_same_images():
+    trainer = digits_trainer()
+    trainer.step()
+    found = trainer.denoised(4)
+    assert list(found) == ["generator", "teacher", "student"]
+    x, cond = trainer.generate(4, ema=False), torch.tensor([0, 1, 2, 0])
+    assert torch.equal(found["generator"], x)
+    ratio = math.sqrt(0.05 * 5.0)
+    eps = normals(x.shape, stream=Stream.SHOWN, substep=1).float()
+    t = torch.full((4,), ratio)
+    with torch.no_grad():
+        for name, guidance in (("teacher", 1.5), ("student", None)):
+            expected = getattr(trainer, name).denoise(x + ratio * eps, t, cond, guidance)
+            torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(found["teacher"], found["student"])
+
+
+def test_a_picture_has_a_row_for_each_network_and_never_stops_a_run(tmp_path):
+    trainer = digits_trainer()
+    run._show(trainer, tmp_path)
+    with Image.open(tmp_path / "samples" / "networks" / "step-00000000.png") as picture:
+        assert picture.width > 2 * picture.height
+    next(trainer.student.parameters()).data.fill_(math.nan)
+    run._show(trainer, tmp_path)
