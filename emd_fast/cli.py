@@ -87,6 +87,22 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("evaluate", help="metrics.json and report.md of a run, again")
     evaluate.add_argument("run", type=Path, help="run folder")
 
+    replay = commands.add_parser(
+        "replay",
+        help="one sample's E-step of a run again, Langevin step by step",
+        description="On one process, however many the run had: noise, time and condition are those of the run. The "
+        "weights are those of the last checkpoint at or before the step.",
+    )
+    replay.add_argument("run", type=Path, help="run folder")
+    replay.add_argument("--step", type=int, required=True, help="optimizer step, counted from 0")
+    replay.add_argument("--sample", type=int, required=True, help="index in the batch of all devices")
+    replay.add_argument("--out", type=Path, help="folder of table and pictures (default: RUN/replay/step-N-sample-I)")
+    replay.add_argument(
+        "--catch-up",
+        action="store_true",
+        help="first repeat on the whole batch what the run did since the checkpoint, the student's updates included",
+    )
+
     bench = commands.add_parser(
         "bench",
         help="time the ops beside PyTorch and other libraries (from a checkout)",
@@ -279,6 +295,16 @@ def _evaluate(options: argparse.Namespace, rest: Sequence[str]) -> int:
     return 0
 
 
+def _replay(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    from emd_fast.replay import replay
+
+    found = replay(options.run, options.step, options.sample, catch_up=options.catch_up)
+    print(found.table())
+    folder = options.out or options.run / "replay" / f"step-{options.step:08d}-sample-{options.sample}"
+    print(*found.write(folder), sep="\n")
+    return 0
+
+
 def _bench(options: argparse.Namespace, rest: Sequence[str]) -> int:
     folder = Path(emd_fast.__file__).resolve().parents[1] / "benchmarks"
     if not (folder / "harness" / "command.py").exists():
@@ -345,4 +371,11 @@ def _apex() -> str:
     return "NVIDIA's" if nvidia else "installed, but not NVIDIA's apex"
 
 
-_COMMANDS = {"distill": _distill, "sample": _sample, "evaluate": _evaluate, "bench": _bench, "info": _info}
+_COMMANDS = {
+    "distill": _distill,
+    "sample": _sample,
+    "evaluate": _evaluate,
+    "replay": _replay,
+    "bench": _bench,
+    "info": _info,
+}

@@ -106,21 +106,34 @@ def plan_of(settings: RunConfig, devices: int = 0) -> Plan:
     return plan(sizes, settings.emd, devices=devices, reduced=settings.emd.precision == "bfloat16")
 
 
-def open_run(folder: Path) -> tuple[RunConfig, Task, EMDTrainer]:
-    """A run as its last checkpoint has it.
+def settings_of(folder: Path) -> RunConfig:
+    """The configuration of a run.
 
     Raises:
-        RunError: no run there. CheckpointError: nothing in it that can be read.
+        RunError: no run there.
     """
     path = folder / "config.toml"
     if not path.exists():
         raise RunError(f"{folder} is not the folder of a run: it has no config.toml")
-    settings = config.load(str(path))
-    if not checkpoint.found(folder / "checkpoints"):
+    return config.load(str(path))
+
+
+def open_run(folder: Path, up_to: int | None = None) -> tuple[RunConfig, Task, EMDTrainer]:
+    """A run as its last checkpoint has it, or the last of at most `up_to` steps.
+
+    Raises:
+        RunError: no run there, or no such checkpoint. CheckpointError: none of them can be read.
+    """
+    settings = settings_of(folder)
+    paths = checkpoint.found(folder / "checkpoints")
+    if not paths:
         raise RunError(f"{folder} has no checkpoint yet: run `emd-fast distill` on it first")
+    if up_to is not None and checkpoint.step_of(paths[0]) > up_to:
+        steps = ", ".join(str(checkpoint.step_of(path)) for path in paths)
+        raise RunError(f"{folder} has no checkpoint at or before step {up_to}: it has those of step {steps}")
     task = task_of(settings)
     teacher, _ = _teacher(task, folder)
-    return settings, task, _latest(settings, folder, task, teacher)
+    return settings, task, _latest(settings, folder, task, teacher, up_to)
 
 
 def evaluate(
@@ -217,9 +230,12 @@ class _Stop(Exception):
     """Leaves the training of a teacher."""
 
 
-def _latest(settings: RunConfig, folder: Path, task: Task, teacher: Denoiser) -> EMDTrainer:
-    """The trainer of the last checkpoint that can be read, or a new one where there is none."""
+def _latest(settings: RunConfig, folder: Path, task: Task, teacher: Denoiser, up_to: int | None = None) -> EMDTrainer:
+    """The trainer of the last checkpoint (of at most `up_to` steps) that can be read, or a new one where there is
+    none."""
     paths = checkpoint.found(folder / "checkpoints")
+    if up_to is not None:
+        paths = [path for path in paths if checkpoint.step_of(path) <= up_to]
     for path in reversed(paths):
         try:
             checkpoint.facts(path)
@@ -288,8 +304,10 @@ def _train(trainer: EMDTrainer, settings: RunConfig, folder: Path, sinks: tuple[
         if stop:  # on a rank that heard of the signal from another
             raise Interrupted(stop)
     except Diverged as error:
+        again = f"emd-fast replay {folder} --step {trainer.steps_done - 1} --sample 0"
         if main:
-            report.write_stopped(folder, str(error))
+            report.write_stopped(folder, f"{error}. One sample of that step, Langevin step by step: `{again}`")
+        say(f"to look at one sample of that step: {again}")
         raise
     finally:
         progress.close()

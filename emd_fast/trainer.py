@@ -24,7 +24,7 @@ from emd_fast import checkpoint, distributed, ema, ops, optimizers
 from emd_fast.config import ConfigError, EMDConfig, StepSize, TimeDistribution, from_dict, to_dict
 from emd_fast.denoiser import Condition, Denoiser, Generator, base
 from emd_fast.distributed import Shards, gathered
-from emd_fast.em.e_step import EStep, unchecked_e_step
+from emd_fast.em.e_step import EStep, Watch, unchecked_e_step
 from emd_fast.em.e_step_xz import e_step_xz
 from emd_fast.em.m_step import WEIGHTINGS, m_step
 from emd_fast.em.student_step import student_step
@@ -137,13 +137,7 @@ class EMDTrainer:
             student_grad_norm and skipped, the number of updates so far that were left out because their gradient was
             not finite.
         """
-        config = self.config
-        self.noise.set(step=self.steps_done)
-        self._set_learning_rates()
-        if self.steps_done == 0:
-            for j in range(config.student_warmup):
-                self._student_update(cond, config.student_updates + j)
-        student = [self._student_update(cond, j) for j in range(config.student_updates)]
+        student = self.update_student(cond)
         with gathered(self.generator):
             sampled = self._e_steps(cond)
             generator_loss = self._generator_loss(sampled)
@@ -170,10 +164,41 @@ class EMDTrainer:
             "skipped": self.skipped.clone(),
         }
 
-    def sample_posterior(self, cond: Condition = None) -> EStep:
-        """The E-step of the current optimizer step, for all samples of this rank at once."""
-        (piece,) = self._pieces(cond, 0, whole=True)
-        return self._e_step(piece)
+    def update_student(self, cond: Condition = None) -> list[tuple[Tensor, Tensor]]:
+        """The first part of a step, alone: the student's updates, after its warm-up where this is the first step.
+
+        Returns:
+            For each update but those of the warm-up, the loss of this rank's samples and the norm of the whole gradient.
+        """
+        config = self.config
+        self.noise.set(step=self.steps_done)
+        self._set_learning_rates()
+        if self.steps_done == 0:
+            for j in range(config.student_warmup):
+                self._student_update(cond, config.student_updates + j)
+        return [self._student_update(cond, j) for j in range(config.student_updates)]
+
+    def sample_posterior(
+        self,
+        cond: Condition = None,
+        *,
+        step: int | None = None,
+        samples: range | None = None,
+        watch: Watch | None = None,
+    ) -> EStep:
+        """An E-step with the weights as they are.
+
+        Args:
+            cond: as for `step`.
+            step: the optimizer step whose noise it takes; where the noise stands when None.
+            samples: those of the global batch, all of this rank when None.
+            watch: is shown each Langevin step.
+        """
+        if step is not None:
+            self.noise.set(step=step)
+        if samples is None:
+            samples = range(*distributed.share(self.config.batch_size))
+        return self._e_step(self._piece(cond, 0, samples.start, samples.stop), watch)
 
     def _e_steps(self, cond: Condition) -> list[EStep]:
         # Every network is gathered once for all Langevin steps of all pieces; two of the three are let go before the
@@ -181,7 +206,7 @@ class EMDTrainer:
         with gathered(self.generator, self.teacher, self.student):
             return [self._e_step(piece) for piece in self._pieces(cond, 0)]
 
-    def _e_step(self, piece: _Piece) -> EStep:
+    def _e_step(self, piece: _Piece, watch: Watch | None = None) -> EStep:
         config = self.config
         self.noise.set(first_sample=piece.first)
         t = self._times(config.time_distribution, Stream.E_STEP_TIME, 0, piece.size)
@@ -191,7 +216,7 @@ class EMDTrainer:
         z = ops.normal((piece.size, *self.latent_shape), self.noise, stream=Stream.E_STEP_Z)
         eps = ops.normal((piece.size, *self.sample_shape), self.noise, stream=Stream.E_STEP_EPS)
         with self._compute_dtype():
-            if self._graphed is not None:
+            if self._graphed is not None and watch is None:
                 return self._graphed(z, eps, t, piece.cond, gamma_eps=gamma_eps, gamma_z=gamma_z)
             return (e_step_xz if config.sampling == "x_z" else unchecked_e_step)(
                 self.generator,
@@ -206,6 +231,7 @@ class EMDTrainer:
                 gamma_eps=gamma_eps,
                 gamma_z=gamma_z,
                 noise=self.noise,
+                watch=watch,
             )
 
     def _langevin_steps(self) -> int:
@@ -241,16 +267,15 @@ class EMDTrainer:
 
     # Its parts, over pieces and ranks ---------------------------------------------------------------------------------
 
-    def _pieces(self, cond: Condition, substep: int, *, whole: bool = False) -> list[_Piece]:
-        """This rank's samples by micro-batches, or all at once."""
+    def _pieces(self, cond: Condition, substep: int) -> list[_Piece]:
+        """This rank's samples by micro-batches."""
         first, last = distributed.share(self.config.batch_size)
-        size = last - first if whole else self.config.micro_batch_size or last - first
-        pieces = []
-        for start in range(first, last, size):
-            end = min(start + size, last)
-            self.noise.set(first_sample=start)
-            pieces.append(_Piece(start, end - start, self._conditions(cond, substep, start, end)))
-        return pieces
+        size = self.config.micro_batch_size or last - first
+        return [self._piece(cond, substep, start, min(start + size, last)) for start in range(first, last, size)]
+
+    def _piece(self, cond: Condition, substep: int, start: int, end: int) -> _Piece:
+        self.noise.set(first_sample=start)
+        return _Piece(start, end - start, self._conditions(cond, substep, start, end))
 
     def _accumulate(self, name: str, pieces: Sequence[Any], loss_of: Callable[[Any], Tensor]) -> Tensor:
         """The sum of the losses over this rank's samples, divided by the global batch; leaves its gradient."""
