@@ -21,8 +21,8 @@ import tomli_w
 from emd_fast import checkpoint, config, distributed, journal, report
 from emd_fast.checkpoint import CheckpointError
 from emd_fast.config import RunConfig, to_dict
-from emd_fast.denoiser import Denoiser
-from emd_fast.plan import Plan, Sizes, available, plan
+from emd_fast.denoiser import Denoiser, Generator
+from emd_fast.plan import UNKNOWN, Ceilings, Plan, Sizes, Work, available, plan
 from emd_fast.progress import Progress, say
 from emd_fast.tasks import Task, task_of
 from emd_fast.trainer import MAY_CHANGE, Diverged, EMDTrainer, check_health
@@ -73,9 +73,11 @@ def distill(settings: RunConfig, folder: Path, sinks: tuple[str, ...] = ()) -> d
     """The whole of a run: teacher, distillation, evaluation, report. Returns what is in metrics.json.
 
     Raises:
-        RunError: a folder that cannot be written or holds another run. CheckpointError: checkpoints that cannot be
-        read. Diverged: training was stopped, report.md says why. Interrupted: by a signal; what was done is saved.
+        GroupError: ranks that differ. RunError: a folder that cannot be written or holds another run. CheckpointError:
+        checkpoints that cannot be read. Diverged: training was stopped, report.md says why. Interrupted: by a signal;
+        what was done is saved.
     """
+    distributed.check_same({"the run folder": str(folder), **_flat(to_dict(settings))})
     distributed.on_main(lambda: _open_folder(folder, settings))
     finished = _finished(folder, settings)
     if finished is not None:
@@ -96,14 +98,23 @@ def distill(settings: RunConfig, folder: Path, sinks: tuple[str, ...] = ()) -> d
     return evaluate(settings, folder, task, trainer, seconds)
 
 
-def plan_of(settings: RunConfig, devices: int = 0) -> Plan:
-    """What the run will need of each of so many devices (those of the process group when 0)."""
+def plan_of(settings: RunConfig, devices: int = 0, ceilings: Ceilings = UNKNOWN) -> Plan:
+    """What the run will need of each of so many devices (those of the process group when 0), and how long a step takes
+    at the least where the ceilings of the hardware are given."""
     task = task_of(settings)
     generator, student = task.make_networks()
     teacher = task.untrained_teacher()
-    sizes = Sizes.of(teacher, generator or teacher, student or teacher)
-    # The tasks that ship live on the CPU, where "auto" is float32.
-    return plan(sizes, settings.emd, devices=devices, reduced=settings.emd.precision == "bfloat16")
+    networks = teacher, generator or Generator(teacher, settings.emd.t_star), student or teacher
+    work = Work.of(*networks, settings.emd.num_classes) if ceilings.operations is not None else None
+    return plan(
+        Sizes.of(*networks),
+        settings.emd,
+        devices=devices,
+        # The tasks that ship live on the CPU, where "auto" is float32.
+        reduced=settings.emd.precision == "bfloat16",
+        work=work,
+        ceilings=ceilings,
+    )
 
 
 def settings_of(folder: Path) -> RunConfig:

@@ -67,6 +67,7 @@ class EMDTrainer:
         student: a Denoiser of the teacher's schedule; a copy of the teacher when None.
 
     Raises:
+        GroupError: ranks with another configuration or other code; groups that do not make up the ranks.
         ValueError: a teacher with weights that are not finite, without a sample_shape, or without the parameters that
             generator and student would start from; two networks that share parameters; fewer samples than ranks;
             networks that somebody else has wrapped in DDP or FSDP2.
@@ -77,6 +78,7 @@ class EMDTrainer:
     ) -> None:
         if not isinstance(config, EMDConfig):
             raise TypeError(f"config must be an EMDConfig, got {type(config).__name__}")
+        distributed.check_same(to_dict(config))
         if config.batch_size < distributed.world_size():
             raise ConfigError(
                 f"batch_size must be at least the number of ranks, {distributed.world_size()}, got {config.batch_size}"
@@ -168,7 +170,7 @@ class EMDTrainer:
         """The first part of a step, alone: the student's updates, after its warm-up where this is the first step.
 
         Returns:
-            For each update but those of the warm-up, the loss of this rank's samples and the norm of the whole gradient.
+            For each update but those of the warm-up: the loss of this rank's samples, the norm of the whole gradient.
         """
         config = self.config
         self.noise.set(step=self.steps_done)
