@@ -51,6 +51,8 @@ def _parser() -> argparse.ArgumentParser:
         "  emd-fast distill digits --out runs/digits          train, distil, evaluate, report\n"
         "  emd-fast distill gmm --study --out runs/gmm        K = 1 to 16 on a mixture with exact scores\n"
         "  emd-fast sample runs/digits -n 100 --out grid.png  pictures of the one-step generator\n"
+        "  emd-fast plan digits --devices 64                  memory and traffic of each device, beforehand\n"
+        "  emd-fast replay runs/digits --step 400 --sample 7  one sample's E-step again, step by step\n"
         "  emd-fast info                                      every op, its backend here, and why not a faster one",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -57,21 +57,20 @@ class Replay:
         return "\n".join(lines)
 
     def write(self, folder: Path) -> list[Path]:
-        """The table, and before and after as pictures, or as tensors where they are no images and no points."""
+        """The table, before and after as tensors, and as a picture where they are one: images of one or three channels
+        without NaN, or points."""
         folder.mkdir(parents=True, exist_ok=True)
-        paths = [folder / "replay.txt"]
-        write_whole(paths[0], lambda file: file.write(f"{self.table()}\n".encode()))
         samples = {"before": self.before.cpu(), "after": self.after.cpu()}
-        if self.before.dim() == 4:
-            for name, sample in samples.items():
-                paths.append(folder / f"{name}.png")
-                report.save_grid(paths[-1], sample)
-        elif self.before.dim() == 2 and self.before.shape[1] == 2:
+        paths = [folder / "replay.txt", folder / "samples.pt"]
+        write_whole(paths[0], lambda file: file.write(f"{self.table()}\n".encode()))
+        write_whole(paths[1], lambda file: torch.save(samples, file))
+        if self.before.dim() == 2 and self.before.shape[1] == 2:
             paths.append(folder / "points.png")
             report.scatter(paths[-1], samples)
-        else:
-            paths.append(folder / "samples.pt")
-            write_whole(paths[-1], lambda file: torch.save(samples, file))
+        for name, sample in samples.items():
+            if sample.dim() == 4 and sample.shape[1] in (1, 3) and bool(sample.isfinite().all()):
+                paths.append(folder / f"{name}.png")
+                report.save_grid(paths[-1], sample)
         return paths
 
 

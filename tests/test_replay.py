@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -140,12 +141,18 @@ def test_the_command_prints_the_steps_and_writes_the_pictures(folder, tmp_path, 
     assert (tmp_path / "x" / "replay.txt").read_text() in said
 
 
-def test_images_are_pictures_of_before_and_after(folder, tmp_path):
-    found = replay(folder, 4, 0)
-    images = torch.zeros(1, 1, 8, 8)
-    pictures = type(found)(found.step, found.sample, found.weights, found.rows, images, images + 0.5, found.found)
-    assert [path.name for path in pictures.write(tmp_path)] == ["replay.txt", "before.png", "after.png"]
-    assert (tmp_path / "before.png").read_bytes() != (tmp_path / "after.png").read_bytes()
+@pytest.mark.parametrize(
+    ("channels", "after", "pictures"),
+    [(1, 0.5, ["before.png", "after.png"]), (3, math.nan, ["before.png"]), (4, 0.5, [])],
+)
+def test_images_are_pictures_where_they_can_be_and_tensors_always(folder, tmp_path, channels, after, pictures):
+    """A sample that is not finite is what one looks for: it must not end in an error."""
+    images = torch.zeros(1, channels, 8, 8)
+    found = dataclasses.replace(replay(folder, 4, 0), before=images, after=images + after)
+    assert [path.name for path in found.write(tmp_path)] == ["replay.txt", "samples.pt", *pictures]
+    assert torch.equal(torch.load(tmp_path / "samples.pt")["before"], images)
+    if len(pictures) == 2:
+        assert (tmp_path / "before.png").read_bytes() != (tmp_path / "after.png").read_bytes()
 
 
 def test_a_run_that_stopped_names_the_command(tmp_path, monkeypatch, capsys):
