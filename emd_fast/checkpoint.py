@@ -422,6 +422,11 @@ def path_of(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}"
 
 
+def step_of(path: Path) -> int:
+    """The step of a checkpoint that `found` found."""
+    return int(path.name.removeprefix("step-"))
+
+
 def found(folder: Path) -> list[Path]:
     """The checkpoints in a folder, by rising step."""
     return sorted(entry for entry in folder.glob("step-*") if _NAME.fullmatch(entry.name))

@@ -9,6 +9,7 @@ import functools
 import importlib
 import importlib.util
 import json
+import math
 import os
 import platform
 import re
@@ -25,6 +26,7 @@ import torch
 import emd_fast
 from emd_fast import config
 from emd_fast.config import ConfigError, EMDConfig, MixtureConfig, PretrainedConfig, RunConfig, TeacherConfig
+from emd_fast.distributed import GroupError
 
 _TABLES = {"emd": EMDConfig, "teacher": TeacherConfig, "mixture": MixtureConfig, "pretrained": PretrainedConfig}
 
@@ -53,6 +55,8 @@ def _parser() -> argparse.ArgumentParser:
         "  emd-fast distill --teacher FOLDER --out runs/mine  distil a model of diffusers, or of your own\n"
         "  emd-fast sample runs/digits -n 100 --out grid.png  pictures of the one-step generator\n"
         "  emd-fast export runs/mine one-step                 a folder that DiffusionPipeline.from_pretrained loads\n"
+        "  emd-fast plan digits --devices 64                  memory and traffic of each device, beforehand\n"
+        "  emd-fast replay runs/digits --step 400 --sample 7  one sample's E-step again, step by step\n"
         "  emd-fast info                                      every op, its backend here, and why not a faster one",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -79,10 +83,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     distill.add_argument("--devices", type=_positive, help="with --dry-run: on so many devices (default: these)")
     distill.add_argument(
-        "--device-memory", type=float, help="with --dry-run: refuse what does not fit into so many GiB"
+        "--device-memory", type=_above_0, help="with --dry-run: refuse what does not fit into so many GiB"
     )
     distill.add_argument("--tensorboard", action="store_true", help="log to TensorBoard too")
     distill.add_argument("--wandb", action="store_true", help="log to Weights & Biases too")
+
+    plan = commands.add_parser(
+        "plan",
+        help="what a recipe would need of each device: memory, traffic, time",
+        description="Counted from the sizes of the networks, for every way to lay them out; nothing is run. Times are "
+        "those of the ceilings that you give: what cannot be undercut, not what will be seen.",
+        epilog="takes the configuration keys that distill takes: see emd-fast distill --help",
+    )
+    plan.add_argument("recipe", help=f"{', '.join(config.recipes())}, or the path of a .toml file")
+    plan.add_argument("--devices", type=_positive, required=True, help="how many")
+    plan.add_argument("--device-memory", type=_above_0, help="refuse what does not fit into so many GiB")
+    plan.add_argument("--tflops", type=_above_0, help="of a device, in the compute dtype: for the time of a step")
+    plan.add_argument("--gb-per-second", type=_above_0, help="that a device receives from others, in 10^9 bytes")
 
     sample = commands.add_parser("sample", help="pictures of a run's one-step generator, or of an exported one")
     sample.add_argument("run", type=Path, help="run folder, or what `emd-fast export` wrote")
@@ -104,6 +121,22 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("evaluate", help="metrics.json and report.md of a run, again")
     evaluate.add_argument("run", type=Path, help="run folder")
+
+    replay = commands.add_parser(
+        "replay",
+        help="one sample's E-step of a run again, Langevin step by step",
+        description="On one process, however many the run had: noise, time and condition are those of the run. The "
+        "weights are those of the last checkpoint at or before the step.",
+    )
+    replay.add_argument("run", type=Path, help="run folder")
+    replay.add_argument("--step", type=int, required=True, help="optimizer step, counted from 0")
+    replay.add_argument("--sample", type=int, required=True, help="index in the batch of all devices")
+    replay.add_argument("--out", type=Path, help="folder of table and pictures (default: RUN/replay/step-N-sample-I)")
+    replay.add_argument(
+        "--catch-up",
+        action="store_true",
+        help="first repeat on the whole batch what the run did since the checkpoint, the student's updates included",
+    )
 
     bench = commands.add_parser(
         "bench",
@@ -170,6 +203,13 @@ def _positive(text: str) -> int:
     return value
 
 
+def _above_0(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+    return value
+
+
 def _sizes(text: str) -> tuple[int, ...]:
     try:
         sizes = tuple(int(size) for size in text.split(","))
@@ -223,11 +263,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options, rest = parser.parse_known_args(_with_recipe(sys.argv[1:] if arguments is None else list(arguments)))
     try:
-        if rest and options.command != "distill":
+        if rest and options.command not in ("distill", "plan"):
             raise ConfigError(f"unknown option {rest[0]!r}; see emd-fast {options.command} --help")
         return _COMMANDS[options.command](options, rest)
     except ConfigError as error:
         return _fail(error, 2)
+    except GroupError as error:
+        return _fail(error, 2) if error.main else 2
     except (OSError, RuntimeError, ValueError, ModuleNotFoundError) as error:
         return _fail(error, 1)
     except KeyboardInterrupt:
@@ -255,7 +297,6 @@ def _fail(error: BaseException, code: int) -> int:
 
 def _distill(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from emd_fast import distributed, run, study
-    from emd_fast.plan import GIB
 
     overrides = _overrides(rest)
     for key in ("teacher", "prompts"):
@@ -266,11 +307,7 @@ def _distill(options: argparse.Namespace, rest: Sequence[str]) -> int:
         settings = run.shortened(settings)
     if options.dry_run:
         print(tomli_w.dumps(config.to_dict(settings)))
-        plan = run.plan_of(settings, options.devices or int(os.environ.get("WORLD_SIZE", 1)))
-        print(plan.table())
-        if options.device_memory is not None:
-            plan.check(options.device_memory * GIB)
-        return 0
+        return _show_plan(settings, options.devices or int(os.environ.get("WORLD_SIZE", 1)), options.device_memory)
     if options.devices is not None or options.device_memory is not None:
         raise ConfigError("--devices and --device-memory are for --dry-run")
     folder = options.out or Path("runs") / Path(options.recipe).stem
@@ -282,6 +319,31 @@ def _distill(options: argparse.Namespace, rest: Sequence[str]) -> int:
             run.distill(settings, folder, sinks)
         if distributed.is_main():
             print(folder / ("study.md" if options.study else "report.md"))
+    return 0
+
+
+def _plan(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    settings = config.load(options.recipe, _overrides(rest))
+    return _show_plan(settings, options.devices, options.device_memory, options.tflops, options.gb_per_second)
+
+
+def _show_plan(
+    settings: RunConfig,
+    devices: int,
+    memory: float | None,
+    tflops: float | None = None,
+    gb_per_second: float | None = None,
+) -> int:
+    from emd_fast import run
+    from emd_fast.plan import GIB, Ceilings
+
+    ceilings = Ceilings(
+        None if tflops is None else tflops * 1e12, None if gb_per_second is None else gb_per_second * 1e9
+    )
+    plan = run.plan_of(settings, devices, ceilings)
+    print(plan.table())
+    if memory is not None:
+        plan.check(memory * GIB)
     return 0
 
 
@@ -358,6 +420,16 @@ def _evaluate(options: argparse.Namespace, rest: Sequence[str]) -> int:
     seconds = json.loads(path.read_text())["seconds"] if path.exists() else {}
     metrics = run.evaluate(settings, options.run, task, trainer, seconds)
     print(json.dumps(metrics, indent=1))
+    return 0
+
+
+def _replay(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    from emd_fast.replay import replay
+
+    found = replay(options.run, options.step, options.sample, catch_up=options.catch_up)
+    print(found.table())
+    folder = options.out or options.run / "replay" / f"step-{options.step:08d}-sample-{options.sample}"
+    print(*found.write(folder), sep="\n")
     return 0
 
 
@@ -438,9 +510,11 @@ def _apex() -> str:
 
 _COMMANDS = {
     "distill": _distill,
+    "plan": _plan,
     "sample": _sample,
     "export": _export,
     "evaluate": _evaluate,
+    "replay": _replay,
     "bench": _bench,
     "convert": _convert,
     "info": _info,

@@ -6,9 +6,12 @@ Reading order: `process_group`, `shard`, `gathered`, `Shards`. Nothing here know
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakSet
 
@@ -23,6 +26,15 @@ T = TypeVar("T")
 
 MODES = ("auto", "replicate", "fsdp", "hybrid")
 REPLICATED_UP_TO = 1_000_000_000  # parameters: 16 GB of float32 weights, gradients and AdamW state a network
+
+
+class GroupError(ValueError):
+    """What all ranks find wrong at the same moment, in the same words: the main one alone has to say it."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.main = is_main()
+
 
 # The process group ----------------------------------------------------------------------------------------------------
 
@@ -98,6 +110,36 @@ def on_main(work: Callable[[], T]) -> T:
     return told[0]
 
 
+def check_same(facts: dict[str, Any]) -> None:
+    """Whether all ranks have the same facts, plain values, and the same code: ranks that differ would train something
+    that none of them was asked for, or wait for each other for ever. All ranks call it alike.
+
+    Raises:
+        GroupError: on all ranks alike, naming the first rank that differs from rank 0, in what, and both values.
+    """
+    if world_size() == 1:
+        return
+    told: list[Any] = [None] * world_size()
+    dist.all_gather_object(told, {**facts, **_code()})
+    first = told[0]
+    for other, its in enumerate(told):
+        for key in sorted({*first, *its}):
+            if first.get(key) != its.get(key):
+                raise GroupError(
+                    f"rank {other} has {key} = {its.get(key)!r}, rank 0 has {first.get(key)!r}: "
+                    "start every rank with the same command and the same code"
+                )
+
+
+@functools.cache
+def _code() -> dict[str, str]:
+    """What tells two installations apart; the source, since a version number stays while files are edited."""
+    folder, digest = Path(__file__).parent, hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes())
+    return {"the source of emd_fast": digest.hexdigest()[:12], "the version of PyTorch": str(torch.__version__)}
+
+
 class Agreement:
     """The largest number that any rank has given, told to all ranks in the same call.
 
@@ -160,6 +202,16 @@ def local_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
 
 
+def check_group(ranks: int, group_size: int) -> None:
+    """Whether groups of so many ranks make up all of them.
+
+    Raises:
+        GroupError: they do not.
+    """
+    if group_size < 1 or ranks % group_size:
+        raise GroupError(f"shard_group must divide the {ranks} ranks, got {group_size}")
+
+
 def make_mesh(mode: str, device: torch.device | str, group_size: int = 0) -> DeviceMesh | None:
     """The device mesh of a mode: None for "replicate", one dimension for "fsdp", two for "hybrid".
 
@@ -167,7 +219,7 @@ def make_mesh(mode: str, device: torch.device | str, group_size: int = 0) -> Dev
         group_size: ranks that hold one copy together ("hybrid"); those of one machine when 0.
 
     Raises:
-        ValueError: a group size that does not divide the number of ranks.
+        GroupError: a group size that does not divide the number of ranks.
     """
     if mode == "replicate":
         return None
@@ -177,8 +229,7 @@ def make_mesh(mode: str, device: torch.device | str, group_size: int = 0) -> Dev
     if mode == "fsdp":
         return init_device_mesh(kind, (world_size(),), mesh_dim_names=("shard",))
     size = group_size or local_size()
-    if world_size() % size:
-        raise ValueError(f"shard_group must divide the {world_size()} ranks, got {size}")
+    check_group(world_size(), size)
     return init_device_mesh(kind, (world_size() // size, size), mesh_dim_names=("replicate", "shard"))
 
 

@@ -1,7 +1,8 @@
-"""What a run will need of each device, before anything is allocated: memory, and bytes over the network in a step.
+"""What a run will need of each device, before anything is allocated: memory, bytes over the network, and time.
 
 Weights, gradients, optimizer, average and gathered copies follow from the sizes of the networks and are counted. What
-activations take depends on the network and its kernels: it is asked for, and left out where it is not known.
+activations take depends on the network and its kernels, and how fast a device and a network are on the machines: these
+are asked for, and "not known" where nobody said.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ import os
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from emd_fast import distributed
 from emd_fast.config import ConfigError, EMDConfig
+from emd_fast.denoiser import Denoiser
 
 GIB = 2**30
 _OPTIMIZER_BYTES = {"adamw": 8.0, "apex_adamw": 8.0, "adamw_8bit": 2.03}  # two moments; 8 bits and a scale for 256
@@ -41,18 +44,85 @@ def _count(network: nn.Module) -> int:
 
 
 @dataclass(frozen=True)
+class Work:
+    """Floating-point operations of a forward pass of one sample through each network."""
+
+    teacher: float
+    generator: float
+    student: float
+
+    @classmethod
+    def of(cls, teacher: Denoiser, generator: nn.Module, student: Denoiser, classes: int = 0) -> Work:
+        """Of the matrix products, convolutions and attention that PyTorch knows of, from the shapes alone.
+
+        Args:
+            classes: whether the condition is a label.
+
+        Raises:
+            RuntimeError: a network that looks at values, which only a real pass would tell.
+        """
+        shape = tuple(teacher.sample_shape or ())
+        latent = getattr(generator, "latent_shape", None) or shape
+        cond = torch.zeros(1, dtype=torch.int64) if classes else None
+        x, z, t = torch.zeros(1, *shape), torch.zeros(1, *latent), torch.ones(1)
+        return cls(_operations(teacher, x, t, cond), _operations(generator, z, cond), _operations(student, x, t, cond))
+
+    def step(self, config: EMDConfig) -> float:
+        """Of one sample in a step. A backward pass counts as one forward pass to the input alone (the Langevin steps
+        in z), as two with the weights; attention, whose backward pass needs more, counts as everything else."""
+        k = 1 if config.objective == "vsd" else config.langevin_steps
+        moves_z = config.objective != "vsd" and config.gamma_z != 0
+        student = config.student_updates * (self.generator + 3 * self.student)
+        scores = k * ((1 if config.guidance is None else 2) * self.teacher + self.student)
+        if config.sampling == "x_z":
+            generated = 2 * (k + 1) * self.generator
+        else:
+            generated = (2 * k if moves_z else 1) * self.generator
+        return student + scores + generated + 3 * self.generator
+
+
+def _operations(network: nn.Module, *arguments: Tensor | None) -> float:
+    tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    # On the meta device shapes are all there is; a formula without parameters is cheap enough to compute.
+    device = "meta" if any(True for _ in network.parameters()) else "cpu"
+    moved = {name: tensor.detach().to(device) for name, tensor in tensors.items()}
+    given = tuple(None if argument is None else argument.to(device) for argument in arguments)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        torch.func.functional_call(network, moved, given)
+    return float(counter.get_total_flops())
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the hardware does at best, as its owner says; None where nobody said.
+
+    Args:
+        operations: floating-point operations a second of a device, in the compute dtype.
+        bytes: that a device receives over the network in a second.
+    """
+
+    operations: float | None = None
+    bytes: float | None = None
+
+
+UNKNOWN = Ceilings()
+
+
+@dataclass(frozen=True)
 class Footprint:
     """One mode on so many devices.
 
     Args:
         memory: bytes on each device, by what they are for; those of the fullest moment of a step.
         traffic: bytes that each device receives in a step, by what they are for.
+        seconds: of a step at the ceilings, None where not known: what cannot be undercut, not what will be seen.
     """
 
     mode: str
     devices: int
     memory: dict[str, float]
     traffic: dict[str, float]
+    seconds: dict[str, float | None]
 
     @property
     def total(self) -> float:
@@ -68,6 +138,8 @@ def estimate(
     reduced: bool,
     shard_group: int = 0,
     activations: float = 0.0,
+    work: Work | None = None,
+    ceilings: Ceilings = UNKNOWN,
 ) -> Footprint:
     """What a mode needs.
 
@@ -76,6 +148,7 @@ def estimate(
         reduced: whether the networks compute in bfloat16.
         shard_group: devices that hold one copy together under "hybrid".
         activations: bytes of one sample in the M-step, where they are known.
+        work, ceilings: what the time of a step is told from.
     """
     trained = sizes.generator + sizes.student
     updates = config.student_updates
@@ -118,7 +191,16 @@ def estimate(
         "scattering gradients": scatters * (among - 1) / among,
         "summing gradients": 2 * reduces * (copies - 1) / copies,
     }
-    return Footprint(mode, devices, memory, traffic)
+    operations = None if work is None else work.step(config) * share
+    computing = None if operations is None or ceilings.operations is None else operations / ceilings.operations
+    received = sum(traffic.values())
+    network = 0.0 if not received else None if ceilings.bytes is None else received / ceilings.bytes
+    seconds = {
+        "computing": computing,
+        "network": network,
+        "a step, at least": None if computing is None or network is None else max(computing, network),
+    }
+    return Footprint(mode, devices, memory, traffic, seconds)
 
 
 @dataclass(frozen=True)
@@ -146,6 +228,8 @@ class Plan:
         rows.append(["a device, in all", *cells([c.total for c in columns])])
         for name in self.chosen.traffic:
             rows.append([f"{name}, a step", *cells([c.traffic[name] for c in columns])])
+        for name in self.chosen.seconds:
+            rows.append([f"{name}, seconds", *(_seconds(c.seconds[name]) for c in columns)])
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         devices = f"{self.chosen.devices} device{'s' if self.chosen.devices > 1 else ''}"
@@ -176,17 +260,42 @@ class Plan:
 
 
 def plan(
-    sizes: Sizes, config: EMDConfig, *, devices: int = 0, reduced: bool = False, activations: float | None = None
+    sizes: Sizes,
+    config: EMDConfig,
+    *,
+    devices: int = 0,
+    reduced: bool = False,
+    activations: float | None = None,
+    work: Work | None = None,
+    ceilings: Ceilings = UNKNOWN,
 ) -> Plan:
-    """What every mode needs on so many devices (those of the process group when 0), and which one is taken."""
+    """What every mode needs on so many devices (those of the process group when 0), and which one is taken.
+
+    Raises:
+        ConfigError: fewer samples than devices. GroupError: groups that do not make up the devices.
+    """
     devices = devices or distributed.world_size()
+    if config.batch_size < devices:
+        raise ConfigError(f"batch_size must be at least the number of devices, {devices}, got {config.batch_size}")
     mode, reason = distributed.resolve(config.parallel, sizes.generator, devices)
     modes = ["replicate", "fsdp"] if devices > 1 else ["replicate"]
     group = config.shard_group or (distributed.local_size() if distributed.world_size() == devices else 0)
+    if mode == "hybrid":
+        distributed.check_group(devices, group)
     if devices > 1 and group and 1 < group < devices and devices % group == 0:
         modes.append("hybrid")
     made = {
-        each: estimate(sizes, config, each, devices, reduced=reduced, shard_group=group, activations=activations or 0.0)
+        each: estimate(
+            sizes,
+            config,
+            each,
+            devices,
+            reduced=reduced,
+            shard_group=group,
+            activations=activations or 0.0,
+            work=work,
+            ceilings=ceilings,
+        )
         for each in dict.fromkeys([mode, *modes])
     }
     return Plan(made.pop(mode), tuple(made.values()), reason, activations is not None)
@@ -201,3 +310,7 @@ def available(device: torch.device | str = "cpu") -> float:
 
 def _gib(size: float) -> str:
     return f"{size / GIB:.3g}"
+
+
+def _seconds(value: float | None) -> str:
+    return "not known" if value is None else f"{value:.3g}"

@@ -24,8 +24,8 @@ from torch import Tensor
 from emd_fast import checkpoint, config, diagnostics, distributed, journal, report, throughput
 from emd_fast.checkpoint import CheckpointError
 from emd_fast.config import RunConfig, to_dict
-from emd_fast.denoiser import Denoiser
-from emd_fast.plan import GIB, Plan, Sizes, available, plan
+from emd_fast.denoiser import Denoiser, Generator
+from emd_fast.plan import GIB, UNKNOWN, Ceilings, Plan, Sizes, Work, available, plan
 from emd_fast.progress import Progress, say, summary
 from emd_fast.tasks import Task, task_of
 from emd_fast.trainer import MAY_CHANGE, Diverged, EMDTrainer, check_health
@@ -80,9 +80,11 @@ def distill(settings: RunConfig, folder: Path, sinks: tuple[str, ...] = ()) -> d
     """The whole of a run: teacher, distillation, evaluation, report. Returns what is in metrics.json.
 
     Raises:
-        RunError: a folder that cannot be written or holds another run. CheckpointError: checkpoints that cannot be
-        read. Diverged: training was stopped, report.md says why. Interrupted: by a signal; what was done is saved.
+        GroupError: ranks that differ. RunError: a folder that cannot be written or holds another run. CheckpointError:
+        checkpoints that cannot be read. Diverged: training was stopped, report.md says why. Interrupted: by a signal;
+        what was done is saved.
     """
+    distributed.check_same({"the run folder": str(folder), **_flat(to_dict(settings))})
     distributed.on_main(lambda: _open_folder(folder, settings))
     finished = _finished(folder, settings)
     if finished is not None:
@@ -103,31 +105,53 @@ def distill(settings: RunConfig, folder: Path, sinks: tuple[str, ...] = ()) -> d
     return evaluate(settings, folder, task, trainer, seconds)
 
 
-def plan_of(settings: RunConfig, devices: int = 0) -> Plan:
-    """What the run will need of each of so many devices (those of the process group when 0)."""
+def plan_of(settings: RunConfig, devices: int = 0, ceilings: Ceilings = UNKNOWN) -> Plan:
+    """What the run will need of each of so many devices (those of the process group when 0), and how long a step takes
+    at the least where the ceilings of the hardware are given."""
     task = task_of(settings)
     generator, student = task.make_networks()
     teacher = task.untrained_teacher()
-    sizes = Sizes.of(teacher, generator or teacher, student or teacher)
-    # The tasks that ship live on the CPU, where "auto" is float32.
-    return plan(sizes, settings.emd, devices=devices, reduced=settings.emd.precision == "bfloat16")
+    networks = teacher, generator or Generator(teacher, settings.emd.t_star), student or teacher
+    work = Work.of(*networks, settings.emd.num_classes) if ceilings.operations is not None else None
+    return plan(
+        Sizes.of(*networks),
+        settings.emd,
+        devices=devices,
+        # The tasks that ship live on the CPU, where "auto" is float32.
+        reduced=settings.emd.precision == "bfloat16",
+        work=work,
+        ceilings=ceilings,
+    )
 
 
-def open_run(folder: Path) -> tuple[RunConfig, Task, EMDTrainer]:
-    """A run as its last checkpoint has it.
+def settings_of(folder: Path) -> RunConfig:
+    """The configuration of a run.
 
     Raises:
-        RunError: no run there. CheckpointError: nothing in it that can be read.
+        RunError: no run there.
     """
     path = folder / "config.toml"
     if not path.exists():
         raise RunError(f"{folder} is not the folder of a run: it has no config.toml")
-    settings = config.load(str(path))
-    if not checkpoint.found(folder / "checkpoints"):
+    return config.load(str(path))
+
+
+def open_run(folder: Path, up_to: int | None = None) -> tuple[RunConfig, Task, EMDTrainer]:
+    """A run as its last checkpoint has it, or the last of at most `up_to` steps.
+
+    Raises:
+        RunError: no run there, or no such checkpoint. CheckpointError: none of them can be read.
+    """
+    settings = settings_of(folder)
+    paths = checkpoint.found(folder / "checkpoints")
+    if not paths:
         raise RunError(f"{folder} has no checkpoint yet: run `emd-fast distill` on it first")
+    if up_to is not None and checkpoint.step_of(paths[0]) > up_to:
+        steps = ", ".join(str(checkpoint.step_of(path)) for path in paths)
+        raise RunError(f"{folder} has no checkpoint at or before step {up_to}: it has those of step {steps}")
     task = task_of(settings)
     teacher, _ = _teacher(task, folder)
-    return settings, task, _latest(settings, folder, task, teacher)
+    return settings, task, _latest(settings, folder, task, teacher, up_to)
 
 
 def evaluate(
@@ -229,9 +253,12 @@ class _Stop(Exception):
     """Leaves the training of a teacher."""
 
 
-def _latest(settings: RunConfig, folder: Path, task: Task, teacher: Denoiser) -> EMDTrainer:
-    """The trainer of the last checkpoint that can be read, or a new one where there is none."""
+def _latest(settings: RunConfig, folder: Path, task: Task, teacher: Denoiser, up_to: int | None = None) -> EMDTrainer:
+    """The trainer of the last checkpoint (of at most `up_to` steps) that can be read, or a new one where there is
+    none."""
     paths = checkpoint.found(folder / "checkpoints")
+    if up_to is not None:
+        paths = [path for path in paths if checkpoint.step_of(path) <= up_to]
     for path in reversed(paths):
         try:
             checkpoint.facts(path)
@@ -308,8 +335,10 @@ def _train(trainer: EMDTrainer, settings: RunConfig, folder: Path, sinks: tuple[
         if stop:  # on a rank that heard of the signal from another
             raise Interrupted(stop)
     except Diverged as error:
+        again = f"emd-fast replay {folder} --step {trainer.steps_done - 1} --sample 0"
         if main:
-            report.write_stopped(folder, str(error))
+            report.write_stopped(folder, f"{error}. One sample of that step, Langevin step by step: `{again}`")
+        say(f"to look at one sample of that step: {again}")
         raise
     finally:
         progress.close()

@@ -24,7 +24,7 @@ from emd_fast import checkpoint, conditions, diagnostics, distributed, ema, ops,
 from emd_fast.config import ConfigError, EMDConfig, StepSize, TimeDistribution, from_dict, to_dict
 from emd_fast.denoiser import Condition, Denoiser, Generator, base
 from emd_fast.distributed import Shards, gathered
-from emd_fast.em.e_step import EStep, frozen, unchecked_e_step
+from emd_fast.em.e_step import EStep, Watch, frozen, unchecked_e_step
 from emd_fast.em.e_step_xz import e_step_xz
 from emd_fast.em.m_step import WEIGHTINGS, m_step
 from emd_fast.em.student_step import student_step
@@ -70,6 +70,7 @@ class EMDTrainer:
             table of `emd_fast.conditions`. For labels, config.num_classes says as much.
 
     Raises:
+        GroupError: ranks with another configuration or other code; groups that do not make up the ranks.
         ValueError: a teacher with weights that are not finite, without a sample_shape, or without the parameters that
             generator and student would start from; two networks that share parameters; fewer samples than ranks;
             networks that somebody else has wrapped in DDP or FSDP2.
@@ -85,6 +86,7 @@ class EMDTrainer:
     ) -> None:
         if not isinstance(config, EMDConfig):
             raise TypeError(f"config must be an EMDConfig, got {type(config).__name__}")
+        distributed.check_same(to_dict(config))
         if config.batch_size < distributed.world_size():
             raise ConfigError(
                 f"batch_size must be at least the number of ranks, {distributed.world_size()}, got {config.batch_size}"
@@ -148,15 +150,9 @@ class EMDTrainer:
             student_grad_norm and skipped, the number of updates so far that were left out because their gradient was
             not finite.
         """
-        config = self.config
         self._seen = []  # that of the step before: its memory is needed now
-        self.noise.set(step=self.steps_done)
-        self._set_learning_rates()
         self.laps.start()
-        if self.steps_done == 0:
-            for j in range(config.student_warmup):
-                self._student_update(cond, config.student_updates + j)
-        student = [self._student_update(cond, j) for j in range(config.student_updates)]
+        student = self.update_student(cond)
         self.laps.end("student")
         with gathered(self.generator):
             sampled = self._e_steps(cond)
@@ -206,10 +202,41 @@ class EMDTrainer:
             times=self.config.time_distribution,
         )
 
-    def sample_posterior(self, cond: Condition = None) -> EStep:
-        """The E-step of the current optimizer step, for all samples of this rank at once."""
-        (piece,) = self._pieces(cond, 0, whole=True)
-        return self._e_step(piece)
+    def update_student(self, cond: Condition = None) -> list[tuple[Tensor, Tensor]]:
+        """The first part of a step, alone: the student's updates, after its warm-up where this is the first step.
+
+        Returns:
+            For each update but those of the warm-up: the loss of this rank's samples, the norm of the whole gradient.
+        """
+        config = self.config
+        self.noise.set(step=self.steps_done)
+        self._set_learning_rates()
+        if self.steps_done == 0:
+            for j in range(config.student_warmup):
+                self._student_update(cond, config.student_updates + j)
+        return [self._student_update(cond, j) for j in range(config.student_updates)]
+
+    def sample_posterior(
+        self,
+        cond: Condition = None,
+        *,
+        step: int | None = None,
+        samples: range | None = None,
+        watch: Watch | None = None,
+    ) -> EStep:
+        """An E-step with the weights as they are.
+
+        Args:
+            cond: as for `step`.
+            step: the optimizer step whose noise it takes; where the noise stands when None.
+            samples: those of the global batch, all of this rank when None.
+            watch: is shown each Langevin step.
+        """
+        if step is not None:
+            self.noise.set(step=step)
+        if samples is None:
+            samples = range(*distributed.share(self.config.batch_size))
+        return self._e_step(self._piece(cond, 0, samples.start, samples.stop), watch)
 
     def _e_steps(self, cond: Condition) -> list[EStep]:
         # Every network is gathered once for all Langevin steps of all pieces; two of the three are let go before the
@@ -217,7 +244,7 @@ class EMDTrainer:
         with gathered(self.generator, self.teacher, self.student):
             return [self._e_step(piece) for piece in self._pieces(cond, 0)]
 
-    def _e_step(self, piece: _Piece) -> EStep:
+    def _e_step(self, piece: _Piece, watch: Watch | None = None) -> EStep:
         config = self.config
         z, eps = self._start(piece.first, piece.size)
         t = self._times(config.time_distribution, Stream.E_STEP_TIME, 0, piece.size)
@@ -225,7 +252,7 @@ class EMDTrainer:
         gamma_eps = self._step_size(config.gamma_eps, t)
         gamma_z = 0.0 if vsd else self._step_size(config.gamma_z, t)
         with self._compute_dtype():
-            if self._graphed is not None:
+            if self._graphed is not None and watch is None:
                 return self._graphed(z, eps, t, piece.cond, gamma_eps=gamma_eps, gamma_z=gamma_z)
             return (e_step_xz if config.sampling == "x_z" else unchecked_e_step)(
                 self.generator,
@@ -240,6 +267,7 @@ class EMDTrainer:
                 gamma_eps=gamma_eps,
                 gamma_z=gamma_z,
                 noise=self.noise,
+                watch=watch,
             )
 
     def _start(self, first: int, size: int) -> tuple[Tensor, Tensor]:
@@ -289,16 +317,15 @@ class EMDTrainer:
 
     # Its parts, over pieces and ranks ---------------------------------------------------------------------------------
 
-    def _pieces(self, cond: Condition, substep: int, *, whole: bool = False) -> list[_Piece]:
-        """This rank's samples by micro-batches, or all at once."""
+    def _pieces(self, cond: Condition, substep: int) -> list[_Piece]:
+        """This rank's samples by micro-batches."""
         first, last = distributed.share(self.config.batch_size)
-        size = last - first if whole else self.config.micro_batch_size or last - first
-        pieces = []
-        for start in range(first, last, size):
-            end = min(start + size, last)
-            self.noise.set(first_sample=start)
-            pieces.append(_Piece(start, end - start, self._conditions(cond, substep, start, end)))
-        return pieces
+        size = self.config.micro_batch_size or last - first
+        return [self._piece(cond, substep, start, min(start + size, last)) for start in range(first, last, size)]
+
+    def _piece(self, cond: Condition, substep: int, start: int, end: int) -> _Piece:
+        self.noise.set(first_sample=start)
+        return _Piece(start, end - start, self._conditions(cond, substep, start, end))
 
     def _accumulate(self, name: str, pieces: Sequence[Any], loss_of: Callable[[Any], Tensor]) -> Tensor:
         """The sum of the losses over this rank's samples, divided by the global batch; leaves its gradient."""

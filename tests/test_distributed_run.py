@@ -191,7 +191,8 @@ def command(folder, **options) -> list[str]:
     return words
 
 
-def started(words, world=1) -> list[subprocess.Popen]:
+def started(words, world=1, each=None) -> list[subprocess.Popen]:
+    """The ranks of one command; of `each` its own where they are to differ."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if world > 1:
         with socket.socket() as free:
@@ -200,7 +201,7 @@ def started(words, world=1) -> list[subprocess.Popen]:
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
     return [
         subprocess.Popen(
-            words,
+            each[rank] if each else words,
             env=environment | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from spawned import Ranks
 from test_distributed import Blocks, config
+from test_trainer import digits_teacher
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
-from emd_fast import Denoiser, EMDTrainer, cli, distributed
+from emd_fast import Denoiser, EMDTrainer, Generator, cli, distributed
 from emd_fast.config import ConfigError
-from emd_fast.plan import GIB, Sizes, estimate, plan
+from emd_fast.distributed import GroupError
+from emd_fast.plan import GIB, Ceilings, Sizes, Work, estimate, plan
 from emd_fast.schedules import EDM
 
 
@@ -106,7 +111,78 @@ def test_what_cannot_fit_is_refused_with_what_helps():
     # 8-bit moments, and micro-batches that take fewer samples through at a time, are seen.
     assert made(optimizer="adamw_8bit").chosen.memory["optimizer"] < made().chosen.memory["optimizer"] / 3
     assert made(devices=8, micro_batch_size=4, activations=1e9).chosen.memory["activations"] == 4e9
-    assert "not known" in made().table() and "not known" not in made(activations=1e9).table()
+    assert made().table().count("not known") == made(activations=1e9).table().count("not known") + 2
+    with pytest.raises(ConfigError, match="at least the number of devices, 64, got 32"):
+        made(batch_size=32)
+    with pytest.raises(GroupError, match="shard_group must divide the 64 ranks, got 5"):
+        made(parallel="hybrid", shard_group=5)
+    with pytest.raises(GroupError, match="got 0"):  # how many a machine has is not known here
+        made(parallel="hybrid")
+
+
+class Counted(TorchDispatchMode):
+    """Floating-point operations. torch's own counter cannot stand in the way of autograd.grad."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = 0.0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func._overloadpacket in flop_registry:
+            self.operations += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"guidance": 1.5, "student_updates": 1},
+        {"objective": "vsd"},
+        {"sampling": "x_z", "langevin_steps": 3},
+        {"gamma_z": 0.0, "langevin_steps": 3},
+    ],
+)
+def test_the_operations_are_those_of_a_step(changes):
+    network = digits_teacher()
+    network.null_cond = 0
+    settings = config(**{"batch_size": 4, "student_warmup": 0, "gamma_z": 0.02, **changes})
+    work = Work.of(network, Generator(network, settings.t_star), network, settings.num_classes)
+    with Counted() as forward, torch.no_grad():
+        network(torch.zeros(1, 1, 8, 8), torch.ones(1), torch.zeros(1, dtype=torch.int64))
+    # PyTorch's counter does not know the CPU's attention, a fiftieth of this network.
+    assert 0.95 * work.teacher < forward.operations <= work.teacher == work.generator == work.student
+    trainer = EMDTrainer(network, settings)
+    with Counted() as counted:
+        trainer.step()
+    # First layers have no gradient to their input: a little less is done than is planned.
+    assert 0.95 * work.step(settings) < counted.operations / 4 <= work.step(settings)
+
+
+def test_times_are_those_of_the_ceilings():
+    sizes, settings = Sizes(10**9, 10**9, 10**9, 10**8), config(batch_size=64, parallel="fsdp")
+    work = Work(1e12, 2e12, 3e12)
+
+    def seconds(devices, operations=None, received=None):
+        made = plan(sizes, settings, devices=devices, work=work, ceilings=Ceilings(operations, received))
+        return made.chosen.seconds, sum(made.chosen.traffic.values())
+
+    told, received = seconds(8, 1e14, 1e9)
+    assert told["computing"] == pytest.approx(8 * work.step(settings) / 1e14)
+    assert told["network"] == pytest.approx(received / 1e9) and received > 0
+    assert told["a step, at least"] == max(told["computing"], told["network"])
+    assert seconds(8, operations=1e14)[0]["a step, at least"] is None
+    assert seconds(8, received=1e9)[0]["computing"] is None
+    alone = seconds(1, operations=1e14)[0]  # nothing is sent
+    assert alone["network"] == 0 and alone["a step, at least"] == alone["computing"]
+
+
+def test_the_figures_of_the_docs_are_those_of_the_code(capsys):
+    text = (Path(__file__).resolve().parents[1] / "docs" / "scaling.md").read_text()
+    exec(text.split("```python\n")[1].split("```")[0], {})
+    rows = capsys.readouterr().out
+    assert len(rows.splitlines()) == 16 and rows in text
 
 
 def test_a_dry_run_prints_the_configuration_and_the_plan_and_stops(tmp_path, capsys):
@@ -119,3 +195,31 @@ def test_a_dry_run_prints_the_configuration_and_the_plan_and_stops(tmp_path, cap
     assert "parallel = 'fsdp' needs" in capsys.readouterr().err
     assert cli.main(["distill", "digits", "--devices", "8"]) == 2
     assert "--dry-run" in capsys.readouterr().err
+    # The same table by its own command.
+    assert cli.main(["plan", "digits", "--devices", "8", "--parallel", "fsdp"]) == 0
+    assert said.endswith(capsys.readouterr().out)
+
+
+def test_plan_takes_ceilings_and_any_key_and_invents_nothing(capsys):
+    def told(*words):
+        code = cli.main(["plan", "gmm", "--devices", "4", *words])
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    _, blank, _ = told()
+    times = [line for line in blank.splitlines() if "seconds" in line]
+    assert len(times) == 3 and all(line.count("not known") == 2 for line in times)
+    _, whole, _ = told("--tflops", "10", "--gb-per-second", "1", "--langevin-steps", "16")
+    assert not [line for line in whole.splitlines() if "seconds" in line and "not known" in line]
+    assert told("--tflops", "10", "--gb-per-second", "1", "--langevin-steps", "32")[1] != whole
+    for words, said in (
+        (["--langevin-stepz", "4"], "did you mean --langevin-steps"),
+        (["--parallel", "hybrid", "--shard-group", "3"], "shard_group must divide the 4 ranks, got 3"),
+        (["--batch-size", "2"], "at least the number of devices, 4, got 2"),
+        (["--device-memory", "1e-6"], "GiB a device"),
+    ):
+        code, _, err = told(*words)
+        assert code == 2 and said in err and len(err.strip().splitlines()) == 1, err
+    for words in (["plan", "gmm"], ["plan", "gmm", "--devices", "4", "--tflops", "0"]):
+        with pytest.raises(SystemExit):
+            cli.main(words)

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from emd_fast import ops
 from emd_fast.conditioning import conditioning_cache
-from emd_fast.denoiser import Condition, base
+from emd_fast.denoiser import Condition, base, column
 from emd_fast.distributed import gathered
 from emd_fast.em.score_difference import ScoreDifference
 from emd_fast.noise import Noise
@@ -35,6 +35,22 @@ class EStep:
     sigma: Tensor
     t: Tensor
     cond: Condition
+
+
+@dataclass(frozen=True)
+class LangevinStep:
+    """Step k as it went, for one who looks on: x0 = g(z) (B, ...) and the score difference delta (B, ...) that it
+    started from; z, eps and drift (B, ...) float32 that it left, which the next step overwrites."""
+
+    k: int
+    x0: Tensor
+    delta: Tensor
+    z: Tensor
+    eps: Tensor
+    drift: Tensor
+
+
+Watch = Callable[[LangevinStep], object]
 
 
 def e_step(
@@ -109,8 +125,10 @@ def unchecked_e_step(
     gamma_eps: float | Tensor,
     gamma_z: float | Tensor,
     noise: Noise,
+    watch: Watch | None = None,
 ) -> EStep:
-    """`e_step` for a caller that made its arguments itself: no value is looked at, so the host waits for nothing."""
+    """`e_step` for a caller that made its arguments itself: no value is looked at, so the host waits for nothing.
+    `watch` is shown each Langevin step."""
     schedule = base(teacher).schedule
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
     moves_z = isinstance(gamma_z, Tensor) or gamma_z > 0
@@ -146,6 +164,9 @@ def unchecked_e_step(
             if moves_z:
                 (z_grad,) = torch.autograd.grad(x0, latent, cotangent)
                 ops.langevin_z(z, z_grad, step_size=gamma_z, noise=noise, substep=k)
+            if watch is not None:
+                delta = cotangent.float() / column(alpha, cotangent)
+                watch(LangevinStep(k, x0.detach(), delta, z, eps, drift))
     return EStep(z, eps, drift, alpha, sigma, t, cond)
 
 

@@ -11,7 +11,7 @@ from emd_fast import ops
 from emd_fast.conditioning import conditioning_cache
 from emd_fast.denoiser import Condition, base, column
 from emd_fast.distributed import gathered
-from emd_fast.em.e_step import EStep, GeneratorLike, check_e_step, check_values, frozen
+from emd_fast.em.e_step import EStep, GeneratorLike, LangevinStep, Watch, check_e_step, check_values, frozen
 from emd_fast.em.score_difference import ScoreDifference
 from emd_fast.noise import Noise, Stream
 
@@ -31,6 +31,7 @@ def e_step_xz(
     gamma_eps: float | Tensor,
     gamma_z: float | Tensor,
     noise: Noise,
+    watch: Watch | None = None,
 ) -> EStep:
     """As `e_step`, on the density proportional to q(x) / p(x) N(x; alpha g(z), sigma^2) N(z).
 
@@ -58,9 +59,13 @@ def e_step_xz(
             (z_grad,) = torch.autograd.grad(mean, latent, residual)
             n = ops.normal(x.shape, noise, stream=Stream.LANGEVIN_EPS, substep=k)
             m = ops.normal(z.shape, noise, stream=Stream.LANGEVIN_Z, substep=k)
-            x = x + step_x * sigma_x**2 * (difference.at(x) - residual) + torch.sqrt(2 * step_x) * sigma_x * n
+            delta = difference.at(x)
+            x = x + step_x * sigma_x**2 * (delta - residual) + torch.sqrt(2 * step_x) * sigma_x * n
             noises = (1 - step_x) * noises + torch.sqrt(2 * step_x) * n
             z = z + step_z * (z_grad - z) + torch.sqrt(2 * step_z) * m
+            if watch is not None:
+                eps = (x - alpha_x * g(z, cond).float()) / sigma_x
+                watch(LangevinStep(k, mean.detach() / alpha_x, delta, z, eps, eps - noises))
         eps = (x - alpha_x * g(z, cond).float()) / sigma_x
     return EStep(z, eps, eps - noises, alpha, sigma, t, cond)
 
