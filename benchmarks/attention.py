@@ -17,19 +17,18 @@ from benchmarks.harness.declare import BOTH, DTYPES, Bench, Case, Draw, Function
 from emd_fast import ops
 from emd_fast.ops.attention import BACKENDS
 
-
-def sizes(case: Case) -> tuple[int, int, int, int, int]:
-    """B, tokens, heads, head_dim, keys."""
-    batch, tokens, heads, head_dim, *rest = case.shape
-    return batch, tokens, heads, head_dim, rest[0] if rest else tokens
-
-
 # What the networks of ADM (ImageNet-64) and Stable Diffusion 1.5 ask for.
 ADM = ((16, 1024, 6, 64), (16, 256, 9, 64), (16, 64, 12, 64))
 SD15 = (
     *((16, tokens, 8, head_dim) for tokens, head_dim in ((4096, 40), (1024, 80), (256, 160), (64, 160))),
     *((16, tokens, 8, head_dim, 77) for tokens, head_dim in ((4096, 40), (1024, 80), (256, 160))),
 )
+
+
+def sizes(case: Case) -> tuple[int, int, int, int, int]:
+    """B, tokens, heads, head_dim, keys."""
+    batch, tokens, heads, head_dim, *rest = case.shape
+    return batch, tokens, heads, head_dim, rest[0] if rest else tokens
 
 
 def inputs(draw: Draw) -> Inputs:

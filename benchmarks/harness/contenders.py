@@ -63,7 +63,7 @@ def entrants(
         # A shape that varies would be compiled for all shapes: each case gets code of its own.
         compiled = torch.compile(bench.eager, dynamic=False)
         found.append(Contender("torch.compile", compiled, in_place=False, draws="own"))
-    found += [Contender(name, function) for name, function in bench.peers(case).items()]
+    found += [Contender(name, function, draws=bench.peers_draw) for name, function in bench.peers(case).items()]
     found += [Contender(name, imported(name)) for name in against]
     return [contender for contender in found if contender.name not in skip], absent
 

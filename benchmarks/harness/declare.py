@@ -123,6 +123,7 @@ class Bench:
         gradients: the arguments that the backward pass differentiates in; none: there is no backward pass.
         flops: of the case, for an op that is bound by arithmetic.
         peers: other libraries that have the op and are installed.
+        peers_draw: whose noise they add, as `Contender.draws` has it.
         ops: the names of the ops inside, where it is not one op of its name.
         served: see `_served`.
         layouts: whether NCHW and NHWC differ for it.
@@ -146,6 +147,7 @@ class Bench:
     gradients: tuple[str, ...] = ()
     flops: Callable[[Case], float] | None = None
     peers: Callable[[Case], Mapping[str, Function]] = field(default=lambda case: {})
+    peers_draw: str = "contract"
     ops: tuple[str, ...] = ()
     served: Callable[[Bench, torch.device], Mapping[str, Function | str]] = _served
     layouts: bool = True
