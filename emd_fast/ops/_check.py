@@ -48,23 +48,28 @@ def state(name: str, value: Tensor, *, like: Tensor | None = None) -> None:
 
 def written_apart(written: dict[str, Tensor], read: dict[str, Tensor]) -> None:
     """What is written shares no memory with anything else: two tensors that are only read may."""
-    if torch.compiler.is_compiling() or not all(_has_memory(value) for value in (*written.values(), *read.values())):
+    if torch.compiler.is_compiling():
         return
-    spans = {name: _span(value) for name, value in {**written, **read}.items() if value.numel()}
-    for name in written:
-        for other, (start, end) in spans.items():
-            if other != name and name in spans and start < spans[name][1] and spans[name][0] < end:
+    spans = []
+    for name, value in (*written.items(), *read.items()):
+        if value.is_meta or isinstance(value, FakeTensor):
+            return  # there is no memory
+        spans.append((name, *_span(value)))
+    for i, (name, first, last) in enumerate(spans[: len(written)]):
+        for other, start, end in spans[i + 1 :]:
+            if start < last and first < end:
                 raise ValueError(f"{name} is updated in place and overlaps {other} in memory; each needs its own")
 
 
-def _has_memory(value: Tensor) -> bool:
-    return not value.is_meta and not isinstance(value, FakeTensor)
-
-
 def _span(value: Tensor) -> tuple[int, int]:
-    reach = sum((n - 1) * stride for n, stride in zip(value.shape, value.stride(), strict=True))
+    """Where it begins and ends in memory; (0, 0), which overlaps nothing, where it has no elements."""
+    size = value.numel()
+    if not size:
+        return 0, 0
+    if not value.is_contiguous():
+        size = 1 + sum((n - 1) * stride for n, stride in zip(value.shape, value.stride(), strict=True))
     start = value.data_ptr()
-    return start, start + (reach + 1) * value.element_size()
+    return start, start + size * value.element_size()
 
 
 def per_sample(name: str, value: Tensor, like: Tensor, *, positive: bool = False) -> None:
@@ -85,7 +90,8 @@ def _readable(value: Tensor) -> bool:
 def _values(name: str, value: Tensor, *, low: float, high: float = math.inf, open_low: bool = False) -> None:
     if not value.numel():
         return
-    smallest, largest = (end.item() for end in torch.aminmax(value))
+    low_end, high_end = torch.aminmax(value)
+    smallest, largest = low_end.item(), high_end.item()
     below = smallest <= low if open_low and low > -math.inf else smallest < low
     # A NaN passes no comparison, so ask for what must hold.
     if not (math.isfinite(smallest) and math.isfinite(largest)) or below or largest > high:

@@ -10,11 +10,11 @@ void langevin_eps(const LangevinEps& op, int64_t first, int64_t last) {
   for_tiles(op.shape, first, last, [&](const Tile& tile) {
     Buffer delta_buffer, drawn, buffer;
     const int64_t n = tile.size();
-    prefetch_next(op.eps, sizeof(float), tile);
-    prefetch_next(op.drift, sizeof(float), tile);
-    for (int t = 0; t < op.terms; t++) {
-      if (op.term[t].dense) prefetch_next(op.term[t].data, op.term[t].type == Type::float32 ? 4 : 2, tile);
-    }
+    Ahead ahead(tile);
+    ahead.of(op.eps);
+    ahead.of(op.drift);
+    for (int t = 0; t < op.terms; t++) ahead.of(op.term[t]);
+    tile_normals(op.noise, tile, ahead, drawn);
     float* delta = delta_buffer.data;
     for (int t = 0; t < op.terms; t++) {
       const float* term = read(op.term[t], tile, op.shape.elements, buffer);
@@ -31,7 +31,6 @@ void langevin_eps(const LangevinEps& op, int64_t first, int64_t last) {
           },
           op.coef[t]);
     }
-    tile_normals(op.noise, tile, drawn);
     const float* noise = drawn.data;
     float *eps = op.eps + tile.flat, *drift = op.drift + tile.flat, *out = begin(op.out, tile, buffer);
     with_numbers(

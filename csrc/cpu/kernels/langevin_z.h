@@ -9,7 +9,10 @@ namespace {
 void langevin_z(const LangevinZ& op, int64_t first, int64_t last) {
   for_tiles(op.shape, first, last, [&](const Tile& tile) {
     Buffer drawn, buffer;
-    tile_normals(op.noise, tile, drawn);
+    Ahead ahead(tile);
+    ahead.of(op.z);
+    ahead.of(op.gradient);
+    tile_normals(op.noise, tile, ahead, drawn);
     const float *noise = drawn.data, *gradient = read(op.gradient, tile, op.shape.elements, buffer);
     float* z = op.z + tile.flat;
     const int64_t n = tile.size();

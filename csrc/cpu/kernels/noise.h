@@ -8,15 +8,18 @@
 namespace emd::cpu::EMD_ISA {
 namespace {
 
-static_assert(kTile == 4 * kBlocks);
+constexpr int kTileBlocks = kTile / 4;
+static_assert(kTileBlocks % kBlocks == 0);
 
 struct alignas(64) Blocks {
   uint32_t word[4][kBlocks];
 };
 
-// The random words of a tile; where it holds several samples, each has whole blocks. Returns the number of blocks.
-inline int tile_blocks(const NoiseSource& source, const Tile& tile, Blocks& blocks) {
-  alignas(64) uint32_t block[kBlocks], sample[kBlocks];
+// Calls use(l, words) with the random words of a tile, kBlocks at a time, l the number of the first block. Where the tile
+// holds several samples, each has whole blocks. In between memory is asked for the next tile.
+template <class Use>
+inline void for_blocks(const NoiseSource& source, const Tile& tile, const Ahead& ahead, Use use) {
+  alignas(64) uint32_t block[kTileBlocks], sample[kTileBlocks];
   const NoiseKey noise = key_of(source);
   const int per_sample = int((tile.count + 3) / 4), n = int(tile.samples) * per_sample;
   const uint32_t first_block = uint32_t(tile.element / 4), first_sample = noise.first_sample + uint32_t(tile.sample);
@@ -26,10 +29,14 @@ inline int tile_blocks(const NoiseSource& source, const Tile& tile, Blocks& bloc
       sample[l] = first_sample + uint32_t(s);
     }
   }
-  const int rounded = (n + 31) / 32 * 32;
+  const int rounded = (n + kBlocks - 1) / kBlocks * kBlocks;
   for (int l = n; l < rounded; l++) block[l] = sample[l] = 0;
-  philox_blocks(block, sample, noise.stream_substep, noise.step, noise.key0, noise.key1, rounded, blocks.word);
-  return n;
+  Blocks blocks;
+  for (int l = 0; l < rounded; l += kBlocks) {
+    ahead.ask(l / kBlocks, rounded / kBlocks);
+    philox_blocks(block + l, sample + l, noise.stream_substep, noise.step, noise.key0, noise.key1, blocks.word);
+    use(l, blocks.word);
+  }
 }
 
 // Takes out the numbers that fill up the last block of each sample.
@@ -42,30 +49,32 @@ inline void drop_padding(const Tile& tile, float* out) {
 }
 
 inline void tile_uniforms(const NoiseSource& noise, const Tile& tile, Buffer& out) {
-  Blocks blocks;
-  const int n = (tile_blocks(noise, tile, blocks) + 15) / 16 * 16;
+  for_blocks(noise, tile, Ahead(tile), [&](int first, const uint32_t (*word)[kBlocks]) {
+    float* to = out.data + 4 * first;
 #pragma omp simd
-  for (int l = 0; l < n; l++) {
-    out.data[4 * l + 0] = uniform_from_word(blocks.word[0][l]);
-    out.data[4 * l + 1] = uniform_from_word(blocks.word[1][l]);
-    out.data[4 * l + 2] = uniform_from_word(blocks.word[2][l]);
-    out.data[4 * l + 3] = uniform_from_word(blocks.word[3][l]);
-  }
+    for (int l = 0; l < kBlocks; l++) {
+      to[4 * l + 0] = uniform_from_word(word[0][l]);
+      to[4 * l + 1] = uniform_from_word(word[1][l]);
+      to[4 * l + 2] = uniform_from_word(word[2][l]);
+      to[4 * l + 3] = uniform_from_word(word[3][l]);
+    }
+  });
   drop_padding(tile, out.data);
 }
 
-inline void tile_normals(const NoiseSource& noise, const Tile& tile, Buffer& out) {
-  Blocks blocks;
-  const int n = (tile_blocks(noise, tile, blocks) + 15) / 16 * 16;  // whole vectors, so that no scalar rest remains
+inline void tile_normals(const NoiseSource& noise, const Tile& tile, const Ahead& ahead, Buffer& out) {
+  for_blocks(noise, tile, ahead, [&](int first, const uint32_t (*word)[kBlocks]) {
+    float* to = out.data + 4 * first;
 #pragma omp simd
-  for (int l = 0; l < n; l++) {
-    const Pair a = normal_pair(blocks.word[0][l], blocks.word[1][l]);
-    const Pair b = normal_pair(blocks.word[2][l], blocks.word[3][l]);
-    out.data[4 * l + 0] = a.first;
-    out.data[4 * l + 1] = a.second;
-    out.data[4 * l + 2] = b.first;
-    out.data[4 * l + 3] = b.second;
-  }
+    for (int l = 0; l < kBlocks; l++) {
+      const Pair a = normal_pair(word[0][l], word[1][l]);
+      const Pair b = normal_pair(word[2][l], word[3][l]);
+      to[4 * l + 0] = a.first;
+      to[4 * l + 1] = a.second;
+      to[4 * l + 2] = b.first;
+      to[4 * l + 3] = b.second;
+    }
+  });
   drop_padding(tile, out.data);
 }
 

@@ -58,15 +58,15 @@ EMD_HD Lanes high_half(Lanes a) { return _mm_srli_epi64(a, 32); }
 EMD_HD Lanes exclusive_or(Lanes a, Lanes b, Lanes c) { return _mm_xor_si128(_mm_xor_si128(b, c), a); }
 #endif
 
-constexpr int kBlocks = 256;  // of four words, in one call at most
+constexpr int kBlocks = 32;  // of four words, in one call
 
-// word[i][l] is word i of the block whose counter is (c0[l], c1[l], c2, c3). n is rounded up to a multiple of 32.
+// word[i][l] is word i of the block whose counter is (c0[l], c1[l], c2, c3).
 inline void philox_blocks(const uint32_t* c0, const uint32_t* c1, uint32_t c2, uint32_t c3, uint32_t key0,
-                          uint32_t key1, int n, uint32_t (*word)[kBlocks]) {
+                          uint32_t key1, uint32_t (*word)[kBlocks]) {
 #if defined(__SSE2__)
   constexpr int kGroups = 4;  // independent chains, to hide the latency of the products
   const Lanes m0 = all_lanes(0xD2511F53u), m1 = all_lanes(0xCD9E8D57u);
-  for (int l = 0; l < n; l += kGroups * kLanes) {
+  for (int l = 0; l < kBlocks; l += kGroups * kLanes) {
     Lanes w0[kGroups], w1[kGroups], w2[kGroups], w3[kGroups];
 #pragma GCC unroll 4
     for (int g = 0; g < kGroups; g++) {
@@ -100,7 +100,7 @@ inline void philox_blocks(const uint32_t* c0, const uint32_t* c1, uint32_t c2, u
   }
 #else
 #pragma omp simd
-  for (int l = 0; l < n; l++) {
+  for (int l = 0; l < kBlocks; l++) {
     const Words w = philox({c0[l], c1[l], c2, c3}, key0, key1);
     word[0][l] = w.w0;
     word[1][l] = w.w1;
