@@ -204,3 +204,66 @@ def test_langevin_z_and_perturb_at_any_strides():
             assert_within(x_t, column(s, z).double() * (z_grad.double() + n), 1e-5, f"x_t {shape} {layout}")
             given = triton.implementation("perturb")(z_grad, s, s, n.float(), None, 0, 0, torch.float32)
             assert_within(given, x_t, 1e-5)
+
+
+def test_tuning_takes_the_fastest_and_leaves_numbers_and_tensors_alone(monkeypatch):
+    from emd_fast.backends.triton import tuning
+
+    def seconds(call, device):
+        call()
+        timed.append(used[-1])
+        return abs(timed[-1] - 2048) + 1  # the fastest is the one whose tile has 2048 elements
+
+    pick, used, timed = launch.pick, [], []
+
+    def picked(batch, sizes, *choice):
+        used.append(choice[0])
+        return pick(batch, sizes, *choice)
+
+    g = seeded(5)
+    eps, drift = draw((3, 300), g), draw((3, 300), g)
+    output, v = draw((3, 300), g, torch.bfloat16, "sliced"), per_sample(3, g, 0.1, 1.0)
+    noise, one = Noise(2), torch.ones(1).expand(3)
+
+    def step(substep):
+        state = eps.clone(), drift.clone()
+        with emd_fast.use_backend("triton"):
+            cotangent = ops.langevin_eps(
+                *state,
+                None,
+                [output],
+                v[:, None],
+                v,
+                one,
+                step_size=v,
+                noise=noise,
+                substep=substep,
+            )
+        return *state, cotangent
+
+    plain = step(0)
+    monkeypatch.setattr(launch, "pick", picked)
+    monkeypatch.setattr(tuning, "wanted", lambda device: True)
+    monkeypatch.setattr(tuning, "_seconds", seconds)
+    monkeypatch.setattr(tuning, "_chosen", {})
+    for found, expected in zip(step(0), plain, strict=True):
+        assert torch.equal(found, expected)
+    assert timed == [tile for tile, _ in tuning.CANDIDATES] and used[-1] == 2048
+    step(1)
+    assert len(timed) == len(tuning.CANDIDATES)  # another substep is measured no second time
+    with emd_fast.use_backend("triton"):
+        ops.m_step_loss(eps, drift, v, v, v)
+    assert len(timed) == len(tuning.CANDIDATES)  # a sum depends on its tiles, which stay as they are
+
+
+def test_tuning_only_where_it_is_asked_for(monkeypatch):
+    from emd_fast.backends.triton import tuning
+
+    gpu, capturing = torch.device("cuda", 0), False
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.delenv("EMD_FAST_AUTOTUNE", raising=False)
+    assert not tuning.wanted(gpu)
+    monkeypatch.setenv("EMD_FAST_AUTOTUNE", "1")
+    assert tuning.wanted(gpu) and not tuning.wanted(torch.device("cpu"))
+    capturing = True
+    assert not tuning.wanted(gpu)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from emd_fast.backends.triton import tuning
+
 TILE = 1024  # elements a program: 8 a thread of 4 warps, which is one 128-bit access of bfloat16
 REDUCED_TILE = 2048  # where a program leaves a single sum behind, more of them make its last steps cheaper
 _WARPS = 4
@@ -36,8 +38,8 @@ class Launch:
     warps: int
 
 
-def pick(batch: int, sizes: Sequence[int], tile: int = TILE) -> Launch:
-    """The launch for samples of these collapsed sizes.
+def pick(batch: int, sizes: Sequence[int], tile: int = TILE, warps: int = _WARPS) -> Launch:
+    """The launch for samples of these collapsed sizes, of programs with (at most) so many elements and warps.
 
     It depends on nothing but its arguments, and the tile not even on the batch: every rank takes the same, and a sum
     over a sample is the same in every batch.
@@ -55,7 +57,7 @@ def pick(batch: int, sizes: Sequence[int], tile: int = TILE) -> Launch:
         rows = tile // columns
         down, across = 1, _ceil(elements, columns)
         programs = _ceil(batch, rows) * across
-    warps = max(_WARPS * rows * columns // tile, 1)  # a thread has as many elements in a tile of a small image
+    warps = max(warps * rows * columns // tile, 1)  # a thread has as many elements in a tile of a small image
     return Launch(rows, columns, down, across, programs, planes, wide=elements + 2 * tile >= _INT32, warps=warps)
 
 
@@ -108,26 +110,37 @@ def run(
     *args: Any,
     like: Tensor,
     sizes: tuple[int, ...],
-    tile: int = TILE,
+    tile: int | None = None,
     **constants: Any,
 ) -> None:
-    """Launches kernel(*args, batch, sizes, down, across, ...) over samples of these sizes, on the device of `like`."""
-    batch = like.shape[0]
-    launch = pick(batch, sizes, tile)
-    submit(
-        kernel,
-        launch.programs,
-        (*args, batch, sizes, launch.down, launch.across),
-        {
-            "ROWS": launch.rows,
-            "COLUMNS": launch.columns,
-            "PLANES": launch.planes,
-            "WIDE": launch.wide,
-            **constants,
-        },
-        launch.warps,
-        like.device,
-    )
+    """Launches kernel(*args, batch, sizes, down, across, ...) over samples of these sizes, on the device of `like`.
+
+    `tile` is given where the result depends on it; other kernels may be tuned.
+    """
+
+    def launched(args: tuple[Any, ...], launch: Launch) -> None:
+        submit(
+            kernel,
+            launch.programs,
+            (*args, len(like), sizes, launch.down, launch.across),
+            {
+                "ROWS": launch.rows,
+                "COLUMNS": launch.columns,
+                "PLANES": launch.planes,
+                "WIDE": launch.wide,
+                **constants,
+            },
+            launch.warps,
+            like.device,
+        )
+
+    def tuned(args: tuple[Any, ...], choice: tuning.Choice) -> None:
+        launched(args, pick(len(like), sizes, *choice))
+
+    if tile is None and tuning.wanted(like.device):
+        tuned(args, tuning.fastest(kernel, args, tuned, like.device))
+    else:
+        launched(args, pick(len(like), sizes, tile or TILE))
 
 
 def submit(
