@@ -8,56 +8,54 @@
 namespace emd::cpu {
 namespace {
 
+// float64, to be rounded once.
 at::Tensor gradient_for(bool needed, const std::optional<at::Tensor>& of, const at::Tensor& x) {
-  return needed && of ? at::empty(of->sizes(), of->options()) : at::empty({0}, x.options());
+  return needed && of ? at::zeros(of->sizes(), at::kDouble) : at::empty({0}, x.options());
 }
 
-// The gradients of weight, bias, add, scale and shift from the sums over positions, in float64, samples in order.
+double* numbers_of(const at::Tensor& gradient) {
+  return gradient.scalar_type() == at::kDouble ? gradient.mutable_data_ptr<double>() : nullptr;
+}
+
+at::Tensor rounded(const at::Tensor& gradient, const std::optional<at::Tensor>& of) {
+  return gradient.scalar_type() == at::kDouble ? gradient.to(of->scalar_type()) : gradient;
+}
+
+// Where the gradients of weight (C), bias (C), add, scale and shift (B, C) go; null where not needed.
 struct ParameterGradients {
-  std::vector<double> weight, bias, add, scale, shift;
+  double *weight, *bias, *add, *scale, *shift;
+
+  bool any() const { return weight || bias || add || scale || shift; }
 };
 
-ParameterGradients parameter_gradients(const GroupNormBackward& op) {
+// From the sums over positions, in float64, samples in order.
+void parameter_gradients(const GroupNormBackward& op, const ParameterGradients& out, int64_t group) {
   const GroupNorm& norm = op.forward;
-  const int64_t channels = norm.channels, width = norm.group_channels(), all = norm.samples * channels;
-  ParameterGradients out;
-  out.weight.resize(channels);
-  out.bias.resize(channels);
-  out.add.resize(all);
-  out.scale.resize(all);
-  out.shift.resize(all);
+  const int64_t width = norm.group_channels(), all = norm.samples * norm.channels;
+  const double elements = double(width * norm.positions);
   for (int64_t s = 0; s < norm.samples; s++) {
-    const double* sums = op.sums + s * 3 * channels;
-    for (int64_t g = 0; g < norm.groups; g++) {
-      const double rstd = norm.rstd[s * norm.groups + g];
-      double sum_k = 0, sum_k_normal = 0;
-      for (int64_t c = g * width; c < (g + 1) * width; c++) {
-        const int64_t i = s * channels + c;
-        const double weight = norm.weight ? norm.weight[c] : 1, bias = norm.bias ? norm.bias[c] : 0;
-        const double gain = norm.scale ? 1.0 + norm.scale[i] : 1;
-        const double inner = sums[c], inner_normal = sums[channels + c] * rstd;
-        out.weight[c] += gain * inner_normal;
-        out.bias[c] += gain * inner;
-        out.scale[i] = weight * inner_normal + bias * inner;
-        out.shift[i] = inner;
-        sum_k += weight * gain * inner;
-        sum_k_normal += weight * gain * inner_normal;
-        out.add[i] = rstd * weight * gain * inner;
-      }
-      const double elements = double(width * norm.positions);
-      for (int64_t c = g * width; c < (g + 1) * width; c++) {
-        const double normal = sums[2 * channels + c] * rstd;
-        out.add[s * channels + c] -=
-            rstd * (sum_k * double(norm.positions) + sum_k_normal * normal) / elements;
-      }
+    const double rstd = norm.rstd[s * norm.groups + group];
+    double sum_k = 0, sum_k_normal = 0;
+    for (int64_t c = group * width; c < (group + 1) * width; c++) {
+      const int64_t i = s * norm.channels + c;
+      const double weight = norm.weight ? norm.weight[c] : 1, bias = norm.bias ? norm.bias[c] : 0;
+      const double gain = norm.scale ? 1.0 + norm.scale[i] : 1;
+      const double inner = op.sums[i], inner_normal = op.sums[all + i] * rstd;
+      if (out.weight) out.weight[c] = (s > 0 ? out.weight[c] : 0) + gain * inner_normal;
+      if (out.bias) out.bias[c] = (s > 0 ? out.bias[c] : 0) + gain * inner;
+      if (out.scale) out.scale[i] = weight * inner_normal + bias * inner;
+      if (out.shift) out.shift[i] = inner;
+      if (out.add) out.add[i] = rstd * weight * gain * inner;
+      sum_k += weight * gain * inner;
+      sum_k_normal += weight * gain * inner_normal;
+    }
+    if (!out.add) continue;
+    for (int64_t c = group * width; c < (group + 1) * width; c++) {
+      const int64_t i = s * norm.channels + c;
+      const double normal = op.sums[2 * all + i] * rstd;
+      out.add[i] -= rstd * (sum_k * double(norm.positions) + sum_k_normal * normal) / elements;
     }
   }
-  return out;
-}
-
-void copy_to(const at::Tensor& gradient, std::vector<double>& values) {
-  if (gradient.numel() == 0) return;
-  gradient.copy_(at::from_blob(values.data(), gradient.sizes(), at::kDouble));
 }
 
 using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
@@ -87,11 +85,11 @@ Gradients group_norm_backward(const at::Tensor& grad, const at::Tensor& input, c
   op.sums_x = needs[3];
   if (x.numel() > 0) {
     if (!norm.channels_last) {
-      const int64_t size = norm.group_channels() * norm.positions;
-      const at::Tensor scratch = at::empty({at::get_num_threads(), size}, at::kFloat);
+      const int64_t size = norm.group_channels() * norm.positions, room = std::max(size, kTile);
+      const at::Tensor scratch = at::empty({at::get_num_threads(), room}, at::kFloat);
       at::parallel_for(0, norm.samples * norm.groups, grain_of(size), [&](int64_t first, int64_t last) {
         GroupNormBackward mine = op;
-        mine.scratch = scratch.mutable_data_ptr<float>() + at::get_thread_num() * size;
+        mine.scratch = scratch.mutable_data_ptr<float>() + at::get_thread_num() * room;
         kernels().group_norm_backward(mine, first, last);
       });
     } else {
@@ -100,25 +98,32 @@ Gradients group_norm_backward(const at::Tensor& grad, const at::Tensor& input, c
       std::vector<Pass<GroupNormBackward>> all = {{kernels().group_norm_backward_maps, Items::samples},
                                                   {kernels().group_norm_backward_sums, Items::chunks},
                                                   {kernels().group_norm_backward_totals, Items::samples}};
-      // Where a sample stays in the cache until its last pass.
-      op.keeps_inner = op.grad_x && norm.type == Type::float32 && by_sample(norm) &&
-                       norm.channels * norm.positions <= kCachedElements;
       if (op.grad_x) all.push_back({kernels().group_norm_backward_apply, Items::chunks});
-      passes(op, norm, all);
+      // In grad_x itself where that is float32.
+      const int64_t size = norm.channels * norm.positions;
+      const bool keeps_inner = op.grad_x && by_sample(norm) && size <= kCachedElements;
+      const bool in_place = norm.type == Type::float32;
+      const at::Tensor kept = at::empty({keeps_inner && !in_place ? at::get_num_threads() : 0, size}, at::kFloat);
+      passes(op, norm, all, [&](GroupNormBackward& mine, int64_t thread, int64_t sample) {
+        if (!keeps_inner) return;
+        mine.inner = in_place ? static_cast<float*>(op.grad_x) + sample * size
+                              : kept.mutable_data_ptr<float>() + thread * size;
+      });
     }
   }
   const at::Tensor grad_weight = gradient_for(needs[1], weight, x), grad_bias = gradient_for(needs[2], bias, x);
   const at::Tensor grad_add = gradient_for(needs[3], add, x), grad_scale = gradient_for(needs[4], scale, x);
   const at::Tensor grad_shift = gradient_for(needs[5], shift, x);
-  if (needs[1] || needs[2] || needs[3] || needs[4] || needs[5]) {
-    ParameterGradients gradients = parameter_gradients(op);
-    copy_to(grad_weight, gradients.weight);
-    copy_to(grad_bias, gradients.bias);
-    copy_to(grad_add, gradients.add);
-    copy_to(grad_scale, gradients.scale);
-    copy_to(grad_shift, gradients.shift);
+  const ParameterGradients out = {numbers_of(grad_weight), numbers_of(grad_bias), numbers_of(grad_add),
+                                  numbers_of(grad_scale), numbers_of(grad_shift)};
+  if (out.any() && x.numel() > 0) {
+    at::parallel_for(0, norm.groups, grain_of(norm.samples * norm.group_channels() * 16),
+                     [&](int64_t first, int64_t last) {
+                       for (int64_t group = first; group < last; group++) parameter_gradients(op, out, group);
+                     });
   }
-  return {grad_x, grad_weight, grad_bias, grad_add, grad_scale, grad_shift};
+  return {grad_x, rounded(grad_weight, weight), rounded(grad_bias, bias), rounded(grad_add, add),
+          rounded(grad_scale, scale), rounded(grad_shift, shift)};
 }
 
 TORCH_LIBRARY_IMPL(emd_fast_native, CPU, m) { m.impl("group_norm_backward", group_norm_backward); }

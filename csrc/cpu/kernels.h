@@ -52,11 +52,12 @@ struct GroupNormBackward {
   GroupNorm forward;  // y is not written
   const void* grad;
   void* grad_x;     // null where not needed
-  bool keeps_inner; // channels_last: the inner gradient waits in grad_x, float32, for what is subtracted from it
-  double* sums;     // (samples, 3, channels): of the inner gradient, of it times (x - center), of x - center
+  double* sums;     // (3, samples, channels): of the inner gradient, of it times (x - center), of x - center
   bool sums_x;      // whether the last of the sums is needed
-  float* scratch;   // a group's inner gradient; channels_last: the sums of chunks, (samples, chunks, 3, channels),
-                    // then the numbers of channels, (samples, 5, channels)
+  float* scratch;   // the inner gradient of a group or a tile; channels_last: the sums of chunks,
+                    // (samples, chunks, 3, channels), then the numbers of channels, (samples, 5, channels)
+  float* inner;     // channels_last: where the inner gradient of a sample waits for what is subtracted from it; null
+                    // where it is computed twice
 };
 
 // One table per instruction set. Each function does the items first to last - 1 of its op.

@@ -20,16 +20,19 @@ EMD_HD Moments merged(const Moments& a, const Moments& b) {
   return {n, a.mean + difference * (b.n / n), a.squares + b.squares + difference * difference * (a.n * b.n / n)};
 }
 
-// Of a dense row, part by part in the cache: each read once from memory, and twice from there.
-inline Moments row_moments(const void* data, Type type, int64_t at, int64_t n) {
+// Of at most a tile.
+inline Moments tile_moments(const float* x, int64_t n) {
+  const float mean = sum<float>(n, [=](int64_t i) { return x[i]; }) / float(n);
+  return {double(n), double(mean), double(sum<float>(n, [=](int64_t i) { return product(x[i] - mean, x[i] - mean); }))};
+}
+
+// Of dense elements, part by part in the cache: each read once from memory, and twice from there.
+inline Moments dense_moments(const void* data, Type type, int64_t at, int64_t n) {
   Moments all = {0, 0, 0};
   for (int64_t done = 0; done < n; done += kTile) {
     Buffer buffer;
     const int64_t count = n - done < kTile ? n - done : kTile;
-    const float* x = read_row(data, type, at + done, count, buffer.data);
-    const float mean = sum<float>(count, [=](int64_t i) { return x[i]; }) / float(count);
-    const float squares = sum<float>(count, [=](int64_t i) { return product(x[i] - mean, x[i] - mean); });
-    const Moments part = {double(count), double(mean), double(squares)};
+    const Moments part = tile_moments(read_row(data, type, at + done, count, buffer.data), count);
     all = done == 0 ? part : merged(all, part);
   }
   return all;
@@ -37,104 +40,163 @@ inline Moments row_moments(const void* data, Type type, int64_t at, int64_t n) {
 
 EMD_HD float number_or(const float* numbers, int64_t i, float otherwise) { return numbers ? numbers[i] : otherwise; }
 
-inline ChannelMap map_of(const GroupNorm& op, int64_t sample, int64_t channel, float mean, float rstd) {
-  const int64_t i = sample * op.channels + channel;
+// Of row sample * channels + channel.
+inline ChannelMap map_of(const GroupNorm& op, int64_t row, int64_t channel, float mean, float rstd) {
   return channel_map(mean, rstd, number_or(op.weight, channel, 1), number_or(op.bias, channel, 0),
-                     number_or(op.add, i, 0), number_or(op.scale, i, 0), number_or(op.shift, i, 0));
+                     number_or(op.add, row, 0), number_or(op.scale, row, 0), number_or(op.shift, row, 0));
 }
 
 inline float rstd_of(const Moments& group, double eps) { return float(1.0 / sqrt(group.squares / group.n + eps)); }
 
-// y[i] from x[i], where `center(i)`, `gain(i)` and `offset(i)` are the map of its channel.
-template <class Center, class Gain, class Offset>
-inline void apply_map(bool silu, int64_t n, const float* x, float* y, Center center, Gain gain, Offset offset) {
-  if (silu) {
-#pragma omp simd
-    for (int64_t i = 0; i < n; i++) y[i] = emd::group_norm<true>(x[i], at(center, i), at(gain, i), at(offset, i));
-  } else {
-#pragma omp simd
-    for (int64_t i = 0; i < n; i++) y[i] = emd::group_norm<false>(x[i], at(center, i), at(gain, i), at(offset, i));
-  }
-}
+// The numbers of a channel of a sample that its elements need: the same for all of them, or, in a tile of several
+// channels, one entry of each per element.
+template <int kCount>
+struct Numbers {
+  float value[kCount];
 
-// The maps of several channels, one entry per element of a tile. Channels are written in order and in whole vectors,
-// each over what the one before wrote too much; hence the room at the end.
-struct alignas(64) MapTile {
+  EMD_HD float operator()(int k, int64_t) const { return value[k]; }
+};
+
+template <int kCount>
+struct alignas(64) NumbersTile {
   static constexpr int64_t kVector = 16;
-  float center[kTile + kVector], gain[kTile + kVector], offset[kTile + kVector];
+  float data[kCount][kTile + kVector];  // room for the last vector of write
 
-  EMD_HD void write(int64_t at, int64_t n, const ChannelMap& map) {
+  EMD_HD float operator()(int k, int64_t i) const { return data[k][i]; }
+
+  // In order, and in whole vectors: each writes over what the one before wrote too much.
+  void write(int64_t at, int64_t n, const Numbers<kCount>& numbers) {
     for (int64_t i = at; i < at + n; i += kVector) {
+      for (int k = 0; k < kCount; k++) {
 #pragma omp simd
-      for (int64_t j = i; j < i + kVector; j++) {
-        center[j] = map.center;
-        gain[j] = map.gain;
-        offset[j] = map.offset;
+        for (int64_t j = i; j < i + kVector; j++) data[k][j] = numbers.value[k];
       }
     }
   }
 };
 
-// Channels before positions, taken in parts of at most a tile: of one channel where it is long, of several whole ones
-// where they are short, since a loop of a few elements costs more to enter than to run.
-inline int64_t channels_together(const GroupNorm& op) {
-  return op.positions < 64 && op.positions > 0 ? kTile / op.positions : 1;
-}
+template <int kCount>
+NumbersTile<kCount> tile_of(const Numbers<kCount>&);
 
-// Calls function(first channel, channels, offset of the elements, number of elements, center, gain, offset) for the
-// parts of a group; the last three are numbers or arrays.
-template <class Function>
-inline void for_parts(const GroupNorm& op, int64_t sample, int64_t group, float mean, float rstd, Function function) {
-  const int64_t width = op.group_channels(), positions = op.positions, together = channels_together(op);
-  const int64_t start = sample * op.channels * positions, end = (group + 1) * width;
-  if (together > 1) {
-    for (int64_t c0 = group * width; c0 < end; c0 += together) {
-      MapTile maps;
-      const int64_t channels = end - c0 < together ? end - c0 : together;
-      for (int64_t c = 0; c < channels; c++) {
-        maps.write(c * positions, positions, map_of(op, sample, c0 + c, mean, rstd));
-      }
-      const float *center = maps.center, *gain = maps.gain, *offset = maps.offset;
-      function(c0, channels, start + c0 * positions, channels * positions, center, gain, offset);
+enum MapNumbers { kCenter, kGain, kOffset, kMapNumbers };
+
+// y[i] from x[i].
+template <class Map>
+inline void apply_map(bool silu, int64_t n, const float* x, float* y, const Map& map) {
+  if (silu) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) {
+      y[i] = emd::group_norm<true>(x[i], map(kCenter, i), map(kGain, i), map(kOffset, i));
     }
   } else {
-    for (int64_t c = group * width; c < end; c++) {
-      const ChannelMap map = map_of(op, sample, c, mean, rstd);
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) {
+      y[i] = emd::group_norm<false>(x[i], map(kCenter, i), map(kGain, i), map(kOffset, i));
+    }
+  }
+}
+
+// Channels before positions. A row is the positions of one channel of one sample, an item the rows of one group of one
+// sample. Elements are taken in parts of at most a tile: of one row where rows are long, of several whole ones where
+// they are short, since a loop of a few elements costs more to enter than to run.
+
+struct Rows {
+  int64_t first, count, start, size;  // start of their elements in the tensor
+};
+
+inline int64_t rows_together(const GroupNorm& op) { return op.positions < 64 ? kTile / op.positions : 1; }
+
+// Items that share a tile.
+inline int64_t items_together(const GroupNorm& op) {
+  const int64_t together = kTile / (op.group_channels() * op.positions);
+  return together > 1 && rows_together(op) > 1 ? together : 1;
+}
+
+// Calls function(rows, numbers) for the parts of items first to last - 1; numbers_of(row, channel, item) are a row's.
+template <class NumbersOf, class Function>
+inline void for_parts(const GroupNorm& op, int64_t first, int64_t last, NumbersOf numbers_of, Function function) {
+  const int64_t together = rows_together(op), width = op.group_channels(), positions = op.positions, end = last * width;
+  // Counted and not divided: a division takes as long as a short row.
+  int64_t item = first, of_item = 0, channel = first % op.groups * width;
+  const auto next = [&](int64_t row) {
+    const auto numbers = numbers_of(row, channel, item);
+    if (++of_item == width) of_item = 0, item++;
+    if (++channel == op.channels) channel = 0;
+    return numbers;
+  };
+  for (int64_t row = first * width; row < end; row += together) {
+    if (together > 1) {
+      decltype(tile_of(numbers_of(0, 0, 0))) tile;
+      const int64_t rows = end - row < together ? end - row : together;
+      for (int64_t r = 0; r < rows; r++) tile.write(r * positions, positions, next(row + r));
+      function(Rows{row, rows, row * positions, rows * positions}, tile);
+    } else {
+      const auto numbers = next(row);
       for (int64_t done = 0; done < positions; done += kTile) {
         const int64_t count = positions - done < kTile ? positions - done : kTile;
-        function(c, 1, start + c * positions + done, count, map.center, map.gain, map.offset);
+        function(Rows{row, 1, row * positions + done, count}, numbers);
       }
     }
   }
 }
 
-// A group is one dense row, small enough in most networks to be in the cache still when it is read again.
+inline Numbers<kMapNumbers> map_of_row(const GroupNorm& op, int64_t row, int64_t channel, int64_t item) {
+  const ChannelMap map = map_of(op, row, channel, op.mean[item], op.rstd[item]);
+  return {map.center, map.gain, map.offset};
+}
+
+inline Moments item_moments(const GroupNorm& op, int64_t item) {
+  const int64_t width = op.group_channels(), positions = op.positions, row0 = item * width;
+  if (!op.add) return dense_moments(op.x, op.type, row0 * positions, width * positions);
+  Moments group = {0, 0, 0};
+  for (int64_t row = row0; row < row0 + width; row++) {
+    Moments channel = dense_moments(op.x, op.type, row * positions, positions);
+    channel.mean += double(op.add[row]);
+    group = row == row0 ? channel : merged(group, channel);
+  }
+  return group;
+}
+
+// Of the items that share a tile, the same numbers as item_moments: step by step for all of them, so that the processor
+// need not wait for the end of one sum before it starts the next.
+inline void moments_of_tile(const GroupNorm& op, int64_t begin, int64_t end) {
+  const int64_t items = end - begin, n = op.group_channels() * op.positions;
+  Buffer buffer, squares;
+  const float* x = read_row(op.x, op.type, begin * n, items * n, buffer.data);
+  float *mean = op.mean + begin, *rstd = op.rstd + begin;
+  for (int64_t g = 0; g < items; g++) mean[g] = sum<float>(n, [=](int64_t i) { return x[g * n + i]; }) / float(n);
+  for (int64_t g = 0; g < items; g++) {
+    const float center = mean[g];
+    squares.data[g] = sum<float>(n, [=](int64_t i) { return product(x[g * n + i] - center, x[g * n + i] - center); });
+  }
+#pragma omp simd
+  for (int64_t g = 0; g < items; g++) rstd[g] = rstd_of({double(n), 0, double(squares.data[g])}, op.eps);
+}
+
+// Items are small enough in most networks to be in the cache still when they are read again.
 void group_norm(const GroupNorm& op, int64_t first, int64_t last) {
-  const int64_t width = op.group_channels(), positions = op.positions;
-  for (int64_t item = first; item < last; item++) {
-    const int64_t sample = item / op.groups, group_index = item % op.groups, channel0 = group_index * width;
-    const int64_t start = (sample * op.channels + channel0) * positions;
-    Moments group = {0, 0, 0};
-    if (op.add) {
-      for (int64_t c = 0; c < width; c++) {
-        Moments channel = row_moments(op.x, op.type, start + c * positions, positions);
-        channel.mean += double(op.add[sample * op.channels + channel0 + c]);
-        group = c == 0 ? channel : merged(group, channel);
-      }
+  const int64_t together = items_together(op);
+  for (int64_t begin = first; begin < last; begin += together) {
+    const int64_t end = last - begin < together ? last : begin + together;
+    if (together > 1 && !op.add) {
+      moments_of_tile(op, begin, end);
     } else {
-      group = row_moments(op.x, op.type, start, width * positions);
+      for (int64_t item = begin; item < end; item++) {
+        const Moments group = item_moments(op, item);
+        op.mean[item] = float(group.mean);
+        op.rstd[item] = rstd_of(group, op.eps);
+      }
     }
-    const float mean = float(group.mean), rstd = rstd_of(group, op.eps);
-    op.mean[item] = mean;
-    op.rstd[item] = rstd;
-    for_parts(op, sample, group_index, mean, rstd,
-              [&](int64_t, int64_t, int64_t row, int64_t count, auto center, auto gain, auto offset) {
-                Buffer x_buffer, y_buffer;
-                const float* x = read_row(op.x, op.type, row, count, x_buffer.data);
-                float* y = begin_row(op.y, op.type, row, y_buffer.data);
-                apply_map(op.silu, count, x, y, center, gain, offset);
-                finish_row(op.y, op.type, row, count, y);
-              });
+    for_parts(
+        op, begin, end,
+        [&](int64_t row, int64_t channel, int64_t item) { return map_of_row(op, row, channel, item); },
+        [&](const Rows& rows, const auto& map) {
+          Buffer x_buffer, y_buffer;
+          const float* x = read_row(op.x, op.type, rows.start, rows.size, x_buffer.data);
+          float* y = begin_row(op.y, op.type, rows.start, y_buffer.data);
+          apply_map(op.silu, rows.size, x, y, map);
+          finish_row(op.y, op.type, rows.start, rows.size, y);
+        });
   }
 }
 
@@ -276,7 +338,7 @@ void group_norm_maps(const GroupNorm& op, int64_t first, int64_t last) {
       op.mean[sample * op.groups + g] = group_mean;
       op.rstd[sample * op.groups + g] = rstd;
       for (int64_t c = g * width; c < (g + 1) * width; c++) {
-        const ChannelMap map = map_of(op, sample, c, group_mean, rstd);
+        const ChannelMap map = map_of(op, sample * channels + c, c, group_mean, rstd);
         maps[c] = map.center;
         maps[channels + c] = map.gain;
         maps[2 * channels + c] = map.offset;
@@ -289,20 +351,17 @@ void group_norm_apply(const GroupNorm& op, int64_t first, int64_t last) {
   for (int64_t item = first; item < last; item++) {
     const Chunk chunk = chunk_of(op, item);
     const float* maps = channel_maps(op, chunk.sample);
-    MapTile tile;
+    NumbersTile<kMapNumbers> tile;
     Buffer x_buffer, y_buffer;
     for_parts_of(
         op, chunk,
         [&](int64_t channel, int64_t channels) {
-          repeat(op, maps + channel, channels, tile.center);
-          repeat(op, maps + op.channels + channel, channels, tile.gain);
-          repeat(op, maps + 2 * op.channels + channel, channels, tile.offset);
+          for (int k = 0; k < kMapNumbers; k++) repeat(op, maps + k * op.channels + channel, channels, tile.data[k]);
         },
         [&](const Part& part) {
-          const float *center = tile.center, *gain = tile.gain, *offset = tile.offset;
           const float* x = read_row(op.x, op.type, part.start, part.size(), x_buffer.data);
           float* y = begin_row(op.y, op.type, part.start, y_buffer.data);
-          apply_map(op.silu, part.size(), x, y, center, gain, offset);
+          apply_map(op.silu, part.size(), x, y, tile);
           finish_row(op.y, op.type, part.start, part.size(), y);
         });
   }
