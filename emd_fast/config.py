@@ -251,6 +251,8 @@ class RunConfig:
         background_checkpoints: write them while the training goes on, from a copy in the host's memory.
         peak_tflops: what a device can do at most in the dtype of the run, in 10^12 operations a second, from its data
             sheet; 0 where it is not known: the log then has no `mfu`.
+        gradient_variance: log the variance of the generator's gradient with and without noise cancellation too, at the
+            price of two M-steps in each step that is logged.
         samples: one-step samples that the evaluation draws of the task "gmm"; digits use as many as there are
             held-out images.
     """
@@ -265,6 +267,7 @@ class RunConfig:
     keep_checkpoints: int = 2
     background_checkpoints: bool = True
     peak_tflops: float = 0.0
+    gradient_variance: bool = False
     samples: int = 2000
 
     def __post_init__(self) -> None:

@@ -37,6 +37,7 @@ _MAY_CHANGE = {
     "keep_checkpoints",
     "background_checkpoints",
     "peak_tflops",
+    "gradient_variance",
     "samples",
 }
 
@@ -316,7 +317,8 @@ def _train(trainer: EMDTrainer, settings: RunConfig, folder: Path, sinks: tuple[
                     metrics = trainer.step()
                 done = trainer.steps_done
                 if done % settings.log_every == 0 or done == total:
-                    numbers = _numbers(metrics | trainer.diagnostics())
+                    variance = trainer.gradient_variance() if settings.gradient_variance else {}
+                    numbers = _numbers(metrics | trainer.diagnostics() | variance)
                     seconds = time.monotonic() - began
                     row = {"step": done, **numbers, "seconds": before + seconds}
                     row |= _speed(trainer, settings, (done - first) / seconds, flops)

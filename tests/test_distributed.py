@@ -95,6 +95,12 @@ def one_step(settings: EMDConfig, world_dependent_start: bool = False) -> dict:
     for first, result in samples:
         for i in range(len(result.t)):
             drawn[first + i] = (result.t[i].clone(), result.cond[i].clone())
+    gradients = {
+        f"{name}.{key}": whole(value.grad)
+        for name in ("generator", "student")
+        for key, value in getattr(trainer, name).named_parameters()
+    }
+    metrics |= trainer.gradient_variance()
     return {
         "drawn": drawn,
         "state": {
@@ -102,11 +108,7 @@ def one_step(settings: EMDConfig, world_dependent_start: bool = False) -> dict:
             for name in ("generator", "student")
             for key, value in getattr(trainer, name).named_parameters()
         },
-        "gradients": {
-            f"{name}.{key}": whole(value.grad)
-            for name in ("generator", "student")
-            for key, value in getattr(trainer, name).named_parameters()
-        },
+        "gradients": gradients,
         "ema": {key: whole(value) for key, value in trainer.ema.module.state_dict().items()},
         "metrics": {key: value.item() for key, value in metrics.items()},
         "shown": torch.stack([trainer.generate(3), *trainer.denoised(3).values()]),
