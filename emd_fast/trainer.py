@@ -31,11 +31,22 @@ from emd_fast.em.m_step import WEIGHTINGS, m_step
 from emd_fast.em.student_step import student_step
 from emd_fast.graphs import GraphedEStep
 from emd_fast.noise import Noise, Stream
+from emd_fast.recompute import recomputed
 from emd_fast.throughput import Laps
 
-# What may change between two legs of one run; everything else makes it another run. A graph changes nothing but the
-# time; the three before it, as the number of devices, the order in which gradients are summed.
-MAY_CHANGE = {"steps", "max_z_rms", "max_skipped", "micro_batch_size", "parallel", "shard_group", "cuda_graph"}
+# What may change between two legs of one run; everything else makes it another run. The last two
+# change nothing but time and memory; the three before them, as the number of devices, the order in which gradients are
+# summed.
+MAY_CHANGE = {
+    "steps",
+    "max_z_rms",
+    "max_skipped",
+    "micro_batch_size",
+    "parallel",
+    "shard_group",
+    "cuda_graph",
+    "activation_checkpointing",
+}
 
 
 class Diverged(RuntimeError):
@@ -74,7 +85,8 @@ class EMDTrainer:
         GroupError: ranks with another configuration or other code; groups that do not make up the ranks.
         ValueError: a teacher with weights that are not finite, without a sample_shape, or without the parameters that
             generator and student would start from; two networks that share parameters; fewer samples than ranks;
-            networks that somebody else has wrapped in DDP or FSDP2.
+            networks that somebody else has wrapped in DDP or FSDP2; activation_checkpointing of networks without
+            blocks.
     """
 
     def __init__(
@@ -114,6 +126,13 @@ class EMDTrainer:
         self.generator_optimizer = optimizers.make(config, self.shards["generator"].parameters, config.generator_lr)
         self.student_optimizer = optimizers.make(config, self.shards["student"].parameters, config.student_lr)
         networks = (self.generator, self.teacher, self.student)
+        if config.activation_checkpointing:
+            for name, shards in self.shards.items():
+                if not distributed.blocks_of(shards.network):
+                    raise ConfigError(
+                        f"activation_checkpointing must be False: the {name} has no blocks (entries of a ModuleList) "
+                        "that could be computed again one at a time"
+                    )
         self._graphed = (
             GraphedEStep(*networks, steps=self._langevin_steps(), guidance=config.guidance, noise=self.noise)
             if config.cuda_graph
@@ -366,7 +385,10 @@ class EMDTrainer:
         total = torch.zeros((), device=self.device)
         for number, piece in enumerate(pieces, 1):
             distributed.sync_gradients(shards.network, number == len(pieces))
-            with self._compute_dtype():
+            recomputes = (
+                recomputed(shards.network) if self.config.activation_checkpointing else contextlib.nullcontext()
+            )
+            with self._compute_dtype(), recomputes:
                 loss = loss_of(piece).sum() / self.config.batch_size
             loss.backward()
             total = total + loss.detach()

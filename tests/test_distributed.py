@@ -29,8 +29,8 @@ from emd_fast.schedules import EDM, Cosine
 
 @pytest.fixture(scope="module")
 def ranks():
-    """work on two or four ranks, which all tests here share."""
-    groups = {2: Ranks(2), 4: Ranks(4)}
+    """work on two, three or four ranks, which all tests here share."""
+    groups = {world: Ranks(world) for world in (2, 3, 4)}
     yield lambda world, work, *arguments: groups[world](work, *arguments)
     for group in groups.values():
         group.close()
@@ -152,16 +152,20 @@ def several(settings_of: list[EMDConfig]) -> list[dict]:
     return [one_step(settings, world_dependent_start=True) for settings in settings_of]
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_the_same_step_on_any_number_of_ranks(ranks, world):
-    modes = ["replicate", "fsdp"] if world == 2 else ["fsdp", "hybrid"]
-    settings = [config(parallel=mode, micro_batch_size=micro, **STEP) for mode in modes for micro in (0, 2)]
-    settings = [dataclasses.replace(s, shard_group=2) for s in settings]
+@pytest.mark.parametrize(
+    ("world", "modes"), [(2, ("replicate", "fsdp")), (3, ("replicate", "fsdp")), (4, ("fsdp", "hybrid"))]
+)
+def test_the_same_step_on_any_number_of_ranks(ranks, world, modes):
+    settings = [
+        config(parallel=mode, shard_group=2 if mode == "hybrid" else 0, micro_batch_size=micro, **STEP)
+        for mode, micro in itertools.product(modes, (1, 2, 4))
+    ]
     # 13 samples: shares that differ.
-    settings.append(dataclasses.replace(settings[-1], batch_size=13))
+    settings.append(dataclasses.replace(settings[-1], batch_size=13, micro_batch_size=0, activation_checkpointing=True))
     results = ranks(world, several, settings)
+    alone = {size: one_step(config(batch_size=size, **STEP)) for size in (12, 13)}
     for index, each in enumerate(settings):
-        assert_same_step([ranks[index] for ranks in results], one_step(dataclasses.replace(each, micro_batch_size=0)))
+        assert_same_step([ranks[index] for ranks in results], alone[each.batch_size])
 
 
 def from_rank_0(mode: str) -> dict:

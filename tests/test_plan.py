@@ -160,6 +160,12 @@ def test_the_operations_are_those_of_a_step(changes):
     assert 0.95 * work.step(settings) < counted.operations / 4 <= work.step(settings)
 
 
+def test_activations_that_are_computed_again_are_a_forward_pass_more():
+    work = Work(teacher=1.0, generator=10.0, student=100.0)
+    again = config(activation_checkpointing=True)
+    assert work.step(again) - work.step(config()) == 10.0 + again.student_updates * 100.0
+
+
 def test_times_are_those_of_the_ceilings():
     sizes, settings = Sizes(10**9, 10**9, 10**9, 10**8), config(batch_size=64, parallel="fsdp")
     work = Work(1e12, 2e12, 3e12)
