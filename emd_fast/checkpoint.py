@@ -186,7 +186,8 @@ def _write_folder(
 
     def finish() -> None:
         if main:
-            manifest = {"format": _FORMAT, "version": _VERSION, "facts": dict(facts), "files": files}
+            manifest: dict[str, Any] = {"format": _FORMAT, "version": _VERSION, "facts": dict(facts), "files": files}
+            manifest["sha256"] = _own_digest(manifest)
             write_whole(temporary / _MANIFEST, lambda file: file.write(json.dumps(manifest, indent=1).encode()))
             _sync(temporary)
             _put_in_place(temporary, path)
@@ -263,6 +264,11 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _own_digest(manifest: Mapping[str, Any]) -> str:
+    """Of what a manifest says; a byte of it that has turned may give another number that reads as well."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
 # Folders: reading -----------------------------------------------------------------------------------------------------
 
 
@@ -285,6 +291,8 @@ def facts(path: str | Path, *, verify: bool = True) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
         raise CheckpointError(f"{path} is not a checkpoint of emd_fast")
     _check_version(path, manifest)
+    if manifest.pop("sha256", None) != _own_digest(manifest):
+        raise _damaged(path, _MANIFEST)
     wrong = _wrong_files(
         path, manifest["files"], *((distributed.rank(), distributed.world_size()) if verify else (0, 0))
     )

@@ -43,7 +43,11 @@ def state_of(trainer) -> dict[str, torch.Tensor]:
 
 def train(settings, steps, start=None, end=None, background=False):
     """`steps` steps from a checkpoint or the beginning, saved at the end where asked; what is there then."""
-    trainer = EMDTrainer.resume(start, teacher(), config=settings) if start else EMDTrainer(teacher(), settings)
+    trainer = (
+        EMDTrainer.resume(start, teacher(gain=True), config=settings)
+        if start
+        else EMDTrainer(teacher(gain=True), settings)
+    )
     for _ in range(steps):
         trainer.step()
     if end:
@@ -130,7 +134,7 @@ def test_too_many_gradients_that_are_not_finite_end_the_run_by_name(tmp_path, mo
 
 def damaged(path) -> str:
     with pytest.raises(CheckpointError) as error:
-        EMDTrainer.resume(path, teacher())
+        EMDTrainer.resume(path, teacher(gain=True))
     return str(error.value)
 
 
