@@ -181,9 +181,6 @@ def _write_folder(
         mine = [*temporary.glob(f"__{distributed.rank()}_*"), *([temporary / ".metadata"] if main else [])]
         return {file.name: [file.stat().st_size, _digest(file)] for file in mine}
 
-    _together(path, prepare, group)
-    files = {name: entry for part in _together(path, write, group) for name, entry in part.items()}
-
     def finish() -> None:
         if main:
             manifest: dict[str, Any] = {"format": _FORMAT, "version": _VERSION, "facts": dict(facts), "files": files}
@@ -194,7 +191,14 @@ def _write_folder(
             if then is not None:
                 then()
 
-    _together(path, finish, group)
+    try:
+        _together(path, prepare, group)
+        files = {name: entry for part in _together(path, write, group) for name, entry in part.items()}
+        _together(path, finish, group)
+    except CheckpointError:
+        if main:  # half a checkpoint on a disk that may be full serves nobody
+            _remove(temporary)
+        raise
 
 
 def _together(path: Path, work: Callable[[], Any], group: dist.ProcessGroup | None) -> list[Any]:

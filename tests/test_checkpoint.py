@@ -207,7 +207,7 @@ def test_a_full_disk_leaves_the_previous_folder(tmp_path, monkeypatch, backgroun
     with pytest.raises(CheckpointError, match="No space left on device"):
         write(path, step=2, background=background)
     monkeypatch.undo()
-    assert checkpoint.load(path)["step"] == 1
+    assert checkpoint.load(path)["step"] == 1 and os.listdir(tmp_path) == ["x"]
 
 
 def test_a_second_checkpoint_of_the_same_name_replaces_the_first(tmp_path, monkeypatch):
