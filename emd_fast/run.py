@@ -110,7 +110,8 @@ def plan_of(settings: RunConfig, devices: int = 0, ceilings: Ceilings = UNKNOWN)
     """What the run will need of each of so many devices (those of the process group when 0), and how long a step takes
     at the least where the ceilings of the hardware are given."""
     task = task_of(settings)
-    generator, student = task.make_networks()
+    with torch.device("meta"):  # shapes alone: what cannot fit must not be allocated to find that out
+        generator, student = task.make_networks()
     teacher = task.untrained_teacher()
     networks = teacher, generator or Generator(teacher, settings.emd.t_star), student or teacher
     work = Work.of(*networks, settings.emd.num_classes) if ceilings.operations is not None else None
