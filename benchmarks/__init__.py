@@ -24,7 +24,7 @@ OPS = (
 )
 """What runs when no op is named."""
 
-WHOLE = tuple(f"{what}:{network}" for what in ("unet", "e_step") for network in ("small", "sd15"))
+WHOLE = tuple(f"{what}:{network}" for what in ("unet", "e_step") for network in ("small", "adm", "sd15"))
 """Forward passes and E-steps of whole networks."""
 
 NAMES = (*OPS, "training_step", *WHOLE)

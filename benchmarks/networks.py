@@ -51,6 +51,13 @@ def _sd15() -> nn.Module:
     return _Sample(network)
 
 
+def _adm() -> nn.Module:
+    from emd_fast.teachers.edm_networks import DhariwalUNet
+    from emd_fast.teachers.edm_networks.arguments import DhariwalArguments
+
+    return DhariwalUNet(DhariwalArguments(64, 3, 3, 1000))
+
+
 class _Sample(nn.Module):
     """network(x, t, text), for a network of diffusers."""
 
@@ -64,8 +71,22 @@ class _Sample(nn.Module):
 
 KINDS = {
     "small": Kind(_small, (1, 8, 8), classes=10),
+    "adm": Kind(_adm, (3, 64, 64), classes=1000),
     "sd15": Kind(_sd15, (4, 64, 64), text=(77, 768)),
 }
+
+
+def denoiser(kind: Kind, seed: int, device: torch.device) -> Denoiser:
+    """A network of this kind, every weight random: fresh UNets return exactly 0."""
+    torch.manual_seed(seed)
+    with device:
+        network = kind.build()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            scale = parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 0.1
+            parameter.copy_(scale * torch.randn_like(parameter) + (parameter.dim() == 1))
+    made = Denoiser(network, schedules.EDM(), "edm", sigma_data=0.5, sample_shape=kind.sample_shape)
+    return made.to(device).eval()
 
 
 class Networks:
@@ -73,21 +94,11 @@ class Networks:
 
     def __init__(self, kind: str, device: torch.device, autocast: bool) -> None:
         self.kind, self.device, self.autocast = KINDS[kind], device, autocast
-        teacher, student, generator = (self._denoiser(seed) for seed in range(3))
+        teacher, student, generator = (denoiser(self.kind, seed, device) for seed in range(3))
         self.plain = (Generator(generator, 2.0).to(device).eval(), teacher, student)
         for network in self.plain[1:]:
             network.requires_grad_(False)
         self._made: dict[str, Any] = {}
-
-    def _denoiser(self, seed: int) -> Denoiser:
-        network = self.kind.build()
-        torch.manual_seed(seed)
-        with torch.no_grad():
-            for parameter in network.parameters():  # fresh UNets return exactly 0
-                scale = parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 0.1
-                parameter.copy_(scale * torch.randn_like(parameter) + (parameter.dim() == 1))
-        denoiser = Denoiser(network, schedules.EDM(), "edm", sigma_data=0.5, sample_shape=self.kind.sample_shape)
-        return denoiser.to(self.device).eval()
 
     def made(self, name: str, make: Callable[[], Any]) -> Any:
         """What `make` returned at the first call."""

@@ -181,19 +181,24 @@ def _write_folder(
         mine = [*temporary.glob(f"__{distributed.rank()}_*"), *([temporary / ".metadata"] if main else [])]
         return {file.name: [file.stat().st_size, _digest(file)] for file in mine}
 
-    _together(path, prepare, group)
-    files = {name: entry for part in _together(path, write, group) for name, entry in part.items()}
-
     def finish() -> None:
         if main:
-            manifest = {"format": _FORMAT, "version": _VERSION, "facts": dict(facts), "files": files}
+            manifest: dict[str, Any] = {"format": _FORMAT, "version": _VERSION, "facts": dict(facts), "files": files}
+            manifest["sha256"] = _own_digest(manifest)
             write_whole(temporary / _MANIFEST, lambda file: file.write(json.dumps(manifest, indent=1).encode()))
             _sync(temporary)
             _put_in_place(temporary, path)
             if then is not None:
                 then()
 
-    _together(path, finish, group)
+    try:
+        _together(path, prepare, group)
+        files = {name: entry for part in _together(path, write, group) for name, entry in part.items()}
+        _together(path, finish, group)
+    except CheckpointError:
+        if main:  # half a checkpoint on a disk that may be full serves nobody
+            _remove(temporary)
+        raise
 
 
 def _together(path: Path, work: Callable[[], Any], group: dist.ProcessGroup | None) -> list[Any]:
@@ -263,6 +268,11 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _own_digest(manifest: Mapping[str, Any]) -> str:
+    """Of what a manifest says; a byte of it that has turned may give another number that reads as well."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
 # Folders: reading -----------------------------------------------------------------------------------------------------
 
 
@@ -285,6 +295,8 @@ def facts(path: str | Path, *, verify: bool = True) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
         raise CheckpointError(f"{path} is not a checkpoint of emd_fast")
     _check_version(path, manifest)
+    if manifest.pop("sha256", None) != _own_digest(manifest):
+        raise _damaged(path, _MANIFEST)
     wrong = _wrong_files(
         path, manifest["files"], *((distributed.rank(), distributed.world_size()) if verify else (0, 0))
     )

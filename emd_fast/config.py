@@ -77,6 +77,8 @@ class EMDConfig:
         batch_size: samples in a step, over all devices.
         micro_batch_size: samples that a device takes through the networks at a time; 0 for all of its share at once.
             The gradients are those of the whole batch either way.
+        activation_checkpointing: in the M-step and the student step, compute the activations of each block again in the
+            backward pass instead of keeping them: less memory, one more forward pass, the same gradients.
         langevin_steps: K, Langevin steps in an E-step.
         gamma_eps, gamma_z: step sizes in (0, 1) and [0, 1): a number, or pairs [sigma / alpha, value] between which
             they are interpolated linearly in both logarithms.
@@ -114,6 +116,7 @@ class EMDConfig:
     steps: int = 1000
     batch_size: int = 128
     micro_batch_size: int = 0
+    activation_checkpointing: bool = False
     langevin_steps: int = 4
     gamma_eps: StepSize = 0.16
     gamma_z: StepSize = 0.02
@@ -251,6 +254,8 @@ class RunConfig:
         background_checkpoints: write them while the training goes on, from a copy in the host's memory.
         peak_tflops: what a device can do at most in the dtype of the run, in 10^12 operations a second, from its data
             sheet; 0 where it is not known: the log then has no `mfu`.
+        gradient_variance: log the variance of the generator's gradient with and without noise cancellation too, at the
+            price of two M-steps in each step that is logged.
         samples: one-step samples that the evaluation draws of the task "gmm"; digits use as many as there are
             held-out images.
     """
@@ -265,6 +270,7 @@ class RunConfig:
     keep_checkpoints: int = 2
     background_checkpoints: bool = True
     peak_tflops: float = 0.0
+    gradient_variance: bool = False
     samples: int = 2000
 
     def __post_init__(self) -> None:

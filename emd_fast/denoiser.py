@@ -146,7 +146,7 @@ class Denoiser(nn.Module):
         if self._form.holds is None:
             return
         low, high = self.schedule.t_min, self.schedule.t_max
-        t = torch.linspace(low, high, 17)
+        t = torch.linspace(low, high, 17, device="cpu")  # values, also where networks are made on the meta device
         if self._form.holds(self.schedule.alpha(t), self.schedule.sigma(t)).abs().max() > 1e-4:
             raise ValueError(
                 f"parametrization {self.parametrization!r} needs {self._form.needs}, which {self.schedule!r} has not"
@@ -230,7 +230,7 @@ class Generator(nn.Module):
 
     def __init__(self, denoiser: Denoiser, t_star: float, *, input_scale: float | None = None) -> None:
         super().__init__()
-        t = check_times(denoiser.schedule, torch.tensor([t_star], dtype=torch.float32))
+        t = check_times(denoiser.schedule, torch.tensor([t_star], dtype=torch.float32, device="cpu"))
         self.denoiser = denoiser
         self.t_star = t_star
         self.input_scale = denoiser.schedule.sigma(t).item() if input_scale is None else input_scale

@@ -23,6 +23,8 @@ from emd_fast.schedules import Schedule
 BINS = 8
 """Bins of log-SNR, equally wide."""
 _BIN = "drift_rms_bin"
+SIGNALS = ("drift", "eps")
+"""What the M-step regresses on, with and without noise cancellation."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,13 @@ class Seen:
 
     Args:
         sampled: what the E-step returned.
+        first: the first of them in the batch of all ranks.
         generated: (B, ...) g(z_K), without a gradient.
         weight: (B,) float32, that of the loss.
     """
 
     sampled: EStep
+    first: int
     generated: Tensor
     weight: Tensor
 
@@ -83,14 +87,14 @@ def diagnose(
     means, binned = _over_ranks(sum(moved[1:], moved[0]), sum(by_bin[1:], by_bin[0]))
 
     # The mean first, then the squares around it: E[x^2] - E[x]^2 would subtract two large numbers.
-    centres = _over_ranks(*(_sum(_signal(piece, which) for piece in seen) / batch for which in _SIGNALS))
+    centres = _over_ranks(*(_sum(_signal(piece, which) for piece in seen) / batch for which in SIGNALS))
     squares = [
         torch.stack(
             [
                 _square(piece.generated.float() - means[0]) / batch,
                 *(
                     _square(_signal(piece, which) - centre) / batch
-                    for which, centre in zip(_SIGNALS, centres, strict=True)
+                    for which, centre in zip(SIGNALS, centres, strict=True)
                 ),
             ]
         )
@@ -107,6 +111,22 @@ def diagnose(
         "signal_var_eps": variances[2],
         **{f"{_BIN}{i}": value for i, value in enumerate((total / count).sqrt().unbind())},
     }
+
+
+def contrast(first: int, size: int, batch: int, device: torch.device) -> Tensor:
+    """(size,) what each sample from `first` on, of `batch` in all, weighs in a sum of gradients whose squared norm
+    estimates the variance of the gradient of the batch, without bias.
+
+    The samples of even and of odd index are two halves whose mean gradients a and b differ by chance alone. Of n and m
+    samples, |a - b|^2 n m / (n + m) is on average what one sample's gradient varies by; the mean of the batch, by
+    1 / (n + m) of it. The index is that of the whole batch, so that the number is that of any split of it. NaN for a
+    batch of one.
+    """
+    even, odd = (batch + 1) // 2, batch // 2
+    if not odd:
+        return torch.full((size,), math.nan, device=device)
+    is_even = torch.arange(first, first + size, device=device) % 2 == 0
+    return torch.full((size,), -((even / odd) ** 0.5), device=device).masked_fill(is_even, (odd / even) ** 0.5)
 
 
 def is_bin(name: str) -> bool:
@@ -130,9 +150,6 @@ def _by_bin(sampled: EStep, schedule: Schedule, bins: tuple[float, float]) -> Te
     squares = sampled.drift.square().flatten(1).mean(1)
     # where, and not a product: a sample that is not finite belongs to its own bin alone.
     return torch.stack([inside.float().sum(0), torch.where(inside, squares[:, None], 0.0).sum(0)])
-
-
-_SIGNALS = ("drift", "eps")
 
 
 def _signal(piece: Seen, which: str) -> Tensor:

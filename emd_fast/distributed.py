@@ -288,10 +288,13 @@ def shard(
         cast_forward_inputs=False,
     )
     mesh = mesh if mesh is not None else make_mesh(mode, device)
+    # A number alone cannot be split (EDM2 has some): every rank keeps it, and `Shards` sums its gradient.
+    numbers = {p for p in network.parameters() if not p.dim()}
+    options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "ignored_params": numbers}
     for module in blocks_of(network) if blocks is None else blocks:
-        fully_shard(module, mesh=mesh, mp_policy=policy)
+        fully_shard(module, **options)
     # True also at the root: left gathered after a pass without gradients, it would miss the next optimizer step.
-    fully_shard(network, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    fully_shard(network, **options, reshard_after_forward=True)
     for module in network.modules():
         if isinstance(module, FSDPModule):
             # Sums, as for "replicate": each rank's loss is already its part of the mean over the global batch.
@@ -516,20 +519,19 @@ class Shards:
         self.parameters = [p if (own := local(p)) is p else nn.Parameter(own) for p in self.whole]
         self.last_bad = torch.full((), -1, dtype=torch.int64, device=self.parameters[0].device)
         self._indices: Tensor | None = None
-        self._sharded = is_sharded(network)
 
     def clear_gradients(self) -> None:
         for whole, own in zip(self.whole, self.parameters, strict=True):
             whole.grad = own.grad = None
 
     def reduce_gradients(self) -> None:
-        """The gradients of all ranks, summed, in `parameters`: one all-reduce a dtype for a replicated network; a
-        sharded one has reduced its own in the backward pass."""
-        if self._sharded:
-            for whole, own in zip(self.whole, self.parameters, strict=True):
+        """The gradients of all ranks, summed, in `parameters`: one all-reduce a dtype for what every rank holds whole;
+        what is sharded has been reduced in the backward pass."""
+        for whole, own in zip(self.whole, self.parameters, strict=True):
+            if own is not whole:
                 own.grad = None if whole.grad is None else local(whole.grad)
-        elif world_size() > 1:
-            gradients = [p.grad for p in self.parameters if p.grad is not None]
+        if world_size() > 1:
+            gradients = [g for i, g in self._gradients() if not self._is_part(i)]
             for dtype in dict.fromkeys(g.dtype for g in gradients):
                 some = [g for g in gradients if g.dtype == dtype]
                 flat = torch.cat([g.reshape(-1) for g in some])
@@ -539,9 +541,12 @@ class Shards:
 
     def gradient_norms(self) -> Tensor:
         """(n,) the norm of each tensor's gradient over all ranks, n those that have one; the same on every rank."""
-        norms = torch.stack(list(torch._foreach_norm([g for _, g in self._gradients()])))
+        gradients = self._gradients()
+        norms = torch.stack(list(torch._foreach_norm([g for _, g in gradients])))
         if (group := self._group()) is not None:
-            squares = norms.square()
+            # What every rank of the group holds whole counts once.
+            shares = [1.0 if self._is_part(i) else 1 / dist.get_world_size(group) for i, _ in gradients]
+            squares = torch.stack([s * share for s, share in zip(norms.square().unbind(), shares, strict=True)])
             dist.all_reduce(squares, group=group)
             norms = squares.sqrt()
         return norms
@@ -575,13 +580,17 @@ class Shards:
             stride=whole.stride(),
         )
 
+    def _is_part(self, index: int) -> bool:
+        """Whether this rank holds a part of parameter `index`, not the whole."""
+        return self.parameters[index] is not self.whole[index]
+
     def _gradients(self) -> list[tuple[int, Tensor]]:
         return [(i, p.grad) for i, p in enumerate(self.parameters) if p.grad is not None]
 
     def _group(self) -> dist.ProcessGroup | None:
         """The ranks among which a tensor is split, or None."""
-        first: Any = self.whole[0]
-        if not hasattr(first, "to_local"):
+        first: Any = next((whole for i, whole in enumerate(self.whole) if self._is_part(i)), None)
+        if first is None:
             return None
         split = [i for i, placement in enumerate(first.placements) if placement.is_shard()]
         return first.device_mesh.get_group(split[0]) if split else None

@@ -69,16 +69,18 @@ class Work:
 
     def step(self, config: EMDConfig) -> float:
         """Of one sample in a step. A backward pass counts as one forward pass to the input alone (the Langevin steps
-        in z), as two with the weights; attention, whose backward pass needs more, counts as everything else."""
+        in z), as two with the weights, as three where activations are computed again; attention, whose backward pass
+        needs more, counts as everything else."""
         k = 1 if config.objective == "vsd" else config.langevin_steps
         moves_z = config.objective != "vsd" and config.gamma_z != 0
-        student = config.student_updates * (self.generator + 3 * self.student)
+        learning = 4 if config.activation_checkpointing else 3
+        student = config.student_updates * (self.generator + learning * self.student)
         scores = k * ((1 if config.guidance is None else 2) * self.teacher + self.student)
         if config.sampling == "x_z":
             generated = 2 * (k + 1) * self.generator
         else:
             generated = (2 * k if moves_z else 1) * self.generator
-        return student + scores + generated + 3 * self.generator
+        return student + scores + generated + learning * self.generator
 
 
 def _operations(network: nn.Module, *arguments: Tensor | None) -> float:
@@ -251,7 +253,7 @@ class Plan:
         if smaller.total <= available:
             helps = f"--parallel {smaller.mode}, which needs {_gib(smaller.total)}"
         elif self.chosen.memory["activations"] > available / 2:
-            helps = "a smaller --micro-batch-size"
+            helps = "a smaller --micro-batch-size, or --activation-checkpointing true"
         elif self.chosen.memory["optimizer"] > available / 4:
             helps = "more devices, or --optimizer adamw_8bit"
         else:

@@ -37,6 +37,7 @@ _MAY_CHANGE = {
     "keep_checkpoints",
     "background_checkpoints",
     "peak_tflops",
+    "gradient_variance",
     "samples",
 }
 
@@ -109,7 +110,8 @@ def plan_of(settings: RunConfig, devices: int = 0, ceilings: Ceilings = UNKNOWN)
     """What the run will need of each of so many devices (those of the process group when 0), and how long a step takes
     at the least where the ceilings of the hardware are given."""
     task = task_of(settings)
-    generator, student = task.make_networks()
+    with torch.device("meta"):  # shapes alone: what cannot fit must not be allocated to find that out
+        generator, student = task.make_networks()
     teacher = task.untrained_teacher()
     networks = teacher, generator or Generator(teacher, settings.emd.t_star), student or teacher
     work = Work.of(*networks, settings.emd.num_classes) if ceilings.operations is not None else None
@@ -316,7 +318,8 @@ def _train(trainer: EMDTrainer, settings: RunConfig, folder: Path, sinks: tuple[
                     metrics = trainer.step()
                 done = trainer.steps_done
                 if done % settings.log_every == 0 or done == total:
-                    numbers = _numbers(metrics | trainer.diagnostics())
+                    variance = trainer.gradient_variance() if settings.gradient_variance else {}
+                    numbers = _numbers(metrics | trainer.diagnostics() | variance)
                     seconds = time.monotonic() - began
                     row = {"step": done, **numbers, "seconds": before + seconds}
                     row |= _speed(trainer, settings, (done - first) / seconds, flops)

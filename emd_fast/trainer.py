@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from emd_fast import checkpoint, conditions, diagnostics, distributed, ema, ops, optimizers
 from emd_fast.config import ConfigError, EMDConfig, StepSize, TimeDistribution, from_dict, to_dict
 from emd_fast.denoiser import Condition, Denoiser, Generator, base
+from emd_fast.diagnostics import Seen
 from emd_fast.distributed import Shards, gathered
 from emd_fast.em.e_step import EStep, Watch, frozen, unchecked_e_step
 from emd_fast.em.e_step_xz import e_step_xz
@@ -30,11 +31,22 @@ from emd_fast.em.m_step import WEIGHTINGS, m_step
 from emd_fast.em.student_step import student_step
 from emd_fast.graphs import GraphedEStep
 from emd_fast.noise import Noise, Stream
+from emd_fast.recompute import recomputed
 from emd_fast.throughput import Laps
 
-# What may change between two legs of one run; everything else makes it another run. A graph changes nothing but the
-# time; the three before it, as the number of devices, the order in which gradients are summed.
-MAY_CHANGE = {"steps", "max_z_rms", "max_skipped", "micro_batch_size", "parallel", "shard_group", "cuda_graph"}
+# What may change between two legs of one run; everything else makes it another run. The last two
+# change nothing but time and memory; the three before them, as the number of devices, the order in which gradients are
+# summed.
+MAY_CHANGE = {
+    "steps",
+    "max_z_rms",
+    "max_skipped",
+    "micro_batch_size",
+    "parallel",
+    "shard_group",
+    "cuda_graph",
+    "activation_checkpointing",
+}
 
 
 class Diverged(RuntimeError):
@@ -73,7 +85,8 @@ class EMDTrainer:
         GroupError: ranks with another configuration or other code; groups that do not make up the ranks.
         ValueError: a teacher with weights that are not finite, without a sample_shape, or without the parameters that
             generator and student would start from; two networks that share parameters; fewer samples than ranks;
-            networks that somebody else has wrapped in DDP or FSDP2.
+            networks that somebody else has wrapped in DDP or FSDP2; activation_checkpointing of networks without
+            blocks.
     """
 
     def __init__(
@@ -113,6 +126,13 @@ class EMDTrainer:
         self.generator_optimizer = optimizers.make(config, self.shards["generator"].parameters, config.generator_lr)
         self.student_optimizer = optimizers.make(config, self.shards["student"].parameters, config.student_lr)
         networks = (self.generator, self.teacher, self.student)
+        if config.activation_checkpointing:
+            for name, shards in self.shards.items():
+                if not distributed.blocks_of(shards.network):
+                    raise ConfigError(
+                        f"activation_checkpointing must be False: the {name} has no blocks (entries of a ModuleList) "
+                        "that could be computed again one at a time"
+                    )
         self._graphed = (
             GraphedEStep(*networks, steps=self._langevin_steps(), guidance=config.guidance, noise=self.noise)
             if config.cuda_graph
@@ -122,7 +142,7 @@ class EMDTrainer:
         self.skipped = torch.zeros((), device=self.device)
         self.steps_done = 0
         self._tables: dict[Any, Tensor] = {}
-        self._seen: list[diagnostics.Seen] = []
+        self._seen: list[Seen] = []
         self.laps = Laps(self.device)  # of the last step: student, e_step, m_step
         self._writer = checkpoint.Writer()
 
@@ -189,18 +209,46 @@ class EMDTrainer:
         Raises:
             RuntimeError: no step was made.
         """
-        if not self._seen:
-            raise RuntimeError("diagnostics are those of a step: call step() first")
-        first, _ = distributed.share(self.config.batch_size)
-        sizes = [len(piece.sampled.t) for piece in self._seen]
-        firsts = [first + sum(sizes[:i]) for i in range(len(sizes))]
+        seen = self._last_seen()
         return diagnostics.diagnose(
-            self._seen,
-            (self._start(*piece) for piece in zip(firsts, sizes, strict=True)),
+            seen,
+            (self._start(one.first, len(one.sampled.t)) for one in seen),
             batch=self.config.batch_size,
             schedule=self.schedule,
             times=self.config.time_distribution,
         )
+
+    def gradient_variance(self) -> dict[str, Tensor]:
+        """What noise cancellation does to the gradient of the generator's parameters: the variance of that of the last
+        step (the sum over its elements), whose norm is generator_grad_norm, on the samples of that step and with the
+        weights as they are now. Costs two M-steps. All ranks call it; the generator has no gradients afterwards, and
+        the training does not notice.
+
+        Returns:
+            Device scalars, the same on every rank, on any number of them: generator_grad_var_drift, and
+            generator_grad_var_eps with eps_K as the target of the regression.
+
+        Raises:
+            RuntimeError: no step was made.
+        """
+        shards, found = self.shards["generator"], {}
+        for target in diagnostics.SIGNALS:
+
+            def loss_of(seen: Seen, cancels: bool = target == "drift") -> Tensor:
+                loss = m_step(self.generator, seen.sampled, seen.weight, noise_cancellation=cancels)
+                return loss * diagnostics.contrast(seen.first, len(loss), self.config.batch_size, loss.device)
+
+            with gathered(self.generator):
+                self._accumulate("generator", self._last_seen(), loss_of)
+            shards.reduce_gradients()
+            found[f"generator_grad_var_{target}"] = shards.gradient_norms().square().sum()
+            shards.clear_gradients()
+        return found
+
+    def _last_seen(self) -> list[Seen]:
+        if not self._seen:
+            raise RuntimeError("diagnostics are those of a step: call step() first")
+        return self._seen
 
     def update_student(self, cond: Condition = None) -> list[tuple[Tensor, Tensor]]:
         """The first part of a step, alone: the student's updates, after its warm-up where this is the first step.
@@ -284,6 +332,8 @@ class EMDTrainer:
     def _generator_loss(self, sampled: Sequence[EStep]) -> Tensor:
         """This rank's part of the M-step's loss; leaves its gradient, and what `diagnostics` looks at."""
 
+        first, _ = distributed.share(self.config.batch_size)
+
         def loss_of(piece: EStep) -> Tensor:
             weight = WEIGHTINGS[self.config.weighting](piece.alpha, piece.sigma)
             if self.config.objective == "vsd":
@@ -292,7 +342,8 @@ class EMDTrainer:
 
             def watched(z: Tensor, cond: Condition) -> Tensor:
                 generated = self.generator(z, cond)
-                self._seen.append(diagnostics.Seen(piece, generated.detach(), weight))
+                before = sum(len(seen.sampled.t) for seen in self._seen)
+                self._seen.append(Seen(piece, first + before, generated.detach(), weight))
                 return generated
 
             return m_step(watched, piece, weight, noise_cancellation=self.config.noise_cancellation)
@@ -334,7 +385,10 @@ class EMDTrainer:
         total = torch.zeros((), device=self.device)
         for number, piece in enumerate(pieces, 1):
             distributed.sync_gradients(shards.network, number == len(pieces))
-            with self._compute_dtype():
+            recomputes = (
+                recomputed(shards.network) if self.config.activation_checkpointing else contextlib.nullcontext()
+            )
+            with self._compute_dtype(), recomputes:
                 loss = loss_of(piece).sum() / self.config.batch_size
             loss.backward()
             total = total + loss.detach()

@@ -1,12 +1,17 @@
-"""Several processes for the tests of a file, each a rank of a gloo group.
+"""Processes for the tests: ranks of a gloo group, which do what they are told, and commands of emd-fast.
 
-Ranks meet in a file, so that no port is taken twice. They are daemons: they end with the process that asked for them.
+All are forked from one server that has imported PyTorch and emd_fast and done nothing with them: an import takes
+seconds, a fork some milliseconds. Ranks meet in a file, so that no port is taken twice. Processes are daemons: they end
+with the one that asked for them.
 """
 
 from __future__ import annotations
 
 import os
+import signal
+import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +20,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+_CONTEXT = mp.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(
+    ["torch.distributed.fsdp", "torch.distributed.checkpoint", "emd_fast.cli", "emd_fast.run"]
+)
 
 
 class Ranks:
@@ -47,11 +57,10 @@ class Ranks:
         return results
 
     def _start(self) -> None:
-        context = mp.get_context("spawn")
         folder = tempfile.mkdtemp()
         for rank in range(self.world):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_rank, args=(rank, self.world, folder, theirs), daemon=True)
+            ours, theirs = _CONTEXT.Pipe()
+            process = _CONTEXT.Process(target=_rank, args=(rank, self.world, folder, theirs), daemon=True)
             process.start()
             theirs.close()
             self._running.append((process, ours))
@@ -82,3 +91,71 @@ def _rank(rank: int, world: int, folder: str, pipe: Any) -> None:
             pipe.send((work(*arguments), None))
         except BaseException:
             pipe.send((None, f"rank {rank}:\n{traceback.format_exc()}"))
+
+
+class Command:
+    """`emd-fast WORDS` in a process of its own, as `python -m emd_fast` runs it.
+
+    Args:
+        environment: variables that it has besides ours.
+    """
+
+    def __init__(self, words: list[str], environment: dict[str, str] | None = None) -> None:
+        handle, self._said = tempfile.mkstemp()
+        os.close(handle)
+        self._process = _CONTEXT.Process(target=_command, args=(words, environment or {}, self._said), daemon=True)
+        self._process.start()
+
+    def poll(self) -> int | None:
+        """The exit code, minus the number of a signal that ended it; None while it runs."""
+        return self._process.exitcode
+
+    def wait(self, timeout: float) -> int:
+        self._process.join(timeout)
+        code = self._process.exitcode
+        assert code is not None, f"it runs after {timeout} s: {self.said()}"
+        return code
+
+    def said(self) -> str:
+        """What it has written to stderr."""
+        return Path(self._said).read_text()
+
+    def send_signal(self, number: int) -> None:
+        assert self._process.pid is not None
+        os.kill(self._process.pid, number)
+
+    def kill(self) -> None:
+        """SIGKILL; nothing where it has ended."""
+        self._process.kill()
+        self._process.join()
+
+
+def _command(words: list[str], environment: dict[str, str], said: str) -> None:
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which the server had set aside
+    os.dup2(os.open(said, os.O_WRONLY | os.O_APPEND), 2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.stderr, sys.stdout = os.fdopen(2, "w", buffering=1), os.fdopen(1, "w")
+
+    from emd_fast import cli
+
+    sys.exit(cli.main(words))
+
+
+def ended(processes: list[Command]) -> list[tuple[int, str]]:
+    """Exit code and what was said of each, when all have ended; none is left behind."""
+    try:
+        return [(process.wait(240), process.said()) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def wait_for(condition: Callable[[], Any], processes: list[Command], seconds: float = 120) -> None:
+    """Until it holds. Raises AssertionError where a process fails before, or it takes too long."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end or any(process.poll() not in (None, 0) for process in processes):
+            raise AssertionError(f"nothing came: {[process.said() for process in processes]}")
+        time.sleep(0.01)

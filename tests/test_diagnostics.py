@@ -133,6 +133,73 @@ def test_a_sample_that_is_not_finite_stays_in_its_bin():
     assert len(changed) == 1 and ill[changed[0]].isnan()
 
 
+# The generator's gradient ---------------------------------------------------------------------------------------------
+
+
+def gradients_of_samples(trainer: EMDTrainer, target: str) -> torch.Tensor:
+    """(B, parameters) float64: each sample's gradient at the weights as they are, by its own pass."""
+    generator, rows = copy.deepcopy(trainer.generator).double(), []
+    for seen in trainer._seen:
+        for i in range(len(seen.sampled.t)):
+            z, residual, alpha, sigma, weight = (
+                x[i : i + 1].double()
+                for x in (
+                    seen.sampled.z,
+                    getattr(seen.sampled, target),
+                    seen.sampled.alpha,
+                    seen.sampled.sigma,
+                    seen.weight,
+                )
+            )
+            generated = generator(z, None)
+            regression = weight / (2 * sigma**2) * (alpha * (generated - generated.detach()) - sigma * residual) ** 2
+            gradient = torch.autograd.grad(regression.mean(), list(generator.parameters()))
+            rows.append(torch.cat([g.reshape(-1) for g in gradient]))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"batch_size": 8, "micro_batch_size": 3}, {"objective": "vsd"}, {"noise_cancellation": False}],
+    ids=str,
+)
+def test_the_variance_of_the_gradient_is_that_of_halves_by_hand(changes):
+    trainer = EMDTrainer(points_teacher(), config(**changes))
+    trainer.step()
+    found = trainer.gradient_variance()
+    assert list(found) == ["generator_grad_var_drift", "generator_grad_var_eps"]
+    for target in diagnostics.SIGNALS:
+        each = gradients_of_samples(trainer, target)
+        even, odd = each[::2], each[1::2]
+        of_a_sample = (even.mean(0) - odd.mean(0)).square().sum() / (1 / len(even) + 1 / len(odd))
+        value = found[f"generator_grad_var_{target}"]
+        assert value.shape == () and value.item() == pytest.approx(float(of_a_sample / len(each)), rel=1e-4)
+
+
+def test_the_variance_of_the_gradient_is_right_on_average():
+    """Over many batches: the estimates, and the variance among all their samples over the batch size."""
+    student = Denoiser(TimeMLP(2, 16, 1, seed=2), schedules.EDM(), "edm", sigma_data=0.5, sample_shape=(2,))
+    settings = config(batch_size=7, generator_lr=1e-30, student_lr=1e-30, student_updates=1)
+    trainer = EMDTrainer(points_teacher(), settings, student=student)
+    estimates, each = {}, {}
+    for _ in range(100):
+        trainer.step()
+        for target in diagnostics.SIGNALS:
+            value = trainer.gradient_variance()[f"generator_grad_var_{target}"]
+            estimates.setdefault(target, []).append(value.item())
+            each.setdefault(target, []).append(gradients_of_samples(trainer, target))
+    for target in diagnostics.SIGNALS:
+        found, truth = torch.tensor(estimates[target]), float(torch.cat(each[target]).var(0).sum()) / 7
+        assert truth > 0 and abs(found.mean() - truth) < 4 * found.std() / 10, target
+    assert sum(estimates["drift"]) < sum(estimates["eps"])
+
+
+def test_one_sample_has_no_variance():
+    trainer = EMDTrainer(points_teacher(), config(batch_size=1))
+    trainer.step()
+    assert all(value.isnan() for value in trainer.gradient_variance().values())
+
+
 def test_looking_does_not_change_the_training():
     network = SmallUNet(1, 8, num_classes=3)
     teacher = Denoiser(network, schedules.EDM(), "edm", sigma_data=0.5, sample_shape=(1, 8, 8))
@@ -140,14 +207,17 @@ def test_looking_does_not_change_the_training():
     for _ in range(3):
         said = watched.step()
         watched.diagnostics()
+        watched.gradient_variance()
         assert all(torch.equal(value, said[name]) for name, value in alone.step().items())
     for name, value in alone.generator.state_dict().items():
         assert torch.equal(value, watched.generator.state_dict()[name]), name
 
 
 def test_there_are_no_diagnostics_before_a_step():
-    with pytest.raises(RuntimeError, match="call step"):
-        EMDTrainer(points_teacher(), config()).diagnostics()
+    trainer = EMDTrainer(points_teacher(), config())
+    for ask in (trainer.diagnostics, trainer.gradient_variance):
+        with pytest.raises(RuntimeError, match="call step"):
+            ask()
 
 
 # How fast -------------------------------------------------------------------------------------------------------------
@@ -254,7 +324,7 @@ def asked(monkeypatch):
 
 
 def test_no_value_is_asked_for_between_logged_steps(tmp_path, asked):
-    run.distill(settings.load("gmm", TINY), tmp_path)
+    run.distill(settings.load("gmm", {**TINY, "gradient_variance": True}), tmp_path)
     assert set(asked) - {0} == {3, 6, 7}
     assert 3 in asked and 6 in asked
 
@@ -266,11 +336,13 @@ def test_the_log_has_everything_and_the_line_says_the_most_of_it(tmp_path, monke
         "Sink", (), {"__init__": lambda *_: None, "write": lambda _, r: seen.append(r), "close": lambda _: None}
     )
     monkeypatch.setitem(journal._SINKS, "tensorboard", sink)
-    run.distill(settings.load("gmm", {**TINY, "peak_tflops": 0.5}), tmp_path, ("tensorboard",))
+    extra = {"peak_tflops": 0.5, "gradient_variance": True}
+    run.distill(settings.load("gmm", {**TINY, **extra}), tmp_path, ("tensorboard",))
     rows = journal.read(tmp_path / "log.jsonl")
     assert rows == seen and [row["step"] for row in rows] == [3, 6, 7]
     for row in rows:
         assert all(map(math.isfinite, row.values()))
+        assert 0 < row["generator_grad_var_drift"] < row["generator_grad_var_eps"]
         assert {"sample_mean", "signal_var_eps", "images_per_second", "eta_seconds", "memory_gib"} < row.keys()
         assert any(name.startswith("drift_rms_bin") for name in row)
         assert row["student_share"] + row["e_step_share"] + row["m_step_share"] == pytest.approx(1)

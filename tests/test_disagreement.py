@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from spawned import Ranks
+from spawned import Ranks, ended
 from test_distributed import config, teacher
-from test_distributed_run import command, ended, started
+from test_distributed_run import command, started
 
 from emd_fast import EMDTrainer, distributed
 from emd_fast.distributed import GroupError

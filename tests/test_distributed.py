@@ -29,8 +29,8 @@ from emd_fast.schedules import EDM, Cosine
 
 @pytest.fixture(scope="module")
 def ranks():
-    """work on two or four ranks, which all tests here share."""
-    groups = {2: Ranks(2), 4: Ranks(4)}
+    """work on two, three or four ranks, which all tests here share."""
+    groups = {world: Ranks(world) for world in (2, 3, 4)}
     yield lambda world, work, *arguments: groups[world](work, *arguments)
     for group in groups.values():
         group.close()
@@ -39,8 +39,10 @@ def ranks():
 class Blocks(nn.Module):
     """network(x, t, cond) of a first layer, three blocks and a last layer; sizes that two ranks do not divide."""
 
-    def __init__(self, seed: int, classes: int = 3, width: int = 7) -> None:
+    def __init__(self, seed: int, classes: int = 3, width: int = 7, gain: bool = False) -> None:
         super().__init__()
+        # A number alone, which cannot be split.
+        self.gain = nn.Parameter(torch.ones(())) if gain else 1.0
         self.first = nn.Linear(4, width)
         self.label = nn.Embedding(classes, width)
         self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(width, width), nn.Tanh()) for _ in range(3))
@@ -54,11 +56,11 @@ class Blocks(nn.Module):
             h = h + self.label(cond)
         for block in self.blocks:
             h = h + block(h)
-        return self.scale * self.last(h)
+        return self.scale * self.gain * self.last(h)
 
 
-def teacher(seed: int = 1) -> Denoiser:
-    return Denoiser(Blocks(seed), EDM(), "edm", sigma_data=0.5, sample_shape=(3,), null_cond=0)
+def teacher(seed: int = 1, gain: bool = False) -> Denoiser:
+    return Denoiser(Blocks(seed, gain=gain), EDM(), "edm", sigma_data=0.5, sample_shape=(3,), null_cond=0)
 
 
 def config(**changes) -> EMDConfig:
@@ -81,7 +83,7 @@ def config(**changes) -> EMDConfig:
 def one_step(settings: EMDConfig, world_dependent_start: bool = False) -> dict:
     """What the first step draws, gives as gradients and leaves; whole tensors."""
     # Ranks that start from different weights take those of rank 0.
-    trainer = EMDTrainer(teacher(1 + (distributed.rank() if world_dependent_start else 0)), settings)
+    trainer = EMDTrainer(teacher(1 + (distributed.rank() if world_dependent_start else 0), gain=True), settings)
     drawn, samples = {}, []
     original = trainer._e_step
 
@@ -95,6 +97,12 @@ def one_step(settings: EMDConfig, world_dependent_start: bool = False) -> dict:
     for first, result in samples:
         for i in range(len(result.t)):
             drawn[first + i] = (result.t[i].clone(), result.cond[i].clone())
+    gradients = {
+        f"{name}.{key}": whole(value.grad)
+        for name in ("generator", "student")
+        for key, value in getattr(trainer, name).named_parameters()
+    }
+    metrics |= trainer.gradient_variance()
     return {
         "drawn": drawn,
         "state": {
@@ -102,11 +110,7 @@ def one_step(settings: EMDConfig, world_dependent_start: bool = False) -> dict:
             for name in ("generator", "student")
             for key, value in getattr(trainer, name).named_parameters()
         },
-        "gradients": {
-            f"{name}.{key}": whole(value.grad)
-            for name in ("generator", "student")
-            for key, value in getattr(trainer, name).named_parameters()
-        },
+        "gradients": gradients,
         "ema": {key: whole(value) for key, value in trainer.ema.module.state_dict().items()},
         "metrics": {key: value.item() for key, value in metrics.items()},
         "shown": torch.stack([trainer.generate(3), *trainer.denoised(3).values()]),
@@ -150,20 +154,24 @@ def several(settings_of: list[EMDConfig]) -> list[dict]:
     return [one_step(settings, world_dependent_start=True) for settings in settings_of]
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_the_same_step_on_any_number_of_ranks(ranks, world):
-    modes = ["replicate", "fsdp"] if world == 2 else ["fsdp", "hybrid"]
-    settings = [config(parallel=mode, micro_batch_size=micro, **STEP) for mode in modes for micro in (0, 2)]
-    settings = [dataclasses.replace(s, shard_group=2) for s in settings]
+@pytest.mark.parametrize(
+    ("world", "modes"), [(2, ("replicate", "fsdp")), (3, ("replicate", "fsdp")), (4, ("fsdp", "hybrid"))]
+)
+def test_the_same_step_on_any_number_of_ranks(ranks, world, modes):
+    settings = [
+        config(parallel=mode, shard_group=2 if mode == "hybrid" else 0, micro_batch_size=micro, **STEP)
+        for mode, micro in itertools.product(modes, (1, 2, 4))
+    ]
     # 13 samples: shares that differ.
-    settings.append(dataclasses.replace(settings[-1], batch_size=13))
+    settings.append(dataclasses.replace(settings[-1], batch_size=13, micro_batch_size=0, activation_checkpointing=True))
     results = ranks(world, several, settings)
+    alone = {size: one_step(config(batch_size=size, **STEP)) for size in (12, 13)}
     for index, each in enumerate(settings):
-        assert_same_step([ranks[index] for ranks in results], one_step(dataclasses.replace(each, micro_batch_size=0)))
+        assert_same_step([ranks[index] for ranks in results], alone[each.batch_size])
 
 
 def from_rank_0(mode: str) -> dict:
-    network = teacher()
+    network = teacher(gain=True)
     network.register_buffer("table", torch.arange(3.0), persistent=False)
     if distributed.rank():
         network.to("meta")
@@ -265,7 +273,7 @@ def gathers(steps: int) -> dict:
 
 
 def test_networks_are_gathered_once_and_gradients_reduced_once(ranks):
-    few, many = ranks(2, gathers, 1)[0], ranks(2, gathers, 6)[0]
+    few, many = ranks(2, gathers, 1)[0], ranks(2, gathers, 8)[0]
     assert few == many  # whatever the number of Langevin steps
     groups = few["groups"]
     assert groups == 4  # three blocks and the rest

@@ -7,13 +7,11 @@ import random
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
-from spawned import Ranks
+from spawned import Command, Ranks, ended, wait_for
 from test_distributed import config, teacher, whole
 
 from emd_fast import EMDTrainer, checkpoint, distributed, run
@@ -45,7 +43,11 @@ def state_of(trainer) -> dict[str, torch.Tensor]:
 
 def train(settings, steps, start=None, end=None, background=False):
     """`steps` steps from a checkpoint or the beginning, saved at the end where asked; what is there then."""
-    trainer = EMDTrainer.resume(start, teacher(), config=settings) if start else EMDTrainer(teacher(), settings)
+    trainer = (
+        EMDTrainer.resume(start, teacher(gain=True), config=settings)
+        if start
+        else EMDTrainer(teacher(gain=True), settings)
+    )
     for _ in range(steps):
         trainer.step()
     if end:
@@ -132,7 +134,7 @@ def test_too_many_gradients_that_are_not_finite_end_the_run_by_name(tmp_path, mo
 
 def damaged(path) -> str:
     with pytest.raises(CheckpointError) as error:
-        EMDTrainer.resume(path, teacher())
+        EMDTrainer.resume(path, teacher(gain=True))
     return str(error.value)
 
 
@@ -185,47 +187,24 @@ TINY = {
 
 
 def command(folder, **options) -> list[str]:
-    words = [sys.executable, "-m", "emd_fast", "distill", "gmm", "--out", str(folder)]
+    words = ["distill", "gmm", "--out", str(folder)]
     for key, value in {**TINY, **options}.items():
         words += [f"--{key.replace('_', '-')}", str(value)]
     return words
 
 
-def started(words, world=1, each=None) -> list[subprocess.Popen]:
+def started(words, world=1, each=None) -> list[Command]:
     """The ranks of one command; of `each` its own where they are to differ."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    if world > 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
+    if world == 1:
+        return [Command(words)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
     return [
-        subprocess.Popen(
-            each[rank] if each else words,
-            env=environment | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else {}),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        Command(each[rank] if each else words, group | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(world)
     ]
-
-
-def ended(processes) -> list[tuple[int, str]]:
-    try:
-        return [(p.wait(timeout=240), p.stderr.read()) for p in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
-
-
-def wait_for(condition, processes, seconds=120):
-    end = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > end or any(p.poll() not in (None, 0) for p in processes):
-            raise AssertionError(f"nothing came: {[said for _, said in ended(processes)]}")
-        time.sleep(0.01)
 
 
 def weights(folder, step) -> dict[str, torch.Tensor]:
@@ -256,39 +235,39 @@ def test_a_signal_to_one_rank_stops_all_and_the_run_goes_on(tmp_path):
 
 
 def survives_being_killed(folder, seed, kills):
-    steps = 40 * (kills + 2)
-    seen = 0
     chance = random.Random(seed)
-    words = command(folder / "killed", steps=steps, save_every=1)
-    checkpoints = folder / "killed" / "checkpoints"
-    for kill in range(kills + 1):
-        last = seen
+    words, checkpoints = command(folder / "killed", steps=100_000, save_every=1), folder / "killed" / "checkpoints"
+    last = 0
+    for _ in range(kills):
         (process,) = started(words)
-        if kill < kills:
-            wait_for(lambda last=last: newest(checkpoints) > last or done(folder / "killed"), [process])
-            time.sleep(chance.uniform(0, 0.2))
-            seen = newest(checkpoints)
-            process.kill()
-        _, said = ended([process])[0]
-        if last:
-            # The checkpoint that could be seen before the kill is the least that the next leg goes on from.
-            told = re.search(r"resuming .* at step (\d+) of", said)
-            assert (told is None and done(folder / "killed")) or int(told[1]) >= last, said
-        assert "skipped" not in said, said
-    assert done(folder / "killed"), said
-    settings = configuration.load("gmm", {**TINY, "emd.steps": steps, "save_every": 1})
-    run.distill(settings, folder / "whole")
+        # After a new checkpoint, so that every leg gets somewhere; then at any moment of the next few.
+        wait_for(lambda last=last: newest(checkpoints) > last, [process])
+        time.sleep(chance.uniform(0, 0.2))
+        seen = newest(checkpoints)
+        process.kill()
+        check_leg(process, last)
+        # A checkpoint that could be seen is not lost by the kill.
+        last = newest(checkpoints)
+        assert last >= seen
+    steps = last + 3
+    (process,) = started(command(folder / "killed", steps=steps, save_every=1))
+    assert ended([process])[0][0] == 0, process.said()
+    check_leg(process, last)
+    run.distill(configuration.load("gmm", {**TINY, "emd.steps": steps, "save_every": steps}), folder / "whole")
     mine, its = weights(folder / "killed", steps), weights(folder / "whole", steps)
     assert all(torch.equal(mine[key], its[key]) for key in its)
     assert not list(checkpoints.glob(".*"))
 
 
+def check_leg(process, last):
+    """It went on from the last checkpoint that was there."""
+    assert "skipped" not in process.said(), process.said()
+    if last:
+        assert f" at step {last} of " in process.said(), process.said()
+
+
 def newest(checkpoints) -> int:
     return max((int(path.name.removeprefix("step-")) for path in checkpoint.found(checkpoints)), default=0)
-
-
-def done(folder) -> bool:
-    return (folder / "metrics.json").exists()
 
 
 def test_a_run_that_is_killed_loses_only_the_steps_since_its_last_checkpoint(tmp_path):

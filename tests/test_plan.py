@@ -12,7 +12,8 @@ from test_trainer import digits_teacher
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from emd_fast import Denoiser, EMDTrainer, Generator, cli, distributed
+from emd_fast import Denoiser, EMDTrainer, Generator, cli, distributed, run
+from emd_fast import config as configuration
 from emd_fast.config import ConfigError
 from emd_fast.distributed import GroupError
 from emd_fast.plan import GIB, Ceilings, Sizes, Work, estimate, plan
@@ -160,6 +161,12 @@ def test_the_operations_are_those_of_a_step(changes):
     assert 0.95 * work.step(settings) < counted.operations / 4 <= work.step(settings)
 
 
+def test_activations_that_are_computed_again_are_a_forward_pass_more():
+    work = Work(teacher=1.0, generator=10.0, student=100.0)
+    again = config(activation_checkpointing=True)
+    assert work.step(again) - work.step(config()) == 10.0 + again.student_updates * 100.0
+
+
 def test_times_are_those_of_the_ceilings():
     sizes, settings = Sizes(10**9, 10**9, 10**9, 10**8), config(batch_size=64, parallel="fsdp")
     work = Work(1e12, 2e12, 3e12)
@@ -198,6 +205,24 @@ def test_a_dry_run_prints_the_configuration_and_the_plan_and_stops(tmp_path, cap
     # The same table by its own command.
     assert cli.main(["plan", "digits", "--devices", "8", "--parallel", "fsdp"]) == 0
     assert said.endswith(capsys.readouterr().out)
+
+
+def test_what_cannot_fit_is_refused_before_it_is_allocated(tmp_path, capsys, monkeypatch):
+    """Networks of 28 GiB each on a machine of one GiB."""
+    monkeypatch.setattr(run, "available", lambda: float(GIB))
+    width = ["--mixture.generator-width", "60000", "--mixture.student-width", "60000"]
+    assert cli.main(["distill", "gmm", "--out", str(tmp_path / "x"), *width]) == 2
+    said = capsys.readouterr().err
+    assert "GiB a device, and there are 1: try" in said and len(said.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("recipe", ["gmm", "digits"])
+def test_a_plan_is_made_of_shapes_alone(recipe, monkeypatch):
+    seen, original = [], Sizes.of
+    monkeypatch.setattr(run.Sizes, "of", lambda *networks: seen.extend(networks) or original(*networks))
+    run.plan_of(configuration.load(recipe), 4, Ceilings(1e12, 1e9))
+    parameters = [p for network in seen for p in network.parameters()]
+    assert len(seen) == 3 and parameters and all(p.is_meta for p in parameters)
 
 
 def test_plan_takes_ceilings_and_any_key_and_invents_nothing(capsys):

@@ -249,7 +249,7 @@ def device_named(name: str | None) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("--device cuda: no CUDA GPU is here")
     if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.currentdevice_named())
+        device = torch.device("cuda", torch.cuda.current_device())
     return device
 
 

@@ -1,4 +1,7 @@
-"""A line for each case of files of `emd-fast bench --json`: python -m benchmarks.harness.digest FILE..."""
+"""A line for each case of files of `emd-fast bench --json`, and for each network of `benchmarks.train --json`:
+
+python -m benchmarks.harness.digest FILE...
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks import train
 from benchmarks.harness import record
 from benchmarks.harness.record import TIMED, WRONG
 from emd_fast.config import ConfigError
@@ -29,6 +33,9 @@ def lines(done: record.Record) -> list[str]:
 def main(paths: Sequence[str]) -> int:
     for path in paths:
         try:
+            if networks := train.read(Path(path)):
+                print("\n".join(one.line() for one in networks))
+                continue
             done = record.read(Path(path))
         except ConfigError as error:
             print(error, file=sys.stderr)

@@ -26,7 +26,8 @@ class Task(Protocol):
         """The teacher: read from the run folder where it is there already, made (and written there) otherwise."""
 
     def untrained_teacher(self) -> Denoiser:
-        """The teacher's architecture, whatever its weights: what it will need can be told before it is made."""
+        """The teacher's architecture, whatever its weights: what it will need can be told before it is made. On the
+        meta device where nothing has to be read to know it."""
 
     def make_networks(self) -> tuple[nn.Module | None, Denoiser | None]:
         """Generator and student; None for copies of the teacher."""

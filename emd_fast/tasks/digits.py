@@ -43,7 +43,8 @@ class Digits:
         return teacher
 
     def untrained_teacher(self) -> Denoiser:
-        return digits.denoiser(digits.network(self.config.teacher))
+        with torch.device("meta"):
+            return digits.denoiser(digits.network(self.config.teacher))
 
     def make_networks(self) -> tuple[nn.Module | None, Denoiser | None]:
         return None, None

@@ -1,0 +1,97 @@
+"""Activation checkpointing: the same numbers for less memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import randomised
+from test_trainer import config, digits_teacher, states
+from torch.autograd.graph import saved_tensors_hooks
+
+import emd_fast
+from emd_fast import Denoiser, EMDTrainer, schedules
+from emd_fast.backends import active
+from emd_fast.config import ConfigError
+from emd_fast.distributed import blocks_of
+from emd_fast.recompute import recomputed
+from emd_fast.teachers.edm_networks import DhariwalUNet
+from emd_fast.teachers.edm_networks.arguments import DhariwalArguments
+
+
+def teacher() -> Denoiser:
+    """A small ADM, with attention."""
+    arguments = DhariwalArguments(
+        8, 1, 1, 3, model_channels=32, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4]
+    )
+    network = randomised(DhariwalUNet(arguments), 0, 0.1)
+    return Denoiser(network, schedules.EDM(), "edm", sigma_data=0.5, sample_shape=(1, 8, 8))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_run_is_the_same_bit_for_bit(fused, precision):
+    ends = []
+    for again in (False, True):
+        network = teacher()
+        if fused:
+            emd_fast.fuse(network)
+        small = {"num_classes": 3, "batch_size": 2, "langevin_steps": 1, "student_updates": 1}
+        trainer = EMDTrainer(network, config(**small, precision=precision, activation_checkpointing=again))
+        trainer.step()
+        trainer.step()
+        ends.append(states(trainer))
+    for name, value in ends[0].items():
+        assert torch.equal(value, ends[1][name]), name
+
+
+def kept(again: bool) -> int:
+    """Bytes that the M-step and the student step keep for their backward passes."""
+    total = 0
+
+    def note(x):
+        nonlocal total
+        total += x.numel() * x.element_size()
+        return x
+
+    trainer = EMDTrainer(teacher(), config(num_classes=3, activation_checkpointing=again))
+    sampled = trainer.sample_posterior()
+    with saved_tensors_hooks(note, lambda x: x):
+        trainer._generator_loss([sampled])
+        trainer._student_update(None, 0)
+    return total
+
+
+def test_less_is_kept():
+    assert kept(again=True) < 0.4 * kept(again=False)
+
+
+def test_blocks_are_as_before_and_their_own_forward_comes_back():
+    network = teacher()
+    own = blocks_of(network)[0].forward
+    blocks_of(network)[0].forward = own
+    with pytest.raises(ZeroDivisionError), recomputed(network):
+        assert all("forward" in block.__dict__ for block in blocks_of(network))
+        raise ZeroDivisionError
+    first, *rest = blocks_of(network)
+    assert first.__dict__["forward"] is own and rest and not any("forward" in block.__dict__ for block in rest)
+
+
+def test_the_backward_pass_computes_again_on_the_backend_of_the_forward_pass():
+    network, seen = teacher(), []
+    block = blocks_of(network)[-1]
+    original = block.forward
+
+    def watched(*arguments):
+        seen.append(active())
+        return original(*arguments)
+
+    block.forward = watched
+    with recomputed(network), emd_fast.use_backend("reference"):
+        loss = network(torch.zeros(2, 1, 8, 8), torch.ones(2), torch.zeros(2, dtype=torch.int64)).sum()
+    loss.backward()
+    assert seen == ["reference", "reference"]
+
+
+def test_a_network_without_blocks_is_refused():
+    with pytest.raises(ConfigError, match="activation_checkpointing must be False: the generator has no blocks"):
+        EMDTrainer(digits_teacher(), config(num_classes=3, activation_checkpointing=True))
