@@ -216,13 +216,17 @@ _LABELS = {
     "recall": "recall, k = 3 (higher)",
     "precision": "precision, k = 3 (higher)",
     "accuracy": "class accuracy (higher)",
+    "inception_score": "inception score (higher)",
+    "inception_score_std": "its standard deviation over 10 parts",
+    "clip_score": "CLIP score (higher)",
     "modes": "modes found (higher)",
     "total_variation": "total variation of the mass (lower)",
     "mass": "mass by mode",
     "mean": "mean of all values",
     "std": "standard deviation of all values",
 }
-_HIDDEN = ("seconds", "due")  # in a table of its own, and the same in every column
+_FILES = ("detector", "reference", "compare_with")
+_HIDDEN = ("seconds", "due", "best", *_FILES)  # in a table or sentence of their own, or the same in every column
 _ABOUT = {
     "digits": (
         "Features are the last hidden layer (64 numbers) of a small classifier trained on the train split of the real "
@@ -238,9 +242,10 @@ _ABOUT = {
         "within 3 standard deviations of its mean."
     ),
     "pretrained": (
-        "Mean and standard deviation of all elements of the samples (latents, where the teacher has a VAE). A teacher "
-        "that was there already brings no data to compare with: these numbers find a generator that has broken; they "
-        "do not say how good one is. Look at the pictures, and measure FID with the statistics of the teacher's data."
+        "Mean and standard deviation are of all elements of 16 samples (latents, where the teacher has a VAE). A "
+        "teacher that was there already brings no data to compare with: they find a generator that has broken; they do "
+        "not say how good one is. For that, look at the pictures, and give `emd-fast evaluate` a detector and the "
+        "statistics of the teacher's data."
     ),
 }
 
@@ -258,7 +263,26 @@ def _results(metrics: Mapping[str, Any], task: str) -> list[str]:
             ratios = {name: rows[key][name] / real for name in rows[key] if rows[key][name] is not None}
             table.append(["Fréchet distance over that of *real*", *(_number(ratios.get(name)) for name in names)])
     said = ", ".join(f"{key} = {_number(metrics[key])}" for key in ("n", "seed", "seeds") if key in metrics)
-    return ["## Results", _table(table), *([f"Each set: {said}."] if said else []), _ABOUT.get(task, "")]
+    sentences = [f"Each set: {said}."] if said else []
+    return ["## Results", _table(table), *sentences, *_judged_by(metrics), _ABOUT.get(task, ""), *_best(metrics)]
+
+
+def _judged_by(metrics: Mapping[str, Any]) -> list[str]:
+    """The files that a detector's figures depend on."""
+    named = {name: metrics[name] for name in _FILES if name in metrics}
+    lines = [f"- {name.replace('_', ' ')}: `{file['file']}`, sha256 `{file['sha256']}`" for name, file in named.items()]
+    warning = [f"**{metrics['warning']}.**"] if "warning" in metrics else []
+    return (["\n".join(lines)] if lines else []) + warning
+
+
+def _best(metrics: Mapping[str, Any]) -> list[str]:
+    best = metrics.get("best")
+    if not best:
+        return []
+    return [
+        f"The best checkpoint while it trained is that of step {best['step']}, with a Fréchet distance of "
+        f"{_number(best['frechet'])}: `checkpoints/best`, which `--best` chooses."
+    ]
 
 
 def _pictures(folder: Path) -> list[str]:
