@@ -130,3 +130,21 @@ def test_without_a_recipe_or_a_teacher(call):
 def test_a_folder_that_was_not_exported(tmp_path):
     with pytest.raises(ValueError, match="was not written by"):
         export.load(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(folders.transformers_missing() is not None, reason=str(folders.transformers_missing()))
+def test_the_recipe_of_stable_diffusion_runs(call, tmp_path):
+    folders.stable_diffusion(tmp_path / "teacher")
+    (tmp_path / "prompts.txt").write_text("a b\nc\nd e\n")
+    words = ["distill", "sd15", "--prompts", "prompts.txt", "--out", "run", *TINY, "--micro-batch-size=1"]
+    code, _, err = call(*words)
+    assert code == 2 and "there is no teacher: give --teacher" in err
+    done(call(*words, "--teacher", "teacher"))
+    assert checkpoint.found(tmp_path / "run" / "checkpoints")[-1].name == "step-00000002"
+    done(call("export", "run", "one-step"))
+    from diffusers import DiffusionPipeline
+
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "one-step")
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline("a b", num_inference_steps=1, guidance_scale=1.0).images[0].size == (16, 16)

@@ -28,7 +28,7 @@ class Detector:
     program of torch.export (.pt2): features of uint8 images (n, 3, H, W), with n dynamic. Either is a program, which
     PyTorch's interpreter runs; it is no Python, but it is somebody's program all the same.
 
-    NVlabs' .pkl holds Python source that would have to be executed, which this library never does.
+    NVlabs' .pkl is a pickle, which would have to be executed; this library never does.
 
     Args:
         path: of the file. device: where it is used.
@@ -87,8 +87,8 @@ def _load(path: Path, device: torch.device) -> tuple[Any, set[str]]:
             pickle = file.read(1) == b"\x80"
         if pickle:
             raise DetectorError(
-                f"{path} is a pickle, which can only be read by running the Python source in it: refused; give the "
-                "same network as TorchScript, inception-2015-12-05.pt"
+                f"{path} is a pickle, a program of Python's that reading would run: refused; give the same network as "
+                "TorchScript, inception-2015-12-05.pt"
             )
         raise DetectorError(f"{path} is no detector: it must be {_WANTED}")
     with zipfile.ZipFile(path) as archive:
