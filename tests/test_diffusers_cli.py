@@ -75,6 +75,9 @@ def test_prompts_that_were_encoded_before(call, tmp_path):
     assert samples(call, "run").shape == (3, 4, 8, 8)
     code, _, err = call("sample", "run", "--prompt", "a", "--out", "x.pt")
     assert code == 1 and "has no text encoder" in err
+    conditions.save(tmp_path / "without.safetensors", torch.randn(5, 3, 8))
+    code, _, err = call(*words, "--prompts", "without.safetensors", "--out", "none")
+    assert code == 2 and "needs a null condition, and without.safetensors has none" in err
 
 
 @pytest.mark.skipif(folders.transformers_missing() is not None, reason=str(folders.transformers_missing()))
@@ -114,6 +117,31 @@ def test_a_function_is_a_teacher(call, tmp_path):
 def test_teachers_that_are_none(call, teacher, code, said):
     got, _, err = call("distill", "--teacher", teacher, "--out", "run", *TINY)
     assert got == code and said in err and len(err.strip().splitlines()) == 1
+
+
+def test_guidance_that_a_teacher_cannot_give(call, tmp_path):
+    pytest.importorskip("diffusers")
+    folders.unet(tmp_path / "plain")
+    folders.unet(tmp_path / "classes", num_class_embeds=4)
+    for words, said in {
+        ("plain",): "guidance needs conditions, and this teacher has none",
+        ("classes", "--num-classes=4"): "guidance needs a null condition, and this teacher has none",
+    }.items():
+        code, _, err = call("distill", "--teacher", *words, "--guidance=2", "--out", "run", *TINY)
+        assert code == 2 and said in err and len(err.strip().splitlines()) == 1
+
+
+def test_folders_that_are_no_model(call, tmp_path):
+    pytest.importorskip("diffusers")
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "config.json").write_text("{}")
+    folders.unet(tmp_path / "other")
+    path = tmp_path / "other" / "unet" / "config.json"
+    path.write_text(path.read_text().replace("16\n", "24\n"))
+    for folder, said in {"config": "its config.json has no _class_name", "other": "expected shape"}.items():
+        code, _, err = call("distill", "--teacher", folder, "--out", "run", *TINY)
+        assert code == 1 and said in err and len(err.strip().splitlines()) == 1
+        assert "If you want" not in err
 
 
 def one_of_none():

@@ -37,6 +37,7 @@ class Pretrained:
         teacher = self._load(_device())
         self._check_classes(teacher)
         self.prompts = self._prompts(teacher, folder)
+        self._check_guidance(teacher)
         return teacher
 
     def untrained_teacher(self) -> Denoiser:
@@ -57,6 +58,20 @@ class Pretrained:
         has = getattr(teacher, "num_classes", has)
         if has != given:
             raise ConfigError(f"num_classes must be {has} for this teacher, got {given}: give --num-classes {has}")
+
+    def _check_guidance(self, teacher: Denoiser) -> None:
+        if self.config.emd.guidance is None:
+            return
+        if self.prompts is None and not self.config.emd.num_classes:
+            raise ConfigError("guidance needs conditions, and this teacher has none: leave --guidance out")
+        if teacher.null_cond is None:
+            prompts = self.config.pretrained.prompts
+            helps = (
+                f"{prompts} has none: write it with emd_fast.conditions.save(..., null_cond=...)"
+                if prompts
+                else "this teacher has none: give --teacher package.module:function, a function that sets null_cond"
+            )
+            raise ConfigError(f"guidance needs a null condition, and {helps}")
 
     def _prompts(self, teacher: Denoiser, folder: Path) -> conditions.Table | None:
         name = self.config.pretrained.prompts
