@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 
 import tomli_w
 import torch
+from torch.utils import _pytree as pytree
 
 import emd_fast
 from emd_fast import config
@@ -121,7 +122,9 @@ def _parser() -> argparse.ArgumentParser:
     sample = commands.add_parser("sample", help="pictures of a run's one-step generator, or of an exported one")
     sample.add_argument("run", type=Path, help="run folder, or what `emd-fast export` wrote")
     sample.add_argument("-n", type=_positive, default=100, help="how many samples (default 100)")
-    sample.add_argument("--out", type=Path, required=True, help=".png for a grid or scatter, .pt for a tensor (n, ...)")
+    sample.add_argument(
+        "--out", type=Path, required=True, help=".png for a grid or scatter, .pt for (n, ...), or a folder"
+    )
     sample.add_argument("--label", type=int, help="one class for all; classes in turn by default")
     sample.add_argument("--prompt", help="one prompt for all; the run's prompts in turn by default")
     sample.add_argument("--first", type=int, default=0, help="index of the first sample in the stream (default 0)")
@@ -394,19 +397,31 @@ def _show_plan(
 def _sample(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from emd_fast import checkpoint, report
 
-    if options.out.suffix not in (".png", ".pt"):
-        raise ConfigError(f"--out must end in .png or .pt, got {options.out}")
+    if options.out.suffix not in (".png", ".pt", ""):
+        raise ConfigError(f"--out must end in .png or .pt, or be a folder, got {options.out}")
+    into_folder = not options.out.suffix
+    if into_folder and options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
+        raise ConfigError(f"{options.out} exists already and is not empty: choose another folder")
     generate, decode, encode, num_classes = _generator(options)
     if options.label is not None and options.prompt is not None:
         raise ConfigError("give --label or --prompt, not both")
-    cond = None
+    if options.label is not None and not 0 <= options.label < num_classes:
+        raise ConfigError(f"--label must be in [0, {num_classes}), got {options.label}")
+    one = None
     if options.label is not None:
-        if not 0 <= options.label < num_classes:
-            raise ConfigError(f"--label must be in [0, {num_classes}), got {options.label}")
-        cond = torch.full((options.n,), options.label, dtype=torch.int64)
+        one = torch.tensor([options.label])
     elif options.prompt is not None:
-        cond = encode([options.prompt] * options.n)
-    samples = generate(cond)
+        one = encode([options.prompt])  # once: it reads the text encoders
+
+    def samples_of(first: int, n: int) -> torch.Tensor:
+        cond = None if one is None else pytree.tree_map(lambda leaf: leaf.expand(n, *leaf.shape[1:]), one)
+        return generate(n, cond, first_sample=options.first + first)
+
+    if into_folder:
+        report.save_each(options.out, lambda first, n: decode(samples_of(first, n)), options.n, options.first)
+        print(options.out)
+        return 0
+    samples = samples_of(0, options.n)
     if options.out.suffix == ".pt":
         checkpoint.write_whole(options.out, lambda file: torch.save(samples.cpu(), file))
     elif samples.dim() == 4:
@@ -428,11 +443,10 @@ def _generator(options: argparse.Namespace) -> tuple[Callable, Callable, Callabl
         if options.best:
             raise ConfigError("--best needs a run folder: what was exported is one checkpoint")
         one_step = export.load(options.run, device="cuda" if torch.cuda.is_available() else "cpu")
-        generate = functools.partial(one_step.sample, options.n, first_sample=options.first)
-        return generate, one_step.decode, one_step.encode, one_step.facts.num_classes
+        return one_step.sample, one_step.decode, one_step.encode, one_step.facts.num_classes
     _, _, trainer = run.open_run(options.run, best=options.best)
     teacher: Any = trainer.teacher
-    generate = functools.partial(trainer.generate, options.n, ema=not options.raw, first_sample=options.first)
+    generate = functools.partial(trainer.generate, ema=not options.raw)
 
     def encode(prompts: list[str]) -> Any:
         if not hasattr(teacher, "encode"):

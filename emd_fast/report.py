@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import math
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from emd_fast import journal
 from emd_fast.checkpoint import write_whole
+from emd_fast.metrics.images import to_uint8
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -51,8 +53,7 @@ def grid(images: Tensor, columns: int | None = None, scale: int | None = None) -
             raise ValueError(f"{name} must be at least 1, got {value}")
     columns, rows = min(columns, n), math.ceil(n / min(columns, n))
 
-    # 127.5 + 0.5: black, -1, is 0, white, 1, is 255, and the grey levels between share the line equally.
-    bytes_NCHW = (images.detach().float().cpu().clamp(-1, 1) * 127.5 + 128).clamp(max=255).to(torch.uint8)
+    bytes_NCHW = to_uint8(images.detach().cpu())
     enlarged = bytes_NCHW.repeat_interleave(scale, dim=2).repeat_interleave(scale, dim=3)
     step_y, step_x = height * scale + _GAP, width * scale + _GAP
     canvas = torch.full((channels, rows * step_y + _GAP, columns * step_x + _GAP), _BACKGROUND, dtype=torch.uint8)
@@ -69,6 +70,25 @@ def save_grid(
     """Writes `grid(images, columns, scale)` to a PNG file, and makes its folder."""
     picture = grid(images, columns, scale)
     _write(path, lambda file: picture.save(file, format="PNG"))
+
+
+def save_each(
+    folder: str | os.PathLike[str], images: Callable[[int, int], Tensor], n: int, first: int = 0, batch: int = 64
+) -> None:
+    """Writes n images as PNG files, 000000.png and so on, as EDM's generate.py does and its fid.py takes them.
+
+    Args:
+        images: (index, n) -> (n, 1 or 3, H, W) in [-1, 1]; index from 0 on. first: the number of the first file.
+
+    Raises:
+        ValueError: another shape, or values that are not finite.
+    """
+    folder = Path(folder)
+    for index in range(0, n, batch):
+        for number, image in enumerate(to_uint8(images(index, min(batch, n - index))).cpu(), first + index):
+            pixels = image[0] if len(image) == 1 else image.permute(1, 2, 0)
+            picture = _need("PIL.Image").fromarray(pixels.contiguous().numpy())
+            _write(folder / f"{number:06d}.png", functools.partial(picture.save, format="PNG"))
 
 
 def scatter(path: str | os.PathLike[str], samples: Mapping[str, Tensor]) -> None:

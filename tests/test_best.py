@@ -10,7 +10,7 @@ import torch
 from spawned import Ranks
 from test_run import assert_same, settings, weights
 
-from emd_fast import checkpoint, cli, config, journal, run
+from emd_fast import checkpoint, cli, config, journal, report, run
 from emd_fast.config import ConfigError
 from emd_fast.tasks.digits import Digits
 from emd_fast.tasks.gmm import Mixture
@@ -31,6 +31,13 @@ def best(folder):
     return facts["step"], facts["notes"]["figures"]["frechet"]
 
 
+@pytest.fixture(autouse=True)
+def without_pictures(monkeypatch):
+    """They take most of the time of a run as small as these."""
+    monkeypatch.setattr(report, "curves", lambda *_: None)
+    monkeypatch.setattr(report, "scatter", lambda *_: None)
+
+
 @pytest.fixture
 def figures(monkeypatch):
     """What the student is worth, evaluation by evaluation."""
@@ -42,8 +49,7 @@ def figures(monkeypatch):
 def test_judging_leaves_the_training_bit_for_bit_and_keeps_the_best(tmp_path):
     metrics = run.distill(settings(**EVERY, keep_checkpoints=1), tmp_path / "judged")
     run.distill(settings(), tmp_path / "plain")
-    for step in (6,):
-        assert_same(weights(tmp_path / "judged", step), weights(tmp_path / "plain", step))
+    assert_same(weights(tmp_path / "judged"), weights(tmp_path / "plain"))
     rows = judged(tmp_path / "judged")
     assert list(rows) == [2, 4, 6] and len(set(rows.values())) == 3
     step, value = best(tmp_path / "judged")
@@ -63,9 +69,7 @@ def test_nothing_is_judged_where_nobody_asked(tmp_path, monkeypatch):
     assert not checkpoint.best_of(tmp_path / "checkpoints").exists()
 
 
-@pytest.mark.parametrize(
-    ("every", "steps"), [(1, [1, 2, 3, 4, 5, 6]), (40, [3, 5, 6]), (48, [3, 6]), (96, [6]), (1000, [6])]
-)
+@pytest.mark.parametrize(("every", "steps"), [(1, [1, 2, 3, 4, 5, 6]), (40, [3, 5, 6]), (1000, [6])])
 def test_every_so_many_images_and_at_the_end(tmp_path, figures, every, steps):
     figures += [1.0] * 6
     run.distill(settings(evaluation__every=every), tmp_path)
@@ -153,6 +157,7 @@ def test_the_command_line_chooses_the_best(tmp_path, figures, capsys):
     assert code == 1 and "has no best checkpoint: distil with --evaluation.every IMAGES" in said.err
 
 
+@pytest.mark.slow
 def test_digits_are_judged_as_at_the_end(tmp_path):
     tiny = {
         "teacher.steps": 2,

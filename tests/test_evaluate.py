@@ -11,7 +11,7 @@ import pytest
 import torch
 from spawned import Ranks
 
-from emd_fast import Denoiser, EMDConfig, EMDTrainer, cli, evaluate, export, run, schedules
+from emd_fast import Denoiser, EMDConfig, EMDTrainer, cli, evaluate, export, report, run, schedules
 from emd_fast.metrics.images import ImageFiles, to_uint8
 from emd_fast.teachers.small_unet import SmallUNet, initialise
 
@@ -22,6 +22,7 @@ TINY = ["--steps=2", "--batch-size=4", "--langevin-steps=1", "--student-updates=
 def call(capsys, monkeypatch, tmp_path):
     """The command line in an empty folder: (exit code, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(report, "curves", lambda *_: None)  # they would take most of the time
 
     def run(*words):
         try:
@@ -164,6 +165,16 @@ def test_a_run_by_a_detector(call, there, tmp_path):
     assert compared["frechet"]["student"] == pytest.approx(expected, abs=1e-3)
     # The command judges otherwise; the run is what it was.
     assert "is finished" in call(*words)[2]
+    # A folder of its images is judged the same, by the detector and by eye.
+    done(call("sample", "run", "-n", "20", "--out", "images"))
+    assert torch.equal(ImageFiles("images")(0, 20), images_of(trainer, 20))
+    again = json.loads(done(call("evaluate", "images", "--detector", "d.pt", "--reference", "r.npz")))
+    assert again["frechet"] == pytest.approx(first["frechet"]["student"], rel=1e-5)
+    code, _, err = call("sample", "run", "-n", "2", "--out", "images")
+    assert code == 2 and "images exists already and is not empty" in err
+    done(call("sample", "run", "-n", "2", "--first", "18", "--out", "two"))
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["000018.png", "000019.png"]
+    assert torch.equal(ImageFiles("two")(0, 2), ImageFiles("images")(18, 2))
     # What was exported is the same generator.
     done(call("export", "run", "one.safetensors"))
     exported = json.loads(
