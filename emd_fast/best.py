@@ -9,6 +9,8 @@ from pathlib import Path
 from emd_fast import checkpoint, distributed
 from emd_fast.checkpoint import CheckpointError
 from emd_fast.config import RunConfig
+from emd_fast.metrics.detector import DetectorError
+from emd_fast.metrics.reference import BadReference
 from emd_fast.progress import say
 from emd_fast.tasks import Task
 from emd_fast.trainer import EMDTrainer
@@ -55,7 +57,14 @@ class Best:
     def judge(self) -> dict[str, float]:
         """Judges the student as it is, and keeps it where it is better than all before. Returns a row for the log."""
         began = time.monotonic()
-        mine = self._task.judge(self._trainer)
+        try:
+            mine = self._task.judge(self._trainer)
+        except (BadReference, DetectorError):
+            raise
+        except ValueError as error:
+            # Samples that are not finite, on all ranks alike: whether that ends the run is not decided here.
+            say(f"the student of step {self._trainer.steps_done} cannot be judged: {error}")
+            mine = {"frechet": math.nan}
         figures = distributed.on_main(lambda: mine)  # one decision for all ranks
         if figures["frechet"] < self.frechet:
             self.frechet = figures["frechet"]

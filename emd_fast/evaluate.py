@@ -6,6 +6,7 @@ of ranks nor on the batches; sums are added up over the ranks.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from emd_fast import distributed
 from emd_fast.metrics.clip import ClipScore
-from emd_fast.metrics.detector import Detector
+from emd_fast.metrics.detector import Detector, DetectorError
 from emd_fast.metrics.distance import Moments, Sums, frechet_of_moments
 from emd_fast.metrics.images import ImageFiles, size
 from emd_fast.metrics.inception import InceptionScore
@@ -69,6 +70,18 @@ class Judges:
     def __bool__(self) -> bool:
         return any(judge is not None for judge in (self.detector, self.clip))
 
+    def check(self) -> None:
+        """Whether the reference is of features of the detector's width, as far as black images tell beforehand.
+
+        Raises:
+            BadReference: it is not.
+        """
+        if self.detector is None or self.reference is None:
+            return
+        with contextlib.suppress(DetectorError):  # a detector may want another size, which only the images will show
+            black = torch.zeros(2, *(self.reference.shape or (3, 64, 64)), dtype=torch.uint8)
+            self.reference.of_width(self.detector.features(black).shape[1])
+
     def hashes(self) -> dict[str, str]:
         """The sha256 of the files that a distance depends on."""
         files = {"detector": self.detector, "reference": self.reference}
@@ -114,18 +127,23 @@ def judge(
     score = InceptionScore(n, _SPLITS) if detector is not None and detector.has_classes and n >= _SPLITS else None
     fits = torch.zeros((), dtype=torch.float64)
     kept: list[Tensor] = []
-    for first, x in _mine(images, n, batch):
-        if detector is not None:
-            if not sums.n:
-                _check_sizes(judges, tuple(x.shape[1:]), detector.sha256)
-            features = detector.features(x)
-            sums.add(features)
-            if score is not None:
-                score.add(detector.probabilities(x), first)
-            if real is not None:
-                kept.append(features.float().cpu())
-        if judges.clip is not None and prompts is not None:
-            fits += judges.clip(x, prompts(first, len(x))).sum()
+    failure: ValueError | None = None
+    try:
+        for first, x in _mine(images, n, batch):
+            if detector is not None:
+                if not sums.n:
+                    _check_sizes(judges, tuple(x.shape[1:]), detector.sha256)
+                features = detector.features(x)
+                sums.add(features)
+                if score is not None:
+                    score.add(detector.probabilities(x), first)
+                if real is not None:
+                    kept.append(features.float().cpu())
+            if judges.clip is not None and prompts is not None:
+                fits += judges.clip(x, prompts(first, len(x))).sum()
+    except ValueError as error:
+        failure = error
+    distributed.raise_together(failure)
 
     found: dict[str, float] = {}
     if judges.clip is not None and prompts is not None:

@@ -299,8 +299,9 @@ def _best(metrics: Mapping[str, Any]) -> list[str]:
     best = metrics.get("best")
     if not best:
         return []
+    judged = f"Judged here is the checkpoint of step {metrics['steps']}. " if "trained" in metrics else ""
     return [
-        f"The best checkpoint while it trained is that of step {best['step']}, with a Fréchet distance of "
+        f"{judged}The best checkpoint while it trained is that of step {best['step']}, with a Fréchet distance of "
         f"{_number(best['frechet'])}: `checkpoints/best`, which `--best` chooses."
     ]
 

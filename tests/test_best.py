@@ -105,6 +105,22 @@ def test_a_damaged_best_is_said_and_the_next_evaluation_replaces_it(tmp_path, fi
     assert best(tmp_path) == (8, 5.0)
 
 
+def test_a_student_that_cannot_be_judged_stops_no_run(tmp_path, figures, monkeypatch, capsys):
+    figures += [2.0, 1.0]
+    judge = Mixture.judge
+
+    def fails_once(self, trainer):
+        if trainer.steps_done == 4:
+            raise ValueError("samples must be finite: they hold NaN or infinite values")
+        return judge(self, trainer)
+
+    monkeypatch.setattr(Mixture, "judge", fails_once)
+    run.distill(settings(**EVERY), tmp_path)
+    assert "the student of step 4 cannot be judged: samples must be finite" in capsys.readouterr().err
+    rows = judged(tmp_path)
+    assert rows.keys() == {2, 4, 6} and math.isnan(rows[4]) and best(tmp_path) == (6, 1.0)
+
+
 def test_figures_of_other_samples_are_not_compared(tmp_path, figures, capsys):
     figures += [1.0, 2.0, 3.0]
     run.distill(settings(**EVERY), tmp_path)
@@ -147,6 +163,7 @@ def test_the_command_line_chooses_the_best(tmp_path, figures, capsys):
     code, said = call("evaluate", folder, "--best")
     metrics = json.loads(said.out)
     assert code == 0 and metrics["steps"] == 4 and metrics["trained"] == 6
+    assert "Judged here is the checkpoint of step 4." in (folder / "report.md").read_text()
     assert metrics["frechet"]["student"] != last["frechet"]["student"]
     run.distill(settings(**EVERY), folder)  # finished, though an earlier checkpoint was judged last
     assert "is finished" in capsys.readouterr().err

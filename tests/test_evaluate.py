@@ -184,10 +184,12 @@ def test_a_run_by_a_detector(call, there, tmp_path):
 
 
 def test_a_wrong_file_is_found_before_the_training(call, there, tmp_path):
+    np.savez("other.npz", mu=np.zeros(3), sigma=np.eye(3))
     words = ["distill", "--teacher", "test_evaluate:small", "--out", "run", *TINY]
     for extra, said in {
         ("--detector", "real"): "there is no detector file real",
         ("--detector", "d.pt", "--reference", "d.pt"): "d.pt is no reference",
+        ("--detector", "d.pt", "--reference", "other.npz"): "statistics of 3 (fid) features, the detector gives 6",
         ("--reference", "r.npz"): "reference needs a detector",
         ("--evaluation.every", "8"): "evaluation.every needs a Fréchet distance: give --detector FILE and --reference",
         ("--evaluation.every", "-1"): "every must be at least 0 images",
@@ -238,6 +240,18 @@ def judged(detector, reference, real, batch):
     return evaluate.judge(judges, images, 20, batch), drawn
 
 
+def judged_with_a_failure(detector):
+    def images(first, n):
+        if first >= 10:
+            raise ValueError("images must be finite: they hold NaN or infinite values")
+        return files.pictures(n)
+
+    try:
+        evaluate.judge(evaluate.Judges.read(detector), images, 20, 5)
+    except ValueError as error:
+        return str(error)
+
+
 def images_of_range(trainer, first, n):
     return to_uint8(trainer.generate(n, first_sample=first))
 
@@ -255,6 +269,9 @@ def test_the_numbers_do_not_depend_on_ranks_or_batches(there, tmp_path):
             for found, _ in parts:
                 assert found == pytest.approx(alone, abs=1e-6)
                 assert found == parts[0][0]
+        # An error that one rank meets is one of all; none waits for it.
+        said = "images must be finite: they hold NaN or infinite values"
+        assert ranks(judged_with_a_failure, paths[0]) == [f"{said} (rank 1)", said, said]
     finally:
         ranks.close()
 

@@ -107,6 +107,7 @@ class Pretrained:
         return Judges.read(given.detector, given.reference, given.compare_with, given.clip, _device())
 
     def prepare_to_judge(self) -> None:
+        self.judges.check()
         if self.judges.clip is not None and not self._has_texts():
             raise ConfigError("the CLIP score needs prompts as text: give --prompts FILE, a prompt in each line")
 
@@ -125,7 +126,6 @@ class Pretrained:
         """The prompts of samples by their global index, in the order in which `EMDTrainer.shown` gives them."""
         if self.judges.clip is None:
             return None
-        self.prepare_to_judge()
         path = Path(self.config.pretrained.prompts)
         lines = _lines(path)
         if self.prompts is not None and len(lines) != len(self.prompts):
