@@ -439,6 +439,15 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
+def best_of(folder: Path) -> Path:
+    """Where the best checkpoint stands; `found` and `keep_last` do not see it."""
+    return folder / "best"
+
+
+def exists(path: str | Path) -> bool:
+    return _standing(path).exists()
+
+
 def found(folder: Path) -> list[Path]:
     """The checkpoints in a folder, by rising step."""
     return sorted(entry for entry in folder.glob("step-*") if _NAME.fullmatch(entry.name))
@@ -455,8 +464,9 @@ def keep_last(folder: Path, count: int) -> None:
 
 def clear_unfinished(folder: Path) -> None:
     """Removes what a process that was killed left half-written."""
-    for entry in folder.glob(".step-*.tmp"):
-        _remove(entry)
+    for pattern in (".step-*.tmp", ".best.tmp"):
+        for entry in folder.glob(pattern):
+            _remove(entry)
 
 
 def _check_version(path: Path, state: Mapping[str, Any]) -> None:

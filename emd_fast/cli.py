@@ -22,13 +22,29 @@ from typing import Any, NoReturn
 
 import tomli_w
 import torch
+from torch.utils import _pytree as pytree
 
 import emd_fast
 from emd_fast import config
-from emd_fast.config import ConfigError, EMDConfig, MixtureConfig, PretrainedConfig, RunConfig, TeacherConfig
+from emd_fast.config import (
+    ConfigError,
+    EMDConfig,
+    EvaluationConfig,
+    MixtureConfig,
+    PretrainedConfig,
+    RunConfig,
+    TeacherConfig,
+)
 from emd_fast.distributed import GroupError
 
-_TABLES = {"emd": EMDConfig, "teacher": TeacherConfig, "mixture": MixtureConfig, "pretrained": PretrainedConfig}
+_TABLES = {
+    "emd": EMDConfig,
+    "teacher": TeacherConfig,
+    "mixture": MixtureConfig,
+    "pretrained": PretrainedConfig,
+    "evaluation": EvaluationConfig,
+}
+_FILES = ("detector", "reference", "compare_with", "clip")  # what a pretrained task is judged by
 
 
 class _Parser(argparse.ArgumentParser):
@@ -54,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         "  emd-fast distill gmm --study --out runs/gmm        K = 1 to 16 on a mixture with exact scores\n"
         "  emd-fast distill --teacher FOLDER --out runs/mine  distil a model of diffusers, or of your own\n"
         "  emd-fast sample runs/digits -n 100 --out grid.png  pictures of the one-step generator\n"
+        "  emd-fast evaluate runs/mine --detector inception.pt --reference imagenet-64x64.npz\n"
         "  emd-fast export runs/mine one-step                 a folder that DiffusionPipeline.from_pretrained loads\n"
         "  emd-fast plan digits --devices 64                  memory and traffic of each device, beforehand\n"
         "  emd-fast replay runs/digits --step 400 --sample 7  one sample's E-step again, step by step\n"
@@ -75,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     distill.add_argument("--teacher", metavar="FOLDER", help="of diffusers, a hub name, or package.module:function")
     distill.add_argument("--prompts", metavar="FILE", help="for --teacher: a prompt in each line, or .safetensors")
+    _judged_by(distill)
     distill.add_argument("--out", type=Path, help="run folder (default: runs/RECIPE)")
     distill.add_argument("--short", action="store_true", help="a tenth of all steps: shows that it works, not how well")
     distill.add_argument("--study", action="store_true", help="the recipe's study: several K and seeds, a table")
@@ -104,11 +122,14 @@ def _parser() -> argparse.ArgumentParser:
     sample = commands.add_parser("sample", help="pictures of a run's one-step generator, or of an exported one")
     sample.add_argument("run", type=Path, help="run folder, or what `emd-fast export` wrote")
     sample.add_argument("-n", type=_positive, default=100, help="how many samples (default 100)")
-    sample.add_argument("--out", type=Path, required=True, help=".png for a grid or scatter, .pt for a tensor (n, ...)")
+    sample.add_argument(
+        "--out", type=Path, required=True, help=".png for a grid or scatter, .pt for (n, ...), or a folder"
+    )
     sample.add_argument("--label", type=int, help="one class for all; classes in turn by default")
     sample.add_argument("--prompt", help="one prompt for all; the run's prompts in turn by default")
     sample.add_argument("--first", type=int, default=0, help="index of the first sample in the stream (default 0)")
     sample.add_argument("--raw", action="store_true", help="the generator itself, not the average of its weights")
+    sample.add_argument("--best", action="store_true", help="of the run's best checkpoint, not its last")
 
     export = commands.add_parser(
         "export",
@@ -118,9 +139,27 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("run", type=Path, help="run folder")
     export.add_argument("out", type=Path, help="a new folder, or a .safetensors file")
     export.add_argument("--raw", action="store_true", help="the generator itself, not the average of its weights")
+    export.add_argument("--best", action="store_true", help="the run's best checkpoint, not its last")
 
-    evaluate = commands.add_parser("evaluate", help="metrics.json and report.md of a run, again")
-    evaluate.add_argument("run", type=Path, help="run folder")
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="metrics.json and report.md of a run, again; Fréchet distance and others of a run, a generator or images",
+        description="By the figures of the run's task; with --detector by that, of whatever makes or holds images.",
+        epilog="docs/evaluation.md says what the numbers are and what they compare with",
+    )
+    evaluate.add_argument(
+        "source", type=Path, help="run folder; with --detector also what `emd-fast export` wrote, or images"
+    )
+    _judged_by(evaluate)
+    evaluate.add_argument("--samples", type=_positive, help="how many to draw (default: the run's; 50,000)")
+    evaluate.add_argument("--batch-size", type=_positive, default=64, help="of a generator or images (default 64)")
+    evaluate.add_argument("--best", action="store_true", help="the run's best checkpoint, not its last")
+    evaluate.add_argument(
+        "--write-reference",
+        type=Path,
+        metavar="OUT.npz",
+        help="the images' statistics, as a reference for others",
+    )
 
     replay = commands.add_parser(
         "replay",
@@ -176,6 +215,13 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="ops, backends, versions")
     info.add_argument("--json", action="store_true", help="for programs")
     return parser
+
+
+def _judged_by(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--detector", metavar="FILE", help="TorchScript, as EDM's Inception (docs/evaluation.md)")
+    command.add_argument("--reference", metavar="FILE.npz", help="statistics of real images, for the Fréchet distance")
+    command.add_argument("--compare-with", metavar="IMAGES", help="folder or .zip, for precision and recall")
+    command.add_argument("--clip", metavar="FOLDER", help="of a CLIP model, for the score of prompts given as text")
 
 
 def _keys() -> str:
@@ -302,6 +348,7 @@ def _distill(options: argparse.Namespace, rest: Sequence[str]) -> int:
     for key in ("teacher", "prompts"):
         if getattr(options, key) is not None:
             overrides |= {"task": "pretrained", f"pretrained.{key}": getattr(options, key)}
+    overrides |= {f"evaluation.{key}": value for key, value in _files(options).items()}
     settings = config.load(options.recipe, overrides)
     if options.short:
         settings = run.shortened(settings)
@@ -350,19 +397,31 @@ def _show_plan(
 def _sample(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from emd_fast import checkpoint, report
 
-    if options.out.suffix not in (".png", ".pt"):
-        raise ConfigError(f"--out must end in .png or .pt, got {options.out}")
+    if options.out.suffix not in (".png", ".pt", ""):
+        raise ConfigError(f"--out must end in .png or .pt, or be a folder, got {options.out}")
+    into_folder = not options.out.suffix
+    if into_folder and options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
+        raise ConfigError(f"{options.out} exists already and is not empty: choose another folder")
     generate, decode, encode, num_classes = _generator(options)
     if options.label is not None and options.prompt is not None:
         raise ConfigError("give --label or --prompt, not both")
-    cond = None
+    if options.label is not None and not 0 <= options.label < num_classes:
+        raise ConfigError(f"--label must be in [0, {num_classes}), got {options.label}")
+    one = None
     if options.label is not None:
-        if not 0 <= options.label < num_classes:
-            raise ConfigError(f"--label must be in [0, {num_classes}), got {options.label}")
-        cond = torch.full((options.n,), options.label, dtype=torch.int64)
+        one = torch.tensor([options.label])
     elif options.prompt is not None:
-        cond = encode([options.prompt] * options.n)
-    samples = generate(cond)
+        one = encode([options.prompt])  # once: it reads the text encoders
+
+    def samples_of(first: int, n: int) -> torch.Tensor:
+        cond = None if one is None else pytree.tree_map(lambda leaf: leaf.expand(n, *leaf.shape[1:]), one)
+        return generate(n, cond, first_sample=options.first + first)
+
+    if into_folder:
+        report.save_each(options.out, lambda first, n: decode(samples_of(first, n)), options.n, options.first)
+        print(options.out)
+        return 0
+    samples = samples_of(0, options.n)
     if options.out.suffix == ".pt":
         checkpoint.write_whole(options.out, lambda file: torch.save(samples.cpu(), file))
     elif samples.dim() == 4:
@@ -381,12 +440,13 @@ def _generator(options: argparse.Namespace) -> tuple[Callable, Callable, Callabl
     if (options.run / export.EXPORTED).exists() or options.run.is_file():
         if options.raw:
             raise ConfigError("--raw needs a run folder: what was exported has one set of weights")
+        if options.best:
+            raise ConfigError("--best needs a run folder: what was exported is one checkpoint")
         one_step = export.load(options.run, device="cuda" if torch.cuda.is_available() else "cpu")
-        generate = functools.partial(one_step.sample, options.n, first_sample=options.first)
-        return generate, one_step.decode, one_step.encode, one_step.facts.num_classes
-    _, _, trainer = run.open_run(options.run)
+        return one_step.sample, one_step.decode, one_step.encode, one_step.facts.num_classes
+    _, _, trainer = run.open_run(options.run, best=options.best)
     teacher: Any = trainer.teacher
-    generate = functools.partial(trainer.generate, options.n, ema=not options.raw, first_sample=options.first)
+    generate = functools.partial(trainer.generate, ema=not options.raw)
 
     def encode(prompts: list[str]) -> Any:
         if not hasattr(teacher, "encode"):
@@ -400,7 +460,7 @@ def _export(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from emd_fast import export, run
     from emd_fast.progress import say
 
-    _, _, trainer = run.open_run(options.run)
+    _, _, trainer = run.open_run(options.run, best=options.best)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", UserWarning)
         is_file = options.out.suffix == ".safetensors"
@@ -413,14 +473,81 @@ def _export(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def _evaluate(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    from emd_fast import distributed
+
+    with distributed.process_group():
+        is_run = (options.source / "config.toml").exists() or not options.detector
+        metrics = _evaluate_run(options) if is_run else _evaluate_images(options)
+        if distributed.is_main():
+            print(json.dumps(metrics, indent=1))
+    return 0
+
+
+def _evaluate_run(options: argparse.Namespace) -> dict[str, Any]:
     from emd_fast import run
 
-    settings, task, trainer = run.open_run(options.run)
-    path = options.run / "metrics.json"
+    if options.write_reference:
+        raise ConfigError("--write-reference is for real images: a folder or .zip of them, with --detector")
+    folder = options.source
+    settings = run.settings_of(folder)
+    changes: dict[str, Any] = {"evaluation": dataclasses.replace(settings.evaluation, **_files(options))}
+    if options.samples:
+        if settings.task == "digits":
+            raise ConfigError("--samples is not for digits: they are as many as there are held-out images")
+        changes["samples"] = options.samples
+    settings = dataclasses.replace(settings, **changes)
+    _, task, trainer = run.open_run(folder, best=options.best, settings=settings)
+    task.prepare_to_judge()
+    path = folder / "metrics.json"
     seconds = json.loads(path.read_text())["seconds"] if path.exists() else {}
-    metrics = run.evaluate(settings, options.run, task, trainer, seconds)
-    print(json.dumps(metrics, indent=1))
-    return 0
+    return run.evaluate(settings, folder, task, trainer, seconds)
+
+
+def _evaluate_images(options: argparse.Namespace) -> dict[str, Any]:
+    """Of what was exported, or of images in files."""
+    from emd_fast import evaluate, export
+    from emd_fast.metrics.images import ImageFiles, to_uint8
+
+    config.from_dict(EvaluationConfig, _files(options))  # what needs what
+    if options.best or options.clip:
+        raise ConfigError(f"{'--best' if options.best else '--clip'} needs a run folder")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    judges = evaluate.Judges.read(**_files(options), device=device)
+    if (options.source / export.EXPORTED).exists() or options.source.suffix == ".safetensors":
+        if options.write_reference:
+            raise ConfigError("--write-reference is for real images: a folder or .zip of them")
+        one_step = export.load(options.source, device=device)
+        n = options.samples or evaluate.COMPARABLE
+
+        def images(first: int, n: int) -> torch.Tensor:
+            return to_uint8(one_step.decode(one_step.sample(n, first_sample=first)))
+
+        found = evaluate.judge(judges, images, n, options.batch_size)
+        return found | evaluate.facts(judges, n, one_step.facts.seed)
+    files = ImageFiles(options.source)
+    if options.samples not in (None, len(files)):
+        raise ConfigError(f"{options.source} has {len(files)} images, --samples is {options.samples}")
+    if options.write_reference:
+        return _write_reference(options.write_reference, judges, files, options.batch_size)
+    return evaluate.judge(judges, files, len(files), options.batch_size) | evaluate.facts(judges, len(files))
+
+
+def _write_reference(out: Path, judges: Any, files: Any, batch: int) -> dict[str, Any]:
+    from emd_fast import distributed, evaluate
+    from emd_fast.metrics import reference
+
+    if out.suffix != ".npz":
+        raise ConfigError(f"--write-reference must end in .npz, got {out}")
+    moments = evaluate.moments_of(judges.detector, files, len(files), batch)
+    detector = judges.detector.sha256
+    distributed.on_main(lambda: reference.save(out, moments, files.shape, detector))
+    written = reference.load(out)
+    return {"n": len(files), "reference": {"file": str(out), "sha256": written.sha256}, "detector": detector}
+
+
+def _files(options: argparse.Namespace) -> dict[str, Any]:
+    """The files to judge by that were given as options."""
+    return {name: getattr(options, name) for name in _FILES if getattr(options, name) is not None}
 
 
 def _replay(options: argparse.Namespace, rest: Sequence[str]) -> int:

@@ -242,6 +242,34 @@ class PretrainedConfig:
 
 
 @dataclass(frozen=True)
+class EvaluationConfig:
+    """What the student of a pretrained teacher is judged by, and when a student is judged while it trains.
+
+    Args:
+        every: images (samples that the training has taken) between two evaluations while it trains, each at the end of
+            a step; 0 for none. The best checkpoint, by Fréchet distance, is kept. Digits and gmm bring their figures;
+            a pretrained teacher needs detector and reference.
+        detector: a file with a TorchScript detector, as EDM's Inception; "" for none.
+        reference: statistics of real images by that detector: an .npz of EDM, or a .pkl of EDM2; "" for none.
+        compare_with: a folder or .zip with as many real images as `samples`, for precision and recall; "" for none.
+        clip: the folder of a CLIP model, for the score of prompts given as text; "" for none.
+    """
+
+    every: int = 0
+    detector: str = ""
+    reference: str = ""
+    compare_with: str = ""
+    clip: str = ""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        _require(self.every >= 0, self, "every", "at least 0 images")
+        for name in ("reference", "compare_with"):
+            if getattr(self, name) and not self.detector:
+                raise ConfigError(f"{name} needs a detector: give --detector FILE")
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """A whole run: the task, its teacher, the distillation, and how often to write.
 
@@ -249,6 +277,7 @@ class RunConfig:
         task: "digits", "gmm" or "pretrained".
         teacher: of the task "digits"; mixture: of the task "gmm"; pretrained: of the task "pretrained".
         emd: the distillation.
+        evaluation: what a pretrained task is judged by, and how often while it trains.
         log_every: steps between two rows of log.jsonl (the only steps on which the host waits for the device).
         save_every: steps between two checkpoints; keep_checkpoints: how many of the last ones stay.
         background_checkpoints: write them while the training goes on, from a copy in the host's memory.
@@ -256,8 +285,7 @@ class RunConfig:
             sheet; 0 where it is not known: the log then has no `mfu`.
         gradient_variance: log the variance of the generator's gradient with and without noise cancellation too, at the
             price of two M-steps in each step that is logged.
-        samples: one-step samples that the evaluation draws of the task "gmm"; digits use as many as there are
-            held-out images.
+        samples: one-step samples that an evaluation draws; digits use as many as there are held-out images.
     """
 
     task: Literal["digits", "gmm", "pretrained"] = "digits"
@@ -265,6 +293,7 @@ class RunConfig:
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
     pretrained: PretrainedConfig = field(default_factory=PretrainedConfig)
     emd: EMDConfig = field(default_factory=EMDConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     log_every: int = 10
     save_every: int = 100
     keep_checkpoints: int = 2
@@ -278,6 +307,13 @@ class RunConfig:
         for name in ("log_every", "save_every", "keep_checkpoints", "samples"):
             _require(getattr(self, name) > 0, self, name, "above 0")
         _require(self.peak_tflops >= 0, self, "peak_tflops", "at least 0")
+        judged = self.evaluation
+        if self.task != "pretrained":
+            for name in ("detector", "reference", "compare_with", "clip"):
+                if getattr(judged, name):
+                    raise ConfigError(f"{name} is for pretrained teachers; the task {self.task!r} has its own figures")
+        elif judged.every and not (judged.detector and judged.reference):
+            raise ConfigError("evaluation.every needs a Fréchet distance: give --detector FILE and --reference FILE")
         if self.task == "digits":
             expected = 10 if self.teacher.conditional else 0
             _require(

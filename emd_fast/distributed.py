@@ -110,6 +110,18 @@ def on_main(work: Callable[[], T]) -> T:
     return told[0]
 
 
+def raise_together(error: ValueError | None) -> None:
+    """Raises what any rank met on all of them: alone with an error, a rank would leave the others waiting for it."""
+    told: list[str | None] = [None] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(told, None if error is None else str(error))
+    if error is not None:
+        raise error
+    for other, reason in enumerate(told):
+        if reason is not None:
+            raise ValueError(f"{reason} (rank {other})")
+
+
 def check_same(facts: dict[str, Any]) -> None:
     """Whether all ranks have the same facts, plain values, and the same code: ranks that differ would train something
     that none of them was asked for, or wait for each other for ever. All ranks call it alike.

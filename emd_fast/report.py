@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import math
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from emd_fast import journal
 from emd_fast.checkpoint import write_whole
+from emd_fast.metrics.images import to_uint8
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -51,8 +53,7 @@ def grid(images: Tensor, columns: int | None = None, scale: int | None = None) -
             raise ValueError(f"{name} must be at least 1, got {value}")
     columns, rows = min(columns, n), math.ceil(n / min(columns, n))
 
-    # 127.5 + 0.5: black, -1, is 0, white, 1, is 255, and the grey levels between share the line equally.
-    bytes_NCHW = (images.detach().float().cpu().clamp(-1, 1) * 127.5 + 128).clamp(max=255).to(torch.uint8)
+    bytes_NCHW = to_uint8(images.detach().cpu())
     enlarged = bytes_NCHW.repeat_interleave(scale, dim=2).repeat_interleave(scale, dim=3)
     step_y, step_x = height * scale + _GAP, width * scale + _GAP
     canvas = torch.full((channels, rows * step_y + _GAP, columns * step_x + _GAP), _BACKGROUND, dtype=torch.uint8)
@@ -69,6 +70,25 @@ def save_grid(
     """Writes `grid(images, columns, scale)` to a PNG file, and makes its folder."""
     picture = grid(images, columns, scale)
     _write(path, lambda file: picture.save(file, format="PNG"))
+
+
+def save_each(
+    folder: str | os.PathLike[str], images: Callable[[int, int], Tensor], n: int, first: int = 0, batch: int = 64
+) -> None:
+    """Writes n images as PNG files, 000000.png and so on, as EDM's generate.py does and its fid.py takes them.
+
+    Args:
+        images: (index, n) -> (n, 1 or 3, H, W) in [-1, 1]; index from 0 on. first: the number of the first file.
+
+    Raises:
+        ValueError: another shape, or values that are not finite.
+    """
+    folder = Path(folder)
+    for index in range(0, n, batch):
+        for number, image in enumerate(to_uint8(images(index, min(batch, n - index))).cpu(), first + index):
+            pixels = image[0] if len(image) == 1 else image.permute(1, 2, 0)
+            picture = _need("PIL.Image").fromarray(pixels.contiguous().numpy())
+            _write(folder / f"{number:06d}.png", functools.partial(picture.save, format="PNG"))
 
 
 def scatter(path: str | os.PathLike[str], samples: Mapping[str, Tensor]) -> None:
@@ -216,13 +236,17 @@ _LABELS = {
     "recall": "recall, k = 3 (higher)",
     "precision": "precision, k = 3 (higher)",
     "accuracy": "class accuracy (higher)",
+    "inception_score": "inception score (higher)",
+    "inception_score_std": "its standard deviation over 10 parts",
+    "clip_score": "CLIP score (higher)",
     "modes": "modes found (higher)",
     "total_variation": "total variation of the mass (lower)",
     "mass": "mass by mode",
     "mean": "mean of all values",
     "std": "standard deviation of all values",
 }
-_HIDDEN = ("seconds", "due")  # in a table of its own, and the same in every column
+_FILES = ("detector", "reference", "compare_with")
+_HIDDEN = ("seconds", "due", "best", *_FILES)  # in a table or sentence of their own, or the same in every column
 _ABOUT = {
     "digits": (
         "Features are the last hidden layer (64 numbers) of a small classifier trained on the train split of the real "
@@ -238,9 +262,10 @@ _ABOUT = {
         "within 3 standard deviations of its mean."
     ),
     "pretrained": (
-        "Mean and standard deviation of all elements of the samples (latents, where the teacher has a VAE). A teacher "
-        "that was there already brings no data to compare with: these numbers find a generator that has broken; they "
-        "do not say how good one is. Look at the pictures, and measure FID with the statistics of the teacher's data."
+        "Mean and standard deviation are of all elements of 16 samples (latents, where the teacher has a VAE). A "
+        "teacher that was there already brings no data to compare with: they find a generator that has broken; they do "
+        "not say how good one is. For that, look at the pictures, and give `emd-fast evaluate` a detector and the "
+        "statistics of the teacher's data."
     ),
 }
 
@@ -258,7 +283,27 @@ def _results(metrics: Mapping[str, Any], task: str) -> list[str]:
             ratios = {name: rows[key][name] / real for name in rows[key] if rows[key][name] is not None}
             table.append(["Fréchet distance over that of *real*", *(_number(ratios.get(name)) for name in names)])
     said = ", ".join(f"{key} = {_number(metrics[key])}" for key in ("n", "seed", "seeds") if key in metrics)
-    return ["## Results", _table(table), *([f"Each set: {said}."] if said else []), _ABOUT.get(task, "")]
+    sentences = [f"Each set: {said}."] if said else []
+    return ["## Results", _table(table), *sentences, *_judged_by(metrics), _ABOUT.get(task, ""), *_best(metrics)]
+
+
+def _judged_by(metrics: Mapping[str, Any]) -> list[str]:
+    """The files that a detector's figures depend on."""
+    named = {name: metrics[name] for name in _FILES if name in metrics}
+    lines = [f"- {name.replace('_', ' ')}: `{file['file']}`, sha256 `{file['sha256']}`" for name, file in named.items()]
+    warning = [f"**{metrics['warning']}.**"] if "warning" in metrics else []
+    return (["\n".join(lines)] if lines else []) + warning
+
+
+def _best(metrics: Mapping[str, Any]) -> list[str]:
+    best = metrics.get("best")
+    if not best:
+        return []
+    judged = f"Judged here is the checkpoint of step {metrics['steps']}. " if "trained" in metrics else ""
+    return [
+        f"{judged}The best checkpoint while it trained is that of step {best['step']}, with a Fréchet distance of "
+        f"{_number(best['frechet'])}: `checkpoints/best`, which `--best` chooses."
+    ]
 
 
 def _pictures(folder: Path) -> list[str]:

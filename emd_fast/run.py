@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from emd_fast import checkpoint, config, diagnostics, distributed, journal, report, throughput
+from emd_fast.best import Best, best_of_run
 from emd_fast.checkpoint import CheckpointError
-from emd_fast.config import RunConfig, to_dict
+from emd_fast.config import EvaluationConfig, RunConfig, to_dict
 from emd_fast.denoiser import Denoiser, Generator
 from emd_fast.plan import GIB, UNKNOWN, Ceilings, Plan, Sizes, Work, available, plan
 from emd_fast.progress import Progress, say, summary
@@ -39,6 +40,7 @@ _MAY_CHANGE = {
     "peak_tflops",
     "gradient_variance",
     "samples",
+    *(f"evaluation.{item.name}" for item in dataclasses.fields(EvaluationConfig)),
 }
 
 
@@ -96,13 +98,14 @@ def distill(settings: RunConfig, folder: Path, sinks: tuple[str, ...] = ()) -> d
         say(needs.table())
     needs.check(available())
     task = task_of(settings)
+    task.prepare_to_judge()
     teacher, seconds = _teacher(task, folder)
     trainer = _latest(settings, folder, task, teacher)
     if distributed.world_size() > 1:
         say(f"{distributed.world_size()} ranks, {trainer.parallel}")
     if trainer.steps_done:
         say(f"resuming {folder} at step {trainer.steps_done} of {settings.emd.steps}")
-    seconds["distil"] = _train(trainer, settings, folder, sinks)
+    seconds["distil"] = _train(trainer, settings, folder, sinks, task)
     return evaluate(settings, folder, task, trainer, seconds)
 
 
@@ -138,13 +141,26 @@ def settings_of(folder: Path) -> RunConfig:
     return config.load(str(path))
 
 
-def open_run(folder: Path, up_to: int | None = None) -> tuple[RunConfig, Task, EMDTrainer]:
-    """A run as its last checkpoint has it, or the last of at most `up_to` steps.
+def open_run(
+    folder: Path, up_to: int | None = None, *, best: bool = False, settings: RunConfig | None = None
+) -> tuple[RunConfig, Task, EMDTrainer]:
+    """A run as its last checkpoint has it, or the last of at most `up_to` steps, or the best one.
+
+    Args:
+        settings: in place of those in the folder, where only the evaluation differs.
 
     Raises:
         RunError: no run there, or no such checkpoint. CheckpointError: none of them can be read.
     """
-    settings = settings_of(folder)
+    settings = settings or settings_of(folder)
+    if best:
+        path = checkpoint.best_of(folder / "checkpoints")
+        if not checkpoint.exists(path):
+            raise RunError(f"{folder} has no best checkpoint: distil with --evaluation.every IMAGES to keep one")
+        checkpoint.facts(path)  # whole, before the teacher is read
+        task = task_of(settings)
+        teacher, _ = _teacher(task, folder)
+        return settings, task, _resumed(path, settings, task, teacher)
     paths = checkpoint.found(folder / "checkpoints")
     if not paths:
         raise RunError(f"{folder} has no checkpoint yet: run `emd-fast distill` on it first")
@@ -170,6 +186,11 @@ def evaluate(
         metrics = task.evaluate(trainer, untrained, folder if distributed.is_main() else None)
     seconds = {**seconds, "evaluate": time.monotonic() - began}
     metrics = {**metrics, "steps": trainer.steps_done, "seconds": {k: round(v, 2) for k, v in seconds.items()}}
+    if kept := best_of_run(folder):
+        metrics["best"] = kept
+    trained = max(map(checkpoint.step_of, checkpoint.found(folder / "checkpoints")), default=trainer.steps_done)
+    if trained > trainer.steps_done:
+        metrics["trained"] = trained  # it is an earlier checkpoint that was judged
     text = json.dumps(metrics, indent=1)
 
     def write() -> None:
@@ -222,7 +243,7 @@ def _finished(folder: Path, settings: RunConfig) -> dict[str, Any] | None:
         metrics = json.loads(path.read_text())
     except json.JSONDecodeError:
         return None
-    return metrics if metrics.get("steps", 0) >= settings.emd.steps else None
+    return metrics if metrics.get("trained", metrics.get("steps", 0)) >= settings.emd.steps else None
 
 
 def _teacher(task: Task, folder: Path) -> tuple[Denoiser, dict[str, float]]:
@@ -267,10 +288,7 @@ def _latest(settings: RunConfig, folder: Path, task: Task, teacher: Denoiser, up
         except CheckpointError as error:
             say(f"skipped: {error}")
             continue
-        generator, student = task.make_networks()
-        return EMDTrainer.resume(
-            path, teacher, config=settings.emd, generator=generator, student=student, prompts=task.prompts
-        )
+        return _resumed(path, settings, task, teacher)
     if paths:
         raise CheckpointError(
             f"none of the checkpoints in {folder / 'checkpoints'} can be read; delete them to start over"
@@ -278,7 +296,14 @@ def _latest(settings: RunConfig, folder: Path, task: Task, teacher: Denoiser, up
     return EMDTrainer(teacher, settings.emd, *task.make_networks(), prompts=task.prompts)
 
 
-def _train(trainer: EMDTrainer, settings: RunConfig, folder: Path, sinks: tuple[str, ...]) -> float:
+def _resumed(path: Path, settings: RunConfig, task: Task, teacher: Denoiser) -> EMDTrainer:
+    generator, student = task.make_networks()
+    return EMDTrainer.resume(
+        path, teacher, config=settings.emd, generator=generator, student=student, prompts=task.prompts
+    )
+
+
+def _train(trainer: EMDTrainer, settings: RunConfig, folder: Path, sinks: tuple[str, ...], task: Task) -> float:
     """Steps until the configured number is done. Returns the seconds that all legs of the run took."""
     total, first = settings.emd.steps, trainer.steps_done
     if not settings.emd.noise_cancellation:
@@ -293,6 +318,7 @@ def _train(trainer: EMDTrainer, settings: RunConfig, folder: Path, sinks: tuple[
     if main:
         checkpoint.clear_unfinished(checkpoint_folder)
     agree, saved, stop = distributed.Agreement(), first if first else -1, 0
+    judged = Best(trainer, task, settings, folder) if settings.evaluation.every else None
     flops = math.nan
     began = time.monotonic()
 
@@ -327,6 +353,10 @@ def _train(trainer: EMDTrainer, settings: RunConfig, folder: Path, sinks: tuple[
                         log.write(row)
                     check_health(numbers, settings.emd, trainer.culprit)
                     progress.update(done, summary(row))
+                if judged is not None and judged.due():
+                    figures = judged.judge()
+                    if log is not None:
+                        log.write({"step": done, **figures, "seconds": before + time.monotonic() - began})
                 if done % settings.save_every == 0 or done == total:
                     save()
                     _show(trainer, folder)

@@ -539,17 +539,26 @@ class EMDTrainer:
 
     # Its state --------------------------------------------------------------------------------------------------------
 
-    def save(self, path: str | Path, *, background: bool = False, then: Callable[[], object] | None = None) -> None:
+    def save(
+        self,
+        path: str | Path,
+        *,
+        background: bool = False,
+        then: Callable[[], object] | None = None,
+        notes: dict[str, Any] | None = None,
+    ) -> None:
         """Writes everything that the run needs to go on into a folder; the teacher is not in it. All ranks call it.
 
         Args:
             background: returns when the state is copied; the next save, or `finish_saving`, waits for the rest.
             then: called on rank 0 when the checkpoint is there.
+            notes: plain values to keep with it, the same on every rank; `checkpoint.facts` gives them back.
 
         Raises:
             CheckpointError: it cannot be written; what stood at `path` before is intact.
         """
         facts = {
+            **({} if notes is None else {"notes": notes}),
             "config": to_dict(self.config),
             "step": self.steps_done,
             "seed": self.config.seed,

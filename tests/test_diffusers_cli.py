@@ -75,6 +75,9 @@ def test_prompts_that_were_encoded_before(call, tmp_path):
     assert samples(call, "run").shape == (3, 4, 8, 8)
     code, _, err = call("sample", "run", "--prompt", "a", "--out", "x.pt")
     assert code == 1 and "has no text encoder" in err
+    conditions.save(tmp_path / "without.safetensors", torch.randn(5, 3, 8))
+    code, _, err = call(*words, "--prompts", "without.safetensors", "--out", "none")
+    assert code == 2 and "needs a null condition, and without.safetensors has none" in err
 
 
 @pytest.mark.skipif(folders.transformers_missing() is not None, reason=str(folders.transformers_missing()))
@@ -116,6 +119,31 @@ def test_teachers_that_are_none(call, teacher, code, said):
     assert got == code and said in err and len(err.strip().splitlines()) == 1
 
 
+def test_guidance_that_a_teacher_cannot_give(call, tmp_path):
+    pytest.importorskip("diffusers")
+    folders.unet(tmp_path / "plain")
+    folders.unet(tmp_path / "classes", num_class_embeds=4)
+    for words, said in {
+        ("plain",): "guidance needs conditions, and this teacher has none",
+        ("classes", "--num-classes=4"): "guidance needs a null condition, and this teacher has none",
+    }.items():
+        code, _, err = call("distill", "--teacher", *words, "--guidance=2", "--out", "run", *TINY)
+        assert code == 2 and said in err and len(err.strip().splitlines()) == 1
+
+
+def test_folders_that_are_no_model(call, tmp_path):
+    pytest.importorskip("diffusers")
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "config.json").write_text("{}")
+    folders.unet(tmp_path / "other")
+    path = tmp_path / "other" / "unet" / "config.json"
+    path.write_text(path.read_text().replace("16\n", "24\n"))
+    for folder, said in {"config": "its config.json has no _class_name", "other": "expected shape"}.items():
+        code, _, err = call("distill", "--teacher", folder, "--out", "run", *TINY)
+        assert code == 1 and said in err and len(err.strip().splitlines()) == 1
+        assert "If you want" not in err
+
+
 def one_of_none():
     return None
 
@@ -130,3 +158,21 @@ def test_without_a_recipe_or_a_teacher(call):
 def test_a_folder_that_was_not_exported(tmp_path):
     with pytest.raises(ValueError, match="was not written by"):
         export.load(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(folders.transformers_missing() is not None, reason=str(folders.transformers_missing()))
+def test_the_recipe_of_stable_diffusion_runs(call, tmp_path):
+    folders.stable_diffusion(tmp_path / "teacher")
+    (tmp_path / "prompts.txt").write_text("a b\nc\nd e\n")
+    words = ["distill", "sd15", "--prompts", "prompts.txt", "--out", "run", *TINY, "--micro-batch-size=1"]
+    code, _, err = call(*words)
+    assert code == 2 and "there is no teacher: give --teacher" in err
+    done(call(*words, "--teacher", "teacher"))
+    assert checkpoint.found(tmp_path / "run" / "checkpoints")[-1].name == "step-00000002"
+    done(call("export", "run", "one-step"))
+    from diffusers import DiffusionPipeline
+
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "one-step")
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline("a b", num_inference_steps=1, guidance_scale=1.0).images[0].size == (16, 16)

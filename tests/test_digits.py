@@ -8,10 +8,10 @@ import torch
 
 from emd_fast.config import TeacherConfig
 from emd_fast.ema import EMA
-from emd_fast.evaluate import DigitFeatures, digits_metrics
 from emd_fast.noise import Noise
 from emd_fast.ops import normal
 from emd_fast.sampler import heun
+from emd_fast.tasks.digits_metrics import DigitFeatures, digits_metrics
 from emd_fast.teachers import digits
 from emd_fast.teachers.small_unet import SmallUNet, initialise
 

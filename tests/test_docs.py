@@ -18,6 +18,8 @@ def test_from_a_teacher_to_a_pipeline(tmp_path):
     pytest.importorskip("diffusers")
     lines = re.search(r"```py\n(from diffusers.*?)```", (DOCS / "export.md").read_text(), re.DOTALL)
     assert lines is not None
+    to_the_disk = lines[1].partition("pipeline = ")[0].splitlines()
+    assert len([line for line in to_the_disk if "DiffusionPipeline" not in line]) <= 10
     folders.dit(tmp_path / "teacher")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(DOCS.parent), os.environ.get("PYTHONPATH", "")])}
     script = lines[1] + "assert image.size == (16, 16)\n"

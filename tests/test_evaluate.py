@@ -1,277 +1,290 @@
-"""Metrics against closed forms and brute force."""
+"""Evaluation by a detector: of images in files, of runs, of what was exported, on one rank and on several."""
 
-import math
+from __future__ import annotations
 
+import json
+
+import detector_files as files
+import diffusers_folders
 import numpy as np
 import pytest
 import torch
+from spawned import Ranks
 
-from emd_fast import evaluate
-from emd_fast.evaluate import (
-    DigitFeatures,
-    digits_metrics,
-    frechet,
-    mixture_comparison,
-    mixture_metrics,
-    precision_recall,
-)
-from emd_fast.teachers import digits
+from emd_fast import Denoiser, EMDConfig, EMDTrainer, cli, evaluate, export, report, run, schedules
+from emd_fast.metrics.images import ImageFiles, to_uint8
+from emd_fast.teachers.small_unet import SmallUNet, initialise
 
-# Fréchet distance -------------------------------------------------------------------------------------------------
+TINY = ["--steps=2", "--batch-size=4", "--langevin-steps=1", "--student-updates=1", "--lr-warmup=0", "--samples=20"]
 
 
-def with_moments(n, mean, covariance, seed):
-    """(n, D) float64 whose sample mean and covariance (n - 1) are exactly these."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(n, len(mean), generator=generator, dtype=torch.float64)
-    white = torch.linalg.qr(x - x.mean(0)).Q * math.sqrt(n - 1)
-    values, vectors = torch.linalg.eigh(covariance)
-    return white @ torch.diag(values.clamp(min=0).sqrt()) @ vectors.T + mean
+@pytest.fixture
+def call(capsys, monkeypatch, tmp_path):
+    """The command line in an empty folder: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(report, "curves", lambda *_: None)  # they would take most of the time
+
+    def run(*words):
+        try:
+            code = cli.main([str(word) for word in words])
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return run
 
 
-def random_covariance(d, seed, rank=None):
-    generator = torch.Generator().manual_seed(seed)
-    factor = torch.randn(d, rank or d + 2, generator=generator, dtype=torch.float64)
-    return factor @ factor.T / d
+def done(result):
+    assert result[0] == 0, result[2]
+    return result[1]
 
 
-@pytest.mark.parametrize("rank", [None, 2], ids=["full rank", "singular"])
-def test_frechet_of_known_moments(rank):
-    a_cov, b_cov = random_covariance(5, 0), random_covariance(5, 1, rank)
-    mean = torch.tensor([1.0, -2.0, 0.5, 0.0, 3.0], dtype=torch.float64)
-    a, b = with_moments(40, torch.zeros_like(mean), a_cov, 2), with_moments(40, mean, b_cov, 3)
-    # tr (A B)^1/2 from the eigenvalues of the product, which is not symmetric.
-    root = np.sqrt(np.linalg.eigvals((a_cov @ b_cov).numpy()).astype(complex)).real.sum()
-    expected = (mean @ mean + a_cov.trace() + b_cov.trace()).item() - 2 * root
-    assert frechet(a, b) == pytest.approx(expected, rel=1e-6)
-    assert frechet(b, a) == pytest.approx(expected, rel=1e-6)
+def edm_distance(a, b):
+    """fid.py's, in numpy; the roots of the eigenvalues of the product are those of its matrix root."""
+    (mu, sigma), (mu_ref, sigma_ref) = files.statistics(a), files.statistics(b)
+    roots = np.sqrt(np.linalg.eigvals(sigma @ sigma_ref).astype(complex)).real.sum()
+    return float(np.square(mu - mu_ref).sum() + np.trace(sigma + sigma_ref) - 2 * roots)
 
 
-def test_frechet_in_one_dimension_and_for_commuting_covariances():
-    one = torch.eye(1, dtype=torch.float64)
-    a = with_moments(30, torch.tensor([1.0], dtype=torch.float64), 4 * one, 0)
-    b = with_moments(30, torch.tensor([-2.0], dtype=torch.float64), 0.25 * one, 1)
-    assert frechet(a, b) == pytest.approx(3**2 + (2 - 0.5) ** 2, rel=1e-10)
-    stds = torch.tensor([[1.0, 2.0, 3.0], [2.0, 2.0, 0.0]], dtype=torch.float64)
-    zero = torch.zeros(3, dtype=torch.float64)
-    sets = [with_moments(30, zero, torch.diag(s**2), i) for i, s in enumerate(stds)]
-    assert frechet(*sets) == pytest.approx(1 + 0 + 9, rel=1e-10)
+@pytest.fixture
+def there(tmp_path):
+    """A detector, twenty real images, and their statistics made by another formulation."""
+    real = files.pictures(20, seed=1)
+    files.detector(tmp_path / "d.pt")
+    files.folder(tmp_path / "real", real)
+    files.npz(tmp_path / "r.npz", files.features_of(real))
+    return files.features_of(real)
 
 
-def test_frechet_of_equal_sets_is_zero_and_moves_with_nothing():
-    x = torch.randn(50, 6)
-    assert frechet(x, x) < 1e-12
-    assert frechet(x, x.flip(0)) < 1e-12
-    wide = torch.randn(5, 20)  # fewer samples than dimensions
-    assert frechet(wide, wide) < 1e-12
-    y = torch.randn(50, 6) * 0.7 + 0.3
-    # float32 sums far from 0 would lose all of it.
-    assert frechet(x.double() + 1e4, y.double() + 1e4) == pytest.approx(frechet(x, y), rel=1e-6)
+# Images in files --------------------------------------------------------------------------------------------------
 
 
-# Precision and recall ---------------------------------------------------------------------------------------------
+def test_images_against_a_reference(call, there, tmp_path):
+    made = files.pictures(23) // 2
+    files.folder(tmp_path / "made", made)
+    words = ["evaluate", "made", "--detector", "d.pt", "--reference", "r.npz"]
+    metrics = json.loads(done(call(*words)))
+    assert metrics["frechet"] == pytest.approx(edm_distance(files.features_of(made), there), abs=1e-3)
+    assert metrics["frechet"] > 0.1 and metrics["n"] == 23
+    assert metrics["inception_score"] > 1
+    assert {len(metrics[name]["sha256"]) for name in ("detector", "reference")} == {64}
+    assert "n = 23 is below 50,000" in metrics["warning"]
+    for size in (1, 7, 23):
+        assert json.loads(done(call(*words, "--batch-size", size)))["frechet"] == pytest.approx(
+            metrics["frechet"], rel=1e-5
+        )
+    archive = files.zipped(tmp_path / "made.zip", tmp_path / "made")
+    assert json.loads(done(call("evaluate", archive, *words[2:])))["frechet"] == metrics["frechet"]
 
 
-def brute(real, generated, k):
+def test_a_reference_that_the_command_wrote(call, there, tmp_path):
+    written = json.loads(done(call("evaluate", "real", "--detector", "d.pt", "--write-reference", "w.npz")))
+    assert written["n"] == 20
+    with np.load("w.npz") as ours, np.load("r.npz") as other:
+        for name in ("mu", "sigma"):
+            np.testing.assert_allclose(ours[name], other[name], rtol=1e-4, atol=1e-6)
+    metrics = json.loads(done(call("evaluate", "real", "--detector", "d.pt", "--reference", "w.npz")))
+    assert metrics["frechet"] == pytest.approx(0, abs=1e-9)
+    assert metrics["reference"]["sha256"] == written["reference"]["sha256"]
+    files.folder(tmp_path / "large", files.pictures(20, size=9))
+    code, _, err = call("evaluate", "large", "--detector", "d.pt", "--reference", "w.npz")
+    assert code == 1 and "of images of 3x8x8, these are of 3x9x9; nothing is resized here" in err
+
+
+def test_precision_and_recall_against_images(call, there, tmp_path):
+    files.folder(tmp_path / "made", files.pictures(20) // 2 + 60)
+    words = ["evaluate", "made", "--detector", "d.pt", "--compare-with", "real"]
+    metrics = json.loads(done(call(*words)))
+    a, b = there, files.features_of(files.pictures(20) // 2 + 60)
+
     def share(samples, manifold):
-        inside = 0
-        for sample in samples:
-            for i, centre in enumerate(manifold):
-                others = sorted(math.dist(centre, other) for j, other in enumerate(manifold) if j != i)
-                if math.dist(sample, centre) <= others[k - 1]:
-                    inside += 1
-                    break
-        return inside / len(samples)
+        others = np.linalg.norm(manifold[:, None] - manifold[None], axis=2)
+        radii = np.sort(others, axis=1)[:, 3]
+        return (np.linalg.norm(samples[:, None] - manifold[None], axis=2) <= radii).any(1).mean()
 
-    return share(generated, real), share(real, generated)
-
-
-@pytest.mark.parametrize("k", [1, 3])
-@pytest.mark.parametrize("chunk", [1024, 7])
-def test_precision_recall_against_brute_force(k, chunk, monkeypatch):
-    monkeypatch.setattr(evaluate, "_CHUNK", chunk)
-    generator = torch.Generator().manual_seed(k)
-    real = torch.randn(40, 3, generator=generator, dtype=torch.float64)
-    generated = 0.8 * torch.randn(40, 3, generator=generator, dtype=torch.float64) + 0.9
-    expected = brute(real.tolist(), generated.tolist(), k)
-    assert precision_recall(real, generated, k) == pytest.approx(expected, abs=1e-12)
-    assert 0.1 < min(expected) and max(expected) < 1  # or the comparison says nothing
-    # Far from the origin the usual a^2 + b^2 - 2ab would lose these distances.
-    assert precision_recall(real + 1e8, generated + 1e8, k) == pytest.approx(expected, abs=1e-12)
-
-
-def test_precision_and_recall_are_not_the_same():
-    real = torch.tensor([[0.0], [1.0], [2.0], [3.0], [100.0], [101.0], [102.0], [103.0]])
-    half = torch.tensor([[0.1], [1.1], [2.1], [2.9], [0.3], [0.6], [1.6], [2.3]])
-    assert precision_recall(real, half, k=1) == (1.0, 0.5)
-    assert precision_recall(half, real, k=1) == (0.5, 1.0)
-    assert precision_recall(real, real) == (1.0, 1.0)
-    assert precision_recall(real, real + 1000) == (0.0, 0.0)
-
-
-@pytest.mark.parametrize("metric", [frechet, precision_recall])
-def test_bad_features(metric):
-    x = torch.randn(8, 3)
-    with pytest.raises(ValueError, match=r"one shape \(n, D\), got \(8, 3\) and \(7, 3\)"):
-        metric(x, x[:7])
-    with pytest.raises(ValueError, match="one shape"):
-        metric(x[:, 0], x[:, 0])
-    with pytest.raises(ValueError, match="at least 2 samples, got 1"):
-        metric(x[:1], x[:1])
-    for value in (math.nan, math.inf):
-        bad = x.clone()
-        bad[3, 1] = value
-        for pair in ((bad, x), (x, bad)):
-            with pytest.raises(ValueError, match="finite"):
-                metric(*pair)
-
-
-@pytest.mark.parametrize("k", [0, 8])
-def test_k_out_of_range(k):
-    with pytest.raises(ValueError, match=f"k must be at least 1 and below the 8 samples, got {k}"):
-        precision_recall(torch.randn(8, 3), torch.randn(8, 3), k=k)
-
-
-# Digits -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def features():
-    return DigitFeatures()
-
-
-def test_the_classifier_knows_digits_it_has_not_seen(features):
-    images, labels = digits.load("test")
-    assert (features.predict(images) == labels).float().mean() >= 0.98
-    found = features.features(images)
-    assert found.shape == (599, 64) and found.dtype == torch.float32 and not found.requires_grad
-    torch.testing.assert_close(features._network.last(found).argmax(1), features.predict(images))
-    assert features.features(images[:0]).shape == (0, 64)
-    with pytest.raises(ValueError, match=r"\(N, 1, 8, 8\), got \(3, 1, 28, 28\)"):
-        features.features(torch.zeros(3, 1, 28, 28))
-
-
-def test_the_classifier_depends_on_its_seed_alone():
-    images, _ = digits.load("test")
-    torch.manual_seed(0)
-    one = DigitFeatures(3, steps=5).features(images)
-    torch.manual_seed(1)
-    assert torch.equal(DigitFeatures(3, steps=5).features(images), one)
-    assert not torch.equal(DigitFeatures(4, steps=5).features(images), one)
-
-
-def test_metrics_of_sets_that_are_known(features):
-    images, labels = digits.load("test")
-    generator = torch.Generator().manual_seed(0)
-    # One clean image of each class, with a little noise: what a collapsed generator makes.
-    first = torch.stack([images[labels == digit][0] for digit in range(10)])[labels]
-    sets = {
-        "test": (images, labels),
-        "wrong": (images, (labels + 1) % 10),
-        "collapsed": (first + 0.01 * torch.randn(first.shape, generator=generator), labels),
-        "noise": (torch.randn(images.shape, generator=generator).clamp(-1, 1), labels),
-        "asked for nothing": (images, None),
-    }
-    metrics = digits_metrics(sets, features)
-    assert metrics["n"] == 599 and metrics["seed"] == 0
-    distance = metrics["frechet"]
-    assert list(distance) == ["real", *sets]
-    assert distance["test"] < 1e-9 < distance["real"] < distance["collapsed"] / 3 < distance["noise"]
-    assert metrics["recall"]["test"] == metrics["precision"]["test"] == 1
-    assert metrics["recall"]["real"] > 0.8 and metrics["precision"]["real"] > 0.8
-    assert metrics["recall"]["collapsed"] < 0.1 and metrics["precision"]["collapsed"] > 0.9
-    assert metrics["accuracy"]["test"] >= 0.98 and metrics["accuracy"]["wrong"] <= 0.02
-    assert metrics["accuracy"]["noise"] < 0.3 and metrics["accuracy"]["real"] > 0.98
-    assert "asked for nothing" not in metrics["accuracy"]
-
-
-def test_fewer_images_and_another_seed(features):
-    images, labels = digits.load("test")
-    one = digits_metrics({"a": (images[:100], labels[:100])}, features, seed=1)
-    assert one["n"] == 100
-    assert one == digits_metrics({"a": (images[:100], labels[:100])}, features, seed=1)
-    assert (
-        one["frechet"]["real"]
-        != digits_metrics({"a": (images[:100], labels[:100])}, features, seed=2)["frechet"]["real"]
-    )
-
-
-def test_bad_sets(features):
-    images, labels = digits.load("test")
-    with pytest.raises(ValueError, match=r"every set needs 599 images.*'b' has 598 images"):
-        digits_metrics({"a": (images, labels), "b": (images[1:], labels[1:])}, features)
-    with pytest.raises(ValueError, match=r"'a' has 599 images and labels \(598,\)"):
-        digits_metrics({"a": (images, labels[1:])}, features)
-    with pytest.raises(ValueError, match="another name"):
-        digits_metrics({"real": (images, labels)}, features)
-    with pytest.raises(ValueError, match=r"4 to 599 images.*got 600"):
-        digits_metrics({"a": (torch.cat([images, images[:1]]), torch.cat([labels, labels[:1]]))}, features)
-    with pytest.raises(ValueError, match="finite: 'a'"):
-        digits_metrics({"a": (images / 0, labels)}, features)
-
-
-# Mixtures ---------------------------------------------------------------------------------------------------------
-
-MEANS = torch.tensor([[2.0, 0.0], [-2.0, 0.0], [0.0, 2.0], [0.0, -2.0]])
-WEIGHTS = [0.4, 0.3, 0.2, 0.1]
-
-
-def points(counts, std=0.1, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    centres = MEANS.repeat_interleave(torch.tensor(counts), dim=0)
-    return centres + std * torch.randn(centres.shape, generator=generator)
-
-
-def test_mixture_metrics_of_exact_samples():
-    metrics = mixture_metrics(points([400, 300, 200, 100]), WEIGHTS, MEANS, 0.1)
-    assert metrics["mass"] == pytest.approx([0.4, 0.3, 0.2, 0.1]) and metrics["due"] == pytest.approx(WEIGHTS)
-    assert metrics["modes"] == 4 and metrics["total_variation"] == pytest.approx(0)
-    assert metrics["recall"] > 0.9 and metrics["precision"] > 0.9 and metrics["frechet"] < 0.05
-    assert metrics["n"] == 1000
-
-
-def test_mixture_metrics_of_a_collapsed_generator():
-    metrics = mixture_metrics(points([1000, 0, 0, 0]), [4, 3, 2, 1], MEANS, 0.1)  # weights need not sum to 1
-    assert metrics["mass"] == [1, 0, 0, 0] and metrics["modes"] == 1
-    assert metrics["total_variation"] == pytest.approx(0.6)
-    assert metrics["recall"] == pytest.approx(0.4, abs=0.06) and metrics["precision"] > 0.9
-
-
-def test_a_mode_is_found_from_a_quarter_of_its_mass_and_not_far_from_its_mean():
-    # Due 0.1 of 1000: found with 25 samples, not with 24.
-    assert mixture_metrics(points([500, 300, 175, 25], std=0.01), WEIGHTS, MEANS, 0.1)["modes"] == 4
-    assert mixture_metrics(points([500, 300, 176, 24], std=0.01), WEIGHTS, MEANS, 0.1)["modes"] == 3
-    moved = points([400, 300, 200, 100], std=0.0)
-    moved[900:, 0] += 0.29
-    assert mixture_metrics(moved, WEIGHTS, MEANS, 0.1)["modes"] == 4
-    moved[900:, 0] += 0.02
-    far = mixture_metrics(moved, WEIGHTS, MEANS, 0.1)
-    assert far["modes"] == 3 and far["mass"] == pytest.approx(WEIGHTS)
-
-
-def test_mixture_comparison_adds_other_exact_samples():
-    sets = {"student": points([400, 300, 200, 100]), "init": torch.randn(1000, 2)}
-    metrics = mixture_comparison(sets, WEIGHTS, MEANS, 0.1, seed=3)
-    assert metrics["n"] == 1000 and metrics["seed"] == 3
-    assert metrics["modes"] == {"real": 4, "student": 4, "init": 0}
-    assert metrics["recall"]["student"] == mixture_metrics(sets["student"], WEIGHTS, MEANS, 0.1, seed=3)["recall"]
-    # The same samples on both sides would give 0 and 1.
-    assert 1e-6 < metrics["frechet"]["real"] < 0.05 and 0.9 < metrics["recall"]["real"] < 1
-    with pytest.raises(ValueError, match="of one size"):
-        mixture_comparison({"a": torch.zeros(5, 2), "b": torch.zeros(6, 2)}, WEIGHTS, MEANS, 0.1)
+    assert (metrics["precision"], metrics["recall"]) == pytest.approx((share(b, a), share(a, b)))
+    assert 0 < metrics["recall"] < 1
+    assert metrics["compare_with"]["sha256"] == ImageFiles("real").sha256
+    files.folder(tmp_path / "fewer", files.pictures(19))
+    code, _, err = call(*words[:-1], "fewer")
+    assert code == 1 and "compare sets of one size: fewer has 19 images, 20 are generated" in err
+    files.folder(tmp_path / "large", files.pictures(20, size=9))
+    code, _, err = call(*words[:-1], "large")
+    assert code == 1 and "large has images of 3x9x9, these are of 3x8x8" in err
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("words", "code", "said"),
     [
-        ((torch.zeros(10, 3), WEIGHTS, MEANS, 0.1), r"shape \(n, 2\)"),
-        ((torch.zeros(3, 2), WEIGHTS, MEANS, 0.1), "n at least 4"),
-        ((torch.zeros(10, 2), WEIGHTS[:3], MEANS, 0.1), "must fit"),
-        ((torch.zeros(10, 2), [1, 1, 1, 0], MEANS, 0.1), "must be positive"),
-        ((torch.zeros(10, 2), WEIGHTS, MEANS, 0.0), "must be positive"),
-        ((torch.full((10, 2), math.nan), WEIGHTS, MEANS, 0.1), "must be finite"),
+        (["nowhere", "--detector", "d.pt"], 1, "nowhere is neither a folder nor a .zip of images"),
+        (["real", "--detector", "nothing.pt"], 1, "there is no detector file nothing.pt"),
+        (["real", "--detector", "r.npz"], 1, "r.npz is an archive, but no program"),
+        (["real", "--detector", "d.pt", "--reference", "d.pt"], 1, "d.pt is no reference"),
+        (["real", "--detector", "d.pt", "--reference", "other.npz"], 1, "statistics of 3 (fid) features, the detector"),
+        (["real", "--reference", "r.npz"], 1, "real is not the folder of a run"),
+        (["real", "--detector", "d.pt", "--samples", "7"], 2, "real has 20 images, --samples is 7"),
+        (["real", "--detector", "d.pt", "--best"], 2, "--best needs a run folder"),
+        (["real", "--detector", "d.pt", "--clip", "x"], 2, "--clip needs a run folder"),
+        (["real", "--detector", "d.pt", "--write-reference", "x.txt"], 2, "must end in .npz"),
     ],
 )
-def test_bad_mixtures(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        mixture_metrics(*arguments)
+def test_what_cannot_be_evaluated_is_one_line(call, there, words, code, said):
+    np.savez("other.npz", mu=np.zeros(3), sigma=np.eye(3))
+    got, out, err = call("evaluate", *words)
+    assert (got, out) == (code, "") and said in err and len(err.strip().splitlines()) == 1, err
+
+
+# Runs and generators ----------------------------------------------------------------------------------------------
+
+
+def small():
+    """A teacher of one's own."""
+    network = SmallUNet(3, channels=4, num_classes=0)
+    initialise(network, 0)
+    return Denoiser(network, schedules.EDM(), "edm", sigma_data=0.5, sample_shape=(3, 8, 8))
+
+
+def images_of(trainer, n):
+    return to_uint8(trainer.generate(n))
+
+
+def test_a_run_by_a_detector(call, there, tmp_path):
+    words = ["distill", "--teacher", "test_evaluate:small", "--out", "run", *TINY]
+    done(call(*words, "--detector", "d.pt", "--reference", "r.npz"))
+    first = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    _, _, trainer = run.open_run(tmp_path / "run")
+    expected = edm_distance(files.features_of(images_of(trainer, 20)), there)
+    assert first["frechet"] == {"student": pytest.approx(expected, abs=1e-3)}
+    assert (first["n"], first["seed"]) == (20, 0)
+    report = (tmp_path / "run" / "report.md").read_text()
+    assert first["reference"]["sha256"] in report and "n = 20 is below 50,000" in report
+    more = json.loads(done(call("evaluate", "run", "--samples", "33")))
+    assert more["n"] == 33 and more["frechet"] != first["frechet"]
+    compared = json.loads(done(call("evaluate", "run", "--compare-with", "real")))
+    assert set(compared["precision"]) == {"student"} and 0 <= compared["recall"]["student"] <= 1
+    assert compared["frechet"]["student"] == pytest.approx(expected, abs=1e-3)
+    # The command judges otherwise; the run is what it was.
+    assert "is finished" in call(*words)[2]
+    # A folder of its images is judged the same, by the detector and by eye.
+    done(call("sample", "run", "-n", "20", "--out", "images"))
+    assert torch.equal(ImageFiles("images")(0, 20), images_of(trainer, 20))
+    again = json.loads(done(call("evaluate", "images", "--detector", "d.pt", "--reference", "r.npz")))
+    assert again["frechet"] == pytest.approx(first["frechet"]["student"], rel=1e-5)
+    code, _, err = call("sample", "run", "-n", "2", "--out", "images")
+    assert code == 2 and "images exists already and is not empty" in err
+    done(call("sample", "run", "-n", "2", "--first", "18", "--out", "two"))
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["000018.png", "000019.png"]
+    assert torch.equal(ImageFiles("two")(0, 2), ImageFiles("images")(18, 2))
+    # What was exported is the same generator.
+    done(call("export", "run", "one.safetensors"))
+    exported = json.loads(
+        done(call("evaluate", "one.safetensors", "--detector", "d.pt", "--reference", "r.npz", "--samples", "20"))
+    )
+    assert exported["frechet"] == pytest.approx(first["frechet"]["student"], abs=1e-9) and exported["seed"] == 0
+
+
+def test_a_wrong_file_is_found_before_the_training(call, there, tmp_path):
+    np.savez("other.npz", mu=np.zeros(3), sigma=np.eye(3))
+    words = ["distill", "--teacher", "test_evaluate:small", "--out", "run", *TINY]
+    for extra, said in {
+        ("--detector", "real"): "there is no detector file real",
+        ("--detector", "d.pt", "--reference", "d.pt"): "d.pt is no reference",
+        ("--detector", "d.pt", "--reference", "other.npz"): "statistics of 3 (fid) features, the detector gives 6",
+        ("--reference", "r.npz"): "reference needs a detector",
+        ("--evaluation.every", "8"): "evaluation.every needs a Fréchet distance: give --detector FILE and --reference",
+        ("--evaluation.every", "-1"): "every must be at least 0 images",
+        ("--clip", "real"): "holds no CLIP model",
+    }.items():
+        code, _, err = call(*words, *extra)
+        assert code in (1, 2) and said in err and len(err.strip().splitlines()) == 1, err
+        assert not list((tmp_path / "run").glob("checkpoints/*"))
+    code, _, err = call("distill", "gmm", "--out", "g", "--detector", "d.pt")
+    assert code == 2 and "detector is for pretrained teachers; the task 'gmm' has its own figures" in err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(diffusers_folders.transformers_missing() is not None, reason="transformers is not installed")
+def test_the_clip_score_of_a_run(call, tmp_path):
+    from emd_fast.metrics.clip import ClipScore
+
+    diffusers_folders.stable_diffusion(tmp_path / "teacher")
+    clip = files.clip(tmp_path / "clip", seed=0)
+    (tmp_path / "prompts.txt").write_text("a b\n\nc\nd e\n")
+    words = ["--teacher", "teacher", "--prompts", "prompts.txt", "--guidance=2", *TINY[:-1], "--samples=7"]
+    done(call("distill", *words, "--out", "run"))
+    metrics = json.loads(done(call("evaluate", "run", "--clip", "clip")))
+    _, _, trainer = run.open_run(tmp_path / "run")
+    images = to_uint8(trainer.teacher.decode(trainer.generate(7)))
+    prompts = ["a b", "c", "d e", "a b", "c", "d e", "a b"]
+    expected = ClipScore(clip)(images, prompts).mean().item()
+    assert metrics["clip_score"] == {"student": pytest.approx(expected, abs=1e-3)}
+    assert expected != 0 and metrics["n"] == 7
+    (tmp_path / "prompts.txt").write_text("a b\nc\n")
+    code, _, err = call("evaluate", "run", "--clip", "clip")
+    assert code == 1 and "has 2 prompts, the run was made with 3" in err
+
+
+# Ranks ------------------------------------------------------------------------------------------------------------
+
+
+def judged(detector, reference, real, batch):
+    """What every rank gets, and the global indices that this one drew."""
+    trainer = EMDTrainer(small(), EMDConfig(steps=1, batch_size=4))
+    drawn = []
+
+    def images(first, n):
+        drawn.extend(range(first, first + n))
+        return images_of_range(trainer, first, n)
+
+    judges = evaluate.Judges.read(detector, reference, real)
+    return evaluate.judge(judges, images, 20, batch), drawn
+
+
+def judged_with_a_failure(detector):
+    def images(first, n):
+        if first >= 10:
+            raise ValueError("images must be finite: they hold NaN or infinite values")
+        return files.pictures(n)
+
+    try:
+        evaluate.judge(evaluate.Judges.read(detector), images, 20, 5)
+    except ValueError as error:
+        return str(error)
+
+
+def images_of_range(trainer, first, n):
+    return to_uint8(trainer.generate(n, first_sample=first))
+
+
+@pytest.mark.slow
+def test_the_numbers_do_not_depend_on_ranks_or_batches(there, tmp_path):
+    paths = [str(tmp_path / name) for name in ("d.pt", "r.npz", "real")]
+    alone, drawn = judged(*paths, 20)
+    assert drawn == list(range(20)) and set(alone) >= {"frechet", "inception_score", "precision", "recall"}
+    ranks = Ranks(3)
+    try:
+        for batch in (3, 20):
+            parts = ranks(judged, *paths, batch)
+            assert [index for _, part in parts for index in part] == list(range(20))
+            for found, _ in parts:
+                assert found == pytest.approx(alone, abs=1e-6)
+                assert found == parts[0][0]
+        # An error that one rank meets is one of all; none waits for it.
+        said = "images must be finite: they hold NaN or infinite values"
+        assert ranks(judged_with_a_failure, paths[0]) == [f"{said} (rank 1)", said, said]
+    finally:
+        ranks.close()
+
+
+def test_too_few_samples(there, tmp_path):
+    judges = evaluate.Judges.read(tmp_path / "d.pt")
+    with pytest.raises(ValueError, match="at least 2 images a rank, got 1 for 1"):
+        evaluate.judge(judges, lambda first, n: files.pictures(n), 1, 1)
+    with pytest.raises(ValueError, match="needs a detector and a reference"):
+        evaluate.frechet(judges, lambda first, n: files.pictures(n), 4, 4)
+
+
+def test_an_exported_generator_has_the_trainers_images(tmp_path):
+    trainer = EMDTrainer(small(), EMDConfig(steps=1, batch_size=4))
+    loaded = export.load(export.export(trainer, tmp_path / "x.safetensors", "safetensors"))
+    assert torch.equal(to_uint8(loaded.sample(6)), images_of(trainer, 6))

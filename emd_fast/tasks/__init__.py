@@ -32,6 +32,15 @@ class Task(Protocol):
     def make_networks(self) -> tuple[nn.Module | None, Denoiser | None]:
         """Generator and student; None for copies of the teacher."""
 
+    def prepare_to_judge(self) -> None:
+        """Reads what samples are judged by, so that a wrong file is found before the training."""
+
+    def basis(self) -> dict[str, Any]:
+        """What the figures of `judge` depend on besides the weights and the seed: plain values."""
+
+    def judge(self, trainer: EMDTrainer) -> dict[str, float]:
+        """The student alone, in the middle of the training: "frechet", which decides, and what else there is."""
+
     def evaluate(self, trainer: EMDTrainer, untrained: EMDTrainer, folder: Path | None) -> dict[str, Any]:
         """What goes into metrics.json; pictures are written into folder / "samples" where a folder is given."""
 

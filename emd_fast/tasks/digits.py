@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from emd_fast import checkpoint, ops, report
 from emd_fast.config import RunConfig, TeacherConfig, from_dict, to_dict
 from emd_fast.denoiser import Denoiser
-from emd_fast.evaluate import DigitFeatures, digits_metrics
 from emd_fast.noise import Noise, Stream
 from emd_fast.sampler import heun
 from emd_fast.tasks import OnStep
+from emd_fast.tasks.digits_metrics import DigitFeatures, digits_metrics
 from emd_fast.teachers import digits
 from emd_fast.trainer import EMDTrainer
 
@@ -49,9 +49,23 @@ class Digits:
     def make_networks(self) -> tuple[nn.Module | None, Denoiser | None]:
         return None, None
 
+    def prepare_to_judge(self) -> None:
+        pass
+
+    def basis(self) -> dict[str, Any]:
+        return {}
+
+    def judge(self, trainer: EMDTrainer) -> dict[str, float]:
+        labels, cond = _held_out(trainer)
+        metrics = digits_metrics(
+            {"student": (trainer.generate(len(labels), cond), cond)}, _features(), trainer.config.seed
+        )
+        figures = ("frechet", "recall", "precision", "accuracy")
+        return {name: metrics[name]["student"] for name in figures if "student" in metrics[name]}
+
     def evaluate(self, trainer: EMDTrainer, untrained: EMDTrainer, folder: Path | None) -> dict[str, Any]:
-        images, labels = digits.load("test")
-        cond = labels if trainer.config.num_classes else None
+        images = digits.load("test")[0]
+        labels, cond = _held_out(trainer)
         z = ops.normal((len(labels), *digits.SHAPE), Noise(trainer.config.seed), stream=Stream.SHOWN)
         samples = {
             "teacher": heun(trainer.teacher, z, cond),
@@ -66,6 +80,12 @@ class Digits:
             for name, pictures in {"real": images, **samples}.items():
                 report.save_grid(folder / "samples" / f"{name}.png", pictures[shown], columns=10)
         return metrics
+
+
+def _held_out(trainer: EMDTrainer) -> tuple[Tensor, Tensor | None]:
+    """The labels of the held-out images, and the conditions to ask for: their classes, where there are any."""
+    labels = digits.load("test")[1]
+    return labels, labels if trainer.config.num_classes else None
 
 
 @functools.cache

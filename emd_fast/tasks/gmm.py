@@ -12,11 +12,11 @@ from torch import nn
 from emd_fast import ops, report
 from emd_fast.config import RunConfig
 from emd_fast.denoiser import Denoiser
-from emd_fast.evaluate import mixture_comparison
 from emd_fast.noise import Noise, Stream
 from emd_fast.sampler import heun
 from emd_fast.schedules import EDM
 from emd_fast.tasks import OnStep
+from emd_fast.tasks.mixture_metrics import mixture_comparison, mixture_metrics
 from emd_fast.teachers import gaussian_mixture
 from emd_fast.teachers.mlp import PointGenerator, TimeMLP
 from emd_fast.trainer import EMDTrainer
@@ -52,6 +52,17 @@ class Mixture:
         sigma_data = math.sqrt(mixture.radius**2 / 2 + mixture.std**2)
         network = TimeMLP(2, mixture.student_width, mixture.student_layers, seed + 1)
         return generator, Denoiser(network, EDM(), "edm", sigma_data=sigma_data, sample_shape=(2,))
+
+    def prepare_to_judge(self) -> None:
+        pass
+
+    def basis(self) -> dict[str, Any]:
+        return {"samples": self.config.samples}
+
+    def judge(self, trainer: EMDTrainer) -> dict[str, float]:
+        samples = trainer.generate(self.config.samples)
+        metrics = mixture_metrics(samples, self.weights, self.means, self.config.mixture.std, trainer.config.seed)
+        return {name: metrics[name] for name in ("frechet", "recall", "precision", "modes", "total_variation")}
 
     def evaluate(self, trainer: EMDTrainer, untrained: EMDTrainer, folder: Path | None) -> dict[str, Any]:
         n, seed = self.config.samples, trainer.config.seed

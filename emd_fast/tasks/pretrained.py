@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from emd_fast import conditions, report
+from emd_fast import conditions, distributed, report
+from emd_fast import evaluate as judging
 from emd_fast.config import ConfigError, RunConfig
 from emd_fast.denoiser import Denoiser
+from emd_fast.evaluate import Judges
+from emd_fast.metrics.images import to_uint8
 from emd_fast.progress import say
 from emd_fast.sampler import heun
 from emd_fast.tasks import OnStep
@@ -29,9 +34,10 @@ class Pretrained:
         self.prompts: conditions.Table | None = None
 
     def make_teacher(self, folder: Path, on_step: OnStep | None) -> Denoiser:
-        teacher = self._load(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        teacher = self._load(_device())
         self._check_classes(teacher)
         self.prompts = self._prompts(teacher, folder)
+        self._check_guidance(teacher)
         return teacher
 
     def untrained_teacher(self) -> Denoiser:
@@ -53,6 +59,20 @@ class Pretrained:
         if has != given:
             raise ConfigError(f"num_classes must be {has} for this teacher, got {given}: give --num-classes {has}")
 
+    def _check_guidance(self, teacher: Denoiser) -> None:
+        if self.config.emd.guidance is None:
+            return
+        if self.prompts is None and not self.config.emd.num_classes:
+            raise ConfigError("guidance needs conditions, and this teacher has none: leave --guidance out")
+        if teacher.null_cond is None:
+            prompts = self.config.pretrained.prompts
+            helps = (
+                f"{prompts} has none: write it with emd_fast.conditions.save(..., null_cond=...)"
+                if prompts
+                else "this teacher has none: give --teacher package.module:function, a function that sets null_cond"
+            )
+            raise ConfigError(f"guidance needs a null condition, and {helps}")
+
     def _prompts(self, teacher: Denoiser, folder: Path) -> conditions.Table | None:
         name = self.config.pretrained.prompts
         text = isinstance(teacher, folders.DiffusersDenoiser) and teacher.takes.embedding
@@ -73,12 +93,7 @@ class Pretrained:
     def _encoded(self, teacher: Any, prompts: Path, encoded: Path) -> Path:
         """The prompts of a text file, one a line, encoded once for the whole run."""
         if not encoded.exists():
-            try:
-                lines = [line.strip() for line in prompts.read_text().splitlines() if line.strip()]
-            except OSError as error:
-                raise ConfigError(f"cannot read the prompts in {prompts}: {error.strerror}") from None
-            if not lines:
-                raise ConfigError(f"there is no prompt in {prompts}")
+            lines = _lines(prompts)
             say(f"encoding {len(lines)} prompts")
             conditions.save(encoded, teacher.encode(lines), teacher.encode([""]))
         return encoded
@@ -86,8 +101,39 @@ class Pretrained:
     def make_networks(self) -> tuple[nn.Module | None, Denoiser | None]:
         return None, None
 
+    @functools.cached_property
+    def judges(self) -> Judges:
+        given = self.config.evaluation
+        return Judges.read(given.detector, given.reference, given.compare_with, given.clip, _device())
+
+    def prepare_to_judge(self) -> None:
+        self.judges.check()
+        if self.judges.clip is not None and not self._has_texts():
+            raise ConfigError("the CLIP score needs prompts as text: give --prompts FILE, a prompt in each line")
+
+    def basis(self) -> dict[str, Any]:
+        return {"samples": self.config.samples, **self.judges.hashes()}
+
+    def judge(self, trainer: EMDTrainer) -> dict[str, float]:
+        images, batch = _images(trainer)
+        return {"frechet": judging.frechet(self.judges, images, self.config.samples, batch)}
+
+    def _has_texts(self) -> bool:
+        prompts = self.config.pretrained.prompts
+        return bool(prompts) and not prompts.endswith(".safetensors")
+
+    def _texts(self) -> Callable[[int, int], list[str]] | None:
+        """The prompts of samples by their global index, in the order in which `EMDTrainer.shown` gives them."""
+        if self.judges.clip is None:
+            return None
+        path = Path(self.config.pretrained.prompts)
+        lines = _lines(path)
+        if self.prompts is not None and len(lines) != len(self.prompts):
+            raise ValueError(f"{path} has {len(lines)} prompts, the run was made with {len(self.prompts)}")
+        return lambda first, n: [lines[i % len(lines)] for i in range(first, first + n)]
+
     def evaluate(self, trainer: EMDTrainer, untrained: EMDTrainer, folder: Path | None) -> dict[str, Any]:
-        """Pictures, and first moments; there is no real data to compare with."""
+        """Pictures and first moments; and what the judges say of the student, where the configuration names some."""
         z, cond = trainer.shown(_SHOWN)
         samples = {
             "teacher": heun(trainer.teacher, z, cond, guidance=trainer.config.guidance),
@@ -96,14 +142,49 @@ class Pretrained:
         }
         if folder is not None:
             for name, x in samples.items():
-                images = decoded(trainer.teacher, x)
-                if images.dim() == 4 and images.shape[1] in (1, 3) and images.isfinite().all():
-                    report.save_grid(folder / "samples" / f"{name}.png", images)
-        return {
-            "n": _SHOWN,
+                shown = decoded(trainer.teacher, x)
+                if shown.dim() == 4 and shown.shape[1] in (1, 3) and shown.isfinite().all():
+                    report.save_grid(folder / "samples" / f"{name}.png", shown)
+        moments = {
             "mean": {name: x.mean().item() for name, x in samples.items()},
             "std": {name: x.std().item() for name, x in samples.items()},
         }
+        if not self.judges:
+            return {"n": _SHOWN, **moments}
+        images, batch = _images(trainer)
+        found = judging.judge(self.judges, images, self.config.samples, batch, self._texts())
+        figures = {name: {"student": value} for name, value in found.items()}
+        said = judging.facts(self.judges, self.config.samples, trainer.config.seed)
+        return {**figures, **said, "shown": _SHOWN, **moments}
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _images(trainer: EMDTrainer) -> tuple[judging.Images, int]:
+    """The student's images by global index, and how many of them fit a device at a time: as many as in training."""
+    config = trainer.config
+
+    def images(first: int, n: int) -> Tensor:
+        return to_uint8(decoded(trainer.teacher, trainer.generate(n, first_sample=first)))
+
+    return images, config.micro_batch_size or -(-config.batch_size // distributed.world_size())
+
+
+def _lines(prompts: Path) -> list[str]:
+    """The prompts of a text file, one a line.
+
+    Raises:
+        ConfigError: it cannot be read, or there is none.
+    """
+    try:
+        lines = [line.strip() for line in prompts.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the prompts in {prompts}: {getattr(error, 'strerror', error)}") from None
+    if not lines:
+        raise ConfigError(f"there is no prompt in {prompts}")
+    return lines
 
 
 def _is_edm(name: str) -> bool:

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from emd_fast.teachers.plain_pickle import Built, Name, PickleError, read
+from emd_fast import plain_arrays
+from emd_fast.plain_pickle import Built, Name, PickleError, read
 
 _DTYPES = {
     "torch FloatStorage": torch.float32,
@@ -113,10 +114,6 @@ class _Persistent(_Module):
         self.state = meta.get("state")  # meta["module_src"], Python source, is not looked at
 
 
-class _Ignored(Built):
-    """An array of numpy, in the parts of the file that are not the network."""
-
-
 class _Storage:
     def __init__(self, content: Any) -> None:
         if type(content) is not bytes:
@@ -137,7 +134,7 @@ class _Storage:
             raise PickleError("a storage is not in the form in which torch pickles it")
         if system.get("little_endian") is not True:
             raise PickleError("a storage is not little-endian")
-        head = read(source, dict.fromkeys(_DTYPES, _never), _announced)
+        head = read(source, dict.fromkeys(_DTYPES, plain_arrays.never), _announced)
         if not isinstance(head, _Announced) or read(source, {}) != [head.key]:
             raise PickleError("a storage does not hold what it announces")
         found = _Elements(head.dtype, head.count, memoryview(self.content)[source.tell() + 8 :])
@@ -172,10 +169,6 @@ def _announced(identifier: Any) -> _Announced:
         case ("storage", Name() as kind, str() as key, str(), int() as count, *_) if 0 <= count < _MOST_ELEMENTS:
             return _Announced(_DTYPES[kind.word], key, count)
     raise PickleError("a storage is not described as torch does it")
-
-
-def _never(*_: Any) -> None:
-    raise PickleError("a type is called that is only named in these files")
 
 
 @dataclass(frozen=True)
@@ -227,34 +220,6 @@ def _set(items: Any) -> set[Any]:
     return set(items)
 
 
-def _encode(text: Any, codec: Any) -> bytes:
-    if codec != "latin1" or type(text) is not str:
-        raise PickleError("bytes are not described as Python does it")
-    try:
-        return text.encode("latin1")
-    except UnicodeEncodeError:
-        raise PickleError("bytes are not described as Python does it") from None
-
-
-class _NumpyType(Built):
-    def __init__(self, code: Any, *_: Any) -> None:
-        self.code = code
-
-
-def _numpy_scalar(kind: Any, content: Any) -> bool | int | float:
-    if not isinstance(kind, _NumpyType) or type(content) is not bytes:
-        raise PickleError("a number of numpy is not described as numpy does it")
-    if kind.code not in ("b1", "i4", "i8", "f4", "f8") or kind.state is None or kind.state[1] not in ("<", "|"):
-        raise PickleError(f"a number of numpy has the type {kind.code!r}, which is not supported")
-    if len(content) != int(kind.code[1]):
-        raise PickleError(f"a number of numpy of type {kind.code} has {len(content)} bytes")
-    return np.frombuffer(content, kind.code)[0].item()
-
-
-def _numpy_core(word: str, make: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
-    return {f"numpy.{core}.{word}": make for core in ("core", "_core")}  # the old name, and that since numpy 2
-
-
 _NAMES: dict[str, Callable[..., Any]] = {
     "torch_utils.persistence _reconstruct_persistent_obj": _Persistent,
     "torch.nn.modules.container ModuleDict": _Module,
@@ -267,12 +232,7 @@ _NAMES: dict[str, Callable[..., Any]] = {
     "dnnlib.util EasyDict": _ordered,
     "builtins set": _set,
     "__builtin__ set": _set,
-    "_codecs encode": _encode,
-    "numpy dtype": _NumpyType,
-    "numpy ndarray": _never,
-    **_numpy_core("multiarray scalar", _numpy_scalar),
-    **_numpy_core("multiarray _reconstruct", lambda *_: _Ignored()),
-    **_numpy_core("numeric _frombuffer", lambda *_: _Ignored()),
+    **plain_arrays.NAMES,
 }
 
 

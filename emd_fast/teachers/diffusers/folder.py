@@ -69,7 +69,9 @@ class Folder:
             raise ValueError(
                 f"{self.root} is no model of diffusers: it has no config.json, no unet/ and no transformer/"
             )
-        self.model_class: str = read_json(self.model / "config.json").get("_class_name", "without _class_name")
+        self.model_class: str = read_json(self.model / "config.json").get("_class_name", "")
+        if not self.model_class:
+            raise ValueError(f"{self.model} is no model of diffusers: its config.json has no _class_name")
         if self.model_class not in ARCHITECTURES:
             raise ValueError(
                 f"{self.model} holds a {self.model_class}, which is not supported: {', '.join(ARCHITECTURES)} are"
@@ -107,7 +109,9 @@ class Folder:
                 self.model, torch_dtype=dtype, **_reading()
             )
         except (OSError, RuntimeError, ValueError) as error:
-            raise ValueError(f"cannot read the weights in {self.model}: {str(error).splitlines()[0]}") from error
+            # What diffusers goes on to say is advice on arguments that nobody has here.
+            reason = str(error).splitlines()[0].partition(" If you want to")[0].replace("Cannot load  because ", "")
+            raise ValueError(f"cannot read the weights in {self.model}: {reason}") from error
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -1,0 +1,218 @@
+"""A student that is judged while it trains, and the best checkpoint kept."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from spawned import Ranks
+from test_run import assert_same, settings, weights
+
+from emd_fast import checkpoint, cli, config, journal, report, run
+from emd_fast.config import ConfigError
+from emd_fast.tasks.digits import Digits
+from emd_fast.tasks.gmm import Mixture
+
+EVERY = {"evaluation__every": 32}  # images: two steps of 16
+
+
+def judged(folder):
+    return {
+        row["step"]: row["evaluation_frechet"]
+        for row in journal.read(folder / "log.jsonl")
+        if "evaluation_frechet" in row
+    }
+
+
+def best(folder):
+    facts = checkpoint.facts(checkpoint.best_of(folder / "checkpoints"))
+    return facts["step"], facts["notes"]["figures"]["frechet"]
+
+
+@pytest.fixture(autouse=True)
+def without_pictures(monkeypatch):
+    """They take most of the time of a run as small as these."""
+    monkeypatch.setattr(report, "curves", lambda *_: None)
+    monkeypatch.setattr(report, "scatter", lambda *_: None)
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """What the student is worth, evaluation by evaluation."""
+    values = []
+    monkeypatch.setattr(Mixture, "judge", lambda self, trainer: {"frechet": values.pop(0)})
+    return values
+
+
+def test_judging_leaves_the_training_bit_for_bit_and_keeps_the_best(tmp_path):
+    metrics = run.distill(settings(**EVERY, keep_checkpoints=1), tmp_path / "judged")
+    run.distill(settings(), tmp_path / "plain")
+    assert_same(weights(tmp_path / "judged"), weights(tmp_path / "plain"))
+    rows = judged(tmp_path / "judged")
+    assert list(rows) == [2, 4, 6] and len(set(rows.values())) == 3
+    step, value = best(tmp_path / "judged")
+    assert value == min(rows.values()) == rows[step]
+    assert metrics["best"]["step"] == step and metrics["best"]["frechet"] == value
+    assert f"that of step {step}," in (tmp_path / "judged" / "report.md").read_text()
+    # The last student is the same in both, and so is its figure.
+    assert rows[6] == metrics["frechet"]["student"]
+    row = next(row for row in journal.read(tmp_path / "judged" / "log.jsonl") if "evaluation_frechet" in row)
+    assert {"step", "seconds", "evaluation_recall", "evaluation_modes", "evaluation_seconds"} <= set(row)
+
+
+def test_nothing_is_judged_where_nobody_asked(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "Best", lambda *_: pytest.fail("judged"))
+    metrics = run.distill(settings(), tmp_path)
+    assert not judged(tmp_path) and "best" not in metrics
+    assert not checkpoint.best_of(tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(("every", "steps"), [(1, [1, 2, 3, 4, 5, 6]), (40, [3, 5, 6]), (1000, [6])])
+def test_every_so_many_images_and_at_the_end(tmp_path, figures, every, steps):
+    figures += [1.0] * 6
+    run.distill(settings(evaluation__every=every), tmp_path)
+    assert list(judged(tmp_path)) == steps
+
+
+def test_the_best_is_replaced_by_a_better_one_alone_and_survives_a_resume(tmp_path, figures):
+    figures += [3.0, 1.0, 2.0]
+    run.distill(settings(**EVERY, keep_checkpoints=1), tmp_path)
+    assert best(tmp_path) == (4, 1.0)
+    state = checkpoint.load(checkpoint.best_of(tmp_path / "checkpoints"))["generator"]
+    assert [path.name for path in checkpoint.found(tmp_path / "checkpoints")] == ["step-00000006"]
+    figures += [1.5, 1.0]
+    run.distill(settings(**EVERY, emd__steps=10), tmp_path)
+    assert best(tmp_path) == (4, 1.0)
+    assert_same(checkpoint.load(checkpoint.best_of(tmp_path / "checkpoints"))["generator"], state)
+    figures += [math.nan, 0.5]
+    run.distill(settings(**EVERY, emd__steps=14), tmp_path)
+    assert best(tmp_path) == (14, 0.5)
+    assert judged(tmp_path).keys() == {2, 4, 6, 8, 10, 12, 14}
+
+
+def test_a_damaged_best_is_said_and_the_next_evaluation_replaces_it(tmp_path, figures, capsys):
+    figures += [1.0, 2.0, 3.0]
+    run.distill(settings(**EVERY), tmp_path)
+    path = checkpoint.best_of(tmp_path / "checkpoints")
+    (path / "__0_0.distcp").write_bytes(b"gone")
+    with pytest.raises(checkpoint.CheckpointError, match="best is truncated, damaged"):
+        run.open_run(tmp_path, best=True)
+    figures += [5.0]
+    run.distill(settings(**EVERY, emd__steps=8), tmp_path)
+    assert "the best checkpoint is left out" in capsys.readouterr().err
+    assert best(tmp_path) == (8, 5.0)
+
+
+def test_a_student_that_cannot_be_judged_stops_no_run(tmp_path, figures, monkeypatch, capsys):
+    figures += [2.0, 1.0]
+    judge = Mixture.judge
+
+    def fails_once(self, trainer):
+        if trainer.steps_done == 4:
+            raise ValueError("samples must be finite: they hold NaN or infinite values")
+        return judge(self, trainer)
+
+    monkeypatch.setattr(Mixture, "judge", fails_once)
+    run.distill(settings(**EVERY), tmp_path)
+    assert "the student of step 4 cannot be judged: samples must be finite" in capsys.readouterr().err
+    rows = judged(tmp_path)
+    assert rows.keys() == {2, 4, 6} and math.isnan(rows[4]) and best(tmp_path) == (6, 1.0)
+
+
+def test_figures_of_other_samples_are_not_compared(tmp_path, figures, capsys):
+    figures += [1.0, 2.0, 3.0]
+    run.distill(settings(**EVERY), tmp_path)
+    figures += [7.0]
+    run.distill(settings(**EVERY, emd__steps=8, samples=60), tmp_path)
+    assert "was judged by other files or samples" in capsys.readouterr().err
+    assert best(tmp_path) == (8, 7.0)
+
+
+def test_what_a_crash_left_behind_is_cleared(tmp_path, figures):
+    figures += [1.0] * 3
+    run.distill(settings(**EVERY), tmp_path)
+    checkpoints = tmp_path / "checkpoints"
+    # In the middle of replacing it, and in the middle of writing another.
+    checkpoint.best_of(checkpoints).rename(checkpoints / ".best.old")
+    (checkpoints / ".best.tmp").mkdir()
+    assert run.open_run(tmp_path, best=True)[2].steps_done == 2
+    figures += [0.5]
+    run.distill(settings(**EVERY, emd__steps=8), tmp_path)
+    assert best(tmp_path) == (8, 0.5)
+    assert not list(checkpoints.glob(".best*"))
+
+
+def test_the_command_line_chooses_the_best(tmp_path, figures, capsys):
+    def call(*words):
+        code = cli.main([str(word) for word in words])
+        return code, capsys.readouterr()
+
+    figures += [3.0, 1.0, 2.0]
+    folder = tmp_path / "run"
+    run.distill(settings(**EVERY), folder)
+    for name, options in {"best": ["--best"], "last": []}.items():
+        assert call("sample", folder, "-n", 5, "--out", tmp_path / f"{name}.pt", *options)[0] == 0
+        assert call("export", folder, tmp_path / f"{name}.safetensors", *options)[0] == 0
+        out = tmp_path / f"{name}-exported.pt"
+        assert call("sample", tmp_path / f"{name}.safetensors", "-n", 5, "--out", out)[0] == 0
+        assert torch.equal(torch.load(out), torch.load(tmp_path / f"{name}.pt"))
+    assert not torch.equal(torch.load(tmp_path / "best.pt"), torch.load(tmp_path / "last.pt"))
+    last = json.loads((folder / "metrics.json").read_text())
+    code, said = call("evaluate", folder, "--best")
+    metrics = json.loads(said.out)
+    assert code == 0 and metrics["steps"] == 4 and metrics["trained"] == 6
+    assert "Judged here is the checkpoint of step 4." in (folder / "report.md").read_text()
+    assert metrics["frechet"]["student"] != last["frechet"]["student"]
+    run.distill(settings(**EVERY), folder)  # finished, though an earlier checkpoint was judged last
+    assert "is finished" in capsys.readouterr().err
+    code, said = call("sample", tmp_path / "best.safetensors", "--best", "--out", tmp_path / "x.pt")
+    assert code == 2 and "--best needs a run folder" in said.err
+    run.distill(settings(), tmp_path / "plain")
+    code, said = call("sample", tmp_path / "plain", "--best", "--out", tmp_path / "x.pt")
+    assert code == 1 and "has no best checkpoint: distil with --evaluation.every IMAGES" in said.err
+
+
+@pytest.mark.slow
+def test_digits_are_judged_as_at_the_end(tmp_path):
+    tiny = {
+        "teacher.steps": 2,
+        "teacher.channels": 4,
+        "emd.steps": 1,
+        "emd.batch_size": 8,
+        "emd.langevin_steps": 1,
+        "evaluation.every": 8,
+    }
+    metrics = run.distill(config.load("digits", tiny), tmp_path)
+    (row,) = (row for row in journal.read(tmp_path / "log.jsonl") if "evaluation_frechet" in row)
+    for name in ("frechet", "recall", "precision", "accuracy"):
+        assert row[f"evaluation_{name}"] == metrics[name]["student"], name
+    assert Digits(config.load("digits", tiny)).basis() == {}
+
+
+def test_keys_that_make_no_sense():
+    with pytest.raises(ConfigError, match="every must be at least 0 images, got -1"):
+        settings(evaluation__every=-1)
+    with pytest.raises(ConfigError, match=r"unknown key 'evaluation\.evry'; did you mean 'every'"):
+        settings(evaluation__evry=1)
+
+
+def on_a_rank(folder, parallel):
+    return run.distill(settings(**EVERY, emd__parallel=parallel), folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["replicate", "fsdp"])
+def test_ranks_agree_on_the_best(tmp_path, parallel):
+    ranks = Ranks(2)
+    try:
+        first, second = ranks(on_a_rank, tmp_path, parallel)
+    finally:
+        ranks.close()
+    rows = judged(tmp_path)
+    step, value = best(tmp_path)
+    assert list(rows) == [2, 4, 6] and value == min(rows.values()) == rows[step]
+    assert first["best"] == second["best"] and first["best"]["step"] == step
+    run.distill(settings(**EVERY, emd__steps=8, emd__parallel=parallel), tmp_path)  # on one process
+    assert best(tmp_path)[1] == min(judged(tmp_path).values())

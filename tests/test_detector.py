@@ -1,0 +1,356 @@
+"""Detectors, references, images and CLIP models from files: those that are, and those that are something else."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import pickle
+import zipfile
+
+import detector_files as files
+import diffusers_folders
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from emd_fast.metrics import reference
+from emd_fast.metrics.detector import Detector, DetectorError
+from emd_fast.metrics.distance import Moments, Sums, frechet_of_moments
+from emd_fast.metrics.images import ImageFiles, to_uint8
+from emd_fast.metrics.reference import BadReference
+
+
+def one_line(caught):
+    assert len(str(caught.value).splitlines()) == 1, str(caught.value)
+    return str(caught.value)
+
+
+# Detectors --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_torchscript_detector(tmp_path, channels):
+    detector = Detector(files.detector(tmp_path / "d.pt"))
+    images = files.pictures(channels=channels)
+    np.testing.assert_allclose(detector.features(images), files.features_of(images), rtol=1e-5, atol=1e-6)
+    assert detector.has_classes
+    probabilities = detector.probabilities(images)
+    plain = files.Detector()(images.expand(-1, 3, -1, -1), no_output_bias=True)
+    torch.testing.assert_close(probabilities, plain)
+    assert len(detector.sha256) == 64
+
+
+class Exported(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.float().flatten(2).mean(2)
+
+
+@pytest.mark.slow
+def test_an_exported_program(tmp_path):
+    example = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    shapes = {"x": {0: torch.export.Dim("n", min=1, max=64)}}
+    torch.export.save(torch.export.export(Exported(), (example,), dynamic_shapes=shapes), tmp_path / "d.pt2")
+    detector = Detector(tmp_path / "d.pt2")
+    images = files.pictures(5)
+    torch.testing.assert_close(detector.features(images), images.float().mean((2, 3)))
+    assert not detector.has_classes
+    with pytest.raises(ValueError, match="has no classes") as caught:
+        detector.probabilities(images)
+    one_line(caught)
+
+
+class TakesNoFeatures(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.float()
+
+
+class Wrong(nn.Module):
+    def forward(self, x: Tensor, return_features: bool = False) -> Tensor:
+        return x.float()
+
+
+class Fails(nn.Module):
+    def forward(self, x: Tensor, return_features: bool = False) -> Tensor:
+        return x.float() @ torch.ones(2, 2)
+
+
+RAN = []
+
+
+def run():
+    RAN.append("a pickle was loaded")
+
+
+class Runs:
+    """What a pickle can do to those who load it."""
+
+    def __reduce__(self):
+        return run, ()
+
+
+def test_a_pickle_runs_where_it_is_loaded():
+    pickle.loads(pickle.dumps(Runs()))
+    assert RAN.pop()
+
+
+def archive(path, **entries):
+    with zipfile.ZipFile(path, "w") as made:
+        for name, content in entries.items():
+            made.writestr(name, content)
+    return path
+
+
+def scripted(path, module):
+    torch.jit.script(module).save(str(path))
+    return path
+
+
+def truncated(path):
+    whole = files.detector(path).read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    return path
+
+
+def damaged(path):
+    """A whole archive, whose program is not one."""
+    source = io.BytesIO(files.detector(path).read_bytes())
+    with zipfile.ZipFile(source) as whole, zipfile.ZipFile(path, "w") as made:
+        for name in whole.namelist():
+            made.writestr(name, b"def forward(" if name.endswith(".py") else whole.read(name))
+    return path
+
+
+def written(path, content):
+    path.write_bytes(content)
+    return path
+
+
+def saved(path):
+    torch.save({"weights": torch.ones(2)}, path)
+    return path
+
+
+NO_DETECTORS = {
+    "nothing": (lambda path: path, "there is no detector file"),
+    "a folder": (lambda path: path.mkdir() or path, "there is no detector file"),
+    "empty": (lambda path: written(path, b""), "is no detector: it must be TorchScript"),
+    "text": (lambda path: written(path, b"hello"), "is no detector: it must be TorchScript"),
+    "a pickle": (lambda path: written(path, pickle.dumps({"a": Runs()})), "inception-2015-12-05.pt"),
+    "weights of torch": (saved, "is an archive, but no program"),
+    "weights of old torch": (
+        lambda path: torch.save({"a": 1}, path, _use_new_zipfile_serialization=False) or path,
+        "is a pickle",
+    ),
+    "images": (lambda path: archive(path, **{"a/b.png": b""}), "is an archive, but no program"),
+    "a hollow archive": (lambda path: archive(path, **{"d/constants.pkl": b""}), "cannot read the detector"),
+    "a hollow program": (lambda path: archive(path, **{"d/archive_format": b"pt2"}), "cannot read the detector"),
+    "truncated": (truncated, "is no detector"),
+    "damaged": (damaged, "cannot read the detector"),
+    "another forward": (lambda path: scripted(path, TakesNoFeatures()), "its forward takes no return_features"),
+}
+
+
+@pytest.mark.parametrize("name", NO_DETECTORS)
+def test_what_is_no_detector(tmp_path, name):
+    make, said = NO_DETECTORS[name]
+    path = make(tmp_path / "file.pt")
+    with pytest.raises(DetectorError) as caught:
+        Detector(path)
+    message = one_line(caught)
+    assert said in message and str(path) in message
+    assert not RAN
+
+
+@pytest.mark.parametrize(
+    ("module", "said"), [(Wrong(), r"must return (12, D) for 12 images, got (12, 3, 8, 8)"), (Fails(), "fails on")]
+)
+def test_a_program_that_is_no_detector(tmp_path, module, said):
+    detector = Detector(scripted(tmp_path / "d.pt", module))
+    with pytest.raises(DetectorError) as caught:
+        detector.features(files.pictures())
+    assert said in one_line(caught)
+
+
+# References -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def features():
+    return files.features_of(files.pictures(60))
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_edms_npz(tmp_path, features, dtype):
+    mu, sigma = (array.astype(dtype) for array in files.statistics(features))
+    np.savez(tmp_path / "r.npz", mu=mu, sigma=sigma)
+    found = reference.load(tmp_path / "r.npz")
+    moments = found.of_width(files.FEATURES)
+    assert np.array_equal(moments.mean, mu) and np.array_equal(moments.covariance, sigma)
+    assert moments.n is None and found.shape is None and found.detector is None
+    with pytest.raises(BadReference, match=r"has statistics of 6 \(fid\) features, the detector gives 2048"):
+        found.of_width(2048)
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_edm2s_pkl(tmp_path, features, protocol, monkeypatch):
+    path = files.edm2_pkl(tmp_path / "r.pkl", features, protocol)
+    monkeypatch.setattr(pickle, "load", lambda *_: pytest.fail("a pickle was loaded"))
+    found = reference.load(path)
+    assert set(found.moments) == {"fid", "fd_dinov2"}
+    moments = found.of_width(files.FEATURES)
+    assert moments.n == 60
+    mu, sigma = files.statistics(features)
+    assert np.array_equal(moments.mean, mu) and np.array_equal(moments.covariance, sigma)
+    assert len(found.of_width(4).mean) == 4
+
+
+def test_a_reference_that_was_written_here(tmp_path, features):
+    sums = Sums()
+    sums.add(torch.from_numpy(features))
+    reference.save(tmp_path / "r.npz", sums.moments(), (3, 8, 8), "abc")
+    found = reference.load(tmp_path / "r.npz")
+    assert found.shape == (3, 8, 8) and found.detector == "abc" and found.of_width(files.FEATURES).n == 60
+    again = Moments(*map(torch.from_numpy, files.statistics(features)))
+    assert frechet_of_moments(found.of_width(files.FEATURES), again) < 1e-9
+    found.check((1, 8, 8), "abc")
+    with pytest.raises(BadReference, match="images of 3x8x8, these are of 3x16x16; nothing is resized"):
+        found.check((3, 16, 16), "abc")
+    with pytest.raises(BadReference, match=r"made with the detector abc\.\.\., this is xyz"):
+        found.check((3, 8, 8), "xyz")
+
+
+def arrays(path, **entries):
+    np.savez(path, **entries)
+    return path
+
+
+MU, SIGMA = np.zeros(3), np.eye(3)
+NO_REFERENCES = {
+    "nothing": (lambda path: path, "there is no reference"),
+    "text": (lambda path: written(path, b"hello"), "is no reference"),
+    "empty": (lambda path: written(path, b""), "is no reference"),
+    "other arrays": (lambda path: arrays(path, mean=MU), "it has mean, and no mu or sigma"),
+    "no sigma": (lambda path: arrays(path, mu=MU), "it has mu, and no sigma"),
+    "shapes": (lambda path: arrays(path, mu=MU, sigma=np.eye(4)), "must fit, got (3,) and (4, 4)"),
+    "no vector": (lambda path: arrays(path, mu=SIGMA, sigma=SIGMA), "must fit"),
+    "nothing in it": (lambda path: arrays(path, mu=np.zeros(0), sigma=np.zeros((0, 0))), "must fit"),
+    "NaN": (lambda path: arrays(path, mu=MU * math.nan, sigma=SIGMA), "must be finite"),
+    "infinite": (lambda path: arrays(path, mu=MU, sigma=SIGMA + math.inf), "must be finite"),
+    "integers": (lambda path: arrays(path, mu=MU.astype(int), sigma=SIGMA), "mu must be an array of floating-point"),
+    "not symmetric": (lambda path: arrays(path, mu=MU, sigma=np.triu(np.ones((3, 3)))), "must be symmetric"),
+    "objects": (lambda path: arrays(path, mu=np.array([Runs()], object), sigma=SIGMA), "is no reference"),
+    "a pickle that runs": (lambda path: written(path, pickle.dumps({"fid": Runs()})), "nothing was run"),
+    "a pickle of numbers": (lambda path: written(path, pickle.dumps(3)), "it holds no table"),
+    "a pickle without statistics": (lambda path: written(path, pickle.dumps({"a": 1})), "no entry with mu and sigma"),
+    "a pickle of lists": (
+        lambda path: written(path, pickle.dumps({"fid": {"mu": [0.0], "sigma": [[1.0]]}})),
+        "mu must be an array",
+    ),
+    "a pickle of objects": (
+        lambda path: written(path, pickle.dumps({"fid": {"mu": np.array([None]), "sigma": SIGMA}})),
+        "is no reference",
+    ),
+    "a pickle cut off": (
+        lambda path: written(path, pickle.dumps({"fid": {"mu": MU, "sigma": SIGMA}})[:-20]),
+        "is no reference",
+    ),
+    "images": (lambda path: archive(path, **{"a.png": b""}), "is no reference"),
+    "a damaged archive": (lambda path: written(path, arrays(path, mu=MU, sigma=SIGMA).read_bytes()[40:]), "is no ref"),
+}
+
+
+@pytest.mark.parametrize("name", NO_REFERENCES)
+def test_what_is_no_reference(tmp_path, name):
+    make, said = NO_REFERENCES[name]
+    path = make(tmp_path / "file.npz")
+    with pytest.raises(BadReference) as caught:
+        reference.load(path)
+    message = one_line(caught)
+    assert said in message and str(path) in message
+    assert not RAN
+
+
+# Images -----------------------------------------------------------------------------------------------------------
+
+
+def test_uint8_by_edms_rule():
+    x = torch.tensor([-2.0, -1.0, -0.999, 0.0, 0.0039, 0.996, 0.9999, 1.0, 3.0]).reshape(1, 1, 3, 3)
+    expected = (x.numpy() * np.float32(127.5) + 128).clip(0, 255).astype(np.uint8)
+    assert np.array_equal(to_uint8(x), expected) and to_uint8(x).flatten().tolist()[:2] == [0, 0]
+    with pytest.raises(ValueError, match="must be finite"):
+        to_uint8(x / 0)
+    with pytest.raises(ValueError, match=r"\(n, 1 or 3, H, W\), got \(1, 4, 2, 2\)"):
+        to_uint8(torch.zeros(1, 4, 2, 2))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_from_a_folder_and_from_a_zip(tmp_path, channels):
+    images = files.pictures(12, channels)
+    folder = files.folder(tmp_path / "images", images)
+    for source in (folder, files.zipped(tmp_path / "images.zip", folder)):
+        found = ImageFiles(source)
+        assert len(found) == 12 and found.shape == (channels, 8, 8)
+        assert torch.equal(found(0, 12), images) and torch.equal(found(3, 4), images[3:7])
+
+
+def test_images_that_are_none(tmp_path):
+    from PIL import Image
+
+    with pytest.raises(ValueError, match="neither a folder nor a"):
+        ImageFiles(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="there is no image in"):
+        ImageFiles(tmp_path)
+    files.folder(tmp_path, files.pictures(3))
+    Image.new("RGB", (9, 8)).save(tmp_path / "z.png")
+    with pytest.raises(ValueError, match=r"z\.png is 3x8x9, .* is 3x8x8; nothing is resized"):
+        ImageFiles(tmp_path)(0, 4)
+    Image.new("RGBA", (8, 8)).save(tmp_path / "z.png")
+    with pytest.raises(ValueError, match=r"z\.png has mode RGBA"):
+        ImageFiles(tmp_path)(0, 4)
+    (tmp_path / "z.png").write_bytes(b"no")
+    with pytest.raises(ValueError, match=r"cannot read the image .*z\.png") as caught:
+        ImageFiles(tmp_path)(0, 4)
+    one_line(caught)
+
+
+# CLIP -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(diffusers_folders.transformers_missing() is not None, reason="transformers is not installed")
+def test_the_clip_score(tmp_path):
+    from transformers import CLIPModel, CLIPProcessor
+
+    from emd_fast.metrics.clip import ClipScore
+
+    folder = files.clip(tmp_path / "clip")
+    images, prompts = files.pictures(4, size=20), ["a b", "c", "d e f", "a " * 40]
+    scores = ClipScore(folder)(images, prompts)
+    model, processor = CLIPModel.from_pretrained(folder), CLIPProcessor.from_pretrained(folder)
+    expected = []
+    for image, prompt in zip(images, prompts, strict=True):
+        words = processor(text=prompt, return_tensors="pt", truncation=True)
+        pixels = processor(images=image.permute(1, 2, 0).numpy(), return_tensors="pt")
+        with torch.no_grad():
+            output = model(**words, **pixels)
+        a, b = output.image_embeds[0].double(), output.text_embeds[0].double()
+        expected.append(100 * max(0.0, float(a @ b / a.norm() / b.norm())))
+    assert scores.dtype == torch.float64
+    assert scores.tolist() == pytest.approx(expected, abs=1e-3)
+    assert 0 in expected and max(expected) > 1  # both sides of the max are seen
+    assert len(ClipScore(folder)(files.pictures(2, channels=1, size=20), ["a", "b"])) == 2
+    with pytest.raises(ValueError, match="a prompt for each image, got 1 for 4"):
+        ClipScore(folder)(images, ["a"])
+
+
+@pytest.mark.skipif(diffusers_folders.transformers_missing() is not None, reason="transformers is not installed")
+def test_a_folder_without_a_clip_model(tmp_path):
+    from emd_fast.metrics.clip import ClipScore
+
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    for folder in (tmp_path, tmp_path / "nowhere", tmp_path / "bert"):
+        with pytest.raises(ValueError, match="holds no CLIP model") as caught:
+            ClipScore(folder)
+        one_line(caught)
