@@ -1,12 +1,15 @@
-"""What the memory of this device gives today: the copy of something much larger than its caches."""
+"""What this device gives today: the copy of something much larger than its caches, and the product of two matrices."""
 
 from __future__ import annotations
+
+import functools
 
 import torch
 
 from benchmarks.harness import clock, machine
 
 _LEAST = {"cpu": 2**28, "cuda": 2**30}  # bytes of the source
+_SIDE = {"cpu": 512, "cuda": 8192}  # of the matrices
 
 
 def copied(device: torch.device, rounds: int) -> tuple[clock.Timing, int]:
@@ -18,3 +21,14 @@ def copied(device: torch.device, rounds: int) -> tuple[clock.Timing, int]:
     target = torch.zeros_like(source)
     taken, _ = clock.readings({"copy": [lambda: target.copy_(source)]}, device, rounds)
     return clock.Timing.of(taken["copy"]), 2 * source.numel() * source.element_size()
+
+
+@functools.cache
+def multiplied(device: torch.device, dtype: torch.dtype, rounds: int) -> float:
+    """FLOP/s of the product of two dense matrices of random numbers."""
+    side = _SIDE[device.type]
+    generator = torch.Generator(device).manual_seed(0)
+    a, b = (torch.randn(side, side, device=device, generator=generator).to(dtype) for _ in range(2))
+    target = torch.empty_like(a)
+    taken, _ = clock.readings({"product": [lambda: torch.mm(a, b, out=target)]}, device, rounds)
+    return 2 * side**3 / clock.Timing.of(taken["product"]).median
