@@ -16,6 +16,8 @@ import emd_fast
 from emd_fast import Denoiser, Generator, Noise, e_step
 from emd_fast.prepared import PREPARED, prepared
 from emd_fast.schedules import EDM
+from emd_fast.teachers.edm_networks import DhariwalUNet
+from emd_fast.teachers.edm_networks.arguments import DhariwalArguments
 from emd_fast.unet.convolution import convolution
 
 NAMES = [*FAMILIES, *OWN]
@@ -256,3 +258,34 @@ def test_no_input_of_a_convolution_is_kept(name, compile):
     its, _ = kept(lambda: output(plain, x, arguments), ignored=plain.state_dict().values())
     assert 0 < mine < 0.75 * its
     torch.compiler.reset()
+
+
+def full_size(name):
+    """(network on the meta device in bfloat16, the arguments for a batch)."""
+    with torch.device("meta"):
+        if name == "adm":
+            network = DhariwalUNet(DhariwalArguments(64, 3, 3, 1000))
+            size, arguments = (3, 64, 64), lambda batch: (torch.zeros(batch, dtype=torch.int64),)
+        else:
+            network = pytest.importorskip("diffusers").UNet2DConditionModel(cross_attention_dim=768, sample_size=64)
+            size, arguments = (4, 64, 64), lambda batch: (torch.empty(batch, 77, 768, dtype=torch.bfloat16),)
+    network = network.to(torch.bfloat16).eval().requires_grad_(False)
+    made = {"device": "meta", "dtype": torch.bfloat16}
+
+    def run(network, batch):
+        x = torch.empty(batch, *size, **made).requires_grad_()
+        with torch.device("meta"):
+            return output(network, x, (torch.ones(batch), *arguments(batch)))
+
+    return network, run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "most"), [("adm", 115e6), ("sd15", 492e6)])
+def test_bytes_kept_of_a_sample_at_full_size(name, most):
+    """The figures of docs/fuse.md. The backend is one whose attention keeps what those of GPUs do: q, k, v, output."""
+    network, run = full_size(name)
+    emd_fast.fuse(network)
+    with emd_fast.use_backend("reference"):
+        one, two = (kept(lambda batch=batch: run(network, batch), network.state_dict().values())[0] for batch in (1, 2))
+    assert 0.9 * most < two - one < most
