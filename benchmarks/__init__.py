@@ -21,13 +21,18 @@ OPS = (
     "score_matching_loss",
     "group_norm",
     "attention",
+    "convolution",
+    "residual_block",
 )
 """What runs when no op is named."""
 
 WHOLE = tuple(f"{what}:{network}" for what in ("unet", "e_step") for network in ("small", "adm", "sd15"))
 """Forward passes and E-steps of whole networks."""
 
-NAMES = (*OPS, "training_step", *WHOLE)
+LOOPS = tuple(name.replace("unet:", "loop:") for name in WHOLE if name.startswith("unet:"))
+"""Those networks in a loop that is not ours."""
+
+NAMES = (*OPS, "training_step", *WHOLE, *LOOPS)
 
 
 def load(name: str) -> Bench:

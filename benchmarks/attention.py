@@ -21,7 +21,7 @@ from emd_fast.ops.attention import BACKENDS
 ADM = ((16, 1024, 6, 64), (16, 256, 9, 64), (16, 64, 12, 64))
 SD15 = (
     *((16, tokens, 8, head_dim) for tokens, head_dim in ((4096, 40), (1024, 80), (256, 160), (64, 160))),
-    *((16, tokens, 8, head_dim, 77) for tokens, head_dim in ((4096, 40), (1024, 80), (256, 160))),
+    *((16, tokens, 8, head_dim, 77) for tokens, head_dim in ((4096, 40), (1024, 80), (256, 160), (64, 160))),
 )
 
 

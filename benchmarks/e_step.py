@@ -52,7 +52,7 @@ def bench(kind: str) -> Bench:
         eager=plain,
         exact=exact,
         traffic=None,
-        shapes={"cpu": ((32, 8),), "cuda": ((4, 1), (4, 16), (16, 16))},
+        shapes={"cpu": ((32, 8),), "cuda": ((4, 1), (4, 8), (4, 16), (16, 16))},
         axes=("B", "[K]"),
         noises=noises,
         flops=work,
@@ -153,7 +153,19 @@ def served(bench: Bench, device: torch.device) -> dict[str, Function | str]:
 
 
 def peers(case: Case) -> dict[str, Function]:
-    return {"tuned baseline": tuned} if case.device.type == "cuda" else {}
+    return {"tuned baseline": tuned, "torch.compile": compiled} if case.device.type == "cuda" else {}
+
+
+def compiled(networks: Networks, n: Tensor | None = None, m: Tensor | None = None, **arguments: Any) -> Any:
+    """torch.compile in its default mode, nothing else."""
+
+    def make() -> tuple[Any, ...]:
+        copies: Any = copy.deepcopy(networks.plain)
+        return tuple(_bare_compiled(network) for network in copies)
+
+    with networks.precision(arguments["z"]):
+        chain: Any = _chain
+        return chain(*networks.made("torch.compile e_step", make), n=n, m=m, **arguments)
 
 
 def tuned(networks: Networks, n: Tensor | None = None, m: Tensor | None = None, **arguments: Any) -> tuple[Tensor, ...]:
@@ -165,7 +177,7 @@ def tuned(networks: Networks, n: Tensor | None = None, m: Tensor | None = None, 
             network.requires_grad_(False).to(memory_format=torch.channels_last)
             if networks.autocast:
                 network.to(torch.bfloat16)
-        return tuple(_bare_compiled(network) for network in copies)
+        return tuple(_bare_compiled(network, mode="max-autotune") for network in copies)
 
     made: Any = networks.made("tuned", make)  # has no precision of its own: everything is in the weights' dtype
     chain: Any = _chain
@@ -173,8 +185,8 @@ def tuned(networks: Networks, n: Tensor | None = None, m: Tensor | None = None, 
     return result
 
 
-def _bare_compiled(network: Any) -> Any:
+def _bare_compiled(network: Any, **options: Any) -> Any:
     # The UNet itself: what is around it is a handful of operations.
     denoiser = getattr(network, "denoiser", network)
-    denoiser.network.compile(mode="max-autotune", dynamic=False)
+    denoiser.network.compile(dynamic=False, **options)
     return network

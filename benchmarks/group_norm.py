@@ -16,8 +16,11 @@ from emd_fast import ops
 from emd_fast.backends import reference
 
 GROUPS = 32
-ADM = ((64, 192, 64, 64), (64, 384, 32, 32), (64, 576, 16, 16), (64, 768, 8, 8))
-SD15 = ((16, 320, 64, 64), (16, 640, 32, 32), (16, 1280, 16, 16), (16, 1280, 8, 8))
+# Every number of channels that each network normalises, at the largest resolution where it does; concatenations too.
+_ADM = ((192, 64), (384, 64), (576, 64), (384, 32), (768, 32), (960, 32), (576, 16), (1152, 16), (1344, 16), (768, 8))
+_SD15 = ((320, 64), (640, 64), (960, 64), (640, 32), (1280, 32), (1920, 32), (1280, 16), (2560, 16), (1280, 8))
+ADM = tuple((64, channels, size, size) for channels, size in (*_ADM, (1536, 8)))
+SD15 = tuple((16, channels, size, size) for channels, size in _SD15)
 
 
 def inputs(draw: Draw) -> Inputs:

@@ -10,9 +10,12 @@ usage: benchmarks/run_gpu.sh FOLDER PART...
   test      the tests of the ops, on CUDA tensors too
   ops       emd-fast bench over the ops of the E-step and the losses, cold and warm
   sanitize  compute-sanitizer, memcheck and racecheck, over tests/test_cuda.py
-  unet      emd-fast bench over group_norm, attention, a whole UNet and an E-step of it
+  unet      emd-fast bench over group_norm and attention, in every shape that ADM-64 and Stable Diffusion 1.5 have
+  blocks    the same over convolutions, in both memory formats, and whole residual blocks
+  unet-adm, unet-sd15        the frozen forward pass, and a loop that is not ours
+  e_step-adm, e_step-sd15    the E-step at K = 1, 8, 16; SHAPE=B,K in the environment is one of them, or another
   train     50 steps of ADM-64 and of Stable Diffusion 1.5, random weights: images/s, MFU, peak memory
-FOLDER gets at most eight files: run.log, ops.json, ops-warm.json, ops.md, ops.png, unet.json, e_step.json, train.json.
+FOLDER gets run.log, and PART.json of each part that measures (ops: ops-warm.json, ops.md and ops.png too).
 TEXT
     exit 2
 }
@@ -22,7 +25,7 @@ folder=$1
 shift
 for part in "$@"; do
     case $part in
-        build | test | ops | sanitize | unet | train) ;;
+        build | test | ops | sanitize | unet | blocks | unet-adm | unet-sd15 | e_step-adm | e_step-sd15 | train) ;;
         *)
             echo "run_gpu.sh: unknown part '$part'" >&2
             usage
@@ -120,11 +123,22 @@ sanitize() {
 }
 
 unet() {
-    local failed=0
-    step --at-most 200 "$python" -m emd_fast bench --device cuda group_norm attention --skip "emd_fast reference" \
-        --json "$folder/unet.json" || failed=1
-    bench unet:sd15 e_step:sd15 --shape 4 --rounds 20 --json "$folder/e_step.json" || failed=1
-    return $failed
+    bench group_norm attention --skip "emd_fast reference" --json "$folder/unet.json"
+}
+
+blocks() {
+    bench convolution residual_block --layout nhwc --json "$folder/blocks.json"
+    local nhwc=$?
+    bench convolution --json "$folder/convolution-nchw.json" && return $nhwc
+}
+
+forward() {
+    bench "unet:$1" "loop:$1" --rounds 20 --json "$folder/unet-$1.json"
+}
+
+e_step() {
+    # Most of the time is compilation: one shape a call where three are too many.
+    bench "e_step:$1" ${SHAPE:+--shape "$SHAPE"} --rounds 10 --json "$folder/e_step-$1.json"
 }
 
 train() {
@@ -137,24 +151,28 @@ failed=0
 for part in "$@"; do
     began=$SECONDS
     deadline=$((SECONDS + seconds_a_part))
-    name=$part
-    [ "$part" = test ] && name=tests # test is a command of the shell
+    case $part in
+        test) name=(tests) ;; # test is a command of the shell
+        unet-*) name=(forward "${part#unet-}") ;;
+        e_step-*) name=(e_step "${part#e_step-}") ;;
+        *) name=("$part") ;;
+    esac
     echo "=== $part ===" | tee -a "$log"
-    "$name" 2>&1 | tee -a "$log"
+    "${name[@]}" 2>&1 | tee -a "$log"
     if [ "${PIPESTATUS[0]}" -eq 0 ]; then
         result=ok
     else
         result=FAILED
         failed=1
     fi
-    summary+=("$(printf '%-9s %-7s %4d s' "$part" "$result" $((SECONDS - began)))")
+    summary+=("$(printf '%-11s %-7s %4d s' "$part" "$result" $((SECONDS - began)))")
 done
 
 {
     echo
     echo "=== results ==="
     files=()
-    for file in ops ops-warm unet e_step train; do
+    for file in ops ops-warm unet blocks convolution-nchw unet-adm unet-sd15 e_step-adm e_step-sd15 train; do
         [ -e "$folder/$file.json" ] && files+=("$folder/$file.json")
     done
     printf '%s\n' "${summary[@]}"

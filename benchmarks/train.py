@@ -258,8 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     end = time.monotonic() + options.seconds
     before = machine.clocks(device)
-    timing, operations = ceiling.multiplied(device, rounds=20)
-    rate = operations / timing.median
+    rate = ceiling.multiplied(device, torch.bfloat16, rounds=20)
     print(f"{machine.hardware(device).get('gpu', 'CPU')}: {rate / 1e12:.4g} TFLOP/s in a large bfloat16 product")
     found: list[Trained] = []
     for left, name in zip(range(len(options.networks), 0, -1), options.networks, strict=True):

@@ -1,5 +1,6 @@
 """Tiny networks of every family that fuse() knows, with every weight random, and what they are called with."""
 
+import edm_files
 import lookalikes
 import torch
 from helpers import randomised, seeded
@@ -45,8 +46,19 @@ def _levels(g):
     return torch.randn(BATCH, generator=g)
 
 
+def _labelled(g):
+    return _levels(g), torch.randint(10, (BATCH,), generator=g)
+
+
 def _steps(g):
     return torch.randint(1000, (BATCH,), generator=g)
+
+
+def own_edm(name):
+    """Those of emd_fast.teachers, of the sizes of tests/edm_files.py."""
+    _, kind, more = edm_files.NETWORKS[name]
+    sizes = {**edm_files.TINY, **more, "label_dim": 10}
+    return kind(edm_files._ARGUMENTS[kind](**sizes))
 
 
 # name: (network, channels of x, arguments after x)
@@ -78,9 +90,17 @@ FAMILIES = {
         lambda g: (_levels(g).exp(), _one_hot(g)),
     ),
     "edm2": (lookalikes.EDM2UNet, 3, lambda g: (_levels(g), _one_hot(g))),
-    "small": (lambda: SmallUNet(3), 3, lambda g: (_levels(g), torch.randint(10, (BATCH,), generator=g))),
+    "small": (lambda: SmallUNet(3), 3, _labelled),
 }
 
+
+# They call the ops of this library themselves, which have no float64.
+OWN = {
+    "own ddpm++": (lambda: own_edm("ddpmpp"), 3, _labelled),
+    "own ncsn++": (lambda: own_edm("ncsnpp"), 3, _labelled),
+    "own adm": (lambda: own_edm("adm"), 3, _labelled),
+    "own edm2": (lambda: own_edm("edm2"), 3, _labelled),
+}
 
 # Half as deep, for what takes its time by the block: compilation.
 SHALLOW = {
@@ -99,7 +119,7 @@ SHALLOW = {
 
 def make(name, seed=0):
     """The network, in eval mode, every weight random; x; the arguments after it."""
-    build, channels, arguments = (FAMILIES | SHALLOW)[name]
+    build, channels, arguments = (FAMILIES | OWN | SHALLOW)[name]
     torch.manual_seed(seed)  # buffers
     network = randomised(build(), seed).eval()
     g = seeded(seed + 1)

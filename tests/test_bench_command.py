@@ -310,3 +310,32 @@ def test_tables_are_aligned_and_say_why_somebody_is_missing():
     assert title == "langevin_eps, forward, 2x3, bf16, nchw (1 set of inputs, cold)"
     assert len(first) == len(second) == len(header) and "4.00x" in first and "1.00x" in second
     assert missing == "  x: WRONG, not timed: off"
+
+
+@pytest.mark.parametrize("name", ["convolution", "residual_block", "loop:small"])
+def test_benches_of_what_surrounds_the_norms(bench, monkeypatch, tmp_path, name):
+    """Verified and timed, with a share of what a product of matrices reaches."""
+    monkeypatch.setattr(ceiling, "_SIDE", {"cpu": 32})
+    compiled = ("torch.compile",) if name == "convolution" else ("emd_fast fused, compiled",)
+    compiled = ("torch.compile", "emd_fast fused, compiled") if name == "residual_block" else compiled
+    skipped = [word for contender in compiled for word in ("--skip", contender)]
+    shape = "2" if name.startswith("loop") else "2,32,8,8"
+    words = ["--shape", shape, "--device", "cpu", "--rounds", 2, *skipped, "--json", tmp_path / "run.json"]
+    code, out, err = bench(name, *words)
+    assert code == 0, out + err
+    for result in json.loads((tmp_path / "run.json").read_text())["results"]:
+        rows = {row["contender"]: row for row in result["rows"]}
+        assert rows["emd_fast fused"]["status"] == "timed"
+        assert all(row["share"] > 0 for row in rows.values() if row["status"] == "timed")
+
+
+def test_the_shapes_are_those_of_the_networks():
+    """Every number of channels that the group norms of ADM-64 and Stable Diffusion 1.5 see, every attention."""
+    from benchmarks import attention, group_norm
+
+    widths = [{shape[1] for shape in shapes} for shapes in (group_norm.ADM, group_norm.SD15)]
+    assert widths[0] == {192, 384, 576, 768, 960, 1152, 1344, 1536}
+    assert widths[1] == {320, 640, 960, 1280, 1920, 2560}
+    assert {shape[1:] for shape in attention.ADM} == {(1024, 6, 64), (256, 9, 64), (64, 12, 64)}
+    own = {(4096, 8, 40), (1024, 8, 80), (256, 8, 160), (64, 8, 160)}
+    assert {shape[1:] for shape in attention.SD15} == own | {(*one, 77) for one in own}

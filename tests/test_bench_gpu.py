@@ -244,3 +244,24 @@ def test_run_gpu_goes_on_after_a_part_that_fails_and_ends_with_the_results(tmp_p
     ]
     assert {path.name for path in out.iterdir()} == {"run.log", "train.json"}
     assert run_gpu(out, "train", PYTHON=str(fake)).returncode == 0
+
+
+@needs_bash
+def test_the_parts_of_whole_networks(tmp_path):
+    """What each asks of emd-fast bench, and that there are benches of these names."""
+    fake = tmp_path / "python"
+    fake.write_text("#!/bin/sh\nexit 0\n")
+    fake.chmod(0o755)
+    parts = ["unet", "blocks", "unet-sd15", "e_step-sd15"]
+    done = run_gpu(tmp_path / "out", *parts, PYTHON=str(fake), SHAPE="4,1")
+    assert done.returncode == 0
+    asked = [line.split("--device cuda ")[1] for line in done.stdout.splitlines() if line.startswith("+ ")]
+    assert [words.split(" --")[0].split() for words in asked] == [
+        ["group_norm", "attention"],
+        ["convolution", "residual_block"],
+        ["convolution"],
+        ["unet:sd15", "loop:sd15"],
+        ["e_step:sd15"],
+    ]
+    assert "--shape 4,1 " in asked[-1]
+    assert all(name in benchmarks.NAMES for words in asked for name in words.split(" --")[0].split())

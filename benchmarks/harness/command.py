@@ -17,7 +17,7 @@ import torch
 import benchmarks
 from benchmarks.harness import ceiling, clock, compare, machine, ncu, record, show
 from benchmarks.harness.contenders import Contender, entrants
-from benchmarks.harness.declare import Bench, Case, Draw, Inputs
+from benchmarks.harness.declare import DTYPES, Bench, Case, Draw, Inputs
 from benchmarks.harness.record import ABSENT, TIMED, WRONG, Record, Result, Row
 from benchmarks.harness.verify import Judge, Verdict, called, ready
 from emd_fast.checkpoint import write_whole
@@ -117,6 +117,9 @@ def _result(options: argparse.Namespace, bench: Bench, case: Case, bandwidth: fl
 
     rows = []
     flops = bench.flops(case) if bench.flops else None
+    arithmetic = None
+    if flops is not None and moved is None:
+        arithmetic = ceiling.multiplied(case.device, DTYPES[case.dtype], max(5, min(options.rounds, 20)))
     for contender in contenders:
         name, verdict = contender.name, verdicts[contender.name]
         row = Row(
@@ -124,7 +127,8 @@ def _result(options: argparse.Namespace, bench: Bench, case: Case, bandwidth: fl
         )
         if name in seconds:
             noise = clock.noise(seconds[name], seconds[name + AGAIN]) if name + AGAIN in seconds else None
-            row = _timed(contender.ours, name, verdict, clock.Timing.of(seconds[name]), noise, moved, flops, bandwidth)
+            timing = clock.Timing.of(seconds[name])
+            row = _timed(contender.ours, name, verdict, timing, noise, moved, flops, bandwidth, arithmetic)
         elif name in failed:
             row = Row(name, contender.ours, ABSENT, failed[name], verdict.error, verdict.bound)
         rows.append(row)
@@ -158,8 +162,12 @@ def _timed(
     moved: float | None,
     flops: float | None,
     bandwidth: float,
+    arithmetic: float | None,
 ) -> Row:
     rate = None if moved is None else moved / timing.median
+    share = None if rate is None else rate / bandwidth
+    if flops is not None and arithmetic is not None:
+        share = flops / timing.median / arithmetic
     return Row(
         contender=name,
         ours=ours,
@@ -172,7 +180,7 @@ def _timed(
         n=timing.n,
         noise=noise,
         bytes_per_second=rate,
-        share=None if rate is None else rate / bandwidth,
+        share=share,
         flops_per_second=None if flops is None else flops / timing.median,
     )
 

@@ -22,7 +22,8 @@ class Row:
     Attributes:
         error, bound: of the result nearest to its bound, against float64.
         noise: how far two medians of it lie apart by chance, as a share (ours alone).
-        share: of the copy ceiling, by the bytes that cannot be avoided.
+        share: of the copy ceiling, by the bytes that cannot be avoided; where there is no such number, of the rate of a
+            dense product of matrices of the case's dtype, measured in the same run.
     """
 
     contender: str

@@ -19,6 +19,7 @@ from emd_fast.denoiser import Condition, base, column
 from emd_fast.distributed import gathered
 from emd_fast.em.score_difference import ScoreDifference
 from emd_fast.noise import Noise
+from emd_fast.prepared import prepared
 
 GeneratorLike = Callable[[Tensor, Condition], Tensor]
 MAX_STEPS = 2**16
@@ -136,7 +137,8 @@ def unchecked_e_step(
     difference = ScoreDifference(teacher, student, t, cond, null_cond, guidance)
     z, eps = _own(z), _own(eps)
     drift = torch.zeros_like(eps)
-    with gathered(generator, teacher, student), frozen(generator) as g, conditioning_cache():
+    networks = (generator, teacher, student)
+    with gathered(*networks), frozen(generator) as g, prepared(*networks), conditioning_cache():
         x0 = None
         for k in range(steps):
             if moves_z:

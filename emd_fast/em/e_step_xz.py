@@ -14,6 +14,7 @@ from emd_fast.distributed import gathered
 from emd_fast.em.e_step import EStep, GeneratorLike, LangevinStep, Watch, check_e_step, check_values, frozen
 from emd_fast.em.score_difference import ScoreDifference
 from emd_fast.noise import Noise, Stream
+from emd_fast.prepared import prepared
 
 
 def e_step_xz(
@@ -49,7 +50,14 @@ def e_step_xz(
     z, noises = z.detach().float(), eps.detach().float()
     alpha_x, sigma_x = column(alpha, eps), column(sigma, eps)
     step_x, step_z = _column(gamma_eps, eps), _column(gamma_z, z)
-    with gathered(generator, teacher, student), frozen(generator) as g, conditioning_cache(), torch.no_grad():
+    networks = (generator, teacher, student)
+    with (
+        gathered(*networks),
+        frozen(generator) as g,
+        prepared(*networks),
+        conditioning_cache(),
+        torch.no_grad(),
+    ):
         x = alpha_x * g(z, cond).float() + sigma_x * noises
         for k in range(steps):
             with torch.enable_grad():

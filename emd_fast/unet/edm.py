@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import dropout
 
 from emd_fast.conditioning import remember
+from emd_fast.prepared import autocast_dtype
 from emd_fast.unet.attention import attention, check_head_dim
-from emd_fast.unet.fused import Fused, has
+from emd_fast.unet.convolution import convolution
+from emd_fast.unet.fused import Fused, has, is_a
+from emd_fast.unet.layers import Convolution, Rounded
 from emd_fast.unet.norm import Norm, channels_of
 from emd_fast.unet.regional import run
 
@@ -61,6 +64,73 @@ def _block(block: Any, x: Tensor, embedded: Tensor) -> Tensor:
     q, k, v = queries_keys_values(block.qkv(block.norm2(x)), block.num_heads)
     mixed = attention(q.contiguous(), k.contiguous(), v.contiguous())
     return (block.proj(as_image(mixed, x)) + x) * block.skip_scale
+
+
+class OwnBlock(Fused):
+    """The block of emd_fast.teachers' SongUNet and DhariwalUNet, which calls the ops of this library itself."""
+
+    does = "scales and shifts computed once inside conditioning_cache"
+
+    @classmethod
+    def recognises(cls, module: Any) -> bool:
+        return is_a(module, "Block") and has(module, "norm0", "conv0", "affine", "norm1", "conv1", "modulated")
+
+    def forward(self, x: Tensor, embedded: Tensor) -> Tensor:
+        return run(self, self._emd_fast_base.modulated, x, remember(self.affine, self.affine, embedded))
+
+
+class Linear(Rounded):
+    """x weight^T + bias."""
+
+    @classmethod
+    def recognises(cls, module: Any) -> bool:
+        return _weight_of(module, dim=2) and not any(True for _ in module.children())
+
+    @classmethod
+    def probe(cls, module: Any) -> tuple[tuple[int, ...], ...] | None:
+        return ((2, module.weight.shape[1]),)
+
+
+class OwnResampled(Rounded):
+    """A convolution of emd_fast.teachers that changes the resolution."""
+
+    @classmethod
+    def recognises(cls, module: Any) -> bool:
+        return is_a(module, "ResampledConv") and "weight" in module._parameters
+
+
+class Conv(Rounded):
+    """A convolution, with a filter that changes the resolution before or after it where up or down says so."""
+
+    does = Convolution.does
+
+    @classmethod
+    def recognises(cls, module: Any) -> bool:
+        return _weight_of(module, dim=4) and has(module, "up", "down")
+
+    @classmethod
+    def probe(cls, module: Any) -> tuple[tuple[int, ...], ...] | None:
+        return ((2, module.weight.shape[1], 4, 4),)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.up or self.down:
+            resampled: Tensor = super().forward(x)
+            return resampled
+        dtype = autocast_dtype(x.device.type) or x.dtype
+        weight, bias = self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
+        height, width = weight.shape[2:]
+        return convolution(x, weight, bias, padding=(height // 2, width // 2))
+
+
+def _weight_of(module: Any, dim: int) -> bool:
+    parameters = module._parameters
+    return (
+        not isinstance(module, (nn.Linear, nn.Conv2d))
+        and "forward" not in vars(module)
+        and isinstance(parameters.get("weight"), Tensor)
+        and parameters["weight"].dim() == dim
+        and parameters.keys() == {"weight", "bias"}
+    )
 
 
 def queries_keys_values(qkv: Tensor, heads: int) -> tuple[Tensor, ...]:

@@ -9,13 +9,16 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.functional import avg_pool2d, dropout, interpolate, silu
+from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d, dropout, interpolate, linear, silu
 
 from emd_fast.conditioning import remember
+from emd_fast.prepared import autocast_dtype, is_plain
 from emd_fast.unet.attention import attention, check_head_dim
+from emd_fast.unet.convolution import convolution
 from emd_fast.unet.edm import as_image, queries_keys_values
-from emd_fast.unet.fused import Fused, has
+from emd_fast.unet.fused import Fused, has, is_a
+from emd_fast.unet.layers import Rounded
 from emd_fast.unet.regional import run
 
 _SILU_RMS = 0.596  # of silu(x) for x ~ N(0, 1)
@@ -25,6 +28,76 @@ _RESAMPLE = {
     "down": lambda x: avg_pool2d(x, 2),
     "up": lambda x: interpolate(x, scale_factor=2.0, mode="nearest"),
 }
+
+
+class MPConv(Rounded):
+    """A convolution or linear layer of normalised weights, which are the same in every pass of an E-step."""
+
+    does = "weight normalised and rounded once per E-step; input not kept for the backward pass where it is frozen"
+
+    @classmethod
+    def recognises(cls, module: Any) -> bool:
+        weight = module._parameters.get("weight")
+        return (
+            isinstance(weight, Tensor)
+            and weight.dim() in (2, 4)
+            and module._parameters.keys() == {"weight"}
+            and not isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding))
+            and "forward" not in vars(module)
+        )
+
+    @classmethod
+    def probe(cls, module: Any) -> tuple[tuple[int, ...], ...] | None:
+        weight = module._parameters["weight"]
+        return ((2, weight.shape[1], *[4] * (weight.dim() - 2)),)
+
+    def prepare(self) -> dict[str, Tensor]:
+        parameter = self._parameters["weight"]
+        if not is_plain(parameter):
+            return {}
+        weight = _normalised(parameter.detach(), 1)
+        return {"normalised": weight.to(autocast_dtype(weight.device.type) or weight.dtype)}
+
+    def in_use(self, dtype: torch.dtype, gain: float | Tensor = 1) -> Tensor:
+        """The weight as products of this dtype take it."""
+        own = self._parameters["weight"]
+        dtype = autocast_dtype(own.device.type) or dtype
+        prepared = self._emd_fast_prepared
+        weight = None if prepared is None else prepared.get("normalised")
+        wanted = torch.is_grad_enabled() and own.requires_grad
+        if weight is None or wanted or isinstance(gain, Tensor) or gain != 1 or weight.dtype not in (dtype, own.dtype):
+            if self.training:  # the parameter itself, which keeps its learning rate from falling as it grows
+                with torch.no_grad():
+                    own.copy_(_of_unit_magnitude(own.float(), dim=list(range(1, own.dim()))))
+            weight = _normalised(own, gain)
+        return weight.to(dtype)
+
+    def forward(self, x: Tensor, gain: float | Tensor = 1) -> Tensor:
+        weight = self.in_use(x.dtype, gain)
+        if weight.dim() == 2:
+            return linear(x, weight)
+        return convolution(x, weight, padding=(weight.shape[2] // 2, weight.shape[3] // 2))
+
+
+def _normalised(weight: Tensor, gain: float | Tensor) -> Tensor:
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    unit = _of_unit_magnitude(weight, dim=list(range(1, weight.dim())))
+    return unit * (gain / math.sqrt(weight[0].numel()))
+
+
+class OwnBlock(Fused):
+    """The block of emd_fast.teachers' EDM2UNet."""
+
+    does = "gains computed once inside conditioning_cache"
+
+    @classmethod
+    def recognises(cls, module: Any) -> bool:
+        return is_a(module, "_Block") and has(module, "emb_linear", "emb_gain", "modulated")
+
+    def forward(self, x: Tensor, embedded: Tensor) -> Tensor:
+        linear: Any = self.emb_linear
+        gain = remember(linear, linear, embedded, gain=self.emb_gain)
+        return run(self, self._emd_fast_base.modulated, x, gain)
 
 
 class Block(Fused):
@@ -94,7 +167,7 @@ def _mixed(a: Tensor, b: Tensor, t: float) -> Tensor:
     return a.lerp(b, t) / math.hypot(1 - t, t)
 
 
-def _of_unit_magnitude(x: Tensor, dim: int) -> Tensor:
+def _of_unit_magnitude(x: Tensor, dim: int | list[int]) -> Tensor:
     """x over its root mean square along dim."""
     norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-    return x / (_EPS + norm / math.sqrt(x.shape[dim])).to(x.dtype)
+    return x / (_EPS + norm * math.sqrt(norm.numel() / x.numel())).to(x.dtype)

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
+from emd_fast.prepared import PREPARED
+
 # Where a fused module keeps what its kind has to know: plain values, which copies and pickles take along.
 STATE = "_emd_fast"
 _SUBCLASSES: dict[tuple[type, type], Any] = {}
@@ -63,7 +65,8 @@ class Fused:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)
-        return _new, (self._emd_fast_kind, self._emd_fast_base), *reduced[2:]
+        state = {key: None if key == PREPARED else value for key, value in reduced[2].items()}
+        return _new, (self._emd_fast_kind, self._emd_fast_base), state, *reduced[3:]
 
 
 def _subclass(kind: Any, base: Any) -> Any:

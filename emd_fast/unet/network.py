@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from emd_fast.conditioning import one_pass, remember
+from emd_fast.unet import edm, edm2, layers
 from emd_fast.unet.fused import Fused, has, is_a
 
 # The layers of each network that turn time and condition into embeddings. The blocks remember their own projections.
@@ -16,11 +17,15 @@ _DIFFUSERS = ("time_proj", "time_embedding", "class_embedding", "add_time_proj",
 _EDM = ("map_noise", "map_label", "map_augment", "map_layer0", "map_layer1")
 _EDM2 = ("emb_fourier", "emb_noise", "emb_label")
 _SMALL = ("noise_embedding", "class_embedding", "embedding", "modulation")
+_OWN_EDM = ("map_layer0", "map_layer1", "map_label", "map_noise", "map_augment")
+_OWN_EDM2 = ("emb_fourier", "emb_noise", "emb_label")
 
 
 def _layers(module: nn.Module) -> tuple[str, ...] | None:
     if is_a(module, "UNet2DModel") or is_a(module, "UNet2DConditionModel"):
         return _DIFFUSERS
+    if has(module, "enc", "dec", "_embed"):  # those of emd_fast.teachers
+        return _OWN_EDM if hasattr(module, "map_layer0") else _OWN_EDM2
     if has(module, "enc", "dec", "map_noise", "map_layer0", "map_layer1"):
         return _EDM
     if has(module, "enc", "dec", "emb_fourier", "emb_noise", "out_conv"):
@@ -60,6 +65,20 @@ class Network(Fused):
             return own(*args, **kwargs)
 
 
+class OwnNetwork(Network):
+    """A UNet of emd_fast.teachers, whose embedding is a method of its own."""
+
+    @classmethod
+    def recognises(cls, module: Any) -> bool:
+        return _layers(module) is not None and hasattr(type(module), "_embed")
+
+    def _embed(self, *args: Any) -> Any:
+        # Any of its layers: all of them are watched, since each is remembered inside.
+        network: Any = self
+        first = next(name for name in _layers(network) or () if getattr(network, name, None) is not None)
+        return remember(getattr(network, first), super()._embed, *args)  # type: ignore[misc]
+
+
 def _draws_conditions(network: Any) -> bool:
     """Whether two passes of the same condition may differ: dropped labels, dropout in an embedding."""
     return network.training and any(
@@ -88,3 +107,22 @@ def conditioning_layers(network: nn.Module) -> Iterator[nn.Module]:
             layer = getattr(module, name, None)
             if isinstance(layer, nn.Module) and "forward" not in vars(layer):
                 yield layer
+
+
+_PRODUCTS: tuple[type[Fused], ...] = (layers.Convolution, layers.Layer, edm.OwnResampled)
+_PRODUCTS_OF: dict[tuple[str, ...], tuple[type[Fused], ...]] = {
+    _EDM: (edm.Conv, edm.Linear),
+    _EDM2: (edm2.MPConv,),
+    _OWN_EDM2: (edm2.MPConv,),
+}
+
+
+def layers_of_products(network: nn.Module) -> Iterator[tuple[nn.Module, type[Fused]]]:
+    """PyTorch's convolutions and linear layers, wherever they are, and in EDM's networks theirs, each with its kind."""
+    for root in network.modules():
+        own = _PRODUCTS_OF.get(_layers(root) or ())
+        for module in root.modules() if own else (root,):
+            for kind in own or _PRODUCTS:
+                if kind.recognises(module):
+                    yield module, kind
+                    break

@@ -13,26 +13,38 @@ from torch import Tensor, nn
 from emd_fast.backends import use_backend
 from emd_fast.unet import diffusers, edm, edm2, regional, small
 from emd_fast.unet.fused import STATE, Fused, kind_of
+from emd_fast.unet.layers import Rounded
 from emd_fast.unet.layout import restore, set_layout
-from emd_fast.unet.network import Conditioning, Network, conditioning_layers
+from emd_fast.unet.network import Conditioning, Network, OwnNetwork, conditioning_layers, layers_of_products
 from emd_fast.unet.norm import SERVED, FoldedSiLU, Norm, silu_behind_norm
 from emd_fast.unet.report import SUPPORTED, FusionReport, Part
 
 logger = logging.getLogger("emd_fast")
 
 _KINDS: tuple[type[Fused], ...] = (
+    OwnNetwork,
     Network,
     diffusers.ResnetBlock,
     diffusers.Attention,
+    diffusers.GEGLU,
     diffusers.Transformer,
     edm.Block,
+    edm.OwnBlock,
     edm2.Block,
+    edm2.OwnBlock,
     small.ResidualBlock,
     small.SelfAttention,
     Norm,
 )
 # Blocks whose forward is ours; the others are compiled by the class of the block that repeats.
-_COMPILED = (diffusers.ResnetBlock, edm.Block, edm2.Block, small.ResidualBlock)
+_COMPILED = (
+    diffusers.ResnetBlock,
+    edm.Block,
+    edm.OwnBlock,
+    edm2.Block,
+    edm2.OwnBlock,
+    small.ResidualBlock,
+)
 # Set on a module that has the structure of a kind and computes something else.
 _LEFT = "_emd_fast_left"
 
@@ -87,7 +99,7 @@ def fuse(
     if compile is not False:
         steps = _compiled(network, steps, {} if compile is True else compile)
     left += _apply(steps)
-    done = [step for step in steps if _is_fused(step.module)]
+    done = [step for step in steps if _is_fused(step.module) and not issubclass(step.kind, Rounded)]
     if strict and (left or not done):
         _undo(network)
         what = "\n".join(f"  {part.path or 'the network itself'} ({part.name}): {part.note}" for part in left)
@@ -117,9 +129,12 @@ def unfuse(network: nn.Module) -> nn.Module:
 
 def fusion_report(network: nn.Module) -> FusionReport:
     """What is fused of a network, and which norms and attention are left, and why."""
-    fused, left = [], []
+    fused, layers, left = [], [], []
     for path, module in network.named_modules():
         kind = kind_of(module)
+        if kind is not None and issubclass(kind, Rounded):
+            layers.append(Part(path, type(module).__name__, kind.does))
+            continue
         if kind is None and diffusers.Attention.recognises(module) and _is_fused(module):
             kind = diffusers.Attention
         if kind is not None:
@@ -127,7 +142,7 @@ def fusion_report(network: nn.Module) -> FusionReport:
             fused.append(Part(path, type(module).__name__, kind.does + (", compiled" if compiled else "")))
         elif (reason := _reason(module)) is not None or any(kind.recognises(module) for kind in _KINDS):
             left.append(Part(path, type(module).__name__, reason or "known; fuse() was not called since it is there"))
-    return FusionReport(type(network).__name__, tuple(fused), tuple(left))
+    return FusionReport(type(network).__name__, tuple(fused), tuple(left), tuple(layers))
 
 
 # The plan -------------------------------------------------------------------------------------------------------------
@@ -156,6 +171,8 @@ def _plan(network: nn.Module) -> tuple[list[_Step], list[Part]]:
             steps[id(activation)] = _Step(paths[id(activation)], activation, FoldedSiLU)
     for layer in conditioning_layers(network):
         steps.setdefault(id(layer), _Step(paths[id(layer)], layer, Conditioning))
+    for layer, kind in layers_of_products(network) if steps else ():
+        steps.setdefault(id(layer), _Step(paths[id(layer)], layer, kind))
     return list(steps.values()), left
 
 

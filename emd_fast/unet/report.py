@@ -25,11 +25,15 @@ class FusionReport:
     """What fuse() did to a network, or what there is to know of one that is not fused.
 
     str(report) is the text for people: one line for each class and note, with the number of modules.
+
+    Attributes:
+        layers: the convolutions and linear layers, which compute what they did, and what they do beside it.
     """
 
     network: str
     fused: tuple[Part, ...]
     left: tuple[Part, ...]
+    layers: tuple[Part, ...] = ()
 
     @property
     def summary(self) -> str:
@@ -41,7 +45,7 @@ class FusionReport:
 
     def __str__(self) -> str:
         lines = [self.network]
-        for title, parts in (("fused", self.fused), ("left", self.left)):
+        for title, parts in (("fused", self.fused), ("layers", self.layers), ("left", self.left)):
             lines.append(f"  {title}:" + ("" if parts else " nothing"))
             grouped: dict[tuple[str, str], list[str]] = {}
             for part in parts:

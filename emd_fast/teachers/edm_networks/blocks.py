@@ -128,8 +128,11 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, embedded: Tensor) -> Tensor:
         """(B, out_channels, H', W') of x (B, in_channels, H, W) and the embedding (B, embedding)."""
+        return self.modulated(x, self.affine(embedded))
+
+    def modulated(self, x: Tensor, modulation: Tensor) -> Tensor:
+        """The same from what the block makes of the embedding."""
         h = self.conv0(normalise(self.norm0, x, "silu"))
-        modulation = self.affine(embedded)
         if self.style.scale_shift:
             scale, shift = modulation.chunk(2, dim=1)
             h = normalise(self.norm1, h, "silu", scale=scale, shift=shift)

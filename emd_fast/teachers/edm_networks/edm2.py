@@ -124,12 +124,14 @@ class _Block(nn.Module):
         self.attn_proj = MPConv(out_channels, out_channels, 1) if heads else None
 
     def forward(self, x: Tensor, embedded: Tensor) -> Tensor:
+        return self.modulated(x, self.emb_linear(embedded, self.emb_gain))
+
+    def modulated(self, x: Tensor, gain: Tensor) -> Tensor:
         x = self._resampled(x)
         if not self.decoder:
             x = unit_rms(x if self.conv_skip is None else self.conv_skip(x), 1, _EPS)
         h = self.conv_res0(_silu(x))
-        scale = self.emb_linear(embedded, self.emb_gain) + 1
-        h = self.conv_res1(_silu(h * scale[:, :, None, None].to(h.dtype)))
+        h = self.conv_res1(_silu(h * (gain + 1)[:, :, None, None].to(h.dtype)))
         if self.decoder and self.conv_skip is not None:
             x = self.conv_skip(x)
         x = _sum(x, h, self.arguments.res_balance)

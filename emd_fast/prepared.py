@@ -1,0 +1,60 @@
+"""Weights in the form in which products take them, made once per E-step: autocast's rounding, EDM2's normalisation.
+
+Over the steps of an E-step no weight changes, yet autocast converts every frozen one in every pass. Inside `prepared`
+the layers of fused networks (emd_fast.unet.layers) read what they made of their weights at its start. It belongs to the
+block: parameters stay what they are, nothing can become stale between two blocks, and in a CUDA graph it is part of the
+graph, so that a replay reads the weights as they are then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# The attribute in which a layer finds what it prepared, None outside of the block: compiled code is guarded by an
+# attribute that is there, and not by one that is missing. Not part of copies and pickles.
+PREPARED = "_emd_fast_prepared"
+
+
+@contextlib.contextmanager
+def prepared(*networks: Any) -> Iterator[None]:
+    """Context manager: inside it, fused layers of the networks read weights that were rounded or normalised here.
+
+    The results are those without it, bit for bit. Taken is the dtype of the autocast that is active at the start; where
+    it is another inside, or where a gradient of the parameter is wanted, the parameter itself is read. Weights must not
+    change inside. Parameters that FSDP2 holds in shards are left to it: it gathers them in its own precision.
+
+    Args:
+        networks: modules, wrapped ones too; what is none is passed over.
+    """
+    layers: dict[int, Any] = {
+        id(module): module
+        for network in networks
+        if isinstance(network, nn.Module)
+        for module in network.modules()
+        if PREPARED in vars(module)
+    }
+    made = [(layer, layer.prepare()) for layer in layers.values()]
+    outer = [(layer, layer.__dict__[PREPARED]) for layer, _ in made]
+    try:
+        for layer, tensors in made:
+            layer.__dict__[PREPARED] = tensors
+        yield
+    finally:
+        for layer, tensors in outer:
+            layer.__dict__[PREPARED] = tensors
+
+
+def is_plain(parameter: Tensor | None) -> bool:
+    """Whether it is float32 and has memory of its own: no shard, no quantised subclass."""
+    return parameter is not None and type(parameter) in (Tensor, nn.Parameter) and parameter.dtype == torch.float32
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """In which products are computed; None where no autocast is active."""
+    active = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return torch.get_autocast_dtype(device_type) if active else None

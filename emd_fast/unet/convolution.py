@@ -1,0 +1,60 @@
+"""A convolution with frozen weights, of which autograd keeps the weight alone.
+
+PyTorch's keeps its input for the gradient of the weight, wanted or not: about half of what a UNet keeps for the
+backward pass to its input.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import conv2d
+
+from emd_fast.prepared import autocast_dtype
+
+Pair = tuple[int, int] | list[int]
+
+
+def convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Pair = (1, 1),
+    padding: Pair = (0, 0),
+    dilation: Pair = (1, 1),
+    groups: int = 1,
+) -> Tensor:
+    """conv2d of x (B, C, H, W), with the results of PyTorch's and its derivatives, any number of times."""
+    frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
+    if not (torch.is_grad_enabled() and x.requires_grad and frozen and x.dim() == 4):
+        return conv2d(x, weight, bias, stride, padding, dilation, groups)
+    if (dtype := autocast_dtype(x.device.type)) is not None and x.dtype != torch.float64:
+        # As autocast does it, but before the call: the backward pass is to find the dtypes of the forward pass.
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    out: Tensor = _ToInput.apply(x, weight, bias, stride, padding, dilation, groups)
+    return out
+
+
+class _ToInput(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, *settings: Any) -> Tensor:
+        return conv2d(x, weight, bias, *settings)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, _, *ctx.settings = inputs
+        ctx.save_for_backward(weight)
+        ctx.size, ctx.strides = x.shape, x.stride()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (weight,) = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.settings
+        # Shape and strides of the input are what is asked for; its numbers are not read.
+        like = torch.empty_strided(ctx.size, ctx.strides, dtype=grad.dtype, device=grad.device)
+        of_x, *_ = torch.ops.aten.convolution_backward(
+            grad, like, weight, None, stride, padding, dilation, False, [0, 0], groups, [True, False, False]
+        )
+        return of_x, None, None, None, None, None, None
