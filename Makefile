@@ -40,8 +40,10 @@ $(STAMP): $(VENV)/.tools $(NATIVE)
 
 setup: $(STAMP)
 
+# A worker for each core. Each starts with tests that stand together, since those share what they set up; one that has
+# nothing left takes over from another.
 test: $(STAMP)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
 
 demo: $(STAMP)
 	$(BIN)/emd-fast distill digits --out $(OUT) $(if $(filter 1,$(SHORT)),--short)

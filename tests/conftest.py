@@ -4,6 +4,7 @@ import os
 
 import hypothesis
 import pytest
+import torch
 from interpreter import (
     leave_what_is_masked_undefined,
     multiply_matrices_as_a_gpu_does,
@@ -12,6 +13,11 @@ from interpreter import (
 
 import emd_fast
 from emd_fast import backends
+
+# Beside other workers a second thread finds no core, and waits for its share of one instead of computing.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+    torch.set_num_threads(1)
 
 # Fixtures here only name a backend, which every example may share; and the first call of an op may load a library.
 hypothesis.settings.register_profile(
@@ -37,6 +43,11 @@ if os.environ.get("TRITON_INTERPRET") == "1" and not backends.why_not("uniform",
     leave_what_is_masked_undefined()
     multiply_matrices_as_a_gpu_does()
     BACKENDS.append("triton")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # So that at the end no worker sits alone with the longest.
+    items.sort(key=lambda item: item.get_closest_marker("first") is None)
 
 
 @pytest.fixture(params=BACKENDS)

@@ -33,6 +33,7 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 
 
 @needs_triton
+@pytest.mark.first
 @pytest.mark.parametrize("marked", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 def test_every_kernel_under_the_interpreter(marked):
     # In a process of its own: Triton reads the variable when a kernel is defined, and other tests want it unset.
