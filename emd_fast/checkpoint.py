@@ -27,7 +27,7 @@ from torch import Tensor
 from emd_fast import distributed
 
 _FORMAT = "emd_fast checkpoint"
-_VERSION = 1
+_VERSION = 2
 _NAME = re.compile(r"step-(\d{8})")
 _MANIFEST = "manifest.json"
 

@@ -73,7 +73,7 @@ class Bad:
 def test_a_pickle_that_would_run_code_is_refused(tmp_path):
     marker = tmp_path / "ran"
     (tmp_path / "plain.pt").write_bytes(pickle.dumps(Bad(marker), protocol=2))
-    torch.save({"format": "emd_fast checkpoint", "version": 1, "bad": Bad(marker)}, tmp_path / "zip.pt")
+    torch.save({"format": "emd_fast checkpoint", "version": 2, "bad": Bad(marker)}, tmp_path / "zip.pt")
     for name in ("plain.pt", "zip.pt"):
         with pytest.raises(CheckpointError):
             checkpoint.load(tmp_path / name)
