@@ -21,10 +21,11 @@ OPS = (
     "score_matching_loss",
     "group_norm",
     "attention",
-    "convolution",
-    "residual_block",
 )
 """What runs when no op is named."""
+
+AROUND = ("convolution", "residual_block")
+"""What lies around the norms of a network."""
 
 WHOLE = tuple(f"{what}:{network}" for what in ("unet", "e_step") for network in ("small", "adm", "sd15"))
 """Forward passes and E-steps of whole networks."""
@@ -32,7 +33,7 @@ WHOLE = tuple(f"{what}:{network}" for what in ("unet", "e_step") for network in 
 LOOPS = tuple(name.replace("unet:", "loop:") for name in WHOLE if name.startswith("unet:"))
 """Those networks in a loop that is not ours."""
 
-NAMES = (*OPS, "training_step", *WHOLE, *LOOPS)
+NAMES = (*OPS, *AROUND, "training_step", *WHOLE, *LOOPS)
 
 
 def load(name: str) -> Bench:
