@@ -557,8 +557,10 @@ class Shards:
         norms = torch.stack(list(torch._foreach_norm([g for _, g in gradients])))
         if (group := self._group()) is not None:
             # What every rank of the group holds whole counts once.
-            shares = [1.0 if self._is_part(i) else 1 / dist.get_world_size(group) for i, _ in gradients]
-            squares = torch.stack([s * share for s, share in zip(norms.square().unbind(), shares, strict=True)])
+            squares = norms.square()
+            for place, (i, _) in enumerate(gradients):
+                if not self._is_part(i):
+                    squares[place] /= dist.get_world_size(group)
             dist.all_reduce(squares, group=group)
             norms = squares.sqrt()
         return norms
