@@ -9,6 +9,7 @@ from interpreter import (
     leave_what_is_masked_undefined,
     multiply_matrices_as_a_gpu_does,
     round_to_bfloat16_as_a_gpu_does,
+    spend_less,
 )
 
 import emd_fast
@@ -42,6 +43,7 @@ if os.environ.get("TRITON_INTERPRET") == "1" and not backends.why_not("uniform",
     round_to_bfloat16_as_a_gpu_does()
     leave_what_is_masked_undefined()
     multiply_matrices_as_a_gpu_does()
+    spend_less()
     BACKENDS.append("triton")
 
 
