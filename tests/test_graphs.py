@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
+import types
 
 import pytest
 import torch
@@ -38,7 +40,7 @@ def recorded(monkeypatch):
     """Graphs of the CPU: a replay runs the captured code again on the tensors that it was captured with."""
     captures = []
 
-    def graph(run, parallel):
+    def graph(run, parallel, device):
         found = run()
         captures.append(parallel)
 
@@ -125,7 +127,7 @@ def test_what_cannot_be_captured_runs_as_it_is(monkeypatch, caplog):
     monkeypatch.setattr(GraphedEStep, "_why_not", lambda self, z: None)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
 
-    def graph(run, parallel):
+    def graph(run, parallel, device):
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(graphs, "_graph", graph)
@@ -135,6 +137,38 @@ def test_what_cannot_be_captured_runs_as_it_is(monkeypatch, caplog):
         found = [sample(z, eps, t, cond) for _ in range(2)][-1]
     assert len(caplog.records) == 1 and "cannot be captured: operation not permitted" in caplog.text
     assert_as_eager(found, e_step(*three, z, eps, t, cond=cond, noise=Noise(0), **SETTINGS))
+
+
+def test_the_capture_is_on_the_device_of_the_tensors(monkeypatch):
+    """Whichever is current, and whichever the first capture of the process was on."""
+    current, seen = [0], []
+
+    @contextlib.contextmanager
+    def on(device):
+        outer, current[0] = current[0], device.index
+        yield
+        current[0] = outer
+
+    @contextlib.contextmanager
+    def capture(graph, stream):
+        seen.append(("capture", stream.device))
+        yield
+
+    def stream():
+        return types.SimpleNamespace(device=current[0], wait_stream=lambda other: None)
+
+    fakes = {
+        "device": on,
+        "graph": capture,
+        "Stream": stream,
+        "current_stream": stream,
+        "stream": lambda stream: contextlib.nullcontext(),
+        "CUDAGraph": lambda: types.SimpleNamespace(replay=lambda: None),
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    graphs._graph(lambda: seen.append(("run", current[0])), True, torch.device("cuda", 1))
+    assert seen == [("run", 1)] * 2 + [("capture", 1), ("run", 1)] and current == [0]
 
 
 def test_step_sizes_must_come_from_somewhere():
