@@ -73,9 +73,9 @@ class conditioning_cache:
     """Context manager: inside it, in this thread, fused networks compute what depends on time and condition alone once.
 
     The results are those without it, bit for bit. A pass takes values from an earlier one only if its time and
-    condition are the same tensors, unchanged, in the same modes (autocast, inference), and no parameter that went into
-    the values has changed. Nothing is kept that has, or ought to have, a gradient; nothing is kept of compiled code,
-    of a network in training that draws random numbers for its condition, nor after the block.
+    condition are the same tensors, unchanged, in the same modes (autocast, inference) and on the same CUDA stream, and
+    no parameter that went into the values has changed. Nothing is kept that has, or ought to have, a gradient; nothing
+    is kept of compiled code, of a network in training that draws random numbers for its condition, nor after the block.
 
     Args:
         networks: the modules that it is for; every fused network when there are none.
@@ -176,7 +176,9 @@ def _key(what: Hashable, inputs: Any) -> Hashable | None:
         else:
             told.append((id(leaf), leaf._version))
     autocast = [torch.get_autocast_dtype(device) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
-    return what, structure, tuple(told), torch.is_inference_mode_enabled(), tuple(autocast)
+    # Of a pass beside this one on another stream nothing may be taken: it is still to be written.
+    stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
+    return what, structure, tuple(told), torch.is_inference_mode_enabled(), tuple(autocast), stream
 
 
 def _tensors(value: Any) -> list[Tensor]:

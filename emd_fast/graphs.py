@@ -144,28 +144,30 @@ class GraphedEStep:
         own = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         arguments = pytree.tree_unflatten(own, structure)
         parallel = len(arguments[0]) <= SMALL_BATCH if self._parallel is None else self._parallel
-        replay, found = _graph(lambda: self._eager(*arguments), parallel)
+        replay, found = _graph(lambda: self._eager(*arguments), parallel, arguments[0].device)
         return _Captured(replay, [leaf for leaf in own if isinstance(leaf, Tensor)], found, self._addresses())
 
 
-def _graph(run: Callable[[], EStep], parallel: bool) -> tuple[Callable[[], None], EStep]:
+def _graph(run: Callable[[], EStep], parallel: bool, device: torch.device) -> tuple[Callable[[], None], EStep]:
     """What replays `run`, and what a replay writes to."""
-    # Before a capture everything has run once: kernels are compiled, workspaces there. On a stream other than the
-    # default, as the capture will be.
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    # Weights that autocast has cast before are not those of a later replay; those that are cast inside belong to it.
-    torch.clear_autocast_cache()
-    try:
-        with torch.cuda.graph(graph), branches(parallel):
-            found = run()
-    finally:
+    # The stream is one of this device, which need not be the current one, nor that of the first capture, whose stream
+    # PyTorch would take: elsewhere nothing would be recorded, and a replay would do nothing.
+    with torch.cuda.device(device):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        # Before a capture everything has run once: kernels are compiled, workspaces there.
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                run()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        # Weights that autocast has cast before are not those of a later replay; those cast inside belong to it.
         torch.clear_autocast_cache()
+        try:
+            with torch.cuda.graph(graph, stream=side), branches(parallel):
+                found = run()
+        finally:
+            torch.clear_autocast_cache()
     return graph.replay, found
 
 

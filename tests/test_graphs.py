@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import logging
+import types
 
 import pytest
 import torch
-from helpers import Mlp, assert_same
+from helpers import Mlp, assert_same, randomised
+from streams import Streams
 
+import emd_fast
 from emd_fast import Denoiser, Generator, Noise, e_step, graphs, ops, schedules
 from emd_fast.em.branches import branches, side_by_side
 from emd_fast.graphs import GraphedEStep
+from emd_fast.teachers.small_unet import SmallUNet
 
 SETTINGS = {"steps": 3, "gamma_eps": 0.2, "gamma_z": 0.05}
 
@@ -34,7 +40,7 @@ def recorded(monkeypatch):
     """Graphs of the CPU: a replay runs the captured code again on the tensors that it was captured with."""
     captures = []
 
-    def graph(run, parallel):
+    def graph(run, parallel, device):
         found = run()
         captures.append(parallel)
 
@@ -121,7 +127,7 @@ def test_what_cannot_be_captured_runs_as_it_is(monkeypatch, caplog):
     monkeypatch.setattr(GraphedEStep, "_why_not", lambda self, z: None)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
 
-    def graph(run, parallel):
+    def graph(run, parallel, device):
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(graphs, "_graph", graph)
@@ -131,6 +137,38 @@ def test_what_cannot_be_captured_runs_as_it_is(monkeypatch, caplog):
         found = [sample(z, eps, t, cond) for _ in range(2)][-1]
     assert len(caplog.records) == 1 and "cannot be captured: operation not permitted" in caplog.text
     assert_as_eager(found, e_step(*three, z, eps, t, cond=cond, noise=Noise(0), **SETTINGS))
+
+
+def test_the_capture_is_on_the_device_of_the_tensors(monkeypatch):
+    """Whichever is current, and whichever the first capture of the process was on."""
+    current, seen = [0], []
+
+    @contextlib.contextmanager
+    def on(device):
+        outer, current[0] = current[0], device.index
+        yield
+        current[0] = outer
+
+    @contextlib.contextmanager
+    def capture(graph, stream):
+        seen.append(("capture", stream.device))
+        yield
+
+    def stream():
+        return types.SimpleNamespace(device=current[0], wait_stream=lambda other: None)
+
+    fakes = {
+        "device": on,
+        "graph": capture,
+        "Stream": stream,
+        "current_stream": stream,
+        "stream": lambda stream: contextlib.nullcontext(),
+        "CUDAGraph": lambda: types.SimpleNamespace(replay=lambda: None),
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    graphs._graph(lambda: seen.append(("run", current[0])), True, torch.device("cuda", 1))
+    assert seen == [("run", 1)] * 2 + [("capture", 1), ("run", 1)] and current == [0]
 
 
 def test_step_sizes_must_come_from_somewhere():
@@ -145,3 +183,41 @@ def test_side_by_side_is_in_turn_where_nobody_asked():
     assert seen == ["first", "second"]
     with branches(False):
         assert side_by_side(lambda: 1, lambda: 2) == (1, 2)
+
+
+@pytest.mark.parametrize("student_of", ["its own", "a copy", "the teacher itself"])
+@pytest.mark.parametrize("guidance", [None, 2.0])
+def test_neither_branch_reads_what_the_other_is_still_to_write(monkeypatch, student_of, guidance):
+    """Copies of a Denoiser share its functions of the time, and values of those were once taken across streams."""
+    teacher, other, own = (
+        Denoiser(
+            emd_fast.fuse(randomised(SmallUNet(1, num_classes=5), seed, scale=0.5)).eval(),
+            schedules.EDM(),
+            "edm",
+            sigma_data=0.5,
+            sample_shape=(1, 8, 8),
+            null_cond=4,
+        )
+        for seed in range(3)
+    )
+    student = {"its own": own, "a copy": copy.deepcopy(teacher), "the teacher itself": teacher}[student_of]
+    z, eps, t, cond = torch.randn(2, 1, 8, 8), torch.randn(2, 1, 8, 8), torch.full((2,), 0.7), torch.arange(2)
+    settings = {"cond": cond, "guidance": guidance, "noise": Noise(0), **SETTINGS}
+    expected = e_step(Generator(other, 1.0), teacher, student, z, eps, t, **settings)
+    with Streams(monkeypatch) as streams, branches():
+        found = e_step(Generator(other, 1.0), teacher, student, z, eps, t, **settings)
+    assert_as_eager(found, expected)
+    assert not streams.races
+    assert len(streams.made) == 1, "what one stream has freed no other gets again"
+
+
+def test_streams_that_do_not_wait_are_found(monkeypatch):
+    with Streams(monkeypatch) as streams:
+        ours, other = streams.current, torch.cuda.Stream()
+        x = torch.ones(3)
+        with torch.cuda.stream(other):
+            y = x + 1
+        assert streams.races == ["aten.add.Tensor"]
+        ours.wait_stream(other)
+        y.add_(x)
+        assert streams.races == ["aten.add.Tensor"]

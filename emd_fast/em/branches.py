@@ -14,7 +14,7 @@ B = TypeVar("B")
 
 
 class _Active(threading.local):
-    on = False
+    other: torch.cuda.Stream | None = None
 
 
 _active = _Active()
@@ -22,20 +22,24 @@ _active = _Active()
 
 @contextlib.contextmanager
 def branches(wanted: bool = True) -> Iterator[None]:
-    """Inside it, in this thread, `side_by_side` uses a second CUDA stream."""
-    outer, _active.on = _active.on, wanted
+    """Inside it, in this thread, `side_by_side` uses a second CUDA stream.
+
+    One for all calls: what a stream has freed only that stream gets again, so that with a stream for each call each
+    would take the memory of a pass.
+    """
+    outer, _active.other = _active.other, torch.cuda.Stream() if wanted else None
     try:
         yield
     finally:
-        _active.on = outer
+        _active.other = outer
 
 
 def side_by_side(first: Callable[[], A], second: Callable[[], B]) -> tuple[A, B]:
-    """Both results. Inside `branches` the second runs on a stream of its own, which starts and ends with this call:
-    what it allocates is used again only by a stream that has waited."""
-    if torch.compiler.is_compiling() or not _active.on:
+    """Both results. Inside `branches` the second runs on the other stream, which starts and ends with this call: what
+    it allocates is used again only by a stream that has waited. Neither may read what the other makes meanwhile."""
+    if torch.compiler.is_compiling() or (other := _active.other) is None:
         return first(), second()
-    current, other = torch.cuda.current_stream(), torch.cuda.Stream()
+    current = torch.cuda.current_stream()
     other.wait_stream(current)
     with torch.cuda.stream(other):
         b = second()
