@@ -50,7 +50,12 @@ MAY_CHANGE = {
 
 
 class Diverged(RuntimeError):
-    """Training that must not go on: one line that says what was seen and what helps."""
+    """Training that must not go on: one line that says what was seen and what helps. All ranks raise it alike, and the
+    main one alone has to say it."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.main = distributed.is_main()
 
 
 @dataclass(frozen=True)
