@@ -312,10 +312,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if rest and options.command not in ("distill", "plan"):
             raise ConfigError(f"unknown option {rest[0]!r}; see emd-fast {options.command} --help")
         return _COMMANDS[options.command](options, rest)
-    except ConfigError as error:
+    except (ConfigError, GroupError) as error:
         return _fail(error, 2)
-    except GroupError as error:
-        return _fail(error, 2) if error.main else 2
     except (OSError, RuntimeError, ValueError, ModuleNotFoundError) as error:
         return _fail(error, 1)
     except KeyboardInterrupt:
@@ -337,7 +335,8 @@ def _with_recipe(words: list[str]) -> list[str]:
 
 
 def _fail(error: BaseException, code: int) -> int:
-    print(f"emd-fast: {error}", file=sys.stderr)
+    if getattr(error, "main", True):  # what all ranks raise alike is said by one of them
+        print(f"emd-fast: {error}", file=sys.stderr)
     return code
 
 

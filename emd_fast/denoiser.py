@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from emd_fast.conditioning import same
+from emd_fast.prepared import autocast_dtype
 from emd_fast.schedules import Schedule, check_times
 
 Pair = tuple[Tensor, Tensor]
@@ -123,6 +125,8 @@ class Denoiser(nn.Module):
         self.sigma_data = sigma_data
         self.sample_shape = None if sample_shape is None else tuple(sample_shape)
         self.null_cond = null_cond
+        # Of the weights of its products, where they were rounded and nothing else (emd_fast.rounded).
+        self.rounded_to: torch.dtype | None = None
         self._form = _edm(sigma_data) if sigma_data is not None else _FORMS[parametrization]
         self._check_schedule()
         if sigma_data is not None:
@@ -157,7 +161,8 @@ class Denoiser(nn.Module):
         if x_t.dim() == 0 or t.shape != x_t.shape[:1]:
             raise ValueError(f"t must have shape (B,) for x_t (B, ...), got {tuple(t.shape)} for {tuple(x_t.shape)}")
         scaled = x_t if self._c_in is None else column(self._c_in(t), x_t) * x_t
-        returned = self.network(scaled.to(self._input_dtype(x_t)), same(self._c_noise, t), cond)
+        with self._products(x_t):
+            returned = self.network(scaled.to(self._input_dtype(x_t)), same(self._c_noise, t), cond)
         output = returned if self._output is None else self._output(returned)
         if not isinstance(output, Tensor):
             raise TypeError(
@@ -179,6 +184,12 @@ class Denoiser(nn.Module):
     def network_inputs(self, t: Tensor) -> Pair:
         """(c_in, c_noise), each (B,) float32: the scale of x_t and the noise level as the network gets them."""
         return (torch.ones_like(t) if self._c_in is None else self._c_in(t)), self._c_noise(t)
+
+    def _products(self, x_t: Tensor) -> contextlib.AbstractContextManager[Any]:
+        """What a network needs around it whose products have weights of another dtype than the rest."""
+        if self.rounded_to is None or autocast_dtype(x_t.device.type) is not None:
+            return contextlib.nullcontext()
+        return torch.autocast(x_t.device.type, self.rounded_to)
 
     def _input_dtype(self, x_t: Tensor) -> torch.dtype:
         if isinstance(self.network, nn.Module):

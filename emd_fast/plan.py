@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from emd_fast import distributed
 from emd_fast.config import ConfigError, EMDConfig
 from emd_fast.denoiser import Denoiser
+from emd_fast.rounded import weights_of_products
 
 GIB = 2**30
 _OPTIMIZER_BYTES = {"adamw": 8.0, "apex_adamw": 8.0, "adamw_8bit": 2.03}  # two moments; 8 bits and a scale for 256
@@ -24,19 +25,26 @@ _OPTIMIZER_BYTES = {"adamw": 8.0, "apex_adamw": 8.0, "adamw_8bit": 2.03}  # two 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Parameters of the three networks; a teacher that is a formula has 0."""
+    """Parameters of the three networks; a teacher that is a formula has 0.
+
+    Args:
+        largest_block: of the generator's and the student's.
+        products: those of the teacher that a bfloat16 run holds rounded where it does not shard (`emd_fast.rounded`).
+    """
 
     teacher: int
     generator: int
     student: int
     largest_block: int
+    products: int = 0
 
     @classmethod
     def of(cls, teacher: nn.Module, generator: nn.Module, student: nn.Module) -> Sizes:
         """Of networks on any device, the meta device too."""
         blocks = [_count(block) for network in (generator, student) for block in distributed.blocks_of(network)]
         counts = [_count(network) for network in (teacher, generator, student)]
-        return cls(counts[0], counts[1], counts[2], max(blocks, default=max(counts)))
+        products = sum(p.numel() for p in weights_of_products(teacher))
+        return cls(counts[0], counts[1], counts[2], max(blocks, default=max(counts)), products)
 
 
 def _count(network: nn.Module) -> int:
@@ -161,7 +169,7 @@ def estimate(
     if mode == "replicate" or devices == 1:
         among = 1
         memory = {
-            "weights": 4.0 * (sizes.teacher + trained),
+            "weights": 4.0 * (sizes.teacher + trained) - (4.0 - compute) * sizes.products,
             "gradients": 4.0 * trained,
             # One buffer of all gradients of a network, while they are summed.
             "gathered": 4.0 * max(sizes.generator, sizes.student) if devices > 1 else 0.0,

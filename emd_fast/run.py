@@ -101,6 +101,7 @@ def distill(settings: RunConfig, folder: Path, sinks: tuple[str, ...] = ()) -> d
     task.prepare_to_judge()
     teacher, seconds = _teacher(task, folder)
     trainer = _latest(settings, folder, task, teacher)
+    del teacher  # the trainer may have rounded a copy, and needs its float32 weights no more
     if distributed.world_size() > 1:
         say(f"{distributed.world_size()} ranks, {trainer.parallel}")
     if trainer.steps_done:

@@ -6,7 +6,6 @@ Reading order: `step`, then the three parts that it calls, in the words of docs/
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -32,6 +31,7 @@ from emd_fast.em.student_step import student_step
 from emd_fast.graphs import GraphedEStep
 from emd_fast.noise import Noise, Stream
 from emd_fast.recompute import recomputed
+from emd_fast.rounded import rounded, trainable
 from emd_fast.throughput import Laps
 
 # What may change between two legs of one run; everything else makes it another run. The last two
@@ -50,7 +50,12 @@ MAY_CHANGE = {
 
 
 class Diverged(RuntimeError):
-    """Training that must not go on: one line that says what was seen and what helps."""
+    """Training that must not go on: one line that says what was seen and what helps. All ranks raise it alike, and the
+    main one alone has to say it."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.main = distributed.is_main()
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,9 @@ class EMDTrainer:
     Networks too large to be built by every rank may be on the meta device on all ranks but the first.
 
     Args:
-        teacher: a Denoiser; set to eval and to require no gradients here, its weights never change.
+        teacher: a Denoiser; its weights never change. Set to eval and to require no gradients here, and sharded where
+            config.parallel shards. Replicas and single processes that compute in bfloat16 leave it as it is and keep a
+            copy of their own with bfloat16 weights (`emd_fast.rounded`): drop yours, or its float32 weights stay.
         config: the distillation.
         generator: callable module (z, cond) -> x; a copy of the teacher at noise level t_star when None.
         student: a Denoiser of the teacher's schedule; a copy of the teacher when None.
@@ -111,17 +118,20 @@ class EMDTrainer:
         self.config = config
         self.schedule = base(teacher).schedule
         self.generator = generator if generator is not None else _copy_of(teacher, config)
-        self.student = student if student is not None else copy.deepcopy(teacher)
-        self.teacher = teacher
-        _check_apart(teacher=self.teacher, generator=self.generator, student=self.student)
+        self.student = student if student is not None else trainable(teacher)
+        _check_apart(teacher=teacher, generator=self.generator, student=self.student)
+        self.device = distributed.device_of(self.generator)
+        self._mode, reason = distributed.resolve(config.parallel, sum(p.numel() for p in self.generator.parameters()))
+        self.parallel = f"{self._mode}: {reason}"
+        rounds = self._mode == "replicate" and self.compute_dtype != torch.float32
+        self.teacher = rounded(teacher, self.compute_dtype) if rounds else teacher
         for network, trains in ((self.teacher, False), (self.generator, True), (self.student, True)):
             network.eval().requires_grad_(trains)  # eval: no dropout, no batch statistics, in any of the three
-        self.device = distributed.device_of(self.generator)
         self.sample_shape = _shape("sample_shape", generator, teacher)
         self.latent_shape = getattr(self.generator, "latent_shape", None) or self.sample_shape
         self.noise = Noise(config.seed, device=self.device)
         self.ema = ema.EMA(self.generator, _profile(config))
-        self.parallel = self._spread()
+        self._spread()
         self.shards = {"generator": Shards(self.generator), "student": Shards(self.student)}
         self.generator_optimizer = optimizers.make(config, self.shards["generator"].parameters, config.generator_lr)
         self.student_optimizer = optimizers.make(config, self.shards["student"].parameters, config.student_lr)
@@ -146,18 +156,15 @@ class EMDTrainer:
         self.laps = Laps(self.device)  # of the last step: student, e_step, m_step
         self._writer = checkpoint.Writer()
 
-    def _spread(self) -> str:
-        """Lays the networks out over the ranks; returns how, and why."""
-        config = self.config
-        mode, reason = distributed.resolve(config.parallel, sum(p.numel() for p in self.generator.parameters()))
+    def _spread(self) -> None:
+        """Lays the networks out over the ranks."""
         if distributed.world_size() > 1:
-            mesh = distributed.make_mesh(mode, self.device, config.shard_group)
+            mesh = distributed.make_mesh(self._mode, self.device, self.config.shard_group)
             precision = torch.bfloat16 if self.compute_dtype == torch.bfloat16 else None
             for network in (self.teacher, self.generator, self.student, self.ema.module):
                 # The average is float32 throughout: it is what a run is for.
                 own = None if network is self.ema.module else precision
-                distributed.shard(network, mode, precision=own, mesh=mesh, device=self.device)
-        return f"{mode}: {reason}"
+                distributed.shard(network, self._mode, precision=own, mesh=mesh, device=self.device)
 
     # One step ---------------------------------------------------------------------------------------------------------
 
@@ -696,7 +703,7 @@ def _counters(optimizer: torch.optim.Optimizer) -> list[dict[str, int]]:
 
 
 def _copy_of(teacher: Denoiser, config: EMDConfig) -> Generator:
-    return Generator(copy.deepcopy(teacher), config.t_star, input_scale=config.input_scale)
+    return Generator(trainable(teacher), config.t_star, input_scale=config.input_scale)
 
 
 def _interpolate(log_ratio: Tensor, points: Tensor) -> Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import math
 import os
 import random
 import re
@@ -14,7 +17,7 @@ import torch
 from spawned import Command, Ranks, ended, wait_for
 from test_distributed import config, teacher, whole
 
-from emd_fast import EMDTrainer, checkpoint, distributed, run
+from emd_fast import EMDTrainer, checkpoint, cli, distributed, journal, run
 from emd_fast import config as configuration
 from emd_fast.checkpoint import CheckpointError
 from emd_fast.trainer import Diverged
@@ -130,6 +133,45 @@ def test_too_many_gradients_that_are_not_finite_end_the_run_by_name(tmp_path, mo
     with pytest.raises(Diverged, match=r"not finite, last that of network\.hidden\.0\.weight of the student"):
         run.distill(settings, tmp_path)
     assert "network.hidden.0.weight of the student" in (tmp_path / "report.md").read_text()
+
+
+def diverging(folder, mode) -> tuple[int, list[bool], str]:
+    """A run in which one rank's loss of the generator is NaN from the third step on: its exit code, whether each of
+    these steps left the generator and its optimizer as they were, and what this rank said."""
+    accumulate, update, unchanged, said = EMDTrainer._accumulate, EMDTrainer._update, [], io.StringIO()
+
+    def poisoned(self, name, pieces, loss_of):
+        ill = name == "generator" and self.steps_done >= 2 and distributed.rank() == 1
+        return accumulate(self, name, pieces, (lambda piece: loss_of(piece) * math.nan) if ill else loss_of)
+
+    def watched(self, name):
+        if name != "generator" or self.steps_done < 2:
+            return update(self, name)
+        moments = [v for state in self.generator_optimizer.state.values() for v in state.values()]
+        held = [*map(distributed.local, self.generator.parameters()), *moments]
+        before = [tensor.detach().clone() for tensor in held]
+        norm = update(self, name)
+        unchanged.append(all(torch.equal(a, b) for a, b in zip(held, before, strict=True)))
+        return norm
+
+    EMDTrainer._accumulate, EMDTrainer._update = poisoned, watched
+    try:
+        with contextlib.redirect_stderr(said):
+            code = cli.main(command(folder, parallel=mode, max_skipped=3, log_every=1))
+    finally:
+        EMDTrainer._accumulate, EMDTrainer._update = accumulate, update
+    return code, unchanged, said.getvalue()
+
+
+@pytest.mark.parametrize(("world", "mode"), [(2, "replicate"), (2, "fsdp"), (3, "replicate"), (3, "fsdp")])
+def test_a_rank_whose_gradient_is_not_finite_stops_all_and_no_weight_has_moved(ranks, tmp_path, world, mode):
+    results = ranks(world, diverging, tmp_path, mode)
+    line = "not finite, last that of first.weight of the generator"
+    for rank, (code, unchanged, said) in enumerate(results):
+        assert code == 1 and unchanged == [True] * 4
+        assert [line in it for it in said.splitlines() if it.startswith("emd-fast:")] == [True] * (rank == 0), said
+    assert [row["skipped"] for row in journal.read(tmp_path / "log.jsonl")] == [0, 0, 1, 2, 3, 4]
+    assert line in (tmp_path / "report.md").read_text()
 
 
 def damaged(path) -> str:

@@ -76,7 +76,7 @@ class SongUNet(nn.Module):
         return self._decode(h, skips, embedded)
 
     def _embed(self, c_noise: Tensor, labels: Tensor | None) -> Tensor:
-        weight = self.map_layer0.weight
+        weight = next(self.parameters())
         embedded = self.map_noise(c_noise).to(weight.dtype)
         if self.map_label is None:
             no_labels(labels)
