@@ -26,8 +26,8 @@ def prepared(*networks: Any) -> Iterator[None]:
 
     The results are those without it, bit for bit. Taken is the dtype of the autocast that is active at the start; where
     it is another inside, or where a gradient of the parameter is wanted, the parameter itself is read. Weights must not
-    change inside. Parameters that FSDP2 holds in shards are left to it: it gathers them in its own precision. So are
-    those that an adapter around the layer reads itself, as DoRA does.
+    change inside. Of what FSDP2 holds in shards, weights are prepared that are gathered, and in float32. Left are those
+    that an adapter around the layer reads itself, as DoRA does.
 
     Args:
         networks: modules, wrapped ones too; what is none is passed over.

@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from networks import FAMILIES, OWN, make, output
+from test_e_step import one_process  # noqa: F401  (a fixture)
 from test_fuse import relative
 from torch import nn
 from torch.nn.utils import prune
@@ -14,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import emd_fast
 from emd_fast import Denoiser, Generator, Noise, e_step
+from emd_fast.distributed import gathered
 from emd_fast.prepared import PREPARED, prepared
 from emd_fast.schedules import EDM
 
@@ -185,3 +187,17 @@ def test_a_whole_compiled_network_notices_both_ends_of_the_block():
         with prepared(network):
             assert torch.equal(compiled(x, *arguments), network(x, *arguments))
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("precision", [None, torch.bfloat16])
+def test_sharded_weights_are_prepared_as_the_report_says(one_process, precision):  # noqa: F811
+    """Those that are gathered in float32."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    network, _, _ = make("small")
+    assert not any("FSDP2" in part.note for part in emd_fast.fusion_report(emd_fast.fuse(network)).layers)
+    fully_shard(network, mp_policy=MixedPrecisionPolicy(param_dtype=precision))
+    notes = {part.note for part in emd_fast.fusion_report(network).layers}
+    assert notes and all("if FSDP2 gathers it in float32; as it is gathered in any other" in note for note in notes)
+    with torch.autocast(**BF16), gathered(network), prepared(network):
+        assert any(vars(module).get(PREPARED) for module in network.modules()) == (precision is None)

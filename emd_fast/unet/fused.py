@@ -43,6 +43,11 @@ class Fused:
         return None
 
     @classmethod
+    def note(cls, module: Any) -> str:
+        """What the report says of the module."""
+        return cls.does
+
+    @classmethod
     def check(cls, module: Any) -> None:
         """Raises ValueError for a module of which no version can be right."""
 

@@ -137,13 +137,13 @@ def fusion_report(network: nn.Module) -> FusionReport:
     for path, module in network.named_modules():
         kind = kind_of(module)
         if kind is not None and issubclass(kind, _LAYERS):
-            layers.append(Part(path, type(module).__name__, kind.does))
+            layers.append(Part(path, type(module).__name__, kind.note(module)))
             continue
         if kind is None and diffusers.Attention.recognises(module) and _is_fused(module):
             kind = diffusers.Attention
         if kind is not None:
             compiled = kind is not regional.Repeated and "compile" in vars(module).get(STATE, {})
-            fused.append(Part(path, type(module).__name__, kind.does + (", compiled" if compiled else "")))
+            fused.append(Part(path, type(module).__name__, kind.note(module) + (", compiled" if compiled else "")))
         elif (reason := _reason(module)) is not None or any(kind.recognises(module) for kind in _KINDS):
             left.append(Part(path, type(module).__name__, reason or "known; fuse() was not called since it is there"))
     return FusionReport(type(network).__name__, tuple(fused), tuple(left), tuple(layers))
