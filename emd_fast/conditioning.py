@@ -33,7 +33,7 @@ class _Pass:
     def __init__(self, inputs: Any) -> None:
         self.inputs = inputs  # alive, so that no other tensor gets their identity
         self.values: dict[Hashable, tuple[Any, list[int]]] = {}
-        self.watched: dict[int, tuple[Tensor, tuple[int, int]]] = {}
+        self.watched: dict[int, tuple[Tensor, tuple[int, int, bool]]] = {}
         self.calls: dict[int, int] = {}
 
     def holds(self) -> bool:
@@ -80,8 +80,8 @@ class conditioning_cache:
     Args:
         networks: the modules that it is for; every fused network when there are none.
 
-    Not noticed: changes past autograd's version counters (through .data or NumPy), and an optimizer step inside the
-    block on parameters that FSDP2 has sharded.
+    Not noticed: changes past autograd's version counters (through .data or NumPy), another weight given to an adapter,
+    and an optimizer step inside the block on parameters that FSDP2 has sharded.
     """
 
     def __init__(self, *networks: nn.Module) -> None:
@@ -185,7 +185,8 @@ def _tensors(value: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
-def _state(tensor: Tensor) -> tuple[int, int]:
+def _state(tensor: Tensor) -> tuple[int, int, bool]:
+    # An adapter that is switched on or off changes nothing about its parameters but whether they train.
     # The version does not see that .data was replaced. Subclasses (DTensor) have no memory of their own to point to.
     version = -1 if tensor.is_inference() else tensor._version
-    return version, tensor.data_ptr() if type(tensor) in (Tensor, nn.Parameter) else 0
+    return version, tensor.data_ptr() if type(tensor) in (Tensor, nn.Parameter) else 0, tensor.requires_grad

@@ -26,18 +26,17 @@ def prepared(*networks: Any) -> Iterator[None]:
 
     The results are those without it, bit for bit. Taken is the dtype of the autocast that is active at the start; where
     it is another inside, or where a gradient of the parameter is wanted, the parameter itself is read. Weights must not
-    change inside. Parameters that FSDP2 holds in shards are left to it: it gathers them in its own precision.
+    change inside. Of what FSDP2 holds in shards, weights are prepared that are gathered, and in float32. Left are those
+    that an adapter around the layer reads itself, as DoRA does.
 
     Args:
         networks: modules, wrapped ones too; what is none is passed over.
     """
-    layers: dict[int, Any] = {
-        id(module): module
-        for network in networks
-        if isinstance(network, nn.Module)
-        for module in network.modules()
-        if PREPARED in vars(module)
-    }
+    modules = [module for network in networks if isinstance(network, nn.Module) for module in network.modules()]
+    layers: dict[int, Any] = {id(module): module for module in modules if PREPARED in vars(module)}
+    for module in modules:
+        for part in module.modules() if _reads_weights(module) else ():
+            layers.pop(id(part), None)
     made = [(layer, layer.prepare()) for layer in layers.values()]
     outer = [(layer, layer.__dict__[PREPARED]) for layer, _ in made]
     try:
@@ -47,6 +46,12 @@ def prepared(*networks: Any) -> Iterator[None]:
     finally:
         for layer, tensors in outer:
             layer.__dict__[PREPARED] = tensors
+
+
+def _reads_weights(module: Any) -> bool:
+    """Whether it is a wrapper of peft that computes with the parameters of the layers inside: all but plain LoRA."""
+    variant = getattr(module, "lora_variant", None) or getattr(module, "lora_magnitude_vector", None)
+    return hasattr(module, "base_layer") and (bool(variant) or not hasattr(module, "lora_A"))
 
 
 def is_plain(parameter: Tensor | None) -> bool:

@@ -310,6 +310,20 @@ def test_tables_are_aligned_and_say_why_somebody_is_missing():
     assert title == "langevin_eps, forward, 2x3, bf16, nchw (1 set of inputs, cold)"
     assert len(first) == len(second) == len(header) and "4.00x" in first and "1.00x" in second
     assert missing == "  x: WRONG, not timed: off"
+    assert "peak MB" not in header, "nobody was on a GPU"
+
+
+def test_the_memory_of_a_call_is_in_every_form_of_a_run(tmp_path):
+    taken = dataclasses.replace(row("emd_fast cpu", 1.0), peak_bytes=1_540_000_000)
+    result = dataclasses.replace(example().results[0], rows=(taken, row("eager", 4.0, ours=False)))
+    done = dataclasses.replace(example(), results=(result,))
+    record.write(tmp_path / "a.json", done)
+    assert record.read(tmp_path / "a.json") == done
+    header, first = (line.split() for line in show.terminal(result).splitlines()[1:3])
+    assert "peak" in header and "1.54e+03" not in first and "1540" in first
+    table = [line.split(" | ") for line in show.markdown(done).splitlines() if line.startswith("| ")]
+    column = table[0].index("peak MB")
+    assert [cells[column] for cells in table[2:]] == ["1540", ""]
 
 
 @pytest.mark.parametrize("name", ["convolution", "residual_block", "loop:small"])

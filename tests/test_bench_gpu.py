@@ -28,6 +28,7 @@ class Device:
 
     def __init__(self):
         self.now, self.capturing, self.graphs, self.waits = 0.0, None, [], 0
+        self.held = self.most = 0
         device = self
 
         class Event:
@@ -66,7 +67,14 @@ class Device:
             stream=lambda stream: contextlib.nullcontext(),
             current_stream=lambda: types.SimpleNamespace(wait_stream=lambda other: None),
             synchronize=self.wait,
+            memory_allocated=lambda device: self.held,
+            max_memory_allocated=lambda device: self.most,
+            reset_peak_memory_stats=lambda device: self.take(0, forget=True),
         )
+
+    def take(self, size, forget=False):
+        self.held += size
+        self.most = self.held if forget else max(self.most, self.held)
 
     def wait(self):
         assert self.capturing is None
@@ -89,7 +97,7 @@ def gpu(monkeypatch):
 @pytest.mark.parametrize("graph", [True, False])
 def test_the_time_of_a_call_on_a_gpu(gpu, graph):
     slow, fast = [[lambda s=s: gpu.kernel(s)] * 3 for s in (1e-3, 1e-5)]
-    taken, failed = clock.readings({"slow": slow, "fast": fast, "slow again": slow}, GPU, rounds=5, graph=graph)
+    taken, failed, _ = clock.readings({"slow": slow, "fast": fast, "slow again": slow}, GPU, rounds=5, graph=graph)
     assert not failed
     assert taken["slow"] == pytest.approx([1e-3] * 5) == taken["slow again"]
     assert taken["fast"] == pytest.approx([1e-5] * 5)
@@ -102,9 +110,25 @@ def test_a_contender_that_cannot_be_captured_is_reported(gpu):
         if gpu.capturing is not None:
             raise RuntimeError("operation not permitted when stream is capturing")
 
-    taken, failed = clock.readings({"bad": [waits], "good": [lambda: gpu.kernel(1e-3)]}, GPU, rounds=2)
+    taken, failed, peaks = clock.readings({"bad": [waits], "good": [lambda: gpu.kernel(1e-3)]}, GPU, rounds=2)
     assert list(taken) == ["good"] and "cannot be captured: operation not permitted" in failed["bad"]
-    assert "--no-graph" in failed["bad"]
+    assert "--no-graph" in failed["bad"] and list(peaks) == ["good"]
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_the_memory_of_a_call_on_a_gpu(gpu, graph):
+    """Of each contender by itself, beyond what lies there: not that of the one before, nor what stays."""
+    gpu.take(1000)
+
+    def keeps(size, at_most):
+        gpu.take(at_most)
+        gpu.take(size - at_most)
+        gpu.kernel(1e-2)
+        gpu.take(-size)
+
+    calls = {"large": [lambda: keeps(50, 700)], "small": [lambda: keeps(20, 30)]}
+    calls["large again"] = calls["large"]
+    assert clock.readings(calls, GPU, rounds=2, graph=graph).peaks == {"large": 700, "small": 30}
 
 
 def test_nothing_waits_for_the_gpu_between_readings(gpu):

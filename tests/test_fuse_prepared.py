@@ -1,4 +1,4 @@
-"""Weights prepared once per E-step, and what autograd keeps of frozen networks."""
+"""Weights prepared once per E-step."""
 
 import contextlib
 import copy
@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from networks import FAMILIES, OWN, make, output
+from test_e_step import one_process  # noqa: F401  (a fixture)
 from test_fuse import relative
 from torch import nn
 from torch.nn.utils import prune
@@ -14,11 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import emd_fast
 from emd_fast import Denoiser, Generator, Noise, e_step
+from emd_fast.distributed import gathered
 from emd_fast.prepared import PREPARED, prepared
 from emd_fast.schedules import EDM
-from emd_fast.teachers.edm_networks import DhariwalUNet
-from emd_fast.teachers.edm_networks.arguments import DhariwalArguments
-from emd_fast.unet.convolution import convolution
 
 NAMES = [*FAMILIES, *OWN]
 BF16 = {"device_type": "cpu", "dtype": torch.bfloat16}
@@ -190,102 +189,15 @@ def test_a_whole_compiled_network_notices_both_ends_of_the_block():
     torch.compiler.reset()
 
 
-# What autograd keeps ------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("precision", [None, torch.bfloat16])
+def test_sharded_weights_are_prepared_as_the_report_says(one_process, precision):  # noqa: F811
+    """Those that are gathered in float32."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-
-def kept(run, ignored=()):
-    """Bytes that autograd keeps of run()'s result, but for what `ignored` holds."""
-    held = {tensor.untyped_storage()._cdata for tensor in ignored}
-    found = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage._cdata not in held:
-            found[storage._cdata] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = run()
-    return sum(storage.nbytes() for storage in found.values()), result
-
-
-@pytest.mark.parametrize("autocast", [True, False])
-@pytest.mark.parametrize("settings", [((1, 1), (1, 1), (1, 1), 1), ((2, 2), (0, 1), (1, 2), 2)])
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_a_frozen_convolution(settings, layout, autocast):
-    """The numbers of PyTorch's bit for bit, twice differentiable, nothing kept but the weight."""
-    g = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 4, 9, 8, generator=g).to(memory_format=layout).requires_grad_()
-    weight, bias = torch.randn(6, 4 // settings[-1], 3, 3, generator=g), torch.randn(6, generator=g)
-    results = []
-    for function in (nn.functional.conv2d, convolution):
-        with torch.autocast(**BF16, enabled=autocast):
-            held, y = kept(lambda function=function: function(x, weight, bias, *settings), ignored=[weight])
-        (first,) = torch.autograd.grad(y.float().square().sum(), x, create_graph=True)
-        (second,) = torch.autograd.grad(first.square().sum(), x)
-        results.append((held, y, first, second))
-    (its_bytes, *its), (bytes_kept, *mine) = results
-    for a, b in zip(mine, its, strict=True):
-        assert torch.equal(a, b) and a.dtype == b.dtype and a.stride() == b.stride()
-    assert bytes_kept == (weight.numel() * 2 if autocast else 0) and its_bytes >= x.numel() * 2
-
-
-def test_a_convolution_that_trains_is_pytorch_s():
-    g = torch.Generator().manual_seed(0)
-    x, weight = torch.randn(2, 4, 6, 6, generator=g).requires_grad_(), torch.randn(4, 4, 3, 3, generator=g)
-    y = convolution(x, weight.requires_grad_())
-    assert type(y.grad_fn).__name__.startswith("Convolution")
-    torch.autograd.grad(y.sum(), [x, weight])
-
-
-PARTITIONED = {"backend": "aot_eager_decomp_partition"}
-
-
-@pytest.mark.parametrize(
-    ("name", "compile"),
-    [
-        *((name, False) for name in ("own adm", "unet2d_condition", "dhariwal", "small")),
-        pytest.param("small", PARTITIONED, marks=pytest.mark.slow),
-    ],
-)
-def test_no_input_of_a_convolution_is_kept(name, compile):
-    """Every kept tensor is one that a norm, an attention, a gate or a resampling reads again."""
-    torch.compiler.reset()
-    network, x, arguments = frozen(name, compile=compile)
-    plain = make(name)[0].requires_grad_(False)
-    with emd_fast.use_backend("reference"):
-        mine, _ = kept(lambda: output(network, x, arguments), ignored=network.state_dict().values())
-    its, _ = kept(lambda: output(plain, x, arguments), ignored=plain.state_dict().values())
-    assert 0 < mine < 0.75 * its
-    torch.compiler.reset()
-
-
-def full_size(name):
-    """(network on the meta device in bfloat16, the arguments for a batch)."""
-    with torch.device("meta"):
-        if name == "adm":
-            network = DhariwalUNet(DhariwalArguments(64, 3, 3, 1000))
-            size, arguments = (3, 64, 64), lambda batch: (torch.zeros(batch, dtype=torch.int64),)
-        else:
-            network = pytest.importorskip("diffusers").UNet2DConditionModel(cross_attention_dim=768, sample_size=64)
-            size, arguments = (4, 64, 64), lambda batch: (torch.empty(batch, 77, 768, dtype=torch.bfloat16),)
-    network = network.to(torch.bfloat16).eval().requires_grad_(False)
-    made = {"device": "meta", "dtype": torch.bfloat16}
-
-    def run(network, batch):
-        x = torch.empty(batch, *size, **made).requires_grad_()
-        with torch.device("meta"):
-            return output(network, x, (torch.ones(batch), *arguments(batch)))
-
-    return network, run
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "most"), [("adm", 115e6), ("sd15", 492e6)])
-def test_bytes_kept_of_a_sample_at_full_size(name, most):
-    """The figures of docs/fuse.md. The backend is one whose attention keeps what those of GPUs do: q, k, v, output."""
-    network, run = full_size(name)
-    emd_fast.fuse(network)
-    with emd_fast.use_backend("reference"):
-        one, two = (kept(lambda batch=batch: run(network, batch), network.state_dict().values())[0] for batch in (1, 2))
-    assert 0.9 * most < two - one < most
+    network, _, _ = make("small")
+    assert not any("FSDP2" in part.note for part in emd_fast.fusion_report(emd_fast.fuse(network)).layers)
+    fully_shard(network, mp_policy=MixedPrecisionPolicy(param_dtype=precision))
+    notes = {part.note for part in emd_fast.fusion_report(network).layers}
+    assert notes and all("if FSDP2 gathers it in float32; as it is gathered in any other" in note for note in notes)
+    with torch.autocast(**BF16), gathered(network), prepared(network):
+        assert any(vars(module).get(PREPARED) for module in network.modules()) == (precision is None)

@@ -19,7 +19,7 @@ def copied(device: torch.device, rounds: int) -> tuple[clock.Timing, int]:
         size = min(size, torch.cuda.mem_get_info(device)[0] // 8)
     source = torch.ones(size // 4, device=device)
     target = torch.zeros_like(source)
-    taken, _ = clock.readings({"copy": [lambda: target.copy_(source)]}, device, rounds)
+    taken = clock.readings({"copy": [lambda: target.copy_(source)]}, device, rounds).seconds
     return clock.Timing.of(taken["copy"]), 2 * source.numel() * source.element_size()
 
 
@@ -30,5 +30,5 @@ def multiplied(device: torch.device, dtype: torch.dtype, rounds: int) -> float:
     generator = torch.Generator(device).manual_seed(0)
     a, b = (torch.randn(side, side, device=device, generator=generator).to(dtype) for _ in range(2))
     target = torch.empty_like(a)
-    taken, _ = clock.readings({"product": [lambda: torch.mm(a, b, out=target)]}, device, rounds)
+    taken = clock.readings({"product": [lambda: torch.mm(a, b, out=target)]}, device, rounds).seconds
     return 2 * side**3 / clock.Timing.of(taken["product"]).median

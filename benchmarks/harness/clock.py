@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -39,10 +40,20 @@ class Timing:
         return cls(statistics.median(readings), quartiles[0], quartiles[2], len(readings))
 
 
+class Readings(NamedTuple):
+    """By contender: seconds of a call, one a round; why there are none; and on a GPU the bytes that its first calls
+    took beyond what was allocated before them, at the most: activations and results, whether PyTorch's allocator
+    gave them to a call or to a graph of calls. What its check has made before, weights above all, is not among them."""
+
+    seconds: dict[str, list[float]]
+    failed: dict[str, str]
+    peaks: dict[str, int]
+
+
 def readings(
     contenders: Mapping[str, Sequence[Call]], device: torch.device, rounds: int, graph: bool = True
-) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Seconds a call, one reading a round, of each contender; and why some could not be timed.
+) -> Readings:
+    """Seconds a call, one reading a round, of each contender; why some could not be timed; what memory they took.
 
     Args:
         contenders: for each the same call on several sets of inputs, as many for all, which are taken in turn.
@@ -58,9 +69,7 @@ def readings(
             gc.enable()
 
 
-def _on_cpu(
-    contenders: Mapping[str, Sequence[Call]], device: torch.device, rounds: int, graph: bool
-) -> tuple[dict[str, list[float]], dict[str, str]]:
+def _on_cpu(contenders: Mapping[str, Sequence[Call]], device: torch.device, rounds: int, graph: bool) -> Readings:
     calls = {}
     for name, sets in contenders.items():
         for call in itertools.chain.from_iterable([sets] * WARMUP):
@@ -82,20 +91,22 @@ def _on_cpu(
             for call in block:
                 call()
             taken[name].append((time.perf_counter() - began) / len(block))
-    return taken, {}
+    return Readings(taken, {}, {})
 
 
-def _on_gpu(
-    contenders: Mapping[str, Sequence[Call]], device: torch.device, rounds: int, graph: bool
-) -> tuple[dict[str, list[float]], dict[str, str]]:
+def _on_gpu(contenders: Mapping[str, Sequence[Call]], device: torch.device, rounds: int, graph: bool) -> Readings:
     with torch.cuda.device(device):
         runs: dict[str, tuple[Call, int]] = {}
-        failed = {}
+        failed: dict[str, str] = {}
+        peaks: dict[str, int] = {}
         captured: dict[int, tuple[Call, int]] = {}  # the same calls under two names share a graph
         for name, sets in contenders.items():
             try:
                 if id(sets) not in captured:
+                    torch.cuda.reset_peak_memory_stats(device)
+                    before = torch.cuda.memory_allocated(device)
                     captured[id(sets)] = _replay(sets) if graph else _launches(sets)
+                    peaks[name] = torch.cuda.max_memory_allocated(device) - before
                 runs[name] = captured[id(sets)]
             except RuntimeError as error:
                 torch.cuda.synchronize()
@@ -116,7 +127,7 @@ def _on_gpu(
             name: [start.elapsed_time(end) / 1e3 / runs[name][1] for start, end in pairs]
             for name, pairs in events.items()
         }
-    return taken, failed
+    return Readings(taken, failed, peaks)
 
 
 def _replay(sets: Sequence[Call]) -> tuple[Call, int]:

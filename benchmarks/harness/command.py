@@ -113,7 +113,9 @@ def _result(options: argparse.Namespace, bench: Bench, case: Case, bandwidth: fl
     inputs = [ready(bench, case, bench.inputs(Draw(case, seed))) for seed in range(sets)]
     calls = {c.name: [_call(bench, case, c, one) for one in inputs] for c in sound}
     again = {c.name + AGAIN: calls[c.name] for c in sound if c.ours}
-    seconds, failed = clock.readings(calls | again, case.device, options.rounds, options.graph and bench.captures)
+    seconds, failed, peaks = clock.readings(
+        calls | again, case.device, options.rounds, options.graph and bench.captures
+    )
 
     rows = []
     flops = bench.flops(case) if bench.flops else None
@@ -129,6 +131,7 @@ def _result(options: argparse.Namespace, bench: Bench, case: Case, bandwidth: fl
             noise = clock.noise(seconds[name], seconds[name + AGAIN]) if name + AGAIN in seconds else None
             timing = clock.Timing.of(seconds[name])
             row = _timed(contender.ours, name, verdict, timing, noise, moved, flops, bandwidth, arithmetic)
+            row = dataclasses.replace(row, peak_bytes=peaks.get(name))
         elif name in failed:
             row = Row(name, contender.ours, ABSENT, failed[name], verdict.error, verdict.bound)
         rows.append(row)

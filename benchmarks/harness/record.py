@@ -24,6 +24,7 @@ class Row:
         noise: how far two medians of it lie apart by chance, as a share (ours alone).
         share: of the copy ceiling, by the bytes that cannot be avoided; where there is no such number, of the rate of a
             dense product of matrices of the case's dtype, measured in the same run.
+        peak_bytes: of GPU memory that its calls took beyond what was there before, at the most (clock.Readings).
     """
 
     contender: str
@@ -40,6 +41,7 @@ class Row:
     bytes_per_second: float | None = None
     share: float | None = None
     flops_per_second: float | None = None
+    peak_bytes: int | None = None
 
 
 @dataclass(frozen=True)

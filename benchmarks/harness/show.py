@@ -9,7 +9,18 @@ from typing import Any
 from benchmarks.harness.record import TIMED, WRONG, Record, Result, Row
 from emd_fast.checkpoint import write_whole
 
-_HEADER = ("contender", "median", "quartiles", "speed-up", "GB/s", "of ceiling", "TFLOP/s", "error", "allowed")
+_HEADER = (
+    "contender",
+    "median",
+    "quartiles",
+    "speed-up",
+    "GB/s",
+    "of ceiling",
+    "TFLOP/s",
+    "peak MB",
+    "error",
+    "allowed",
+)
 
 
 def terminal(result: Result) -> str:
@@ -103,6 +114,7 @@ def _row(row: Row, eager: float | None) -> list[str]:
         _number(row.bytes_per_second, 1e9),
         "" if row.share is None else f"{row.share:.0%}",
         _number(row.flops_per_second, 1e12),
+        _number(row.peak_bytes, 1e6),
         "" if row.error is None else f"{row.error:.1e}",
         "" if row.bound is None else f"{row.bound:.1e}",
     ]

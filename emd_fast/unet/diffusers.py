@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu
 
 from emd_fast.conditioning import remember
 from emd_fast.unet.attention import attention, check_head_dim
@@ -210,41 +209,6 @@ class Attention(Fused):
     @classmethod
     def unfuse(cls, module: Any) -> None:
         module.set_processor(module.processor.original)
-
-
-class GEGLU(Fused):
-    """GEGLU: one product gives values and gates; of them alone autograd keeps something, not of what follows."""
-
-    does = "the GELU of the gates computed again in the backward pass instead of being kept"
-
-    @classmethod
-    def recognises(cls, module: Any) -> bool:
-        return is_a(module, "GEGLU") and has(module, "proj", "gelu")
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        # Compiled code chooses itself what it computes again.
-        if torch.compiler.is_compiling() or args or kwargs:
-            result: Tensor = super().forward(hidden_states, *args, **kwargs)
-            return result
-        out: Tensor = _Gated.apply(self.proj(hidden_states))
-        return out
-
-
-class _Gated(torch.autograd.Function):
-    @staticmethod
-    def forward(packed: Tensor) -> Tensor:
-        values, gates = packed.chunk(2, dim=-1)
-        return values * gelu(gates)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        values, gates = ctx.saved_tensors[0].chunk(2, dim=-1)
-        of_gates = torch.ops.aten.gelu_backward(grad * values, gates)
-        return torch.cat([grad * gelu(gates), of_gates], dim=-1)
 
 
 class Transformer(Fused):

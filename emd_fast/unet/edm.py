@@ -102,7 +102,7 @@ class OwnResampled(Rounded):
 class Conv(Rounded):
     """A convolution, with a filter that changes the resolution before or after it where up or down says so."""
 
-    does = Convolution.does
+    spares = Convolution.spares
 
     @classmethod
     def recognises(cls, module: Any) -> bool:

@@ -18,7 +18,7 @@ from emd_fast.unet.attention import attention, check_head_dim
 from emd_fast.unet.convolution import convolution
 from emd_fast.unet.edm import as_image, queries_keys_values
 from emd_fast.unet.fused import Fused, has, is_a
-from emd_fast.unet.layers import Rounded
+from emd_fast.unet.layers import Convolution, Rounded
 from emd_fast.unet.regional import run
 
 _SILU_RMS = 0.596  # of silu(x) for x ~ N(0, 1)
@@ -33,7 +33,8 @@ _RESAMPLE = {
 class MPConv(Rounded):
     """A convolution or linear layer of normalised weights, which are the same in every pass of an E-step."""
 
-    does = "weight normalised and rounded once per E-step; input not kept for the backward pass where it is frozen"
+    prepares = "weight normalised and rounded once per E-step"
+    spares = Convolution.spares
 
     @classmethod
     def recognises(cls, module: Any) -> bool:

@@ -43,6 +43,11 @@ class Fused:
         return None
 
     @classmethod
+    def note(cls, module: Any) -> str:
+        """What the report says of the module."""
+        return cls.does
+
+    @classmethod
     def check(cls, module: Any) -> None:
         """Raises ValueError for a module of which no version can be right."""
 
@@ -69,19 +74,24 @@ class Fused:
         return _new, (self._emd_fast_kind, self._emd_fast_base), state, *reduced[3:]
 
 
+def _construct(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    return cls._emd_fast_base(*args, **kwargs)
+
+
 def _subclass(kind: Any, base: Any) -> Any:
     """The one subclass of this kind and base, whatever asks for it."""
     if (kind, base) in _SUBCLASSES:
         return _SUBCLASSES[kind, base]
     names = ("__module__", "__qualname__", "__doc__")
     attributes: dict[str, Any] = {name: getattr(base, name) for name in names}
-    attributes |= {"_emd_fast_kind": kind, "_emd_fast_base": base}
+    # Who builds another module of the class of this one, as LoRA does for a convolution, gets one that is not fused.
+    attributes |= {"_emd_fast_kind": kind, "_emd_fast_base": base, "__new__": _construct}
     return _SUBCLASSES.setdefault((kind, base), type(base.__name__, (kind, base), attributes))
 
 
 def _new(kind: type, base: type) -> nn.Module:
     subclass = _subclass(kind, base)
-    return subclass.__new__(subclass)
+    return object.__new__(subclass)  # type: ignore[no-any-return]
 
 
 def kind_of(module: nn.Module) -> type[Fused] | None:

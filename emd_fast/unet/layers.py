@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -41,9 +41,18 @@ def _rounded(name: str) -> Any:
 class Rounded(Fused):
     """A layer whose forward uses its weight in a product and nowhere else."""
 
-    does = "weight rounded once per E-step under autocast"
+    prepares: ClassVar[str] = "weight rounded once per E-step under autocast"
+    spares: ClassVar[str] = ""
+    """Two halves of its line in the report: of its weight, and what else."""
     rounds: tuple[str, ...] = ("weight",)
     weight = _rounded("weight")
+
+    @classmethod
+    def note(cls, module: Any) -> str:
+        prepares = cls.prepares
+        if type(module._parameters.get("weight")).__name__ == "DTensor":
+            prepares += " if FSDP2 gathers it in float32; as it is gathered in any other precision"
+        return "; ".join(half for half in (prepares, cls.spares) if half)
 
     @classmethod
     def fuse(cls, module: Any, **state: Any) -> None:
@@ -77,7 +86,7 @@ class Layer(Rounded):
 class Convolution(Layer):
     """A Conv2d of PyTorch's."""
 
-    does = "weight rounded once per E-step under autocast; input not kept for the backward pass where it is frozen"
+    spares = "input not kept for the backward pass where it is frozen"
 
     @classmethod
     def recognises(cls, module: Any) -> bool:

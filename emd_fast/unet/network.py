@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from emd_fast.conditioning import one_pass, remember
 from emd_fast.unet import edm, edm2, layers
 from emd_fast.unet.fused import Fused, has, is_a
+from emd_fast.unet.layer_norm import LayerNorm
 
 # The layers of each network that turn time and condition into embeddings. The blocks remember their own projections.
 _DIFFUSERS = ("time_proj", "time_embedding", "class_embedding", "add_time_proj", "add_embedding", "encoder_hid_proj")
@@ -109,20 +110,20 @@ def conditioning_layers(network: nn.Module) -> Iterator[nn.Module]:
                 yield layer
 
 
-_PRODUCTS: tuple[type[Fused], ...] = (layers.Convolution, layers.Layer, edm.OwnResampled)
-_PRODUCTS_OF: dict[tuple[str, ...], tuple[type[Fused], ...]] = {
+_PLAIN: tuple[type[Fused], ...] = (layers.Convolution, layers.Layer, edm.OwnResampled, LayerNorm)
+_PLAIN_OF: dict[tuple[str, ...], tuple[type[Fused], ...]] = {
     _EDM: (edm.Conv, edm.Linear),
     _EDM2: (edm2.MPConv,),
     _OWN_EDM2: (edm2.MPConv,),
 }
 
 
-def layers_of_products(network: nn.Module) -> Iterator[tuple[nn.Module, type[Fused]]]:
-    """PyTorch's convolutions and linear layers, wherever they are, and in EDM's networks theirs, each with its kind."""
+def plain_layers(network: nn.Module) -> Iterator[tuple[nn.Module, type[Fused]]]:
+    """PyTorch's convolutions, linear layers and layer norms, in EDM's networks theirs, each with its kind."""
     for root in network.modules():
-        own = _PRODUCTS_OF.get(_layers(root) or ())
+        own = _PLAIN_OF.get(_layers(root) or ())
         for module in root.modules() if own else (root,):
-            for kind in own or _PRODUCTS:
+            for kind in own or _PLAIN:
                 if kind.recognises(module):
                     yield module, kind
                     break

@@ -27,7 +27,7 @@ class FusionReport:
     str(report) is the text for people: one line for each class and note, with the number of modules.
 
     Attributes:
-        layers: the convolutions and linear layers, which compute what they did, and what they do beside it.
+        layers: the convolutions, linear layers and layer norms, which compute what they did, and what else they do.
     """
 
     network: str

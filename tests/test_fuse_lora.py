@@ -1,0 +1,116 @@
+"""Fused networks with LoRA of peft in their projections and convolutions, as diffusers loads it."""
+
+import copy
+
+import pytest
+import torch
+from networks import make, output
+from safetensors.torch import load_file
+from test_fuse import relative
+from test_fuse_prepared import BF16, passes
+
+import emd_fast
+from emd_fast.prepared import PREPARED, prepared
+
+peft = pytest.importorskip("peft")
+LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "conv_in", "proj", "time_emb_proj", "linear_1"]
+
+
+def adapt(network, name="default", seed=1, **options):
+    torch.manual_seed(seed)
+    settings = {"r": 4, "target_modules": LAYERS, "init_lora_weights": False, **options}
+    network.add_adapter(peft.LoraConfig(**settings), adapter_name=name)
+
+
+def adapted(order, **options):
+    """(fused, not fused, x, arguments), both with the same adapter, loaded before fuse() or after it."""
+    fused, x, arguments = make("shallow unet2d_condition")
+    plain = copy.deepcopy(fused)
+    if order == "after":
+        emd_fast.fuse(fused)
+    for network in (fused, plain):
+        adapt(network, **options)
+    return emd_fast.fuse(fused), plain, x, arguments
+
+
+def outcome(network, x, arguments):
+    """The output, its gradient to the input and to every parameter that trains."""
+    x = x.detach().clone().requires_grad_()
+    out = output(network, x, arguments)
+    wanted = [x, *(p for p in network.parameters() if p.requires_grad)]
+    found = torch.autograd.grad(out.square().sum(), wanted, allow_unused=True)
+    return [out.detach(), *(grad for grad in found if grad is not None)]
+
+
+def assert_alike(fused, plain, x, arguments):
+    mine, its = (outcome(network, x, arguments) for network in (fused, plain))
+    assert len(mine) == len(its)
+    assert max(relative(a, b) for a, b in zip(mine, its, strict=True)) < 1e-5
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_adapters_that_come_and_go(order):
+    *networks, x, arguments = adapted(order)
+
+    def alike(change):
+        for network in networks:
+            change(network)
+        assert_alike(*networks, x, arguments)
+
+    alike(lambda network: None)
+    alike(lambda network: network.requires_grad_(False))
+    alike(lambda network: adapt(network, "second", 2, r=2, target_modules=["to_q", "conv1"]))
+    alike(lambda network: network.set_adapter("default"))
+    alike(lambda network: network.set_adapter(["default", "second"]))
+    alike(lambda network: network.disable_adapters())
+    alike(lambda network: network.enable_adapters())
+    assert_alike(copy.deepcopy(networks[0]), networks[1], x, arguments)
+    alike(lambda network: network.fuse_lora())
+    alike(lambda network: network.unfuse_lora())
+    alike(lambda network: network.delete_adapters("default"))
+    alike(lambda network: network.unload_lora())
+    alike(lambda network: adapt(network, "third", 3))
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_what_is_saved_and_undone(order, tmp_path):
+    fused, plain, x, arguments = adapted(order)
+    for name, network in (("fused", fused), ("plain", plain)):
+        network.save_lora_adapter(tmp_path / name)
+        network.save_pretrained(tmp_path / name)
+    for its in (tmp_path / "plain").iterdir():
+        mine = tmp_path / "fused" / its.name
+        if its.suffix == ".safetensors":
+            mine, its = load_file(mine), load_file(its)
+            assert mine.keys() == its.keys() and all(torch.equal(mine[key], its[key]) for key in its)
+        else:
+            assert mine.read_bytes() == its.read_bytes()
+    emd_fast.unfuse(fused)
+    assert [type(module) for module in fused.modules()] == [type(module) for module in plain.modules()]
+    for mine, its in zip(outcome(fused, x, arguments), outcome(plain, x, arguments), strict=True):
+        assert torch.equal(mine, its)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_prepared_weights_stay_bit_for_bit(dora):
+    """DoRA computes with the weight itself, which must not be the rounded one."""
+    fused, _, x, arguments = adapted("before", use_dora=dora, target_modules=["to_q", "conv1", "proj"])
+    fused.requires_grad_(False)
+    x.requires_grad_()
+    expected = passes(fused, x, arguments)
+    with torch.autocast(**BF16), prepared(fused):
+        inside = [vars(part).get(PREPARED) for name, part in fused.named_modules() if name.endswith("to_q.base_layer")]
+        assert inside and all(bool(part) != dora for part in inside)
+        actual = passes(fused, x, arguments)
+    assert all(torch.equal(mine, its) for mine, its in zip(actual, expected, strict=True))
+
+
+def test_an_adapter_that_is_switched_inside_the_cache():
+    fused, _, x, arguments = adapted("before")
+    adapt(fused, "second", 2)
+    with torch.no_grad():
+        with emd_fast.unet.conditioning_cache():
+            output(fused, x, arguments)
+            fused.set_adapter("default")
+            mine = output(fused, x, arguments)
+        assert torch.equal(mine, output(fused, x, arguments))
