@@ -61,5 +61,6 @@ def is_plain(parameter: Tensor | None) -> bool:
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """In which products are computed; None where no autocast is active."""
-    active = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    # The meta device has no autocast to ask for; PyTorch 2.11 cannot compile the question whether a device has one.
+    active = device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type)
     return torch.get_autocast_dtype(device_type) if active else None

@@ -6,6 +6,7 @@ import hypothesis
 import pytest
 import torch
 from interpreter import (
+    count_with_numbers,
     leave_what_is_masked_undefined,
     multiply_matrices_as_a_gpu_does,
     round_to_bfloat16_as_a_gpu_does,
@@ -43,6 +44,7 @@ if os.environ.get("TRITON_INTERPRET") == "1" and not backends.why_not("uniform",
     round_to_bfloat16_as_a_gpu_does()
     leave_what_is_masked_undefined()
     multiply_matrices_as_a_gpu_does()
+    count_with_numbers()
     spend_less()
     BACKENDS.append("triton")
 

@@ -73,6 +73,20 @@ def multiply_matrices_as_a_gpu_does() -> None:
     builder.create_dot = dot
 
 
+def count_with_numbers() -> None:
+    """Numbers are arrays of one element in the interpreter, which older Tritons hand to int(), and NumPy since 2.5
+    refuses."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patched
+
+
 def spend_less() -> None:
     """More than half of the interpreter's time goes into what leaves no trace in a result."""
     patch_the_language_once_a_launch()

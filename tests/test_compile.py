@@ -1,6 +1,7 @@
 """Every op under torch.compile, and as torch.library sees it."""
 
 import shutil
+import threading
 
 import pytest
 import torch
@@ -154,6 +155,22 @@ def test_use_backend_is_respected_in_compiled_code(monkeypatch, inside):
         assert used == [("m_step_loss", name), ("m_step_loss_backward", name)], (name, used)
         assert x.grad is not None
         assert backends.active() == "auto"
+
+
+def test_use_backend_is_respected_where_nobody_had_used_it_before():
+    """In a thread of its own, whose choice is as it was born."""
+    found = []
+
+    def run():
+        compiled = torch.compile(lambda x: x + len(backends.active()), fullgraph=True, backend="eager")
+        found.append(compiled(torch.zeros(())).item())
+        with emd_fast.use_backend("reference"):
+            found.append(compiled(torch.zeros(())).item())
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert found == [len("auto"), len("reference")]
 
 
 def test_a_whole_chain_in_one_graph():

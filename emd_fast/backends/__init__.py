@@ -19,8 +19,10 @@ _PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "referenc
 
 class _Active(threading.local):
     # A thread-local object and no ContextVar: torch.compile reads and guards this one, so that compiled code follows
-    # use_backend as eager code does.
-    name = "auto"
+    # use_backend as eager code does. And no attribute of the class: PyTorch 2.11 would read that one, later ones would
+    # not notice when it gets one of its own.
+    def __init__(self) -> None:
+        self.name = "auto"
 
 
 _active = _Active()
