@@ -63,8 +63,6 @@ int64_t grain_of(int64_t elements_of_an_item) {
   return 1 + kGrainElements / (elements_of_an_item + 1);
 }
 
-namespace {
-
 std::tuple<at::Tensor, at::Tensor, at::Tensor> group_norm(
     const at::Tensor& input, int64_t num_groups, const std::optional<at::Tensor>& weight,
     const std::optional<at::Tensor>& bias, double eps, const std::optional<at::Tensor>& add,
@@ -96,5 +94,4 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> group_norm(
 
 TORCH_LIBRARY_IMPL(emd_fast_native, CPU, m) { m.impl("group_norm", group_norm); }
 
-}  // namespace
 }  // namespace emd::cpu

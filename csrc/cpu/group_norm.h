@@ -1,11 +1,26 @@
 // What the forward and the backward pass of group_norm share.
 #pragma once
 
+#include <array>
+
 #include "../tensors.h"
 #include "kernels.h"
 #include "parallel.h"
 
 namespace emd::cpu {
+
+// y, mean and rstd (samples, groups), by the compiled loops.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> group_norm(
+    const at::Tensor& input, int64_t num_groups, const std::optional<at::Tensor>& weight,
+    const std::optional<at::Tensor>& bias, double eps, const std::optional<at::Tensor>& add,
+    const std::optional<at::Tensor>& scale, const std::optional<at::Tensor>& shift, bool silu);
+
+// The gradients of input, weight, bias, add, scale and shift; an empty tensor in place of each that is not needed.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> group_norm_backward(
+    const at::Tensor& grad, const at::Tensor& input, const at::Tensor& mean, const at::Tensor& rstd, int64_t num_groups,
+    const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& add,
+    const std::optional<at::Tensor>& scale, const std::optional<at::Tensor>& shift, bool silu,
+    std::array<bool, 6> needs);
 
 // The tensors that `op` points into, in the layout and type of the loops.
 struct GroupNormInputs {

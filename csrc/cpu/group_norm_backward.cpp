@@ -58,6 +58,8 @@ void parameter_gradients(const GroupNormBackward& op, const ParameterGradients& 
   }
 }
 
+}  // namespace
+
 using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 Gradients group_norm_backward(const at::Tensor& grad, const at::Tensor& input, const at::Tensor& mean,
@@ -128,5 +130,4 @@ Gradients group_norm_backward(const at::Tensor& grad, const at::Tensor& input, c
 
 TORCH_LIBRARY_IMPL(emd_fast_native, CPU, m) { m.impl("group_norm_backward", group_norm_backward); }
 
-}  // namespace
 }  // namespace emd::cpu

@@ -54,6 +54,11 @@ def load() -> ModuleType:
     return module
 
 
+def is_loaded() -> bool:
+    """Whether the compiled module can be used here, its kernels registered."""
+    return _load()[0] is not None
+
+
 def facts() -> dict[str, Any]:
     """How the compiled module was built, and the instruction set it uses here; {"reason": ...} where there is none."""
     module, reason = _load()

@@ -20,8 +20,8 @@ def tensor(name: str, value: Tensor, *, shape: Iterable[int] | None = None, like
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if value.dtype not in FLOATING:
         raise TypeError(f"{name} must be float32, bfloat16 or float16, got {value.dtype}")
-    if shape is not None and tuple(value.shape) != tuple(shape):
-        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(value.shape)}")
+    if shape is not None and value.shape != (wanted := tuple(shape)):
+        raise ValueError(f"{name} must have shape {wanted}, got {tuple(value.shape)}")
     if like is not None and value.device != like.device:
         raise ValueError(f"{name} must be on {like.device} as the other tensors are, got {value.device}")
 

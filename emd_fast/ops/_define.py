@@ -13,6 +13,8 @@ from emd_fast import backends
 LIBRARY = torch.library.Library("emd_fast", "DEF")
 # The same schemas without the choice of a backend, for the compiled code of csrc/ to implement.
 _NATIVE = torch.library.Library("emd_fast_native", "DEF")
+# The ops once more, for compiled code that serves them on CPU tensors without Python, and leaves other backends to it.
+_CHOSEN = torch.library.Library("emd_fast_chosen", "DEF")
 
 
 def define(name: str, arguments: str, returns: str, fake: Callable[..., Any]) -> Callable[..., Any]:
@@ -23,6 +25,7 @@ def define(name: str, arguments: str, returns: str, fake: Callable[..., Any]) ->
     """
     LIBRARY.define(f"{name}({arguments}, str backend) -> {returns}")
     _NATIVE.define(f"{name}({arguments}) -> {returns}")
+    _CHOSEN.define(f"{name}({arguments}, str backend) -> {returns}")
     op = getattr(torch.ops.emd_fast, name).default
     written = [i for i, argument in enumerate(op._schema.arguments) if argument.is_write]
 
@@ -35,7 +38,8 @@ def define(name: str, arguments: str, returns: str, fake: Callable[..., Any]) ->
                 torch.autograd.graph.increment_version(given[i])
         return result
 
-    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    for library in (LIBRARY, _CHOSEN):
+        library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"emd_fast::{name}", lambda *args: fake(*args[:-1]), lib=LIBRARY)
     return op
 

@@ -97,7 +97,7 @@ def group_norm(
     _check.tensor("x", x)
     if x.dim() < 2:
         raise ValueError(f"x must have shape (B, C, ...), got {tuple(x.shape)}")
-    batch, channels = x.shape[:2]
+    batch, channels, *_ = x.shape
     _check.integer("num_groups", num_groups)
     if num_groups < 1 or channels % num_groups:
         raise ValueError(f"num_groups must divide the channels: got {num_groups} for {channels} channels")
