@@ -33,28 +33,35 @@ class _Pass:
     def __init__(self, inputs: Any) -> None:
         self.inputs = inputs  # alive, so that no other tensor gets their identity
         self.values: dict[Hashable, tuple[Any, list[int]]] = {}
-        self.watched: dict[int, tuple[Tensor, tuple[int, int, bool]]] = {}
+        # Where each tensor hangs, since another may be put in its place; the tensor; its state.
+        self.watched: dict[tuple[int, str], tuple[dict[str, Any], Tensor, tuple[int, int, bool]]] = {}
         self.calls: dict[int, int] = {}
 
     def holds(self) -> bool:
         """Whether no parameter that went into the values has changed."""
-        return all(_state(tensor) == state for tensor, state in self.watched.values())
+        return all(
+            table.get(name) is tensor and _state(tensor) == state
+            for (_, name), (table, tensor, state) in self.watched.items()
+        )
 
     def needs_gradients(self) -> bool:
-        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor, _ in self.watched.values())
+        return torch.is_grad_enabled() and any(tensor.requires_grad for _, tensor, _ in self.watched.values())
 
     def value(self, module: nn.Module, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         # A module that is called twice in a pass has two values.
         call = self.calls[id(module)] = self.calls.get(id(module), -1) + 1
-        key = (id(module), call)
+        given = [leaf for leaf in _tensors((args, kwargs)) if isinstance(leaf, nn.Parameter)]  # a gain, for instance
+        key = (id(module), call, *map(id, given))
         if key in self.values:
             value, versions = self.values[key]
             if versions == [leaf._version for leaf in _tensors(value)]:
                 return value
         value = function(*args, **kwargs)
-        given = (leaf for leaf in _tensors((args, kwargs)) if isinstance(leaf, nn.Parameter))  # a gain, for instance
-        for tensor in (*module.parameters(), *module.buffers(), *given):
-            self.watched[id(tensor)] = (tensor, _state(tensor))
+        tables: list[dict[str, Any]] = [t for part in module.modules() for t in (part._parameters, part._buffers)]
+        for table in (*tables, *({"given": tensor} for tensor in given)):
+            for name, tensor in table.items():
+                if tensor is not None:
+                    self.watched[id(table), name] = (table, tensor, _state(tensor))
         # A value with a history would hand the graph of one pass to the next.
         if not any(leaf.requires_grad or leaf.is_inference() for leaf in _tensors(value)):
             self.values[key] = (value, [leaf._version for leaf in _tensors(value)])

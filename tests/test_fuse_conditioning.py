@@ -128,6 +128,15 @@ class TestStale:
                 parameter.data = 1.1 * parameter.data
                 self.check(network, x, arguments)
 
+    def test_other_parameters_in_their_place(self, case):
+        """As load_state_dict(assign=True) does it: the old ones stay what they were."""
+        network, x, arguments = case
+        with conditioning_cache():
+            self.check(network, x, arguments)
+            changed = {k: 1.1 * v if v.is_floating_point() else v for k, v in network.state_dict().items()}
+            network.load_state_dict(changed, assign=True)
+            self.check(network, x, arguments)
+
     def test_many_conditions(self, case):
         """More than are kept, in turn: as in a memory that is bounded."""
         network, x, (t, cond) = case

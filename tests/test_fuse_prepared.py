@@ -18,6 +18,7 @@ from emd_fast import Denoiser, Generator, Noise, e_step
 from emd_fast.distributed import gathered
 from emd_fast.prepared import PREPARED, prepared
 from emd_fast.schedules import EDM
+from emd_fast.unet.packed import Packed
 
 NAMES = [*FAMILIES, *OWN]
 BF16 = {"device_type": "cpu", "dtype": torch.bfloat16}
@@ -56,7 +57,8 @@ def test_the_results_stay_bit_for_bit(name, autocast):
     expected = passes(network, x, arguments, autocast)
     keys = [(key, value.dtype) for key, value in network.state_dict().items()]
     with torch.autocast(**BF16, enabled=autocast), prepared(network):
-        assert any(vars(module).get(PREPARED) for module in network.modules()) == (autocast or "edm2" in name)
+        always = "edm2" in name or any(isinstance(module, Packed) for module in network.modules())
+        assert any(vars(module).get(PREPARED) for module in network.modules()) == (autocast or always)
         actual = passes(network, x, arguments, autocast)
         assert [(key, value.dtype) for key, value in network.state_dict().items()] == keys
     for mine, its in zip(actual, expected, strict=True):
@@ -78,6 +80,41 @@ def test_no_weight_is_converted_or_normalised_in_a_pass(name):
     # What is left: layers that change the resolution, and EDM2's last, whose gain is a parameter.
     allowed = sum(p.numel() for key, p in network.named_parameters() if "out_conv" in key) if "edm2" in name else 0
     assert inside.elements <= allowed
+
+
+class Cloned(TorchDispatchMode):
+    """Elements that are copied without another dtype."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.clone.default, torch.ops.aten.copy_.default):
+            self.elements += args[0].numel()
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["dhariwal", "song", "own adm", "own ddpm++"])
+def test_neither_q_k_v_nor_their_weights_are_copied_in_a_pass(name):
+    """Those weights lie in the order of q, k and v once they are prepared."""
+    network, x, arguments = frozen(name)
+    with Cloned() as outside:
+        passes(network, x, arguments, autocast=False)
+    with prepared(network), Cloned() as inside:
+        passes(network, x, arguments, autocast=False)
+    packed = [module for module in network.modules() if isinstance(module, Packed)]
+    assert packed and outside.elements - inside.elements >= sum(module.weight.numel() for module in packed)
+    assert name.startswith("own") or not inside.elements
+
+
+def test_hooks_of_a_projection_are_called():
+    network, x, arguments = frozen("dhariwal")
+    plain = make("dhariwal")[0].requires_grad_(False)
+    for one in (network, plain):
+        for module in one.modules():
+            if hasattr(module, "qkv"):
+                module.qkv.register_forward_hook(lambda module, args, out: 2 * out)
+    with prepared(network):
+        assert relative(output(network, x, arguments), output(plain, x, arguments)) < 1e-5
 
 
 def denoisers(name):

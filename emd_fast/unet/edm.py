@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.functional import dropout
+from torch.nn.functional import dropout, linear
 
 from emd_fast.conditioning import remember
 from emd_fast.prepared import autocast_dtype
@@ -17,6 +17,7 @@ from emd_fast.unet.convolution import convolution
 from emd_fast.unet.fused import Fused, has, is_a
 from emd_fast.unet.layers import Convolution, Rounded
 from emd_fast.unet.norm import Norm, channels_of
+from emd_fast.unet.packed import Packed, PackedConvolution, can_pack, packed
 from emd_fast.unet.regional import run
 
 
@@ -61,9 +62,19 @@ def _block(block: Any, x: Tensor, embedded: Tensor) -> Tensor:
     x = (h + (x if block.skip is None else block.skip(x))) * block.skip_scale
     if not block.num_heads:
         return x
-    q, k, v = queries_keys_values(block.qkv(block.norm2(x)), block.num_heads)
-    mixed = attention(q.contiguous(), k.contiguous(), v.contiguous())
+    q, k, v = _projected(block, block.norm2(x))
+    mixed = attention(q, k, v)
     return (block.proj(as_image(mixed, x)) + x) * block.skip_scale
+
+
+def _projected(block: Any, x: Tensor) -> tuple[Tensor, ...]:
+    """q, k and v, (B, tokens, heads, head_dim) each."""
+    if not can_pack(block.qkv):
+        return tuple(part.contiguous() for part in queries_keys_values(block.qkv(x), block.num_heads))
+    dtype = autocast_dtype(x.device.type) or x.dtype
+    weight, bias = (None if rows is None else rows.to(dtype) for rows in packed(block.qkv))
+    tokens = linear(x.flatten(2).transpose(1, 2), weight, bias)  # type: ignore[arg-type]
+    return tokens.unflatten(2, (3, block.num_heads, -1)).unbind(2)
 
 
 class OwnBlock(Fused):
@@ -77,6 +88,10 @@ class OwnBlock(Fused):
 
     def forward(self, x: Tensor, embedded: Tensor) -> Tensor:
         return run(self, self._emd_fast_base.modulated, x, remember(self.affine, self.affine, embedded))
+
+    def _packed(self) -> tuple[Tensor, Tensor | None]:
+        own: tuple[Tensor, Tensor | None] = packed(self.qkv) if can_pack(self.qkv) else super()._packed()  # type: ignore[misc]
+        return own
 
 
 class Linear(Rounded):
@@ -120,6 +135,18 @@ class Conv(Rounded):
         weight, bias = self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
         height, width = weight.shape[2:]
         return convolution(x, weight, bias, padding=(height // 2, width // 2))
+
+
+class PackedConv(Packed, Conv):
+    """One of 1x1 to q, k and v."""
+
+
+_PACKED: dict[type[Fused], type[Fused]] = {Convolution: PackedConvolution, Conv: PackedConv}
+
+
+def packed_kind(block: Any, kind: type[Fused]) -> type[Fused] | None:
+    """Of which its projection to q, k and v is, instead of this one; None where it is no such layer."""
+    return _PACKED.get(kind) if block.qkv.weight.shape[2:] == (1, 1) else None
 
 
 def _weight_of(module: Any, dim: int) -> bool:

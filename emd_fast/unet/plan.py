@@ -177,6 +177,11 @@ def _plan(network: nn.Module) -> tuple[list[_Step], list[Part]]:
         steps.setdefault(id(layer), _Step(paths[id(layer)], layer, Conditioning))
     for layer, kind in plain_layers(network) if steps else ():
         steps.setdefault(id(layer), _Step(paths[id(layer)], layer, kind))
+    for block in [step.module for step in steps.values() if step.kind in (edm.Block, edm.OwnBlock)]:
+        heads: Any = getattr(block, "num_heads", 0) or getattr(block, "heads", 0)
+        projection = steps.get(id(block.qkv)) if heads else None
+        if projection is not None and (kind := edm.packed_kind(block, projection.kind)):
+            projection.kind, projection.state["heads"] = kind, heads
     return list(steps.values()), left
 
 

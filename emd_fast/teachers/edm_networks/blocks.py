@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear
 
 from emd_fast import ops
+from emd_fast.packed import by_part
 from emd_fast.teachers.edm_networks.layers import as_image, downsample, fir, is_box, pixel_attention, upsample
 
 
@@ -142,6 +143,11 @@ class Block(nn.Module):
         return self._attend(h) if self.heads else h
 
     def _attend(self, h: Tensor) -> Tensor:
-        mixed = pixel_attention(normalise(self.norm2, h), self.heads, self.qkv.weight, self.qkv.bias)
+        mixed = pixel_attention(normalise(self.norm2, h), self.heads, *self._packed())
         projected = linear(mixed, self.proj.weight.flatten(1), self.proj.bias)
         return (as_image(projected, h) + h) * self.style.skip_scale
+
+    def _packed(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of the projection to q, k and v as pixel_attention takes them."""
+        bias = self.qkv.bias
+        return by_part(self.qkv.weight, self.heads), None if bias is None else by_part(bias, self.heads)

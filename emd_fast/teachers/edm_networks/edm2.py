@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear, silu
 
+from emd_fast.packed import by_part
 from emd_fast.teachers.edm_networks import skeleton
 from emd_fast.teachers.edm_networks.arguments import EDM2Arguments
 from emd_fast.teachers.edm_networks.layers import (
@@ -136,7 +137,7 @@ class _Block(nn.Module):
             x = self.conv_skip(x)
         x = _sum(x, h, self.arguments.res_balance)
         if self.attn_qkv is not None and self.attn_proj is not None:
-            mixed = pixel_attention(x, self.heads, self.attn_qkv.in_use(x.dtype), None, unit=_EPS)
+            mixed = pixel_attention(x, self.heads, by_part(self.attn_qkv.in_use(x.dtype), self.heads), None, unit=_EPS)
             projected = linear(mixed, self.attn_proj.in_use(mixed.dtype).flatten(1))
             x = _sum(x, as_image(projected, x), self.arguments.attn_balance)
         clip = self.arguments.clip_act

@@ -42,19 +42,14 @@ def downsample(x: Tensor, kernel: Tensor | None, padding: int | None = None) -> 
     return conv2d(x, weight, groups=x.shape[1], stride=2, padding=padding)
 
 
-def pixel_attention(x: Tensor, heads: int, qkv: Tensor, qkv_bias: Tensor | None, unit: float | None = None) -> Tensor:
+def pixel_attention(x: Tensor, heads: int, weight: Tensor, bias: Tensor | None, unit: float | None = None) -> Tensor:
     """Self-attention over the pixels of x (B, C, H, W): (B, H W, C), before the projection.
 
     Args:
-        qkv: (3C, C, 1, 1) in the order of the checkpoints, row (head * C / heads + channel) * 3 + (0 q, 1 k, 2 v).
-        qkv_bias: (3C,) or None.
+        weight, bias: (3C, C) and (3C,) or None, rows as `emd_fast.packed.by_part` has them.
         unit: where given, each q, k and v is divided by its root mean square plus this (EDM2).
     """
     channels = x.shape[1]
-    # Rows in the order q, k, v, head, channel: the split is then a view, of unit stride in the channels of a head. The
-    # weight is reordered, which is small, and not the activations.
-    weight = _by_part(qkv.flatten(1), heads)
-    bias = None if qkv_bias is None else _by_part(qkv_bias, heads)
     tokens = linear(x.flatten(2).transpose(1, 2), weight, bias).unflatten(2, (3, heads, channels // heads))
     if unit is not None:
         tokens = unit_rms(tokens, -1, unit)
@@ -68,10 +63,6 @@ def pixel_attention(x: Tensor, heads: int, qkv: Tensor, qkv_bias: Tensor | None,
 def as_image(tokens: Tensor, like: Tensor) -> Tensor:
     """Tokens (B, H W, C) as (B, C, H, W), without a copy: channels_last in memory."""
     return tokens.transpose(1, 2).unflatten(2, like.shape[2:])
-
-
-def _by_part(rows: Tensor, heads: int) -> Tensor:
-    return rows.unflatten(0, (heads, -1, 3)).movedim(2, 0).flatten(0, 2)
 
 
 def unit_rms(x: Tensor, dim: int | tuple[int, ...], eps: float) -> Tensor:
