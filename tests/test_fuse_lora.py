@@ -114,3 +114,26 @@ def test_an_adapter_that_is_switched_inside_the_cache():
             fused.set_adapter("default")
             mine = output(fused, x, arguments)
         assert torch.equal(mine, output(fused, x, arguments))
+
+
+@pytest.mark.parametrize("order", ["before", "after", "never"])
+def test_adapters_in_the_attention_of_own_networks(order):
+    """Beside the weight they do what they do as a part of it."""
+    network, x, arguments = make("own adm")
+    without = output(network, x, arguments)
+    if order == "after":
+        emd_fast.fuse(network)
+    torch.manual_seed(1)
+    settings = peft.LoraConfig(r=4, target_modules=["qkv", "proj"], init_lora_weights=False)
+    peft.inject_adapter_in_model(settings, network)
+    if order == "before":
+        emd_fast.fuse(network)
+    network.requires_grad_(False)
+    beside = output(network, x, arguments)
+    with prepared(network):
+        assert torch.equal(output(network, x, arguments), beside)
+    for module in network.modules():
+        if hasattr(module, "lora_A"):
+            module.merge()
+    merged = output(network, x, arguments)
+    assert relative(beside, merged) < 1e-5 < 1e-3 < relative(without, merged)

@@ -106,15 +106,21 @@ def test_neither_q_k_v_nor_their_weights_are_copied_in_a_pass(name):
     assert name.startswith("own") or not inside.elements
 
 
-def test_hooks_of_a_projection_are_called():
-    network, x, arguments = frozen("dhariwal")
-    plain = make("dhariwal")[0].requires_grad_(False)
-    for one in (network, plain):
-        for module in one.modules():
-            if hasattr(module, "qkv"):
-                module.qkv.register_forward_hook(lambda module, args, out: 2 * out)
+@pytest.mark.parametrize("layer", ["qkv", "proj"])
+@pytest.mark.parametrize("name", ["dhariwal", "own adm"])
+def test_hooks_of_attention_are_called(name, layer):
+    network, x, arguments = frozen(name)
+    doubled = make(name)[0].requires_grad_(False)
+    without = output(doubled, x, arguments)
+    for module in network.modules():
+        if hasattr(module, layer):
+            getattr(module, layer).register_forward_hook(lambda module, args, out: 2 * out)
+    for key, parameter in doubled.named_parameters():
+        if f".{layer}." in key:
+            parameter *= 2
+    expected = output(doubled, x, arguments)
     with prepared(network):
-        assert relative(output(network, x, arguments), output(plain, x, arguments)) < 1e-5
+        assert relative(output(network, x, arguments), expected) < 1e-5 < 1e-3 < relative(without, expected)
 
 
 def denoisers(name):

@@ -90,7 +90,7 @@ class OwnBlock(Fused):
         return run(self, self._emd_fast_base.modulated, x, remember(self.affine, self.affine, embedded))
 
     def _packed(self) -> tuple[Tensor, Tensor | None]:
-        own: tuple[Tensor, Tensor | None] = packed(self.qkv) if can_pack(self.qkv) else super()._packed()  # type: ignore[misc]
+        own: tuple[Tensor, Tensor | None] = packed(self.qkv) if isinstance(self.qkv, Packed) else super()._packed()  # type: ignore[misc]
         return own
 
 

@@ -11,7 +11,17 @@ from torch.nn.functional import conv2d, linear
 
 from emd_fast import ops
 from emd_fast.packed import by_part
-from emd_fast.teachers.edm_networks.layers import as_image, downsample, fir, is_box, pixel_attention, upsample
+from emd_fast.teachers.edm_networks.layers import (
+    as_image,
+    called,
+    downsample,
+    fir,
+    is_bare,
+    is_box,
+    pixel_attention,
+    projected,
+    upsample,
+)
 
 
 @dataclass(frozen=True)
@@ -143,9 +153,14 @@ class Block(nn.Module):
         return self._attend(h) if self.heads else h
 
     def _attend(self, h: Tensor) -> Tensor:
-        mixed = pixel_attention(normalise(self.norm2, h), self.heads, *self._packed())
-        projected = linear(mixed, self.proj.weight.flatten(1), self.proj.bias)
-        return (as_image(projected, h) + h) * self.style.skip_scale
+        x = normalise(self.norm2, h)
+        tokens = projected(x, self.heads, *self._packed()) if is_bare(self.qkv) else called(self.qkv, x, self.heads)
+        mixed = pixel_attention(tokens)
+        if is_bare(self.proj):
+            y = as_image(linear(mixed, self.proj.weight.flatten(1), self.proj.bias), h)
+        else:
+            y = self.proj(as_image(mixed, h))
+        return (y + h) * self.style.skip_scale
 
     def _packed(self) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of the projection to q, k and v as pixel_attention takes them."""

@@ -20,6 +20,7 @@ from emd_fast.teachers.edm_networks.layers import (
     no_labels,
     one_hot,
     pixel_attention,
+    projected,
     unit_rms,
     upsample,
 )
@@ -137,9 +138,10 @@ class _Block(nn.Module):
             x = self.conv_skip(x)
         x = _sum(x, h, self.arguments.res_balance)
         if self.attn_qkv is not None and self.attn_proj is not None:
-            mixed = pixel_attention(x, self.heads, by_part(self.attn_qkv.in_use(x.dtype), self.heads), None, unit=_EPS)
-            projected = linear(mixed, self.attn_proj.in_use(mixed.dtype).flatten(1))
-            x = _sum(x, as_image(projected, x), self.arguments.attn_balance)
+            weight = by_part(self.attn_qkv.in_use(x.dtype), self.heads)
+            mixed = pixel_attention(projected(x, self.heads, weight), unit=_EPS)
+            mixed = linear(mixed, self.attn_proj.in_use(mixed.dtype).flatten(1))
+            x = _sum(x, as_image(mixed, x), self.arguments.attn_balance)
         clip = self.arguments.clip_act
         return x if clip is None else x.clamp(-clip, clip)
 

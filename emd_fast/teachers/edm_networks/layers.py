@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, conv2d, conv_transpose2d, interpolate, linear, scaled_dot_product_attention
 
 from emd_fast import ops
@@ -42,19 +42,37 @@ def downsample(x: Tensor, kernel: Tensor | None, padding: int | None = None) -> 
     return conv2d(x, weight, groups=x.shape[1], stride=2, padding=padding)
 
 
-def pixel_attention(x: Tensor, heads: int, weight: Tensor, bias: Tensor | None, unit: float | None = None) -> Tensor:
-    """Self-attention over the pixels of x (B, C, H, W): (B, H W, C), before the projection.
+def projected(x: Tensor, heads: int, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """q, k and v of the pixels of x (B, C, H, W): (B, H W, 3, heads, C / heads).
 
     Args:
         weight, bias: (3C, C) and (3C,) or None, rows as `emd_fast.packed.by_part` has them.
+    """
+    return linear(x.flatten(2).transpose(1, 2), weight, bias).unflatten(2, (3, heads, -1))
+
+
+def called(qkv: nn.Module, x: Tensor, heads: int) -> Tensor:
+    """The same by a call of the module, with what hangs on it."""
+    y: Tensor = qkv(x)
+    return y.flatten(2).unflatten(1, (heads, -1, 3)).permute(0, 4, 3, 1, 2).contiguous()
+
+
+def is_bare(layer: nn.Module) -> bool:
+    """Whether weight and bias say all that the convolution does: no adapter around it, no hook."""
+    return type(layer).forward is nn.Conv2d.forward and not (layer._forward_hooks or layer._forward_pre_hooks)
+
+
+def pixel_attention(tokens: Tensor, unit: float | None = None) -> Tensor:
+    """Self-attention over the pixels, (B, H W, C), before the last projection.
+
+    Args:
+        tokens: q, k and v, (B, H W, 3, heads, C / heads).
         unit: where given, each q, k and v is divided by its root mean square plus this (EDM2).
     """
-    channels = x.shape[1]
-    tokens = linear(x.flatten(2).transpose(1, 2), weight, bias).unflatten(2, (3, heads, channels // heads))
     if unit is not None:
         tokens = unit_rms(tokens, -1, unit)
     q, k, v = tokens.unbind(2)
-    if channels // heads <= _WIDEST_HEAD:
+    if q.shape[-1] <= _WIDEST_HEAD:
         return ops.attention(q, k, v).flatten(2)
     q, k, v = (part.transpose(1, 2) for part in (q, k, v))
     return scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
