@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,16 @@ def read(path: Path) -> list[dict[str, Any]]:
         with contextlib.suppress(json.JSONDecodeError):
             rows.append(json.loads(line))
     return rows
+
+
+def check(sinks: tuple[str, ...]) -> None:
+    """Whether these sinks are installed, before anything was done for them.
+
+    Raises:
+        ModuleNotFoundError: one that is not, with the extra that brings it.
+    """
+    for name in sinks:
+        _SINKS[name].module()
 
 
 class Journal:
@@ -53,11 +64,11 @@ class Journal:
 
 class _TensorBoard:
     def __init__(self, folder: Path, config: dict[str, Any]) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ModuleNotFoundError as error:
-            raise _missing("TensorBoard", error) from None
-        self._writer = SummaryWriter(str(folder / "tensorboard"))
+        self._writer = self.module().SummaryWriter(str(folder / "tensorboard"))
+
+    @staticmethod
+    def module() -> Any:
+        return _imported("torch.utils.tensorboard", "TensorBoard")
 
     def write(self, row: dict[str, float]) -> None:
         for name, value in row.items():
@@ -69,11 +80,11 @@ class _TensorBoard:
 
 class _WandB:
     def __init__(self, folder: Path, config: dict[str, Any]) -> None:
-        try:
-            import wandb
-        except ModuleNotFoundError as error:
-            raise _missing("Weights & Biases", error) from None
-        self._run = wandb.init(dir=str(folder), config=config)
+        self._run = self.module().init(dir=str(folder), config=config)
+
+    @staticmethod
+    def module() -> Any:
+        return _imported("wandb", "Weights & Biases")
 
     def write(self, row: dict[str, float]) -> None:
         self._run.log(row, step=int(row["step"]))
@@ -85,5 +96,9 @@ class _WandB:
 _SINKS: dict[str, type[_TensorBoard | _WandB]] = {"tensorboard": _TensorBoard, "wandb": _WandB}
 
 
-def _missing(name: str, error: ModuleNotFoundError) -> ModuleNotFoundError:
-    return ModuleNotFoundError(f'{name} is not installed: `pip install "emd_fast[log]"`', name=error.name)
+def _imported(module: str, name: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        said = f'{name} is not installed: `pip install "emd_fast[log]"`'
+        raise ModuleNotFoundError(said, name=error.name) from None

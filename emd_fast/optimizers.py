@@ -39,9 +39,32 @@ def make(config: EMDConfig, parameters: Sequence[nn.Parameter], lr: float) -> to
     return AdamW8bit(parameters, **options)
 
 
+def plain(value: torch.Tensor) -> torch.Tensor:
+    """A tensor of an optimizer's state as a checkpoint has it: moments of 8 bits as the numbers that they stand for,
+    which any number of ranks can read."""
+    found: torch.Tensor = value.dequantize() if hasattr(value, "codes") else value
+    return found
+
+
+def as_kept(optimizer: Any, parameter: torch.Tensor, key: str, value: torch.Tensor) -> torch.Tensor:
+    """What `plain` made of a state, as the optimizer keeps it; the same bits, since it rounds what it has rounded."""
+    if not hasattr(optimizer, "_new_buffer") or value.shape != parameter.shape:
+        return value
+    kept: torch.Tensor = optimizer._new_buffer(parameter, key == "exp_avg")
+    return kept.copy_(value)
+
+
 def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
     """Whether it leaves out a step by itself where its `found_inf` tensor says so, as GradScaler makes it."""
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):  # torchao's are compiled with it, and keep it
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
 
 
 def rate_scale(config: EMDConfig, step: int) -> float:

@@ -21,7 +21,7 @@ import tomli_w
 import torch
 from torch import Tensor
 
-from emd_fast import checkpoint, config, diagnostics, distributed, journal, report, throughput
+from emd_fast import checkpoint, config, diagnostics, distributed, journal, optimizers, report, throughput
 from emd_fast.best import Best, best_of_run
 from emd_fast.checkpoint import CheckpointError
 from emd_fast.config import EvaluationConfig, RunConfig, to_dict
@@ -88,6 +88,9 @@ def distill(settings: RunConfig, folder: Path, sinks: tuple[str, ...] = ()) -> d
         what was done is saved.
     """
     distributed.check_same({"the run folder": str(folder), **_flat(to_dict(settings))})
+    # What is not installed is said before a teacher was trained for it.
+    distributed.on_main(lambda: journal.check(sinks))
+    optimizers.make(settings.emd, [torch.nn.Parameter(torch.zeros(1))], 1.0)
     distributed.on_main(lambda: _open_folder(folder, settings))
     finished = _finished(folder, settings)
     if finished is not None:
@@ -383,9 +386,10 @@ def _train(trainer: EMDTrainer, settings: RunConfig, folder: Path, sinks: tuple[
 
 
 def _countable(trainer: EMDTrainer) -> bool:
-    """Whether the operations of the next step are those of every step: no warm-up of the student, no CUDA graph."""
+    """Whether the operations of the next step can be counted, and are those of every step: no warm-up of the student,
+    no CUDA graph, and no optimizer of torchao's, which compiles its step: nothing is compiled under a counter."""
     warms_up = trainer.steps_done == 0 and trainer.config.student_warmup > 0
-    return not (warms_up or trainer.config.cuda_graph)
+    return not (warms_up or trainer.config.cuda_graph or trainer.config.optimizer == "adamw_8bit")
 
 
 def _numbers(scalars: dict[str, Tensor]) -> dict[str, float]:

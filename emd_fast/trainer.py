@@ -442,8 +442,7 @@ class EMDTrainer:
         scale = optimizers.rate_scale(self.config, self.steps_done)
         rates = {"generator": self.config.generator_lr, "student": self.config.student_lr}
         for name, optimizer in self._optimizers().items():
-            for group in optimizer.param_groups:
-                group["lr"] = rates[name] * scale
+            optimizers.set_rate(optimizer, rates[name] * scale)
 
     def _times(self, distribution: TimeDistribution, stream: int, substep: int, batch: int | None = None) -> Tensor:
         size = (self.config.batch_size if batch is None else batch,)
@@ -579,7 +578,9 @@ class EMDTrainer:
             for index, parameter in enumerate(shards.parameters):
                 for key, value in optimizer.state.get(parameter, {}).items():
                     if isinstance(value, Tensor):
-                        tensors[f"{name}_optimizer.{shards.names[index]}.{key}"] = shards.like(index, value)
+                        tensors[f"{name}_optimizer.{shards.names[index]}.{key}"] = shards.like(
+                            index, optimizers.plain(value)
+                        )
         self._writer.save(path, tensors, facts, background=background, then=then)
 
     def finish_saving(self) -> None:
@@ -650,6 +651,10 @@ class EMDTrainer:
                 tensors[full] = shards.like(index, value)
         checkpoint.restore(path, tensors)
         for name, optimizer in self._optimizers().items():
+            for index, state in states[name].items():
+                own = self.shards[name].parameters[index]
+                for key, value in state.items():
+                    state[key] = optimizers.as_kept(optimizer, own, key, value)
             groups = optimizer.state_dict()["param_groups"]
             for group, counters in zip(groups, facts["groups"][name], strict=True):
                 group.update(counters)

@@ -6,9 +6,10 @@ import types
 
 import pytest
 import torch
+from test_trainer import assert_same_state, config, points_teacher
 from torch import nn
 
-from emd_fast import EMDConfig, optimizers
+from emd_fast import EMDConfig, EMDTrainer, optimizers
 from emd_fast.config import ConfigError
 
 
@@ -38,6 +39,57 @@ def test_another_package_called_apex_is_not_taken_for_nvidias(monkeypatch):
     monkeypatch.delitem(sys.modules, "apex.optimizers", raising=False)
     with pytest.raises(ConfigError, match="NVIDIA's apex"):
         optimizers.make(EMDConfig(optimizer="apex_adamw"), parameters(), 0.1)
+
+
+class Coarse(torch.Tensor):
+    """Moments of few bits, as torchao's: multiples of 1/64 here."""
+
+    codes = property(lambda self: self * 64)
+
+    def copy_(self, other):
+        return super().copy_((other * 64).round() / 64)
+
+    def dequantize(self):
+        return self.as_subclass(torch.Tensor).clone()
+
+
+class Compiled(torch.optim.Optimizer):
+    """What torchao's AdamW8bit asks of those who use it: its own rate, filled; its own buffers, kept."""
+
+    def __init__(self, parameters, lr, **options):
+        super().__init__(parameters, {"lr": torch.tensor(lr), **options})
+
+    def _new_buffer(self, parameter, signed):
+        return torch.zeros_like(parameter).detach().as_subclass(Coarse)
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            assert isinstance(group["lr"], torch.Tensor)
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                if not state:
+                    state["exp_avg"] = self._new_buffer(parameter, True)
+                assert isinstance(state["exp_avg"], Coarse)
+                state["exp_avg"].copy_(state["exp_avg"].dequantize().lerp(parameter.grad.sign(), 0.5))
+                parameter.sub_(group["lr"] * state["exp_avg"].dequantize())
+
+
+def test_moments_of_few_bits_are_that_after_a_resume_too(monkeypatch, tmp_path):
+    module = types.ModuleType("torchao.optim")
+    module.AdamW8bit = Compiled
+    monkeypatch.setitem(sys.modules, "torchao.optim", module)
+    settings = config(optimizer="adamw_8bit", lr_warmup=4, generator_lr=0.1)
+    whole, half = (EMDTrainer(points_teacher(), settings) for _ in range(2))
+    for trainer, steps in ((whole, 4), (half, 2)):
+        for _ in range(steps):
+            trainer.step()
+    half.save(tmp_path / "half")
+    resumed = EMDTrainer.resume(tmp_path / "half", points_teacher())
+    for _ in range(2):
+        resumed.step()
+    assert any(bool(state["exp_avg"].any()) for state in resumed.generator_optimizer.state.values())
+    assert_same_state(whole, resumed)
 
 
 def test_an_unknown_optimizer_gets_the_nearest_right_one():

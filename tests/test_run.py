@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+import sys
 import threading
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 
 from emd_fast import checkpoint, config, journal, run, study
 from emd_fast.checkpoint import CheckpointError
+from emd_fast.config import ConfigError
 from emd_fast.em import score_difference
 from emd_fast.trainer import Diverged
 
@@ -55,6 +57,18 @@ def test_a_run_leaves_the_promised_folder(tmp_path):
         "step-00000006",
     ]
     assert not [name for name in os.listdir(tmp_path) if name.endswith(".tmp")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "sinks", "said"),
+    [({}, ("tensorboard",), "TensorBoard is not installed"), ({"emd__optimizer": "adamw_8bit"}, (), "needs torchao")],
+)
+def test_what_is_not_installed_is_said_before_anything_is_made(tmp_path, monkeypatch, changes, sinks, said):
+    for module in ("torch.utils.tensorboard", "torchao.optim"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises((ModuleNotFoundError, ConfigError), match=said):
+        run.distill(settings(**changes), tmp_path / "run", sinks)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_finished_run_says_so_and_trains_nothing(tmp_path, capsys, monkeypatch):
