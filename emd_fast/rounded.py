@@ -17,10 +17,13 @@ from torch import Tensor, nn
 from emd_fast.denoiser import Denoiser, base
 from emd_fast.unet.fused import kind_of
 from emd_fast.unet.layers import Layer, Rounded
-from emd_fast.unet.network import Conditioning, layers_of_products
+from emd_fast.unet.network import Conditioning, plain_layers
+from emd_fast.unet.packed import Packed
 
 # Under some conditions they hand their layers' weights to a kernel of their own, which wants one dtype.
 _READ_BY_OTHERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+# Of what is prepared of a weight: rounding, and an order of its rows. Not that it is normalised first.
+_ROUNDING = (Rounded.prepare, Packed.prepare)
 
 
 def weights_of_products(network: nn.Module) -> list[nn.Parameter]:
@@ -46,10 +49,10 @@ def weights_of_products(network: nn.Module) -> list[nn.Parameter]:
 def _layers(network: nn.Module) -> Iterator[tuple[Any, type[Rounded]]]:
     """What rounds its weights and does nothing else with them, be it fused or not."""
     fused: Any = ((module, kind_of(module)) for module in network.modules())
-    for layer, kind in (*layers_of_products(network), *fused):
+    for layer, kind in (*plain_layers(network), *fused):
         if kind is Conditioning and type(layer)._emd_fast_base.forward is nn.Linear.forward:
             kind = Layer
-        if kind is not None and issubclass(kind, Rounded) and kind.prepare is Rounded.prepare:
+        if kind is not None and issubclass(kind, Rounded) and kind.prepare in _ROUNDING:
             yield layer, kind
 
 
