@@ -11,9 +11,11 @@ from test_fuse_prepared import BF16, frozen
 from torch import nn
 
 import emd_fast
+from emd_fast.backends import native
 from emd_fast.teachers.edm_networks import DhariwalUNet
 from emd_fast.teachers.edm_networks.arguments import DhariwalArguments
 from emd_fast.unet import geglu, layer_norm
+from emd_fast.unet.convolution import _to_input as to_input
 from emd_fast.unet.convolution import convolution
 
 
@@ -36,8 +38,14 @@ def kept(run, ignored=()):
 @pytest.mark.parametrize("autocast", [True, False])
 @pytest.mark.parametrize("settings", [((1, 1), (1, 1), (1, 1), 1), ((2, 2), (0, 1), (1, 2), 2)])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_a_frozen_convolution(settings, layout, autocast):
-    """The numbers of PyTorch's bit for bit, twice differentiable, nothing kept but the weight."""
+@pytest.mark.parametrize("built", [True, False])
+def test_a_frozen_convolution(settings, layout, autocast, built, monkeypatch):
+    """The numbers of PyTorch's bit for bit, twice differentiable, nothing kept but the weight: that of csrc/, and that
+    of Python."""
+    if built and not native.is_loaded():
+        pytest.skip("not built")
+    monkeypatch.setattr(native, "is_loaded", lambda: built)
+    monkeypatch.setattr("emd_fast.unet.convolution._to_input", to_input.__wrapped__)
     g = torch.Generator().manual_seed(0)
     x = torch.randn(2, 4, 9, 8, generator=g).to(memory_format=layout).requires_grad_()
     weight, bias = torch.randn(6, 4 // settings[-1], 3, 3, generator=g), torch.randn(6, generator=g)
@@ -51,6 +59,7 @@ def test_a_frozen_convolution(settings, layout, autocast):
     (its_bytes, *its), (bytes_kept, *mine) = results
     for a, b in zip(mine, its, strict=True):
         assert torch.equal(a, b) and a.dtype == b.dtype and a.stride() == b.stride()
+    assert ("Cpp" in type(results[1][1].grad_fn).__name__) == built
     assert bytes_kept == (weight.numel() * 2 if autocast else 0) and its_bytes >= x.numel() * 2
 
 
