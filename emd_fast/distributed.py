@@ -476,8 +476,19 @@ def _hold(module: Any) -> Callable[[], None]:
 def _forget_pass(module: Any) -> None:
     """An error in the middle of a pass leaves a module in it, where it would not give its parameters back."""
     state = module._get_fsdp_state()
-    if state._is_root and hasattr(module, "reset_iter_state"):
-        module.reset_iter_state()
+    if hasattr(module, "reset_iter_state"):
+        if state._is_root:
+            module.reset_iter_state()
+        return
+    # What that does, before PyTorch has it; of what is gathered already nothing is still under way.
+    if state._is_root is None:  # no pass has begun
+        return
+    for part in (state, *_groups(state)):
+        part._training_state = type(part._training_state).IDLE
+    state._modules_to_run_forward.clear()
+    state._comm_ctx.post_forward_order.clear()
+    state._state_ctx.iter_forward_root = None
+    state._state_ctx.post_backward_final_callback_queued = False
 
 
 def _groups(state: Any) -> list[Any]:

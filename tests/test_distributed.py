@@ -319,6 +319,9 @@ def nesting() -> None:
     x, t = torch.randn(4, 3, generator=seeded(0)), torch.ones(4)
     with gathered(nn.Linear(2, 2), DistributedDataParallel(nn.Linear(2, 2)), lambda: 0):
         pass
+    with pytest.raises(ZeroDivisionError), gathered(outer):  # before it has ever been called
+        1 / 0  # noqa: B018
+    assert not is_gathered(outer)
     with gathered(outer):
         with gathered(outer, bare):
             assert is_gathered(outer)
