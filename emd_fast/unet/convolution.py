@@ -43,7 +43,7 @@ def convolution(
 
 @functools.cache
 def _to_input() -> Callable[..., Any]:
-    """That of csrc/ops/frozen_convolution.cpp where it was built: the Python of ours costs a small convolution more
+    """That of csrc/frozen_convolution.cpp where it was built: the Python of ours costs a small convolution more
     time than it takes. The compiler sees through ours."""
     return torch.ops.emd_fast.frozen_convolution.default if native.is_loaded() else _ToInput.apply
 
