@@ -333,7 +333,14 @@ def test_the_log_has_everything_and_the_line_says_the_most_of_it(tmp_path, monke
     monkeypatch.setattr(run, "evaluate", lambda *_: {})
     seen = []
     sink = type(
-        "Sink", (), {"__init__": lambda *_: None, "write": lambda _, r: seen.append(r), "close": lambda _: None}
+        "Sink",
+        (),
+        {
+            "module": staticmethod(lambda: None),
+            "__init__": lambda *_: None,
+            "write": lambda _, r: seen.append(r),
+            "close": lambda _: None,
+        },
     )
     monkeypatch.setitem(journal._SINKS, "tensorboard", sink)
     extra = {"peak_tflops": 0.5, "gradient_variance": True}
