@@ -125,6 +125,8 @@ class Denoiser(nn.Module):
         self.sigma_data = sigma_data
         self.sample_shape = None if sample_shape is None else tuple(sample_shape)
         self.null_cond = null_cond
+        # Where its weights came from, a path or a name: checkpoints say it, for people.
+        self.source: str | None = None
         # Of the weights of its products, where they were rounded and nothing else (emd_fast.rounded).
         self.rounded_to: torch.dtype | None = None
         self._form = _edm(sigma_data) if sigma_data is not None else _FORMS[parametrization]

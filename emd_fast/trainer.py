@@ -28,6 +28,7 @@ from emd_fast.em.e_step import EStep, Watch, frozen, unchecked_e_step
 from emd_fast.em.e_step_xz import e_step_xz
 from emd_fast.em.m_step import WEIGHTINGS, m_step
 from emd_fast.em.student_step import student_step
+from emd_fast.fingerprint import fingerprint
 from emd_fast.graphs import GraphedEStep
 from emd_fast.noise import Noise, Stream
 from emd_fast.recompute import recomputed
@@ -117,6 +118,10 @@ class EMDTrainer:
             raise ValueError("this teacher has no parameters to start from: give EMDTrainer a generator and a student")
         self.config = config
         self.schedule = base(teacher).schedule
+        # Of the weights as they were given; the main rank's, which the others take over.
+        self._teacher_facts: dict[str, Any] = distributed.on_main(
+            lambda: {"path": base(teacher).source, "sha256": fingerprint(base(teacher))}
+        )
         self.generator = generator if generator is not None else _copy_of(teacher, config)
         self.student = student if student is not None else trainable(teacher)
         _check_apart(teacher=teacher, generator=self.generator, student=self.student)
@@ -553,7 +558,8 @@ class EMDTrainer:
         then: Callable[[], object] | None = None,
         notes: dict[str, Any] | None = None,
     ) -> None:
-        """Writes everything that the run needs to go on into a folder; the teacher is not in it. All ranks call it.
+        """Writes everything that the run needs to go on into a folder. The teacher is not in it, but where it came from
+        (`Denoiser.source`) and its fingerprint. All ranks call it.
 
         Args:
             background: returns when the state is copied; the next save, or `finish_saving`, waits for the rest.
@@ -568,6 +574,7 @@ class EMDTrainer:
             "config": to_dict(self.config),
             "step": self.steps_done,
             "seed": self.config.seed,
+            "teacher": self._teacher_facts,
             "skipped": self.skipped.item(),
             "ranks": distributed.world_size(),
             "groups": {name: _counters(optimizer) for name, optimizer in self._optimizers().items()},
@@ -610,7 +617,8 @@ class EMDTrainer:
             prompts: as for the constructor; they are not in the file.
 
         Raises:
-            CheckpointError: a missing, damaged or foreign folder, another architecture or another configuration.
+            CheckpointError: a missing, damaged or foreign folder, another architecture, another configuration, or
+                another teacher than the run began with.
         """
         facts = checkpoint.facts(path)
         try:
@@ -628,8 +636,18 @@ class EMDTrainer:
                     f"{path} was made with {item.name} = {was!r}, not {now!r}; another run needs another folder"
                 )
         trainer = cls(teacher, config or saved, generator, student, prompts)
-        trainer._restore(Path(path), facts)
+        trainer._restore(Path(path), facts)  # another architecture is named by its tensors
+        trainer._check_teacher(Path(path), facts.get("teacher"))
         return trainer
+
+    def _check_teacher(self, path: Path, saved: dict[str, Any] | None) -> None:
+        here = self._teacher_facts
+        if saved is not None and saved["sha256"] != here["sha256"]:  # checkpoints of before do not say it
+            was, now = (f"{facts['path'] or 'no file'}, SHA-256 {facts['sha256'][:12]}" for facts in (saved, here))
+            raise checkpoint.CheckpointError(
+                f"{path} was made with a teacher of other weights ({was}) than this one ({now}): "
+                "give the one it was made with, or distil into another folder"
+            )
 
     def _restore(self, path: Path, facts: dict[str, Any]) -> None:
         tensors, there = self._tensors(), checkpoint.shapes(path)

@@ -29,7 +29,13 @@ class Digits:
         self.config = config
 
     def make_teacher(self, folder: Path, on_step: OnStep | None) -> Denoiser:
-        config, path = self.config.teacher, folder / "teacher.pt"
+        path = folder / "teacher.pt"
+        teacher = self._read_or_trained(path, on_step)
+        teacher.source = str(path.resolve())
+        return teacher
+
+    def _read_or_trained(self, path: Path, on_step: OnStep | None) -> Denoiser:
+        config = self.config.teacher
         if path.exists():
             state = checkpoint.load(path)
             if from_dict(TeacherConfig, state["config"]) != config:

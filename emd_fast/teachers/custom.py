@@ -29,4 +29,5 @@ def load(name: str) -> Denoiser:
     teacher = function()
     if not isinstance(teacher, Denoiser):
         raise ConfigError(f"{name} must return an emd_fast.Denoiser, got {type(teacher).__name__}")
+    teacher.source = teacher.source or name
     return teacher

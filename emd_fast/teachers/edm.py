@@ -267,7 +267,9 @@ def _denoiser(path: Path, teacher: _Teacher, device: torch.device, dtype: torch.
     network.load_state_dict(weights, strict=True, assign=True)
     shape = (arguments.in_channels, arguments.img_resolution, arguments.img_resolution)
     null = arguments.label_dim or None
-    return Denoiser(network, EDM(), sample_shape=shape, null_cond=null, **options).eval().requires_grad_(True)
+    denoiser = Denoiser(network, EDM(), sample_shape=shape, null_cond=null, **options)
+    denoiser.source = str(path.resolve())
+    return denoiser.eval().requires_grad_(True)
 
 
 def _check_fit(

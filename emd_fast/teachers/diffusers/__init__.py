@@ -117,6 +117,7 @@ def load(
     if null_cond is None:
         null_cond = source.architecture.null_label(network.model.config)  # type: ignore[arg-type]
     teacher = DiffusersDenoiser(network, source, training, config, shape, null_cond)
+    teacher.source = str(source.root.resolve())
     return teacher.to(device).eval().requires_grad_(False)
 
 
