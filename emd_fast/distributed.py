@@ -11,6 +11,7 @@ import hashlib
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -58,7 +59,8 @@ def process_group() -> Iterator[None]:
     where there is a process group already, nothing happens.
 
     Raises:
-        LostRank: inside, the connection to another rank was lost.
+        LostRank: inside, the connection to another rank was lost. Any other error as it is; its attribute `main` is
+        False where the main rank meets the same, and says it.
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ or dist.is_initialized():
         yield
@@ -68,16 +70,45 @@ def process_group() -> Iterator[None]:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         backend = "cpu:gloo,cuda:nccl"
     store, own, ranks = next(dist.rendezvous("env://"))
-    dist.init_process_group(backend, store=_unused(store), rank=own, world_size=ranks)
+    store = _unused(store)
+    dist.init_process_group(backend, store=store, rank=own, world_size=ranks)
     try:
         yield
-    except RuntimeError as error:
+    except Exception as error:
         if isinstance(error, dist.DistError) or "/gloo/" in str(error):
             reason = re.sub(r"\[\S*/gloo/\S*\] |\. This is typically.*", "", str(error).splitlines()[0])
             raise LostRank(f"rank {own} has lost another rank, which may say why: {reason}") from error
+        if not hasattr(error, "main"):  # else it is settled who says it
+            vars(error)["main"] = not _left_to_main(store, str(error))
         raise
     finally:
         dist.destroy_process_group()
+
+
+def _left_to_main(store: dist.Store, message: str) -> bool:
+    """Whether this is not the main rank, and that one has the same to say within a moment."""
+    said = f"emd_fast {message}"
+    try:
+        if is_main():
+            store.set(said, "")
+            # The store may end with this process: not before the others have read it.
+            _come(store, [f"{said} {other}" for other in range(1, world_size())])
+        elif _come(store, [said]):
+            store.set(f"{said} {rank()}", "")
+            return True
+    except RuntimeError:  # the store has ended
+        pass
+    return False
+
+
+def _come(store: dist.Store, keys: list[str]) -> bool:
+    """Whether they are there within two seconds; store.wait() would print a warning where they are not."""
+    end = time.monotonic() + 2
+    while not store.check(keys):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.02)
+    return True
 
 
 def _unused(store: dist.Store) -> dist.Store:
@@ -137,6 +168,7 @@ def on_main(work: Callable[[], T]) -> T:
             told[0] = work()
         except BaseException as error:
             failure, told[1] = error, f"{type(error).__name__} on rank 0: {error}"
+            vars(error)["main"] = True  # the others know
     dist.broadcast_object_list(told, src=0)
     if failure is not None:
         raise failure

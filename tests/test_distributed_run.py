@@ -277,6 +277,13 @@ def test_a_signal_to_one_rank_stops_all_and_the_run_goes_on(tmp_path):
     assert all(torch.isfinite(value).all() for value in weights(folder, steps).values())
 
 
+def test_what_all_ranks_find_wrong_is_said_once(tmp_path):
+    results = ended(started(command(tmp_path / "run", batch_size=1), 2))
+    assert [code for code, _ in results] == [2, 2]
+    line = "emd-fast: batch_size must be at least the number of devices, 2, got 1\n"
+    assert [said.count(line) for _, said in results] == [1, 0], results
+
+
 def test_a_rank_that_dies_ends_the_others_and_the_next_attempt_of_torchrun_goes_on(tmp_path):
     """What torchrun --max-restarts does: all attempts meet in one store, which is the agent's."""
     folder = tmp_path / "run"
