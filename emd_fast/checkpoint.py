@@ -7,6 +7,7 @@ torch.distributed.checkpoint has written, each rank its part, with a manifest of
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ import shutil
 import threading
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
 
@@ -43,17 +44,26 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Writes to a temporary name beside `path`, then renames: a crash or a full disk leaves what was there.
 
     Raises:
-        OSError: what the file system says; the temporary file is gone then.
+        OSError: what the file system says, with the path; the temporary file is gone then.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with naming(path), open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Inside, an OSError gets this path: the system names none where it is a write that fails."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
 def save(path: str | Path, state: dict[str, Any]) -> None:
@@ -453,8 +463,10 @@ def found(folder: Path) -> list[Path]:
     return sorted(entry for entry in folder.glob("step-*") if _NAME.fullmatch(entry.name))
 
 
-def keep_last(folder: Path, count: int) -> None:
-    for old in found(folder)[:-count]:
+def keep_last(folder: Path, count: int, step: int) -> None:
+    """Removes all but the last few of those of at most `step` steps. Later ones could not be read, or the run would
+    have gone on from there: they do not count, and stay until the run comes by again."""
+    for old in [path for path in found(folder) if step_of(path) <= step][:-count]:
         # Out of sight first: half of a folder must not pass for a checkpoint.
         hidden = old.with_name(f".{old.name}.tmp")
         _remove(hidden)

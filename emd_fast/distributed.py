@@ -9,6 +9,7 @@ import contextlib
 import functools
 import hashlib
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -36,6 +37,16 @@ class GroupError(ValueError):
         self.main = is_main()
 
 
+class LostRank(RuntimeError):
+    """Another rank has ended or cannot be reached, in the middle of what takes both."""
+
+
+class FailedOnMain(RuntimeError):
+    """What another rank is told of an error that the main one meets, and says."""
+
+    main = False
+
+
 # The process group ----------------------------------------------------------------------------------------------------
 
 
@@ -45,19 +56,43 @@ def process_group() -> Iterator[None]:
 
     gloo serves CPU tensors, nccl CUDA tensors; each process takes the GPU of its LOCAL_RANK. Outside of torchrun, and
     where there is a process group already, nothing happens.
+
+    Raises:
+        LostRank: inside, the connection to another rank was lost.
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ or dist.is_initialized():
         yield
         return
+    backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        dist.init_process_group("cpu:gloo,cuda:nccl")
-    else:
-        dist.init_process_group("gloo")
+        backend = "cpu:gloo,cuda:nccl"
+    store, own, ranks = next(dist.rendezvous("env://"))
+    dist.init_process_group(backend, store=_unused(store), rank=own, world_size=ranks)
     try:
         yield
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "/gloo/" in str(error):
+            reason = re.sub(r"\[\S*/gloo/\S*\] |\. This is typically.*", "", str(error).splitlines()[0])
+            raise LostRank(f"rank {own} has lost another rank, which may say why: {reason}") from error
+        raise
     finally:
         dist.destroy_process_group()
+
+
+def _unused(store: dist.Store) -> dist.Store:
+    """The part of torchrun's store that no earlier attempt has written to.
+
+    With --max-restarts and its default rendezvous, torchrun gives all attempts one store, in which gloo finds the
+    addresses of ranks that are dead. Other rendezvous give each attempt a store of its own, and their machines need not
+    agree on the number of the attempt: hence each looks for what this machine has left there.
+    """
+    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    mark = f"emd_fast machine {os.environ.get('GROUP_RANK', 0)} attempt"
+    store.set(f"{mark} {attempt}", "begun")
+    if any(store.check([f"{mark} {earlier}"]) for earlier in range(attempt)):
+        return dist.PrefixStore(f"emd_fast attempt {attempt}", store)
+    return store
 
 
 def rank() -> int:
@@ -91,7 +126,7 @@ def on_main(work: Callable[[], T]) -> T:
     """What `work` returns on the main process, on all of them; the others wait.
 
     Raises:
-        Whatever `work` raises there; RuntimeError, with its message, on the other ranks.
+        Whatever `work` raises there; FailedOnMain, with its message, on the other ranks.
     """
     if world_size() == 1:
         return work()
@@ -106,7 +141,7 @@ def on_main(work: Callable[[], T]) -> T:
     if failure is not None:
         raise failure
     if told[1] is not None:
-        raise RuntimeError(told[1])
+        raise FailedOnMain(told[1])
     return told[0]
 
 

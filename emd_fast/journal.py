@@ -8,13 +8,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from emd_fast.checkpoint import write_whole
+from emd_fast.checkpoint import naming, write_whole
 
 
 def read(path: Path) -> list[dict[str, Any]]:
     """The rows of a log.jsonl; a last line that a crash cut off is left out."""
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):
             rows.append(json.loads(line))
     return rows
@@ -40,6 +40,7 @@ class Journal:
 
     Raises:
         ModuleNotFoundError: a sink that is not installed, with the extra that brings it.
+        OSError: a file that cannot be written, with its path. RuntimeError: a sink that cannot be used, and why.
     """
 
     def __init__(
@@ -48,11 +49,16 @@ class Journal:
         self.path = folder / "log.jsonl"
         kept = [row for row in read(self.path) if row["step"] <= step]
         write_whole(self.path, lambda file: file.write("".join(json.dumps(row) + "\n" for row in kept).encode()))
-        self._file = open(self.path, "a", buffering=1)  # closed by close()
-        self._sinks = [_SINKS[name](folder, config or {}) for name in sinks]
+        # Unbuffered: what a full disk has refused must not be tried again by close().
+        self._file = open(self.path, "ab", buffering=0)  # closed by close()
+        self._sinks = [_SINKS[name](folder, step, config or {}) for name in sinks]
 
     def write(self, row: dict[str, float]) -> None:
-        self._file.write(json.dumps(row) + "\n")
+        """Raises OSError, with the path, where the file cannot be written."""
+        left = (json.dumps(row) + "\n").encode()
+        with naming(self.path):
+            while left:
+                left = left[self._file.write(left) :]
         for sink in self._sinks:
             sink.write(row)
 
@@ -63,24 +69,36 @@ class Journal:
 
 
 class _TensorBoard:
-    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
-        self._writer = self.module().SummaryWriter(str(folder / "tensorboard"))
+    def __init__(self, folder: Path, step: int, config: dict[str, Any]) -> None:
+        self.path = folder / "tensorboard"
+        # What a killed run has logged beyond the step where it goes on is hidden.
+        self._writer = self.module().SummaryWriter(str(self.path), purge_step=step + 1)
 
     @staticmethod
     def module() -> Any:
         return _imported("torch.utils.tensorboard", "TensorBoard")
 
     def write(self, row: dict[str, float]) -> None:
-        for name, value in row.items():
-            self._writer.add_scalar(name, value, int(row["step"]))
+        with naming(self.path):
+            for name, value in row.items():
+                self._writer.add_scalar(name, value, int(row["step"]))
 
     def close(self) -> None:
-        self._writer.close()
+        with naming(self.path):
+            self._writer.close()
 
 
 class _WandB:
-    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
-        self._run = self.module().init(dir=str(folder), config=config)
+    def __init__(self, folder: Path, step: int, config: dict[str, Any]) -> None:
+        """All legs of a run are one there, known by the id that the folder keeps. Steps that are made again after a
+        crash are logged already: the service leaves out a step below the last that it has."""
+        path, module = folder / "wandb.id", self.module()
+        own = path.read_text().strip() if path.exists() else None
+        try:
+            self._run = module.init(dir=str(folder), config=config, id=own, resume="allow", allow_val_change=True)
+        except Exception as error:  # of its own kinds: no key, no such project, no network
+            raise RuntimeError(f"Weights & Biases cannot be used: {error}") from error
+        write_whole(path, lambda file: file.write(self._run.id.encode()))
 
     @staticmethod
     def module() -> Any:

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import math
+import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -79,19 +82,73 @@ def stop_on_signals() -> Iterator[Callable[[], int]]:
         raise Interrupted(caught[0])
 
 
+@contextlib.contextmanager
+def end_on_signals() -> Iterator[None]:
+    """Inside, but where `stop_on_signals` is, the first SIGINT or SIGTERM raises Interrupted where it arrives, and is
+    spoken of; others are ignored, since that one is on its way out."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught: list[int] = []
+
+    def end(number: int, _: Any) -> None:
+        if not caught:
+            caught.append(number)
+            raise Interrupted(number)
+
+    previous = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    except Interrupted:
+        if caught:
+            say("stopped; the same command goes on from what is saved")
+        raise
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def only_run_in(folder: Path) -> Iterator[None]:
+    """Keeps other runs out of a folder, until the block or this process ends, however it ends.
+
+    Raises:
+        RunError: there is one. OSError: the folder cannot be written.
+    """
+    with open(folder / ".lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise RunError(
+                f"another run is under way in {folder} ({file.read().strip()}): let it end, or choose another --out"
+            ) from None
+        except OSError as error:
+            say(f"warning: {folder} cannot be locked ({error.strerror}); nothing would keep a second run out of it")
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
 def distill(settings: RunConfig, folder: Path, sinks: tuple[str, ...] = ()) -> dict[str, Any]:
     """The whole of a run: teacher, distillation, evaluation, report. Returns what is in metrics.json.
 
     Raises:
-        GroupError: ranks that differ. RunError: a folder that cannot be written or holds another run. CheckpointError:
-        checkpoints that cannot be read. Diverged: training was stopped, report.md says why. Interrupted: by a signal;
-        what was done is saved.
+        GroupError: ranks that differ. RunError: a folder that cannot be written, holds another run or is in use.
+        CheckpointError: checkpoints that cannot be read. Diverged: training was stopped, report.md says why.
+        Interrupted: by a signal; what was done is saved.
     """
+    with end_on_signals(), contextlib.ExitStack() as held:
+        return _distill(settings, folder, sinks, held)
+
+
+def _distill(settings: RunConfig, folder: Path, sinks: tuple[str, ...], held: contextlib.ExitStack) -> dict[str, Any]:
     distributed.check_same({"the run folder": str(folder), **_flat(to_dict(settings))})
     # What is not installed is said before a teacher was trained for it.
     distributed.on_main(lambda: journal.check(sinks))
     optimizers.make(settings.emd, [torch.nn.Parameter(torch.zeros(1))], 1.0)
-    distributed.on_main(lambda: _open_folder(folder, settings))
+    distributed.on_main(lambda: _open_folder(folder, settings, held))
     finished = _finished(folder, settings)
     if finished is not None:
         say(f"{folder} is finished: {settings.emd.steps} steps, report in {folder / 'report.md'}")
@@ -198,6 +255,7 @@ def evaluate(
     text = json.dumps(metrics, indent=1)
 
     def write() -> None:
+        (folder / "report.md").unlink(missing_ok=True)  # with the metrics alone, the run is not finished
         checkpoint.write_whole(folder / "metrics.json", lambda file: file.write(text.encode()))
         report.write(folder)
 
@@ -205,22 +263,26 @@ def evaluate(
     return metrics
 
 
-def _open_folder(folder: Path, settings: RunConfig) -> None:
+def _open_folder(folder: Path, settings: RunConfig, held: contextlib.ExitStack) -> None:
     path = folder / "config.toml"
     try:
-        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        held.enter_context(only_run_in(folder))
+        (folder / "checkpoints").mkdir(exist_ok=True)
         (folder / "samples").mkdir(exist_ok=True)
         if path.exists() and _begun(folder):
             _check_same_run(folder, config.load(str(path)), settings)
         text = tomli_w.dumps(to_dict(settings))
         checkpoint.write_whole(path, lambda file: file.write(text.encode()))
     except OSError as error:
-        raise RunError(f"cannot write the run folder {folder}: {error.strerror}; choose another with --out") from None
+        raise RunError(
+            f"cannot write the run folder {folder}: {error.strerror}: {error.filename}; choose another with --out"
+        ) from None
 
 
 def _begun(folder: Path) -> bool:
     """Whether anything was made for the configuration there; a run that failed before that may be put right."""
-    return any(path.is_file() and path.name != "config.toml" for path in folder.rglob("*"))
+    return any(path.is_file() and path.name not in ("config.toml", ".lock") for path in folder.rglob("*"))
 
 
 def _check_same_run(folder: Path, was: RunConfig, now: RunConfig) -> None:
@@ -241,7 +303,7 @@ def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _finished(folder: Path, settings: RunConfig) -> dict[str, Any] | None:
     path = folder / "metrics.json"
-    if not path.exists():
+    if not path.exists() or not (folder / "report.md").exists():
         return None
     try:
         metrics = json.loads(path.read_text())
@@ -316,7 +378,9 @@ def _train(trainer: EMDTrainer, settings: RunConfig, folder: Path, sinks: tuple[
     rows = [row for row in journal.read(folder / "log.jsonl") if row["step"] <= first]
     before = rows[-1]["seconds"] if rows else 0.0
     distributed.barrier()  # the main rank rewrites the log that the others have just read
-    log = journal.Journal(folder, first, sinks, to_dict(settings)) if main else None
+    logs: list[journal.Journal] = []
+    distributed.on_main(lambda: logs.append(journal.Journal(folder, first, sinks, to_dict(settings))))
+    log = logs[0] if main else None
     progress = Progress("distil", total, first)
     checkpoint_folder = folder / "checkpoints"
     if main:
@@ -328,13 +392,14 @@ def _train(trainer: EMDTrainer, settings: RunConfig, folder: Path, sinks: tuple[
 
     def save() -> None:
         nonlocal saved
-        if trainer.steps_done != saved:
+        done = trainer.steps_done
+        if done != saved:
             trainer.save(
-                checkpoint.path_of(checkpoint_folder, trainer.steps_done),
+                checkpoint.path_of(checkpoint_folder, done),
                 background=settings.background_checkpoints,
-                then=lambda: checkpoint.keep_last(checkpoint_folder, settings.keep_checkpoints),
+                then=lambda: checkpoint.keep_last(checkpoint_folder, settings.keep_checkpoints, done),
             )
-            saved = trainer.steps_done
+            saved = done
 
     try:
         with stop_on_signals() as stopped:
@@ -364,6 +429,7 @@ def _train(trainer: EMDTrainer, settings: RunConfig, folder: Path, sinks: tuple[
                 if done % settings.save_every == 0 or done == total:
                     save()
                     _show(trainer, folder)
+            trainer.finish_saving()  # here, where a signal does not break it off
             stop = max(stop, agree.final(stopped()))
             if stop:
                 save()
@@ -379,9 +445,11 @@ def _train(trainer: EMDTrainer, settings: RunConfig, folder: Path, sinks: tuple[
         raise
     finally:
         progress.close()
-        if log is not None:
-            log.close()
-        trainer.finish_saving()
+        try:
+            trainer.finish_saving()
+        finally:
+            if log is not None:
+                log.close()
     return before + time.monotonic() - began
 
 

@@ -495,8 +495,9 @@ def talking() -> list:
     answers = [agree(15 if (rank == 1 and step == 2) else 0) for step in range(5)]
     answers.append(agree.final(2 if rank == 0 else 0))
     told = distributed.on_main(lambda: {"rank": rank})
-    with pytest.raises(ZeroDivisionError if rank == 0 else RuntimeError, match="division"):
+    with pytest.raises((ZeroDivisionError, distributed.FailedOnMain), match="division") as failed:
         distributed.on_main(lambda: 1 / 0)
+    assert getattr(failed.value, "main", True) == (rank == 0)  # that one says it
     return [answers, told]
 
 
@@ -504,6 +505,22 @@ def test_ranks_agree(ranks):
     for answers, told in ranks(2, talking):
         assert answers == [0, 0, 0, 15, 0, 2]
         assert told == {"rank": 0}
+
+
+def test_an_attempt_of_torchrun_takes_no_addresses_from_the_ones_before(monkeypatch):
+    def of(store, attempt):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
+        return distributed._unused(store)
+
+    kept, fresh = dist.HashStore(), dist.HashStore()
+    assert of(kept, "0") is kept
+    kept.set("address", "of a rank that is dead")
+    for attempt in ("1", "2"):
+        mine = of(kept, attempt)
+        assert not mine.check(["address"])
+        mine.set("address", "of a rank that lives")
+    # A store of its own is used as it is: the machines of one attempt may count differently.
+    assert of(fresh, "1") is fresh
 
 
 def test_one_process_is_a_group_of_one(tmp_path):

@@ -14,6 +14,7 @@ import time
 
 import pytest
 import torch
+import torch.distributed as dist
 from spawned import Command, Ranks, ended, wait_for
 from test_distributed import config, teacher, whole
 
@@ -235,14 +236,14 @@ def command(folder, **options) -> list[str]:
     return words
 
 
-def started(words, world=1, each=None) -> list[Command]:
+def started(words, world=1, each=None, environment=None, port=0) -> list[Command]:
     """The ranks of one command; of `each` its own where they are to differ."""
     if world == 1:
         return [Command(words)]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
+        port = port or free.getsockname()[1]
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world), **(environment or {})}
     return [
         Command(each[rank] if each else words, group | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(world)
@@ -274,6 +275,26 @@ def test_a_signal_to_one_rank_stops_all_and_the_run_goes_on(tmp_path):
     assert again["steps"] == steps
     # The same run in one process, to rounding that the steps have had time to spread.
     assert all(torch.isfinite(value).all() for value in weights(folder, steps).values())
+
+
+def test_a_rank_that_dies_ends_the_others_and_the_next_attempt_of_torchrun_goes_on(tmp_path):
+    """What torchrun --max-restarts does: all attempts meet in one store, which is the agent's."""
+    folder = tmp_path / "run"
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+    def attempt(number, steps):
+        shared = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": str(number)}
+        return started(command(folder, steps=steps, save_every=5), 2, environment=shared, port=store.port)
+
+    processes = attempt(0, 100_000)
+    wait_for(lambda: checkpoint.found(folder / "checkpoints"), processes)
+    processes[1].kill()
+    ((code, said),) = ended(processes[:1])
+    assert code == 1 and "emd-fast: rank 0 has lost another rank" in said and "Traceback" not in said
+    saved = newest(folder / "checkpoints")
+    results = ended(attempt(1, saved + 2))
+    assert [code for code, _ in results] == [0, 0], results
+    assert f"resuming {folder} at step {saved} of" in results[0][1]
 
 
 def survives_being_killed(folder, seed, kills):

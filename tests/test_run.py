@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import math
 import os
 import signal
 import sys
 import threading
+import types
 
 import pytest
 import torch
 
-from emd_fast import checkpoint, config, journal, run, study
+from emd_fast import checkpoint, config, journal, report, run, study
 from emd_fast.checkpoint import CheckpointError
 from emd_fast.config import ConfigError
 from emd_fast.em import score_difference
@@ -108,6 +111,38 @@ def test_a_signal_saves_and_stops_and_the_run_goes_on_bit_for_bit(tmp_path, monk
     assert_same(weights(tmp_path / "legs"), weights(tmp_path / "whole"))
 
 
+@pytest.mark.parametrize(("place", "number"), [("_latest", signal.SIGTERM), ("evaluate", signal.SIGINT)])
+def test_a_signal_outside_of_the_training_ends_the_run_at_once(tmp_path, monkeypatch, capsys, place, number):
+    def interrupted(*_):
+        try:
+            os.kill(os.getpid(), number)
+            pytest.fail("it went on")
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)  # again, on the way out
+
+    monkeypatch.setattr(run, place, interrupted)
+    with pytest.raises(run.Interrupted) as stop:
+        run.distill(settings(emd__steps=2), tmp_path)
+    assert stop.value.exit_code == 128 + number
+    assert capsys.readouterr().err.count("stopped; the same command goes on from what is saved") == 1
+
+
+def test_a_signal_while_the_last_checkpoint_is_written_waits_for_it(tmp_path, monkeypatch, capsys):
+    original, main = checkpoint._write_folder, threading.main_thread()
+
+    def slowly(path, *arguments):
+        if path.name == "step-00000002":
+            assert threading.current_thread() is not main
+            os.kill(os.getpid(), signal.SIGTERM)
+        original(path, *arguments)
+
+    monkeypatch.setattr(checkpoint, "_write_folder", slowly)
+    with pytest.raises(run.Interrupted) as stop:
+        run.distill(settings(emd__steps=2, background_checkpoints=True), tmp_path)
+    assert stop.value.exit_code == 143 and "stopped at step 2 of 2, saved" in capsys.readouterr().err
+    assert weights(tmp_path, 2)
+
+
 def test_signals_work_again_as_before_after_a_run(tmp_path):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     run.distill(settings(emd__steps=2), tmp_path)
@@ -164,6 +199,43 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_a_second_run_in_a_folder_is_refused_while_the_first_is_under_way(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "evaluate", lambda *_: {})
+    (tmp_path / ".lock").write_text("process 1 on a machine that is off")  # of a run that was killed
+    with run.only_run_in(tmp_path), pytest.raises(run.RunError, match=rf"under way in .* \(process {os.getpid()} on "):
+        run.distill(settings(emd__steps=2), tmp_path)
+    assert os.listdir(tmp_path) == [".lock"]
+    run.distill(settings(emd__steps=2), tmp_path)
+    with run.only_run_in(tmp_path):  # it is free again
+        pass
+
+
+def test_a_folder_that_cannot_be_locked_is_used_with_a_warning(tmp_path, monkeypatch, capsys):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setattr(run, "evaluate", lambda *_: {})
+    run.distill(settings(emd__steps=2), tmp_path)
+    assert f"{tmp_path} cannot be locked (No locks available)" in capsys.readouterr().err
+
+
+def test_a_disk_that_is_full_at_the_end_leaves_the_run_unfinished(tmp_path, monkeypatch):
+    def full(folder):
+        def write(_):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        checkpoint.write_whole(folder / "report.md", write)
+
+    monkeypatch.setattr(report, "write", full)
+    with pytest.raises(OSError, match=r"No space left on device: .*report\.md"):
+        run.distill(settings(emd__steps=2), tmp_path)
+    assert (tmp_path / "metrics.json").exists()
+    monkeypatch.undo()
+    run.distill(settings(emd__steps=2), tmp_path)
+    assert "## Results" in (tmp_path / "report.md").read_text()
+
+
 def test_a_run_that_diverges_ends_with_a_report(tmp_path, monkeypatch):
     at = score_difference.ScoreDifference.outputs
     monkeypatch.setattr(
@@ -185,6 +257,62 @@ def test_rows_after_the_checkpoint_are_taken_out_of_the_log(tmp_path):
     log.write({"step": 5, "x": 2})
     log.close()
     assert [row["step"] for row in journal.read(path)] == [2, 5]
+
+
+def test_a_full_disk_ends_the_log_and_the_next_leg_takes_half_a_row_out(tmp_path):
+    class Full:
+        def __init__(self, file):
+            self.file, self.left = file, 30
+
+        def write(self, row):
+            if not self.left:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            done, self.left = self.file.write(row[: self.left]), self.left - len(row[: self.left])
+            return done
+
+        def close(self):
+            self.file.close()
+
+    path = tmp_path / "log.jsonl"
+    log = journal.Journal(tmp_path, 0)
+    log._file = Full(log._file)
+    log.write({"step": 1, "x": 1})
+    with pytest.raises(OSError, match=r"No space left on device: .*log\.jsonl"):
+        log.write({"step": 2, "x": 2})
+    log.close()
+    assert path.stat().st_size == 30 and [row["step"] for row in journal.read(path)] == [1]
+    log = journal.Journal(tmp_path, 1)
+    log.write({"step": 2, "x": 2})
+    log.close()
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
+
+
+def test_the_legs_of_a_run_are_one_to_tensorboard_and_weights_and_biases(tmp_path, monkeypatch):
+    begun = []
+
+    def init(**options):
+        begun.append(options)
+        return types.SimpleNamespace(id=options["id"] or "made", log=lambda *_, **__: None, finish=lambda: None)
+
+    def writer(folder, **options):
+        begun.append({"folder": folder, **options})
+        return types.SimpleNamespace(add_scalar=lambda *_: None, close=lambda: None)
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=writer))
+    for step in (0, 4):
+        journal.Journal(tmp_path, step, ("wandb", "tensorboard"), {"steps": step}).close()
+    first, board, second, resumed_board = begun
+    assert (first["id"], second["id"]) == (None, "made") and {first["resume"], second["resume"]} == {"allow"}
+    # What was logged beyond the step where the run goes on is taken back.
+    assert (board["purge_step"], resumed_board["purge_step"]) == (1, 5) and board["folder"] == resumed_board["folder"]
+
+    def refused(**_):
+        raise Exception("no key")  # wandb has errors of its own
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=refused))
+    with pytest.raises(RuntimeError, match="Weights & Biases cannot be used: no key"):
+        journal.Journal(tmp_path, 4, ("wandb",))
 
 
 def test_a_logger_that_is_not_installed_is_named(tmp_path, monkeypatch):
