@@ -163,8 +163,11 @@ def _graph(run: Callable[[], EStep], parallel: bool, device: torch.device) -> tu
         graph = torch.cuda.CUDAGraph()
         # Weights that autocast has cast before are not those of a later replay; those cast inside belong to it.
         torch.clear_autocast_cache()
+        # What other threads do meanwhile (a loader that pins memory, a library's monitor) is no part of the graph and
+        # no reason to give it up.
+        capture = torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local")
         try:
-            with torch.cuda.graph(graph, stream=side), branches(parallel):
+            with capture, branches(parallel):
                 found = run()
         finally:
             torch.clear_autocast_cache()

@@ -150,7 +150,7 @@ def test_the_capture_is_on_the_device_of_the_tensors(monkeypatch):
         current[0] = outer
 
     @contextlib.contextmanager
-    def capture(graph, stream):
+    def capture(graph, stream, capture_error_mode):
         seen.append(("capture", stream.device))
         yield
 
