@@ -61,7 +61,8 @@ step() {
         return 1
     fi
     echo "+ $*"
-    timeout --kill-after=10 "$left" "$@"
+    # Interrupted, as from a keyboard, pytest still says what has failed until then.
+    timeout --signal=INT --kill-after=10 "$left" "$@"
     local code=$?
     [ $code -eq 124 ] && echo "stopped after $left s: $*"
     return $code

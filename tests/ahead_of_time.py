@@ -97,11 +97,11 @@ class Compiled:
             return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+_compiled: dict[tuple[Any, ...], Compiled] = {}
+
+
 def compiled(submitted: Submitted, target: int) -> Compiled:
-    """Compiles what was launched for sm_`target`, with the options of the launch."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia.compiler import get_ptxas
+    """What was launched, compiled for sm_`target` with the options of the launch; equal launches are compiled once."""
     from triton.compiler import ASTSource
 
     kernel = submitted.kernel
@@ -116,31 +116,42 @@ def compiled(submitted: Submitted, target: int) -> Compiled:
         else:
             signature[parameter.name] = specialised(value, (i,), parameter.do_not_specialize, constants, attributes)
     source = ASTSource(kernel, signature, constants, attributes)
-    result = triton.compile(
-        source,
-        target=GPUTarget("cuda", target, 32),
-        options={"num_warps": submitted.warps, **submitted.options},
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        ptx = Path(folder, "kernel.ptx")
-        ptx.write_text(result.asm["ptx"])
+    key = (source.hash(), submitted.warps, str(submitted.options), target)
+    if key not in _compiled:
+        _compiled[key] = _compile(source, target, {"num_warps": submitted.warps, **submitted.options})
+    return _compiled[key]
+
+
+def _compile(source: Any, target: int, options: dict[str, Any]) -> Compiled:
+    import triton
+    from triton import knobs
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import CUDABackend, get_ptxas
+
+    said = ""
+
+    def assembled(self, ptx, *_):
+        """Triton's last stage, which keeps to itself what ptxas says."""
+        nonlocal said
+        source, binary = Path(folder, "kernel.ptx"), Path(folder, "kernel.o")
+        source.write_text(ptx)
         name = f"sm_{target}{'a' if target >= 90 else ''}"
-        fusion = [] if submitted.options.get("enable_fp_fusion", True) else ["--fmad=false"]
-        said = subprocess.run(
-            [get_ptxas(target).path, "-v", *fusion, f"--gpu-name={name}", str(ptx), "-o", str(ptx) + ".o"],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stderr
-    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", said))
-    stack = sum(int(n) for n in re.findall(r"(\d+) bytes stack frame", said))
-    registers = int(re.search(r"Used (\d+) registers", said)[1])
+        fusion = [] if options.get("enable_fp_fusion", True) else ["--fmad=false"]
+        command = [get_ptxas(target).path, "-v", *fusion, f"--gpu-name={name}", str(source), "-o", str(binary)]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        return binary.read_bytes()
+
+    # In a cache of its own: another run would take these binaries for Triton's.
+    with tempfile.TemporaryDirectory() as folder, knobs.cache.scope(), pytest.MonkeyPatch.context() as patch:
+        knobs.cache.dir = folder
+        patch.setattr(CUDABackend, "make_cubin", assembled)
+        result = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     return Compiled(
         result.asm["ptx"],
         result.asm["cubin"],
         result.metadata.shared,
-        registers,
-        spills,
-        stack,
-        getattr(result.metadata, "tmem_size", None) or 0,
+        registers=int(re.search(r"Used (\d+) registers", said)[1]),
+        spills=sum(int(n) for n in re.findall(r"(\d+) bytes spill", said)),
+        stack=sum(int(n) for n in re.findall(r"(\d+) bytes stack frame", said)),
+        tensor_memory=getattr(result.metadata, "tmem_size", None) or 0,
     )

@@ -271,6 +271,31 @@ def test_run_gpu_goes_on_after_a_part_that_fails_and_ends_with_the_results(tmp_p
 
 
 @needs_bash
+def test_what_is_stopped_can_say_what_it_has(tmp_path):
+    """Seconds are left for a part, and pytest would need more: it is interrupted, and its last words are kept."""
+    (tmp_path / "benchmarks").mkdir()
+    script = tmp_path / "benchmarks" / "run_gpu.sh"
+    script.write_text(SCRIPT.read_text().replace("seconds_a_part=470", "seconds_a_part=3"))
+    fake = tmp_path / "python"
+    fake.write_text(
+        """#!/bin/bash
+        [[ "$*" == "-m pytest "* ]] || exit 0
+        trap 'kill $!; echo "1 failed, 2 passed"; exit 2' INT
+        sleep 60 >/dev/null &
+        wait
+        """
+    )
+    fake.chmod(0o755)
+    done = subprocess.run(
+        ["bash", str(script), str(tmp_path / "out"), "test"],
+        capture_output=True, text=True, timeout=60, env={**os.environ, "PYTHON": str(fake)},
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "1 failed, 2 passed" in done.stdout and "stopped after " in done.stdout
+    assert "1 failed, 2 passed" in (tmp_path / "out" / "run.log").read_text()
+
+
+@needs_bash
 def test_the_parts_of_whole_networks(tmp_path):
     """What each asks of emd-fast bench, and that there are benches of these names."""
     fake = tmp_path / "python"

@@ -227,6 +227,7 @@ def test_the_learning_rate_warms_up_and_falls_to_zero():
 
 
 @pytest.mark.slow
+@pytest.mark.first
 def test_the_teacher_makes_digits():
     """All of it: a minute on one core. The bounds are those that the README's figures rest on."""
     teacher = digits.train(TeacherConfig())

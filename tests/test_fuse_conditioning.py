@@ -77,7 +77,7 @@ def test_keys_and_values_are_saved():
 class TestStale:
     """What changes inside the block changes the result."""
 
-    @pytest.fixture(params=["small", "unet2d_condition", "edm2"])
+    @pytest.fixture(params=["small", "shallow unet2d_condition", "edm2"])
     def case(self, request):
         network, x, arguments = make(request.param)
         emd_fast.fuse(network)

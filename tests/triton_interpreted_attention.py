@@ -238,4 +238,6 @@ def test_every_head_dim_and_more_lengths(head_dim, dtype, products_in_the_dtype,
     if (head_dim, dtype) in BEYOND:
         request.applymarker(pytest.mark.xfail(strict=True, raises=AssertionError, reason=BEYOND[head_dim, dtype]))
     for seed, (tokens, keys) in enumerate([(64, 64), (128, 77), (200, 200), (1, 129), (191, 63)]):
+        if dtype == torch.float32 and tokens == 200:
+            continue  # its tiles are 32 long at most: of the other lengths too both sides have whole ones and rests
         check(inputs(tokens, keys, 1, head_dim, dtype, seed))

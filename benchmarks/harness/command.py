@@ -86,6 +86,8 @@ def _measured(
         clocks = {"before": before, "after": machine.clocks(device)}
         done = dataclasses.replace(done, results=(*done.results, result), clocks=clocks)
         _save(options, done)  # after every case: a run that is cut short leaves what it has
+    if options.plot and any(row.status == TIMED for result in done.results for row in result.rows):
+        show.plot(options.plot, done)  # once: a panel a case takes longer to draw than the case to measure
     print("\n".join(show.facts(done)))
     return done
 
@@ -96,8 +98,6 @@ def _save(options: argparse.Namespace, done: Record) -> None:
     if options.markdown:
         text = show.markdown(done)
         write_whole(options.markdown, lambda file: file.write(text.encode()))
-    if options.plot and any(row.status == TIMED for result in done.results for row in result.rows):
-        show.plot(options.plot, done)
 
 
 def _result(options: argparse.Namespace, bench: Bench, case: Case, bandwidth: float) -> Result:
