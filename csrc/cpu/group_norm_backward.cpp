@@ -49,7 +49,8 @@ void gradient_of_add(const GroupNormBackward& op, int64_t sample, int64_t group,
 }
 
 // Of the channels of some groups, from the sums over positions, in float64, samples in order.
-void parameter_gradients(const GroupNormBackward& op, const ParameterGradients& out, int64_t group, int64_t last_group) {
+void parameter_gradients(const GroupNormBackward& op, const ParameterGradients& out, int64_t group,
+                         int64_t last_group) {
   const GroupNorm& norm = op.forward;
   const int64_t all = norm.samples * norm.channels;
   const int64_t first = group * norm.group_channels(), last = last_group * norm.group_channels();

@@ -193,7 +193,7 @@ void group_norm_backward_sums(const GroupNormBackward& op, int64_t first, int64_
         const float* grad = read_row(op.grad, norm.type, row, n, grad_buffer.data);
         const float* x = read_row(norm.x, norm.type, row, n, x_buffer.data);
         float* inner = op.inner ? op.inner + (row - sample_start) : inner_buffer.data;
-        inner_gradient(norm.silu, n, grad, x, inner, tile, [=](int64_t first, auto count) __attribute__((always_inline)) {
+        const auto add = [=](int64_t first, auto count) __attribute__((always_inline)) {
 #pragma omp simd
           for (int64_t i = first; i < first + count; i++) {
             const float centered = x[i] - center[i];
@@ -201,7 +201,8 @@ void group_norm_backward_sums(const GroupNormBackward& op, int64_t first, int64_
             product_sum[i] += product(inner[i], centered);
             centered_sum[i] += centered;
           }
-        });
+        };
+        inner_gradient(norm.silu, n, grad, x, inner, tile, add);
       }
       for (int k = 0; k < 3; k++) fold(norm, lanes[k], channels, sums + k * norm.channels + channel);
     }

@@ -41,8 +41,8 @@ EMD_HD Number sum_of_lanes(const Number* lanes) {
   }
 }
 
-// lanes[j] is the sum of the numbers of lane j in the blocks so far. The zero is added and not stored first, and it is
-// added: zeros and copies are stored in other widths than they are read, and a read then waits for the store.
+// lanes[j] becomes the sum of the numbers of lane j so far. The first is added to 0: zeros stored before, or a copy, are
+// stored in other widths than they are read, and the read waits for the store.
 template <class Number>
 EMD_HD void add_to_lane(Number* lanes, int64_t j, int64_t first, Number number) {
   lanes[j] = (first == 0 ? 0 : lanes[j]) + number;
