@@ -13,10 +13,6 @@ at::Tensor as_float(const std::optional<at::Tensor>& numbers, at::IntArrayRef si
   return numbers->to(at::kFloat).contiguous();
 }
 
-const float* data_or_null(const at::Tensor& tensor) {
-  return tensor.defined() ? tensor.const_data_ptr<float>() : nullptr;
-}
-
 // What y will have, as the fake implementation in emd_fast/ops says.
 at::MemoryFormat layout_of(const at::Tensor& x) {
   if (x.is_contiguous()) return at::MemoryFormat::Contiguous;
@@ -43,6 +39,13 @@ GroupNormInputs::GroupNormInputs(const at::Tensor& input, int64_t num_groups, co
   add = as_float(add_BC, {samples, channels});
   scale = as_float(scale_BC, {samples, channels});
   shift = as_float(shift_BC, {samples, channels});
+  absent = at::empty({2, channels}, at::kFloat);
+  float *zeros = absent.mutable_data_ptr<float>(), *ones = zeros + channels;
+  std::fill(zeros, ones, 0.0f);
+  std::fill(ones, ones + channels, 1.0f);
+  const auto of_channels = [&](const at::Tensor& given) {
+    return given.defined() ? OfChannels{given.const_data_ptr<float>(), channels} : OfChannels{zeros, 0};
+  };
   op.x = x.const_data_ptr();
   op.type = type_of(x.scalar_type());
   op.silu = silu;
@@ -52,11 +55,11 @@ GroupNormInputs::GroupNormInputs(const at::Tensor& input, int64_t num_groups, co
   op.groups = num_groups;
   // Where there is but one position the layouts are one, and the loops over channels are the long ones.
   op.channels_last = layout != at::MemoryFormat::Contiguous || op.positions == 1;
-  op.weight = data_or_null(weight);
-  op.bias = data_or_null(bias);
-  op.add = data_or_null(add);
-  op.scale = data_or_null(scale);
-  op.shift = data_or_null(shift);
+  op.weight = weight.defined() ? weight.const_data_ptr<float>() : ones;
+  op.bias = bias.defined() ? bias.const_data_ptr<float>() : zeros;
+  op.add = of_channels(add);
+  op.scale = of_channels(scale);
+  op.shift = of_channels(shift);
 }
 
 int64_t grain_of(int64_t elements_of_an_item) {

@@ -30,6 +30,7 @@ struct GroupNormInputs {
 
   at::MemoryFormat layout;
   at::Tensor x, weight, bias, add, scale, shift;  // undefined where not given
+  at::Tensor absent;                              // a row of zeros and one of ones, in their place
   GroupNorm op = {};
 };
 

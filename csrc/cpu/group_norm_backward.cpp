@@ -28,33 +28,48 @@ struct ParameterGradients {
   bool any() const { return weight || bias || add || scale || shift; }
 };
 
-// From the sums over positions, in float64, samples in order.
-void parameter_gradients(const GroupNormBackward& op, const ParameterGradients& out, int64_t group) {
+// That of add, of one group of a sample.
+void gradient_of_add(const GroupNormBackward& op, int64_t sample, int64_t group, double* out) {
   const GroupNorm& norm = op.forward;
-  const int64_t width = norm.group_channels(), all = norm.samples * norm.channels;
-  const double elements = double(width * norm.positions);
+  const int64_t width = norm.group_channels(), channel = group * width, row = sample * norm.channels + channel;
+  const int64_t all = norm.samples * norm.channels;
+  const double *inner = op.sums + row, *inner_normal = inner + all, *normal = inner_normal + all;
+  const float *weight = norm.weight + channel, *scale = norm.scale.of(sample) + channel;
+  const double rstd = norm.rstd[sample * norm.groups + group], elements = double(width * norm.positions);
+  double sum_k = 0, sum_k_normal = 0;
+  for (int64_t c = 0; c < width; c++) {
+    const double k = weight[c] * (1.0 + scale[c]);
+    sum_k += k * inner[c];
+    sum_k_normal += k * inner_normal[c];
+    out[row + c] = rstd * k * inner[c];
+  }
+  for (int64_t c = 0; c < width; c++) {
+    out[row + c] -= rstd * (sum_k * double(norm.positions) + sum_k_normal * normal[c]) / elements;
+  }
+}
+
+// Of the channels of some groups, from the sums over positions, in float64, samples in order.
+void parameter_gradients(const GroupNormBackward& op, const ParameterGradients& out, int64_t group,
+                         int64_t last_group) {
+  const GroupNorm& norm = op.forward;
+  const int64_t all = norm.samples * norm.channels;
+  const int64_t first = group * norm.group_channels(), last = last_group * norm.group_channels();
   for (int64_t s = 0; s < norm.samples; s++) {
-    const double rstd = norm.rstd[s * norm.groups + group];
-    double sum_k = 0, sum_k_normal = 0;
-    for (int64_t c = group * width; c < (group + 1) * width; c++) {
-      const int64_t i = s * norm.channels + c;
-      const double weight = norm.weight ? norm.weight[c] : 1, bias = norm.bias ? norm.bias[c] : 0;
-      const double gain = norm.scale ? 1.0 + norm.scale[i] : 1;
-      const double inner = op.sums[i], inner_normal = op.sums[all + i] * rstd;
-      if (out.weight) out.weight[c] = (s > 0 ? out.weight[c] : 0) + gain * inner_normal;
-      if (out.bias) out.bias[c] = (s > 0 ? out.bias[c] : 0) + gain * inner;
-      if (out.scale) out.scale[i] = weight * inner_normal + bias * inner;
-      if (out.shift) out.shift[i] = inner;
-      if (out.add) out.add[i] = rstd * weight * gain * inner;
-      sum_k += weight * gain * inner;
-      sum_k_normal += weight * gain * inner_normal;
+    const int64_t row = s * norm.channels;
+    const double *inner = op.sums + row, *inner_normal = inner + all;
+    const float* scale = norm.scale.of(s);
+    const auto for_channels = [=](auto function) {
+#pragma omp simd
+      for (int64_t c = first; c < last; c++) function(c);
+    };
+    if (out.weight) for_channels([=](int64_t c) { out.weight[c] += (1.0 + scale[c]) * inner_normal[c]; });
+    if (out.bias) for_channels([=](int64_t c) { out.bias[c] += (1.0 + scale[c]) * inner[c]; });
+    if (out.shift) for_channels([=](int64_t c) { out.shift[row + c] = inner[c]; });
+    if (out.scale) {
+      const float *weight = norm.weight, *bias = norm.bias;
+      for_channels([=](int64_t c) { out.scale[row + c] = weight[c] * inner_normal[c] + bias[c] * inner[c]; });
     }
-    if (!out.add) continue;
-    for (int64_t c = group * width; c < (group + 1) * width; c++) {
-      const int64_t i = s * norm.channels + c;
-      const double normal = op.sums[2 * all + i] * rstd;
-      out.add[i] -= rstd * (sum_k * double(norm.positions) + sum_k_normal * normal) / elements;
-    }
+    for (int64_t g = group; out.add && g < last_group; g++) gradient_of_add(op, s, g, out.add);
   }
 }
 
@@ -82,8 +97,8 @@ Gradients group_norm_backward(const at::Tensor& grad, const at::Tensor& input, c
   op.grad = like_x.const_data_ptr();
   const at::Tensor grad_x = needs[0] ? fresh(at::empty_like(x, inputs.layout)) : at::empty({0}, x.options());
   op.grad_x = needs[0] ? grad_x.mutable_data_ptr() : nullptr;
-  std::vector<double> sums(size_t(norm.samples * 3 * norm.channels));
-  op.sums = sums.data();
+  const at::Tensor sums = at::empty({3, norm.samples, norm.channels}, at::kDouble);
+  op.sums = sums.mutable_data_ptr<double>();
   op.sums_x = needs[3];
   if (x.numel() > 0) {
     if (!norm.channels_last) {
@@ -119,10 +134,9 @@ Gradients group_norm_backward(const at::Tensor& grad, const at::Tensor& input, c
   const ParameterGradients out = {numbers_of(grad_weight), numbers_of(grad_bias), numbers_of(grad_add),
                                   numbers_of(grad_scale), numbers_of(grad_shift)};
   if (out.any() && x.numel() > 0) {
-    at::parallel_for(0, norm.groups, grain_of(norm.samples * norm.group_channels() * 16),
-                     [&](int64_t first, int64_t last) {
-                       for (int64_t group = first; group < last; group++) parameter_gradients(op, out, group);
-                     });
+    at::parallel_for(0, norm.groups, grain_of(norm.samples * norm.group_channels()), [&](int64_t first, int64_t last) {
+      parameter_gradients(op, out, first, last);
+    });
   }
   return {grad_x, rounded(grad_weight, weight), rounded(grad_bias, bias), rounded(grad_add, add),
           rounded(grad_scale, scale), rounded(grad_shift, shift)};

@@ -25,6 +25,15 @@ EMD_HD int64_t tiles_of(const Shape& shape) {
   return together > 1 ? (shape.samples + together - 1) / together : shape.samples * tiles_per_sample(shape);
 }
 
+// Numbers (samples, channels), or one row (channels) for all samples.
+struct OfChannels {
+  const float* data;
+  int64_t step;  // from one sample to the next
+
+  EMD_HD const float* of(int64_t sample) const { return data + sample * step; }
+  EMD_HD bool shared() const { return step == 0; }
+};
+
 // x is (samples, channels, positions), or (samples, positions, channels) where channels_last.
 struct GroupNorm {
   const void* x;
@@ -32,8 +41,8 @@ struct GroupNorm {
   bool channels_last, silu;
   int64_t samples, channels, positions, groups;
   double eps;
-  const float *weight, *bias;         // (channels) or null
-  const float *add, *scale, *shift;   // (samples, channels) or null
+  const float *weight, *bias;         // (channels)
+  OfChannels add, scale, shift;       // zeros for all samples where not given
   float *mean, *rstd;                 // (samples, groups)
   void* y;
   float* scratch;    // channels_last: (samples, chunks, 2, channels) moments of chunks, then (samples, 3, channels) maps
@@ -52,7 +61,7 @@ struct GroupNormBackward {
   GroupNorm forward;  // y is not written
   const void* grad;
   void* grad_x;     // null where not needed
-  double* sums;     // (3, samples, channels): of the inner gradient, of it times (x - center), of x - center
+  double* sums;     // (3, samples, channels): of the inner gradient i, of i n and of n, the normalised x
   bool sums_x;      // whether the last of the sums is needed
   float* scratch;   // the inner gradient of a group or a tile; channels_last: the sums of chunks,
                     // (samples, chunks, 3, channels), then the numbers of channels, (samples, 5, channels)

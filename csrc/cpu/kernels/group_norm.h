@@ -38,12 +38,10 @@ inline Moments dense_moments(const void* data, Type type, int64_t at, int64_t n)
   return all;
 }
 
-EMD_HD float number_or(const float* numbers, int64_t i, float otherwise) { return numbers ? numbers[i] : otherwise; }
-
-// Of row sample * channels + channel.
-inline ChannelMap map_of(const GroupNorm& op, int64_t row, int64_t channel, float mean, float rstd) {
-  return channel_map(mean, rstd, number_or(op.weight, channel, 1), number_or(op.bias, channel, 0),
-                     number_or(op.add, row, 0), number_or(op.scale, row, 0), number_or(op.shift, row, 0));
+// Of a channel of a sample, with the moments of its group.
+EMD_HD ChannelMap map_of(const GroupNorm& op, int64_t sample, int64_t channel, float mean, float rstd) {
+  return channel_map(mean, rstd, op.weight[channel], op.bias[channel], op.add.of(sample)[channel],
+                     op.scale.of(sample)[channel], op.shift.of(sample)[channel]);
 }
 
 inline float rstd_of(const Moments& group, double eps) { return float(1.0 / sqrt(group.squares / group.n + eps)); }
@@ -75,83 +73,127 @@ struct alignas(64) NumbersTile {
   }
 };
 
-template <int kCount>
-NumbersTile<kCount> tile_of(const Numbers<kCount>&);
-
 enum MapNumbers { kCenter, kGain, kOffset, kMapNumbers };
 
 // y[i] from x[i].
+template <bool kSilu, class Map>
+inline void apply_map(int64_t n, const float* x, float* y, const Map& map) {
+  for_blocks(n, [=, &map](int64_t first, auto count) __attribute__((always_inline)) {
+#pragma omp simd
+    for (int64_t i = first; i < first + count; i++) {
+      y[i] = emd::group_norm<kSilu>(x[i], map(kCenter, i), map(kGain, i), map(kOffset, i));
+    }
+  });
+}
+
 template <class Map>
 inline void apply_map(bool silu, int64_t n, const float* x, float* y, const Map& map) {
-  if (silu) {
-#pragma omp simd
-    for (int64_t i = 0; i < n; i++) {
-      y[i] = emd::group_norm<true>(x[i], map(kCenter, i), map(kGain, i), map(kOffset, i));
-    }
-  } else {
-#pragma omp simd
-    for (int64_t i = 0; i < n; i++) {
-      y[i] = emd::group_norm<false>(x[i], map(kCenter, i), map(kGain, i), map(kOffset, i));
-    }
-  }
+  silu ? apply_map<true>(n, x, y, map) : apply_map<false>(n, x, y, map);
 }
 
 // Channels before positions. A row is the positions of one channel of one sample, an item the rows of one group of one
-// sample. Elements are taken in parts of at most a tile: of one row where rows are long, of several whole ones where
-// they are short, since a loop of a few elements costs more to enter than to run.
+// sample. Elements are taken in parts of at most a tile: of one row, or of several whole ones.
 
 struct Rows {
   int64_t first, count, start, size;  // start of their elements in the tensor
+
+  EMD_HD int64_t width() const { return size / count; }
 };
 
-inline int64_t rows_together(const GroupNorm& op) { return op.positions < 64 ? kTile / op.positions : 1; }
-
-// Items that share a tile.
+// Items that are taken together: they fit a tile.
 inline int64_t items_together(const GroupNorm& op) {
   const int64_t together = kTile / (op.group_channels() * op.positions);
-  return together > 1 && rows_together(op) > 1 ? together : 1;
+  return together > 1 ? together : 1;
 }
 
-// Calls function(rows, numbers) for the parts of items first to last - 1; numbers_of(row, channel, item) are a row's.
-template <class NumbersOf, class Function>
-inline void for_parts(const GroupNorm& op, int64_t first, int64_t last, NumbersOf numbers_of, Function function) {
-  const int64_t together = rows_together(op), width = op.group_channels(), positions = op.positions, end = last * width;
-  // Counted and not divided: a division takes as long as a short row.
-  int64_t item = first, of_item = 0, channel = first % op.groups * width;
-  const auto next = [&](int64_t row) {
-    const auto numbers = numbers_of(row, channel, item);
-    if (++of_item == width) of_item = 0, item++;
-    if (++channel == op.channels) channel = 0;
+// The numbers of the rows of a part, found before any of them is used: their loop over channels is one of vectors.
+template <int kCount>
+struct RowNumbers {
+  static constexpr int64_t kRows = 64;
+  float data[kCount][kRows];
+
+  EMD_HD Numbers<kCount> of(int64_t r) const {
+    Numbers<kCount> numbers;
+    for (int k = 0; k < kCount; k++) numbers.value[k] = data[k][r];
     return numbers;
-  };
-  for (int64_t row = first * width; row < end; row += together) {
-    if (together > 1) {
-      decltype(tile_of(numbers_of(0, 0, 0))) tile;
-      const int64_t rows = end - row < together ? end - row : together;
-      for (int64_t r = 0; r < rows; r++) tile.write(r * positions, positions, next(row + r));
-      function(Rows{row, rows, row * positions, rows * positions}, tile);
-    } else {
-      const auto numbers = next(row);
-      for (int64_t done = 0; done < positions; done += kTile) {
-        const int64_t count = positions - done < kTile ? positions - done : kTile;
-        function(Rows{row, 1, row * positions + done, count}, numbers);
-      }
+  }
+};
+
+// Calls function(r, item) for count rows from row on.
+template <class Function>
+inline void for_items_of(const GroupNorm& op, int64_t row, int64_t count, Function function) {
+  const int64_t width = op.group_channels();
+  int64_t item = row / width, of_item = row - item * width;
+  for (int64_t r = 0; r < count; r++) {
+    function(r, item);
+    if (++of_item == width) of_item = 0, item++;
+  }
+}
+
+template <int kCount>
+inline void write_maps(const GroupNorm& op, int64_t row, int64_t count, RowNumbers<kCount>& numbers) {
+  float *center = numbers.data[kCenter], *gain = numbers.data[kGain], *offset = numbers.data[kOffset];
+  for_items_of(op, row, count, [&](int64_t r, int64_t item) {
+    center[r] = op.mean[item];
+    gain[r] = op.rstd[item];
+  });
+  int64_t sample = row / op.channels, channel = row - sample * op.channels;
+  for (int64_t r = 0; r < count; sample++, channel = 0) {
+    const int64_t end = count - r < op.channels - channel ? count : r + op.channels - channel;
+    const int64_t shift_of_rows = channel - r;
+    const float *weight = op.weight + shift_of_rows, *bias = op.bias + shift_of_rows;
+    const float* add = op.add.of(sample) + shift_of_rows;
+    const float *scale = op.scale.of(sample) + shift_of_rows, *shift = op.shift.of(sample) + shift_of_rows;
+#pragma omp simd
+    for (int64_t i = r; i < end; i++) {
+      const ChannelMap map = channel_map(center[i], gain[i], weight[i], bias[i], add[i], scale[i], shift[i]);
+      center[i] = map.center;
+      gain[i] = map.gain;
+      offset[i] = map.offset;
+    }
+    r = end;
+  }
+}
+
+// Calls function(rows, numbers) for the parts of items first to last - 1; write(row, count, numbers) finds the numbers.
+template <int kCount, class Write, class Function>
+inline void for_parts(const GroupNorm& op, int64_t first, int64_t last, Write write, Function function) {
+  const int64_t positions = op.positions, end = last * op.group_channels(), most = RowNumbers<kCount>::kRows;
+  const int64_t fitting = positions < kTile ? kTile / positions : 1, together = fitting < most ? fitting : most;
+  RowNumbers<kCount> numbers;
+  for (int64_t row = first * op.group_channels(); row < end; row += together) {
+    const int64_t count = end - row < together ? end - row : together, size = count * positions;
+    write(row, count, numbers);
+    for (int64_t done = 0; done < size; done += kTile) {
+      const int64_t rest = size - done;
+      function(Rows{row, count, row * positions + done, rest < kTile ? rest : kTile}, numbers);
     }
   }
 }
 
-inline Numbers<kMapNumbers> map_of_row(const GroupNorm& op, int64_t row, int64_t channel, int64_t item) {
-  const ChannelMap map = map_of(op, row, channel, op.mean[item], op.rstd[item]);
-  return {map.center, map.gain, map.offset};
+// Calls function(first, n, numbers) for the rows of a part one by one, or, where rows are short and would leave blocks
+// unfilled, for all at once.
+template <int kCount, class Function>
+inline void for_runs(const Rows& rows, const RowNumbers<kCount>& numbers, Function function) {
+  const int64_t n = rows.width();
+  if (n >= 4 * kBlock || n % kBlock == 0) {
+    for (int64_t r = 0; r < rows.count; r++) function(r * n, n, numbers.of(r));
+  } else {
+    NumbersTile<kCount> tile;
+    for (int64_t r = 0; r < rows.count; r++) tile.write(r * n, n, numbers.of(r));
+    function(0, rows.size, tile);
+  }
 }
 
 inline Moments item_moments(const GroupNorm& op, int64_t item) {
   const int64_t width = op.group_channels(), positions = op.positions, row0 = item * width;
-  if (!op.add) return dense_moments(op.x, op.type, row0 * positions, width * positions);
+  if (op.add.shared()) return dense_moments(op.x, op.type, row0 * positions, width * positions);
+  const int64_t sample = item / op.groups;
+  const float* add = op.add.of(sample) + (row0 - sample * op.channels);
   Moments group = {0, 0, 0};
   for (int64_t row = row0; row < row0 + width; row++) {
     Moments channel = dense_moments(op.x, op.type, row * positions, positions);
-    channel.mean += double(op.add[row]);
+    channel.mean += double(add[row - row0]);
     group = row == row0 ? channel : merged(group, channel);
   }
   return group;
@@ -178,7 +220,7 @@ void group_norm(const GroupNorm& op, int64_t first, int64_t last) {
   const int64_t together = items_together(op);
   for (int64_t begin = first; begin < last; begin += together) {
     const int64_t end = last - begin < together ? last : begin + together;
-    if (together > 1 && !op.add) {
+    if (together > 1 && op.add.shared()) {
       moments_of_tile(op, begin, end);
     } else {
       for (int64_t item = begin; item < end; item++) {
@@ -187,14 +229,15 @@ void group_norm(const GroupNorm& op, int64_t first, int64_t last) {
         op.rstd[item] = rstd_of(group, op.eps);
       }
     }
-    for_parts(
-        op, begin, end,
-        [&](int64_t row, int64_t channel, int64_t item) { return map_of_row(op, row, channel, item); },
-        [&](const Rows& rows, const auto& map) {
+    for_parts<kMapNumbers>(
+        op, begin, end, [&](int64_t row, int64_t count, auto& numbers) { write_maps(op, row, count, numbers); },
+        [&](const Rows& rows, const auto& numbers) {
           Buffer x_buffer, y_buffer;
           const float* x = read_row(op.x, op.type, rows.start, rows.size, x_buffer.data);
           float* y = begin_row(op.y, op.type, rows.start, y_buffer.data);
-          apply_map(op.silu, rows.size, x, y, map);
+          for_runs(rows, numbers, [&](int64_t first, int64_t n, const auto& map) {
+            apply_map(op.silu, n, x + first, y + first, map);
+          });
           finish_row(op.y, op.type, rows.start, rows.size, y);
         });
   }
@@ -322,9 +365,9 @@ void group_norm_maps(const GroupNorm& op, int64_t first, int64_t last) {
         squares[c] += double(part[channels + c]) + n * (apart * apart);
       }
     }
-    if (op.add) {
-      for (int64_t c = 0; c < channels; c++) mean[c] += double(op.add[sample * channels + c]);
-    }
+    const float* add = op.add.of(sample);
+#pragma omp simd
+    for (int64_t c = 0; c < channels; c++) mean[c] += double(add[c]);
     float* maps = channel_maps(op, sample);
     for (int64_t g = 0; g < op.groups; g++) {
       Moments group = {double(width * op.positions), 0, 0};
@@ -337,8 +380,9 @@ void group_norm_maps(const GroupNorm& op, int64_t first, int64_t last) {
       const float group_mean = float(group.mean), rstd = rstd_of(group, op.eps);
       op.mean[sample * op.groups + g] = group_mean;
       op.rstd[sample * op.groups + g] = rstd;
+#pragma omp simd
       for (int64_t c = g * width; c < (g + 1) * width; c++) {
-        const ChannelMap map = map_of(op, sample * channels + c, c, group_mean, rstd);
+        const ChannelMap map = map_of(op, sample, c, group_mean, rstd);
         maps[c] = map.center;
         maps[channels + c] = map.gain;
         maps[2 * channels + c] = map.offset;

@@ -10,7 +10,23 @@
 namespace emd::cpu::EMD_ISA {
 namespace {
 
-constexpr int kSumLanes = 64, kSumStep = 16, kShortSum = 256;
+// A loop over a number of elements that the compiler knows is nothing but the arithmetic; one over any number costs as
+// much again to enter as a short row.
+constexpr int64_t kBlock = 16;
+
+struct WholeBlock {
+  EMD_HD constexpr operator int64_t() const { return kBlock; }
+};
+
+// Calls function(first, count) for the blocks of n elements; the last may be shorter.
+template <class Function>
+EMD_HD void for_blocks(int64_t n, Function function) {
+  int64_t i = 0;
+  for (; i + kBlock <= n; i += kBlock) function(i, WholeBlock{});
+  if (i < n) function(i, n - i);
+}
+
+constexpr int kSumLanes = 64, kShortSum = 256;
 
 // Widths that the compiler knows: a loop over them goes through memory, and waits for it at every turn.
 template <int kLanes, class Number>
@@ -25,33 +41,52 @@ EMD_HD Number sum_of_lanes(const Number* lanes) {
   }
 }
 
-template <int kLanes, class Number, class Term>
-EMD_HD Number sum_in_lanes(int64_t n, Term term) {
-  alignas(64) Number lanes[kLanes];
-  int64_t i = 0;
-  if (n >= kLanes) {
+// lanes[j] becomes the sum of the numbers of lane j so far. The first is added to 0: zeros stored before, or a copy, are
+// stored in other widths than they are read, and the read waits for the store.
+template <class Number>
+EMD_HD void add_to_lane(Number* lanes, int64_t j, int64_t first, Number number) {
+  lanes[j] = (first == 0 ? 0 : lanes[j]) + number;
+}
+
+// After the first block, where it is not a whole one.
+template <class Number>
+EMD_HD void clear_lanes_from(Number* lanes, int64_t count) {
+  for (int64_t j = count; j < kBlock; j++) lanes[j] = 0;
+}
+
+template <class Number, class Term>
+EMD_HD Number short_sum(int64_t n, Term term) {
+  alignas(64) Number lanes[kBlock];
+  for_blocks(n, [&](int64_t first, auto count) __attribute__((always_inline)) {
 #pragma omp simd
-    for (int j = 0; j < kLanes; j++) lanes[j] = term(j);  // and not 0, which is stored in other widths than it is read
-    i = kLanes;
-  } else {
-    for (int j = 0; j < kLanes; j++) lanes[j] = 0;
+    for (int64_t j = 0; j < count; j++) add_to_lane<Number>(lanes, j, first, term(first + j));
+    if (first == 0) clear_lanes_from(lanes, count);
+  });
+  return n > 0 ? sum_of_lanes<kBlock>(lanes) : 0;
+}
+
+template <class Number, class Term>
+EMD_HD Number long_sum(int64_t n, Term term) {
+  alignas(64) Number lanes[kSumLanes];
+#pragma omp simd
+  for (int j = 0; j < kSumLanes; j++) lanes[j] = Number(0) + term(j);
+  int64_t i = kSumLanes;
+  for (; i + kSumLanes <= n; i += kSumLanes) {
+#pragma omp simd
+    for (int j = 0; j < kSumLanes; j++) lanes[j] += term(i + j);
   }
-  for (; i + kLanes <= n; i += kLanes) {
+  for (; i + kBlock <= n; i += kBlock) {
 #pragma omp simd
-    for (int j = 0; j < kLanes; j++) lanes[j] += term(i + j);
-  }
-  for (; i + kSumStep <= n; i += kSumStep) {
-#pragma omp simd
-    for (int j = 0; j < kSumStep; j++) lanes[j] += term(i + j);
+    for (int j = 0; j < kBlock; j++) lanes[j] += term(i + j);
   }
   for (int j = 0; i < n; i++, j++) lanes[j] += term(i);
-  return sum_of_lanes<kLanes>(lanes);
+  return sum_of_lanes<kSumLanes>(lanes);
 }
 
 // The sum of term(i) for i below n.
 template <class Number, class Term>
 EMD_HD Number sum(int64_t n, Term term) {
-  return n < kShortSum ? sum_in_lanes<kSumStep, Number>(n, term) : sum_in_lanes<kSumLanes, Number>(n, term);
+  return n < kShortSum ? short_sum<Number>(n, term) : long_sum<Number>(n, term);
 }
 
 }  // namespace
