@@ -69,7 +69,7 @@ def export(
     if not isinstance(trainer, EMDTrainer):
         if teacher is None:
             raise ValueError("a checkpoint holds no teacher: give export() the teacher that it was distilled from")
-        trainer = EMDTrainer.resume(Path(trainer), teacher)
+        trainer = EMDTrainer.resume(Path(trainer), teacher, trains=False)
     generator = trainer.ema.module if ema else trainer.generator
     return (_write_folder if format == "diffusers" else _write_file)(
         Path(out), generator, _facts(trainer, generator, ema)

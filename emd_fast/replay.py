@@ -95,7 +95,7 @@ def replay(folder: Path, step: int, sample: int, *, catch_up: bool = False) -> R
     for name, value, end in (("sample", sample, settings.emd.batch_size), ("step", step, 2**32)):
         if not 0 <= value < end:
             raise ConfigError(f"{name} must be in [0, {end}) in {folder}, got {value}")
-    _, _, trainer = run.open_run(folder, up_to=step)
+    _, _, trainer = run.open_run(folder, up_to=step, trains=True)
     weights = f"the checkpoint of step {trainer.steps_done}"
     if catch_up:
         weights += f", and all that the run did from there to the E-step of step {step}"

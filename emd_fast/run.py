@@ -203,12 +203,18 @@ def settings_of(folder: Path) -> RunConfig:
 
 
 def open_run(
-    folder: Path, up_to: int | None = None, *, best: bool = False, settings: RunConfig | None = None
+    folder: Path,
+    up_to: int | None = None,
+    *,
+    best: bool = False,
+    settings: RunConfig | None = None,
+    trains: bool = False,
 ) -> tuple[RunConfig, Task, EMDTrainer]:
     """A run as its last checkpoint has it, or the last of at most `up_to` steps, or the best one.
 
     Args:
         settings: in place of those in the folder, where only the evaluation differs.
+        trains: as for EMDTrainer.resume.
 
     Raises:
         RunError: no run there, or no such checkpoint. CheckpointError: none of them can be read.
@@ -221,7 +227,7 @@ def open_run(
         checkpoint.facts(path)  # whole, before the teacher is read
         task = task_of(settings)
         teacher, _ = _teacher(task, folder)
-        return settings, task, _resumed(path, settings, task, teacher)
+        return settings, task, _resumed(path, settings, task, teacher, trains)
     paths = checkpoint.found(folder / "checkpoints")
     if not paths:
         raise RunError(f"{folder} has no checkpoint yet: run `emd-fast distill` on it first")
@@ -230,7 +236,7 @@ def open_run(
         raise RunError(f"{folder} has no checkpoint at or before step {up_to}: it has those of step {steps}")
     task = task_of(settings)
     teacher, _ = _teacher(task, folder)
-    return settings, task, _latest(settings, folder, task, teacher, up_to)
+    return settings, task, _latest(settings, folder, task, teacher, up_to, trains=trains)
 
 
 def evaluate(
@@ -342,7 +348,15 @@ class _Stop(Exception):
     """Leaves the training of a teacher."""
 
 
-def _latest(settings: RunConfig, folder: Path, task: Task, teacher: Denoiser, up_to: int | None = None) -> EMDTrainer:
+def _latest(
+    settings: RunConfig,
+    folder: Path,
+    task: Task,
+    teacher: Denoiser,
+    up_to: int | None = None,
+    *,
+    trains: bool = True,
+) -> EMDTrainer:
     """The trainer of the last checkpoint (of at most `up_to` steps) that can be read, or a new one where there is
     none."""
     paths = checkpoint.found(folder / "checkpoints")
@@ -354,7 +368,7 @@ def _latest(settings: RunConfig, folder: Path, task: Task, teacher: Denoiser, up
         except CheckpointError as error:
             say(f"skipped: {error}")
             continue
-        return _resumed(path, settings, task, teacher)
+        return _resumed(path, settings, task, teacher, trains)
     if paths:
         raise CheckpointError(
             f"none of the checkpoints in {folder / 'checkpoints'} can be read; delete them to start over"
@@ -362,10 +376,10 @@ def _latest(settings: RunConfig, folder: Path, task: Task, teacher: Denoiser, up
     return EMDTrainer(teacher, settings.emd, *task.make_networks(), prompts=task.prompts)
 
 
-def _resumed(path: Path, settings: RunConfig, task: Task, teacher: Denoiser) -> EMDTrainer:
+def _resumed(path: Path, settings: RunConfig, task: Task, teacher: Denoiser, trains: bool) -> EMDTrainer:
     generator, student = task.make_networks()
     return EMDTrainer.resume(
-        path, teacher, config=settings.emd, generator=generator, student=student, prompts=task.prompts
+        path, teacher, config=settings.emd, generator=generator, student=student, prompts=task.prompts, trains=trains
     )
 
 

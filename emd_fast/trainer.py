@@ -608,6 +608,7 @@ class EMDTrainer:
         generator: nn.Module | None = None,
         student: Denoiser | None = None,
         prompts: Any = None,
+        trains: bool = True,
     ) -> EMDTrainer:
         """The trainer that `save` wrote, ready for its next step, on any number of ranks. All ranks call it.
 
@@ -615,10 +616,11 @@ class EMDTrainer:
             config: replaces the saved one; only what MAY_CHANGE names may differ.
             generator, student: as for the constructor, where they are not copies of the teacher.
             prompts: as for the constructor; they are not in the file.
+            trains: False where it will be sampled or exported and no more: of the teacher its architecture counts then.
 
         Raises:
-            CheckpointError: a missing, damaged or foreign folder, another architecture, another configuration, or
-                another teacher than the run began with.
+            CheckpointError: a missing, damaged or foreign folder, another architecture, another configuration, or,
+                where it trains, a teacher of other weights than the run began with.
         """
         facts = checkpoint.facts(path)
         try:
@@ -637,7 +639,8 @@ class EMDTrainer:
                 )
         trainer = cls(teacher, config or saved, generator, student, prompts)
         trainer._restore(Path(path), facts)  # another architecture is named by its tensors
-        trainer._check_teacher(Path(path), facts.get("teacher"))
+        if trains:
+            trainer._check_teacher(Path(path), facts.get("teacher"))
         return trainer
 
     def _check_teacher(self, path: Path, saved: dict[str, Any] | None) -> None:

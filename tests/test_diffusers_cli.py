@@ -10,6 +10,7 @@ from emd_fast import Denoiser, checkpoint, cli, conditions, export, schedules
 from emd_fast.teachers.small_unet import SmallUNet
 
 TINY = ["--steps=2", "--batch-size=2", "--langevin-steps=1", "--student-updates=1", "--lr-warmup=0"]
+REPLAY = ("replay", "run", "--step", "2", "--sample", "0")
 
 
 @pytest.fixture
@@ -103,6 +104,10 @@ def test_a_function_is_a_teacher(call, tmp_path):
     assert checkpoint.found(tmp_path / "run" / "checkpoints")
     code, _, err = call("export", "run", "folder")
     assert code == 1 and "use format='safetensors'" in err and not (tmp_path / "folder").exists()
+    # Its weights are others in every call: samples need none of them, and no training goes on with them.
+    for words in (("distill", "--teacher", "test_diffusers_cli:small", "--out", "run", *TINY, "--steps=3"), REPLAY):
+        code, _, err = call(*words)
+        assert code == 1 and "made with a teacher of other weights (test_diffusers_cli:small, SHA-256 " in err
 
 
 @pytest.mark.parametrize(

@@ -292,6 +292,7 @@ def test_a_checkpoint_names_its_teacher_and_refuses_another(tmp_path, precision)
     said = rf"other weights \(/somewhere/teacher.pt, SHA-256 {kept['sha256'][:12]}\) than this one \(/elsewhere"
     with pytest.raises(CheckpointError, match=said):
         EMDTrainer.resume(path, moved)
+    EMDTrainer.resume(path, moved, trains=False)
 
 
 def test_a_checkpoint_of_before_that_says_nothing_of_its_teacher_is_taken(tmp_path, monkeypatch):
