@@ -1,9 +1,12 @@
 // The convolution of emd_fast/unet/convolution.py without its Python, which costs a small call more time than the
-// convolution: autograd keeps the weight alone. Registered for autograd only, under which it is PyTorch's convolution,
-// on any device.
+// convolution: autograd keeps the weight alone. Below autograd it is PyTorch's on any device, or, where that serves, the
+// CPU's by Winograd's algorithm.
 #include <ATen/ATen.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
+
+#include "cpu/winograd.h"
 
 namespace emd {
 namespace {
@@ -12,17 +15,35 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 using Maybe = std::optional<at::Tensor>;
 
-at::Tensor plain(const at::Tensor& x, const at::Tensor& weight, const Maybe& bias, at::IntArrayRef stride,
-                 at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
+// A dispatch mode is to see a convolution, and counts its FLOPs. Once this is loaded, "auto" is "cpu".
+bool by_winograd(std::string_view backend, const at::Tensor& x, const at::Tensor& weight, const Maybe& bias,
+                 at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
+  return (backend == "auto" || backend == "cpu") && !c10::impl::dispatch_mode_enabled() &&
+         cpu::winograd_serves(x, weight, bias, stride, padding, dilation, groups);
+}
+
+at::Tensor pytorchs(const at::Tensor& x, const at::Tensor& weight, const Maybe& bias, at::IntArrayRef stride,
+                    at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, std::string_view) {
   // And not conv2d, which is made of this: below autograd a dispatch mode would see that name, and count no FLOPs.
   return at::convolution(x, weight, bias, stride, padding, dilation, false, {0, 0}, groups);
 }
 
+at::Tensor below_autograd(const at::Tensor& x, const at::Tensor& weight, const Maybe& bias, at::IntArrayRef stride,
+                          at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, std::string_view backend) {
+  return by_winograd(backend, x, weight, bias, stride, padding, dilation, groups)
+             ? cpu::winograd(x, weight, bias)
+             : pytorchs(x, weight, bias, stride, padding, dilation, groups, backend);
+}
+
+at::Tensor convolved(const at::Tensor& x, const at::Tensor& weight, const Maybe& bias, at::IntArrayRef stride,
+                     at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, std::string_view backend);
+
 struct ToInput : torch::autograd::Function<ToInput> {
-  static constexpr bool is_traceable = true;  // it calls ops of the dispatcher alone
+  static constexpr bool is_traceable = true;  // under a dispatch mode it calls ops of the dispatcher alone
 
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight, const Maybe& bias,
-                            at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
+                            at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+                            std::string_view backend) {
     const at::AutoDispatchBelowAutograd below;
     ctx->save_for_backward({weight});
     ctx->saved_data["size"] = x.sizes();
@@ -31,36 +52,53 @@ struct ToInput : torch::autograd::Function<ToInput> {
     ctx->saved_data["padding"] = padding;
     ctx->saved_data["dilation"] = dilation;
     ctx->saved_data["groups"] = groups;
-    return plain(x, weight, bias, stride, padding, dilation, groups);
+    ctx->saved_data["backend"] = std::string(backend);
+    return below_autograd(x, weight, bias, stride, padding, dilation, groups, backend);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    variable_list gradients(7);
+    variable_list gradients(8);
     if (!grads[0].defined()) return gradients;
     const at::Tensor &grad = grads[0], weight = ctx->get_saved_variables()[0];
     auto& saved = ctx->saved_data;
     const auto list = [&](const char* name) { return saved[name].toIntVector(); };
+    const auto stride = list("stride"), padding = list("padding"), dilation = list("dilation");
+    const int64_t groups = saved["groups"].toInt();
+    const std::string backend = saved["backend"].toStringRef();
     // Shape and strides of the input are what is asked for; its numbers are not read.
     const at::Tensor like = at::empty_strided(list("size"), list("strides"), grad.options());
-    gradients[0] = std::get<0>(at::convolution_backward(grad, like, weight, std::nullopt, list("stride"),
-                                                        list("padding"), list("dilation"), false, {0, 0},
-                                                        saved["groups"].toInt(), {true, false, false}));
+    // Such a convolution backward is one of the weight with its channels exchanged and its pixels turned.
+    if (like.suggest_memory_format() == at::MemoryFormat::ChannelsLast &&
+        by_winograd(backend, grad, weight.transpose(0, 1), std::nullopt, stride, padding, dilation, groups)) {
+      gradients[0] = convolved(grad, weight.transpose(0, 1).flip({2, 3}), std::nullopt, stride, padding, dilation,
+                               groups, backend);
+    } else {
+      gradients[0] = std::get<0>(at::convolution_backward(grad, like, weight, std::nullopt, stride, padding, dilation,
+                                                          false, {0, 0}, groups, {true, false, false}));
+    }
     return gradients;
   }
 };
 
-at::Tensor with_derivative(const at::Tensor& x, const at::Tensor& weight, const Maybe& bias, at::IntArrayRef stride,
-                           at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
-  return ToInput::apply(x, weight, bias, stride, padding, dilation, groups);
+at::Tensor convolved(const at::Tensor& x, const at::Tensor& weight, const Maybe& bias, at::IntArrayRef stride,
+                     at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, std::string_view backend) {
+  if (at::GradMode::is_enabled() && x.requires_grad()) {
+    return ToInput::apply(x, weight, bias, stride, padding, dilation, groups, backend);
+  }
+  // Ours has no derivative forwards.
+  if (x._fw_grad(0).defined()) return pytorchs(x, weight, bias, stride, padding, dilation, groups, backend);
+  const at::AutoDispatchBelowAutograd below;
+  return below_autograd(x, weight, bias, stride, padding, dilation, groups, backend);
 }
 
 TORCH_LIBRARY_FRAGMENT(emd_fast, m) {
   m.def(
       "frozen_convolution(Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation, "
-      "int groups) -> Tensor");
+      "int groups, str backend) -> Tensor");
 }
-TORCH_LIBRARY_IMPL(emd_fast, CompositeExplicitAutograd, m) { m.impl("frozen_convolution", plain); }
-TORCH_LIBRARY_IMPL(emd_fast, Autograd, m) { m.impl("frozen_convolution", with_derivative); }
+TORCH_LIBRARY_IMPL(emd_fast, CompositeExplicitAutograd, m) { m.impl("frozen_convolution", below_autograd); }
+TORCH_LIBRARY_IMPL(emd_fast, Autograd, m) { m.impl("frozen_convolution", convolved); }
+TORCH_LIBRARY_IMPL(emd_fast, FuncTorchBatched, m) { m.impl("frozen_convolution", pytorchs); }
 
 }  // namespace
 }  // namespace emd

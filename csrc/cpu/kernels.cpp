@@ -12,6 +12,7 @@
 #include "kernels/perturb.h"
 #include "kernels/score_matching_loss.h"
 #include "kernels/uniform.h"
+#include "kernels/winograd.h"
 
 #define EMD_NAME_OF(isa) #isa
 #define EMD_NAME(isa) EMD_NAME_OF(isa)
@@ -39,6 +40,8 @@ const Kernels table = {
     group_norm_backward_sums,
     group_norm_backward_totals,
     group_norm_backward_apply,
+    winograd_weight,
+    winograd,
 };
 
 }  // namespace emd::cpu::EMD_ISA

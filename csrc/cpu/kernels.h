@@ -69,6 +69,25 @@ struct GroupNormBackward {
                     // where it is computed twice
 };
 
+// A convolution 3x3 of stride 1 and padding 1, from x (samples, height, width, in) to y (samples, height, width, out).
+// Channels lie side by side in both.
+struct Winograd {
+  static constexpr int64_t kChannels = 8;  // that channels have to be a multiple of
+  static constexpr int64_t kBlock = 24;    // most tiles in a block
+
+  const float *x, *weight, *bias;           // bias (out), null where there is none
+  int64_t of_sample, of_row, of_column;     // strides of x
+  int64_t strides[4];                       // of the weight (out, in, 3, 3)
+  float* y;
+  int64_t samples, height, width, in, out;
+  int64_t block;    // tiles that are transformed and multiplied together, from cache to cache
+  float* products;  // (16, in, out) transformed weights
+  float* scratch;   // (16, block, in + out)
+
+  EMD_HD int64_t tiles() const { return samples * ((height + 1) / 2) * ((width + 1) / 2); }
+  EMD_HD int64_t blocks() const { return (tiles() + block - 1) / block; }
+};
+
 // One table per instruction set. Each function does the items first to last - 1 of its op.
 struct Kernels {
   const char* isa;
@@ -91,6 +110,9 @@ struct Kernels {
   void (*group_norm_backward_sums)(const GroupNormBackward&, int64_t first, int64_t last);      // sample, chunk
   void (*group_norm_backward_totals)(const GroupNormBackward&, int64_t first, int64_t last);   // sample
   void (*group_norm_backward_apply)(const GroupNormBackward&, int64_t first, int64_t last);     // sample, chunk
+  // Null where products of vectors are not added to a sum in one instruction.
+  void (*winograd_weight)(const Winograd&, int64_t first, int64_t last);  // items: input channel
+  void (*winograd)(const Winograd&, int64_t first, int64_t last);         // items: block
 };
 
 // The table for this machine, or for the lower instruction set that the environment variable EMD_FAST_ISA names.

@@ -1,4 +1,4 @@
-"""A convolution with frozen weights, of which autograd keeps the weight alone.
+"""A convolution with frozen weights, of which autograd keeps the weight alone; on a CPU by an algorithm of our own.
 
 PyTorch's keeps its input for the gradient of the weight, wanted or not: about half of what a UNet keeps for the
 backward pass to its input.
@@ -6,14 +6,13 @@ backward pass to its input.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import conv2d
 
+from emd_fast import backends
 from emd_fast.backends import native
 from emd_fast.prepared import autocast_dtype
 
@@ -30,22 +29,21 @@ def convolution(
     groups: int = 1,
 ) -> Tensor:
     """conv2d of x (B, C, H, W), with the results of PyTorch's and its derivatives, any number of times."""
-    frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
-    if not (torch.is_grad_enabled() and x.requires_grad and frozen and x.dim() == 4):
+    trains = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
+    differentiated = torch.is_grad_enabled() and x.requires_grad
+    if trains or x.dim() != 4 or not (differentiated or x.device.type == "cpu"):
         return conv2d(x, weight, bias, stride, padding, dilation, groups)
     if (dtype := autocast_dtype(x.device.type)) is not None and x.dtype != torch.float64:
         # As autocast does it, but before the call: the backward pass is to find the dtypes of the forward pass.
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    function = _ToInput.apply if torch.compiler.is_compiling() else _to_input()
-    out: Tensor = function(x, weight, bias, stride, padding, dilation, groups)
+    if not torch.compiler.is_compiling() and native.is_loaded():  # the compiler sees through ours
+        settings = (stride, padding, dilation, groups, backends.active())
+        out: Tensor = torch.ops.emd_fast.frozen_convolution.default(x, weight, bias, *settings)
+    elif differentiated:
+        out = _ToInput.apply(x, weight, bias, stride, padding, dilation, groups)
+    else:
+        out = conv2d(x, weight, bias, stride, padding, dilation, groups)
     return out
-
-
-@functools.cache
-def _to_input() -> Callable[..., Any]:
-    """That of csrc/frozen_convolution.cpp where it was built: the Python of ours costs a small convolution more
-    time than it takes. The compiler sees through ours."""
-    return torch.ops.emd_fast.frozen_convolution.default if native.is_loaded() else _ToInput.apply
 
 
 class _ToInput(torch.autograd.Function):

@@ -1,0 +1,166 @@
+"""The convolutions that the CPU computes by Winograd's algorithm: those of frozen networks in channels_last."""
+
+import pytest
+import torch
+from torch.func import jvp, vmap
+from torch.nn.functional import conv2d
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+import emd_fast
+from emd_fast.backends import native
+from emd_fast.unet.convolution import convolution
+
+pytestmark = pytest.mark.skipif(
+    not native.is_loaded() or native.facts()["isa"] == "baseline", reason="no compiled kernel serves it here"
+)
+
+# Batch, channels in and out, height and width: blocks of tiles with a rest and fewer tiles than one, tiles that cross
+# an edge, panels of two vectors and of one, for vectors of 8 and of 16.
+SHAPES = [
+    (7, 16, 32, 8, 8),
+    (3, 24, 40, 7, 5),
+    (9, 8, 8, 2, 2),
+    (2, 32, 16, 2, 9),
+    (40, 48, 8, 3, 4),
+    (2, 64, 96, 6, 6),
+    (1, 80, 48, 12, 3),
+]
+
+
+def drawn(shape):
+    batch, channels, out, *size = shape
+    torch.manual_seed(0)
+    x = torch.randn(batch, channels, *size)
+    weight = torch.randn(out, channels, 3, 3) / (9 * channels) ** 0.5
+    return x.contiguous(memory_format=torch.channels_last), weight, torch.randn(out)
+
+
+def by_winograd(run):
+    """What run() returns, and how many of our convolutions ran in it."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        result = run()
+    return result, sum(event.name == "emd_fast::winograd" for event in profiled.events())
+
+
+def error(result, exact):
+    return ((result - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_outputs_and_derivatives_are_as_exact_as_pytorch_s(shape, with_bias, threads):
+    x, weight, bias = drawn(shape)
+    bias = bias if with_bias else None
+    cotangent = torch.randn_like(x)
+
+    def all_of(function, x, weight, bias):
+        x = x.detach().requires_grad_()
+        y = function(x, weight, bias, padding=(1, 1))
+        (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(first, x, cotangent.to(x))
+        return y.detach(), first.detach(), second
+
+    exact = all_of(conv2d, x.double(), weight.double(), None if bias is None else bias.double())
+    theirs = all_of(conv2d, x, weight, bias)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        mine, calls = by_winograd(lambda: all_of(convolution, x, weight, bias))
+    finally:
+        torch.set_num_threads(before)
+    assert calls == 4
+    for result, its, true in zip(mine, theirs, exact, strict=True):
+        assert result.stride() == its.stride() and result.dtype == its.dtype
+        assert error(result, true) <= 2 * error(its, true) + 1e-7
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_numbers_of_a_sample_do_not_depend_on_the_batch(threads):
+    x, weight, bias = drawn((40, 16, 24, 5, 6))
+    whole = convolution(x, weight, bias, padding=(1, 1))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        parts = [convolution(part, weight, bias, padding=(1, 1)) for part in x.split((1, 9, 13, 17))]
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(torch.cat(parts), whole)
+
+
+def test_a_weight_in_any_layout_and_a_slice_of_the_input():
+    x, weight, bias = drawn((4, 48, 16, 6, 6))
+    part = x[:, 16:32]
+    layouts = (torch.contiguous_format, torch.channels_last)
+    weights = [weight[:, :16].contiguous(memory_format=layout) for layout in layouts]
+    weights += [weight[:, :16], weights[0].flip(1).flip(1), weights[0].transpose(0, 1).contiguous().transpose(0, 1)]
+    results, calls = by_winograd(lambda: [convolution(part, one, bias, padding=(1, 1)) for one in weights])
+    assert calls == len(weights) and all(torch.equal(result, results[0]) for result in results)
+    exact = conv2d(part.double(), weights[0].double(), bias.double(), padding=1)
+    assert error(results[0], exact) < 3e-7
+
+
+@pytest.mark.parametrize(
+    ("change", "settings"),
+    [
+        ({}, {"stride": (2, 1)}),
+        ({}, {"padding": (0, 1)}),
+        ({}, {"dilation": (1, 2), "padding": (1, 2)}),
+        ({"kernel": 1}, {"padding": (0, 0)}),
+        ({"groups": 2}, {"groups": 2}),
+        ({"channels": 12}, {}),
+        ({"out": 20}, {}),
+        ({"dtype": torch.float64}, {}),
+        ({"dtype": torch.bfloat16}, {}),
+        ({"layout": torch.contiguous_format}, {}),
+        ({"channels": 1024, "out": 1024}, {}),
+        ({"batch": 0}, {}),
+        ({"width": 1}, {}),
+        ({"backend": "reference"}, {}),
+    ],
+)
+def test_all_others_are_pytorch_s_bit_for_bit(change, settings):
+    channels, out, kernel = change.get("channels", 16), change.get("out", 16), change.get("kernel", 3)
+    g = torch.Generator().manual_seed(0)
+    kind = change.get("dtype", torch.float32)
+    x = torch.randn(change.get("batch", 2), channels, 6, change.get("width", 6), generator=g).to(kind)
+    x = x.contiguous(memory_format=change.get("layout", torch.channels_last))
+    weight = torch.randn(out, channels // change.get("groups", 1), kernel, kernel, generator=g).to(kind)
+    settings = {"padding": (1, 1), **settings}
+    with emd_fast.use_backend(change.get("backend", "auto")):
+        mine, calls = by_winograd(lambda: convolution(x, weight, **settings))
+    assert calls == 0 and torch.equal(mine, conv2d(x, weight, **settings))
+
+
+def test_wrong_shapes_are_pytorch_s_errors():
+    x, weight, bias = drawn((2, 16, 16, 4, 4))
+    for wrong in ((x[:, :8], weight, bias), (x, weight, bias[:8]), (x, weight[:, :, :, :2], bias[:3])):
+        with pytest.raises(RuntimeError):
+            convolution(*wrong, padding=(1, 1))
+
+
+def test_what_looks_into_a_convolution_sees_pytorch_s():
+    """Counters of FLOPs, vmap and derivatives forwards."""
+    x, weight, bias = drawn((2, 16, 16, 4, 4))
+    expected = conv2d(x, weight, bias, padding=1)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        convolution(x, weight, bias, padding=(1, 1))
+    assert counter.get_total_flops() == 2 * expected.numel() * 9 * 16
+    batched = vmap(lambda one: convolution(one[None], weight, bias, padding=(1, 1))[0])(x)
+    torch.testing.assert_close(batched, expected, rtol=0, atol=1e-5)
+    _, tangent = jvp(lambda x: convolution(x, weight, bias, padding=(1, 1)), (x,), (x,))
+    torch.testing.assert_close(tangent, conv2d(x, weight, padding=1), rtol=0, atol=1e-5)
+    with torch.inference_mode():
+        _, calls = by_winograd(lambda: convolution(x, weight, bias, padding=(1, 1)))
+    assert calls == 1
+
+
+def test_weights_that_train_are_differentiated():
+    x, weight, bias = drawn((2, 16, 16, 4, 4))
+    weight.requires_grad_()
+    y, calls = by_winograd(lambda: convolution(x, weight, bias, padding=(1, 1)))
+    assert calls == 0 and y.requires_grad
+    with torch.no_grad():
+        _, calls = by_winograd(lambda: convolution(x, weight, bias, padding=(1, 1)))
+    assert calls == 1
