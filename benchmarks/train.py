@@ -184,6 +184,7 @@ def _planned(
             micro_batch_size=size,
             langevin_steps=options.langevin_steps,
             num_classes=kind.classes,
+            fuse=options.fuse,
             precision="bfloat16",
             gamma_z=0.01,
             generator_lr=1e-5,

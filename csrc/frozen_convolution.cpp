@@ -2,7 +2,6 @@
 // convolution: autograd keeps the weight alone. Below autograd it is PyTorch's on any device, or, where that serves, the
 // CPU's by Winograd's algorithm.
 #include <ATen/ATen.h>
-#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -15,11 +14,18 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 using Maybe = std::optional<at::Tensor>;
 
-// A dispatch mode is to see a convolution, and counts its FLOPs. Once this is loaded, "auto" is "cpu".
+// Once this is loaded, "auto" is "cpu".
 bool by_winograd(std::string_view backend, const at::Tensor& x, const at::Tensor& weight, const Maybe& bias,
                  at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
-  return (backend == "auto" || backend == "cpu") && !c10::impl::dispatch_mode_enabled() &&
+  return (backend == "auto" || backend == "cpu") &&
          cpu::winograd_serves(x, weight, bias, stride, padding, dilation, groups);
+}
+
+// Through the dispatcher, where modes see it.
+at::Tensor winograd(const at::Tensor& x, const at::Tensor& weight, const Maybe& bias) {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("emd_fast::winograd", "").typed<decltype(winograd)>();
+  return op.call(x, weight, bias);
 }
 
 at::Tensor pytorchs(const at::Tensor& x, const at::Tensor& weight, const Maybe& bias, at::IntArrayRef stride,
@@ -31,7 +37,7 @@ at::Tensor pytorchs(const at::Tensor& x, const at::Tensor& weight, const Maybe& 
 at::Tensor below_autograd(const at::Tensor& x, const at::Tensor& weight, const Maybe& bias, at::IntArrayRef stride,
                           at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, std::string_view backend) {
   return by_winograd(backend, x, weight, bias, stride, padding, dilation, groups)
-             ? cpu::winograd(x, weight, bias)
+             ? winograd(x, weight, bias)
              : pytorchs(x, weight, bias, stride, padding, dilation, groups, backend);
 }
 
@@ -39,7 +45,7 @@ at::Tensor convolved(const at::Tensor& x, const at::Tensor& weight, const Maybe&
                      at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, std::string_view backend);
 
 struct ToInput : torch::autograd::Function<ToInput> {
-  static constexpr bool is_traceable = true;  // under a dispatch mode it calls ops of the dispatcher alone
+  static constexpr bool is_traceable = true;  // it calls ops of the dispatcher alone
 
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight, const Maybe& bias,
                             at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
@@ -95,7 +101,9 @@ TORCH_LIBRARY_FRAGMENT(emd_fast, m) {
   m.def(
       "frozen_convolution(Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation, "
       "int groups, str backend) -> Tensor");
+  m.def("winograd(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
 }
+TORCH_LIBRARY_IMPL(emd_fast, CPU, m) { m.impl("winograd", cpu::winograd); }
 TORCH_LIBRARY_IMPL(emd_fast, CompositeExplicitAutograd, m) { m.impl("frozen_convolution", below_autograd); }
 TORCH_LIBRARY_IMPL(emd_fast, Autograd, m) { m.impl("frozen_convolution", convolved); }
 TORCH_LIBRARY_IMPL(emd_fast, FuncTorchBatched, m) { m.impl("frozen_convolution", pytorchs); }

@@ -109,6 +109,9 @@ class EMDConfig:
         parallel: how the networks lie on several devices: "replicate", "fsdp", "hybrid" (shards within groups of
             devices, copies across them) or "auto": replicate up to a billion parameters of the generator.
         shard_group: devices that hold one copy together under "hybrid"; those of one machine when 0.
+        fuse: the norms, attention, embeddings and frozen weights of the three networks served by `emd_fast.fuse`, where
+            it knows them; what it does not know stays.
+        compile: their repeated blocks compiled by torch.compile, around the fused ops; needs fuse.
         cuda_graph: the E-step as one CUDA graph, for batches so small that the host cannot keep up. Not for sharded
             networks, which run without.
     """
@@ -151,6 +154,8 @@ class EMDConfig:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     parallel: Literal["auto", "replicate", "fsdp", "hybrid"] = "auto"
     shard_group: int = 0
+    fuse: bool = True
+    compile: bool = False
     cuda_graph: bool = False
 
     def __post_init__(self) -> None:
@@ -192,6 +197,7 @@ class EMDConfig:
         _require(all(0 <= beta < 1 for beta in self.betas), self, "betas", "each in [0, 1)")
         _require(0 <= self.ema < 1, self, "ema", "in [0, 1)")
         _require(0 <= self.seed < 2**63, self, "seed", "in [0, 2^63)")
+        _require(self.fuse or not self.compile, self, "compile", "False without fuse")
         _require(not (self.cuda_graph and self.sampling == "x_z"), self, "cuda_graph", 'False for sampling "x_z"')
         _require(self.input_scale is None or self.input_scale > 0, self, "input_scale", "above 0")
         _require(self.guidance is None or math.isfinite(self.guidance), self, "guidance", "finite")

@@ -360,6 +360,9 @@ def shard(
     if precision is not None and not any(p.requires_grad for p in parameters):
         for parameter in network.parameters():
             parameter.data = parameter.data.to(precision)
+    for parameter in network.parameters():
+        # FSDP2 takes no weight in channels_last, as `fuse` lays them out on a GPU; its gathered copies are contiguous.
+        parameter.data = parameter.data.contiguous()
     # Inputs are not cast: a time in bfloat16 has three digits. Autocast casts where a matrix product wants it.
     policy = MixedPrecisionPolicy(
         param_dtype=precision,

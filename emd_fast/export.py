@@ -30,6 +30,7 @@ from emd_fast.teachers.diffusers.networks import ARCHITECTURES, Network
 from emd_fast.teachers.mlp import PointGenerator, TimeMLP
 from emd_fast.teachers.small_unet import SmallUNet
 from emd_fast.trainer import EMDTrainer
+from emd_fast.unet.plan import fuse_known
 
 _VERSION = 1
 
@@ -203,8 +204,11 @@ _OWN: dict[str, tuple[type[nn.Module], Callable[[Any], dict[str, Any]]]] = {
 # Reading ----------------------------------------------------------------------------------------------------------
 
 
-def load(path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> OneStep:
+def load(path: str | os.PathLike[str], *, device: torch.device | str = "cpu", fuse: bool = True) -> OneStep:
     """The generator that `export` wrote, folder or file.
+
+    Args:
+        fuse: served by `emd_fast.fuse`, where it knows the network.
 
     Raises:
         ValueError: nothing there that `export` wrote, or of a later version.
@@ -214,7 +218,10 @@ def load(path: str | os.PathLike[str], *, device: torch.device | str = "cpu") ->
     for parameter in one_step.parameters():
         # What safetensors maps need not be aligned, and PyTorch rounds differently then.
         parameter.data = parameter.data.clone()
-    return one_step.to(device).eval().requires_grad_(False)
+    one_step.to(device).eval().requires_grad_(False)
+    if fuse:
+        fuse_known(one_step)
+    return one_step
 
 
 def _read_folder(path: Path) -> OneStep:

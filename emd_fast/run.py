@@ -469,9 +469,10 @@ def _train(trainer: EMDTrainer, settings: RunConfig, folder: Path, sinks: tuple[
 
 def _countable(trainer: EMDTrainer) -> bool:
     """Whether the operations of the next step can be counted, and are those of every step: no warm-up of the student,
-    no CUDA graph, and no optimizer of torchao's, which compiles its step: nothing is compiled under a counter."""
+    no CUDA graph, nothing compiled, as torchao's optimizer does with its step: nothing is compiled under a counter."""
     warms_up = trainer.steps_done == 0 and trainer.config.student_warmup > 0
-    return not (warms_up or trainer.config.cuda_graph or trainer.config.optimizer == "adamw_8bit")
+    config = trainer.config
+    return not (warms_up or config.cuda_graph or config.compile or config.optimizer == "adamw_8bit")
 
 
 def _numbers(scalars: dict[str, Tensor]) -> dict[str, float]:

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from emd_fast import flops
 
 T = TypeVar("T")
 
@@ -80,12 +81,10 @@ class _Counter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        from torch.utils.flop_counter import (
-            flop_registry,
-        )  # imports Triton, which a bare import of the library must not
+        flops.register()
+        from torch.utils.flop_counter import flop_registry
 
-        own = {torch.ops.emd_fast.attention: _attention, torch.ops.emd_fast.attention_backward: _attention_backward}
-        self.formulas: dict[Any, Any] = {**flop_registry, **own}
+        self.formulas: dict[Any, Any] = flop_registry
         self.total = 0.0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -95,16 +94,6 @@ class _Counter(TorchDispatchMode):
         if formula is not None:
             self.total += formula(*args, **kwargs, out_val=result)
         return result
-
-
-def _attention(q: Tensor, k: Tensor, *_: Any, **__: Any) -> int:
-    """q k^T of (B, tokens, heads, head_dim) and (B, keys, heads, head_dim), and its product with v."""
-    return 2 * 2 * q.numel() * k.shape[1]
-
-
-def _attention_backward(grad: Tensor, q: Tensor, k: Tensor, *_: Any, **__: Any) -> int:
-    """Five products: q k^T again, and the gradients of v, of the probabilities, of q and of k."""
-    return 5 * 2 * q.numel() * k.shape[1]
 
 
 def peak_memory(device: torch.device) -> float:

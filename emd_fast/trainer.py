@@ -34,9 +34,10 @@ from emd_fast.noise import Noise, Stream
 from emd_fast.recompute import recomputed
 from emd_fast.rounded import rounded, trainable
 from emd_fast.throughput import Laps
+from emd_fast.unet.plan import fuse_known
 
 # What may change between two legs of one run; everything else makes it another run. The last two
-# change nothing but time and memory; the three before them, as the number of devices, the order in which gradients are
+# change nothing but time and memory; the five before them, as the number of devices, the order in which numbers are
 # summed.
 MAY_CHANGE = {
     "steps",
@@ -45,6 +46,8 @@ MAY_CHANGE = {
     "micro_batch_size",
     "parallel",
     "shard_group",
+    "fuse",
+    "compile",
     "cuda_graph",
     "activation_checkpointing",
 }
@@ -80,9 +83,10 @@ class EMDTrainer:
     Networks too large to be built by every rank may be on the meta device on all ranks but the first.
 
     Args:
-        teacher: a Denoiser; its weights never change. Set to eval and to require no gradients here, and sharded where
-            config.parallel shards. Replicas and single processes that compute in bfloat16 leave it as it is and keep a
-            copy of their own with bfloat16 weights (`emd_fast.rounded`): drop yours, or its float32 weights stay.
+        teacher: a Denoiser; its weights never change. Set to eval and to require no gradients here, fused where
+            config.fuse says so and sharded where config.parallel shards. Replicas and single processes that compute in
+            bfloat16 leave it as it is and keep a copy of their own with bfloat16 weights (`emd_fast.rounded`): drop
+            yours, or its float32 weights stay.
         config: the distillation.
         generator: callable module (z, cond) -> x; a copy of the teacher at noise level t_star when None.
         student: a Denoiser of the teacher's schedule; a copy of the teacher when None.
@@ -135,6 +139,9 @@ class EMDTrainer:
         self.sample_shape = _shape("sample_shape", generator, teacher)
         self.latent_shape = getattr(self.generator, "latent_shape", None) or self.sample_shape
         self.noise = Noise(config.seed, device=self.device)
+        if config.fuse:
+            for network in (self.teacher, self.generator, self.student):
+                _fuse(network, compile=config.compile)
         self.ema = ema.EMA(self.generator, _profile(config))
         self._spread()
         self.shards = {"generator": Shards(self.generator), "student": Shards(self.student)}
@@ -730,6 +737,13 @@ def _counters(optimizer: torch.optim.Optimizer) -> list[dict[str, int]]:
 
 def _copy_of(teacher: Denoiser, config: EMDConfig) -> Generator:
     return Generator(trainable(teacher), config.t_star, input_scale=config.input_scale)
+
+
+def _fuse(network: nn.Module, *, compile: bool) -> None:
+    try:
+        fuse_known(network, compile=compile)
+    except ValueError as error:
+        raise ConfigError(f"fuse must be False for this network: {error}") from error
 
 
 def _interpolate(log_ratio: Tensor, points: Tensor) -> Tensor:

@@ -19,12 +19,13 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from emd_fast import Denoiser, EMDConfig, EMDTrainer, Generator, Noise, distributed, e_step
+from emd_fast import Denoiser, EMDConfig, EMDTrainer, Generator, Noise, distributed, e_step, fusion_report
 from emd_fast.config import ConfigError
 from emd_fast.distributed import gathered
 from emd_fast.em.m_step import m_step
 from emd_fast.em.student_step import student_step
 from emd_fast.schedules import EDM, Cosine
+from emd_fast.teachers.small_unet import SmallUNet
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +190,38 @@ def test_ranks_without_weights_take_those_of_rank_0(ranks, mode):
     for result in ranks(2, from_rank_0, mode):
         for key, value in alone.items():
             assert_within(result[key], value, 1e-6 + 2e-5 * float(value.abs().max()), key)
+
+
+def fused_from_rank_0(mode: str) -> dict:
+    network = images()
+    if distributed.rank():
+        network.to("meta")
+    # As fuse() lays weights out on a GPU.
+    trainer = EMDTrainer(network.to(memory_format=torch.channels_last), images_config(parallel=mode))
+    trainer.step()
+    assert all(fusion_report(net).fused for net in (trainer.teacher, trainer.generator, trainer.student))
+    return {key: whole(value) for key, value in trainer.ema.module.state_dict().items()}
+
+
+def images() -> Denoiser:
+    network = SmallUNet(1, 8, num_classes=3)
+    randomised(network, 4)
+    return Denoiser(network, EDM(), "edm", sigma_data=0.5, sample_shape=(1, 4, 4))
+
+
+def images_config(**changes) -> EMDConfig:
+    return EMDConfig(
+        **{"steps": 2, "batch_size": 4, "langevin_steps": 2, "gamma_z": 0.001, "num_classes": 3, **changes}
+    )
+
+
+@pytest.mark.parametrize("mode", ["replicate", "fsdp"])
+def test_fused_networks_on_two_ranks(ranks, mode):
+    alone = EMDTrainer(images(), images_config(fuse=False))
+    alone.step()
+    for result in ranks(2, fused_from_rank_0, mode):
+        for key, value in alone.ema.module.state_dict().items():
+            assert_within(result[key], value, 1e-6 + 1e-4 * float(value.abs().max()), key)
 
 
 def test_two_ranks_with_fewer_samples_are_refused(ranks):

@@ -3,12 +3,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import warnings
 
 import pytest
 import torch
 
-from emd_fast import Denoiser, EMDConfig, EMDTrainer, Generator, checkpoint, ops, schedules, teachers
+from emd_fast import Denoiser, EMDConfig, EMDTrainer, Generator, checkpoint, fusion_report, ops, schedules, teachers
 from emd_fast.checkpoint import CheckpointError
+from emd_fast.config import ConfigError
 from emd_fast.fingerprint import fingerprint
 from emd_fast.noise import Noise
 from emd_fast.teachers.mlp import PointGenerator, TimeMLP
@@ -69,6 +71,56 @@ def test_teacher_stays_and_generator_and_student_move():
     assert all(torch.equal(before[key], value) for key, value in teacher.state_dict().items())
     moved = {key for key, value in states(trainer).items() if not torch.equal(started[key], value)}
     assert {key.split(".")[0] for key in moved} == {"generator", "student", "ema"}
+
+
+def the_networks(trainer: EMDTrainer) -> list[torch.nn.Module]:
+    return [trainer.teacher, trainer.generator, trainer.student, trainer.ema.module]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_networks_are_fused_and_the_step_is_the_same(precision):
+    """But for rounding: of the gradient, since the sign of a small one is AdamW's whole first update."""
+    settings = config(num_classes=3, precision=precision, gamma_z=0.001)
+    plain, fused = (EMDTrainer(digits_teacher(), dataclasses.replace(settings, fuse=on)) for on in (False, True))
+    assert not any(fusion_report(network).fused for network in the_networks(plain))
+    for network in the_networks(fused):
+        report = fusion_report(network)
+        assert {part.name for part in report.fused} >= {"ResidualBlock", "SelfAttention", "GroupNorm"}
+        assert len(report.fused) == 20 and not report.left
+    assert states(plain).keys() == states(fused).keys()
+    metrics = [{key: value.item() for key, value in trainer.step().items()} for trainer in (plain, fused)]
+    for key, value in metrics[0].items():
+        assert metrics[1][key] == pytest.approx(value, rel=1e-4 if precision == "float32" else 0.05), key
+
+
+def test_a_network_that_nothing_is_known_of_is_left_without_a_word():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trainer = EMDTrainer(points_teacher(), config())
+    assert not fusion_report(trainer.teacher).fused
+
+
+def test_a_network_that_fuse_refuses_wants_fuse_to_be_off():
+    network = SmallUNet(1, 132, num_classes=3)  # one head of 264 dimensions
+    teacher = Denoiser(network, schedules.EDM(), "edm", sigma_data=0.5, sample_shape=(1, 8, 8))
+    with pytest.raises(ConfigError, match=r"fuse must be False for this network: .*256"):
+        EMDTrainer(teacher, config(num_classes=3))
+    EMDTrainer(teacher, config(num_classes=3, fuse=False))
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train():
+    torch.compiler.reset()
+    plain, compiled = (EMDTrainer(digits_teacher(), config(num_classes=3, compile=on)) for on in (False, True))
+    assert all("compiled" in str(fusion_report(network)) for network in the_networks(compiled))
+    metrics = [{key: value.item() for key, value in trainer.step().items()} for trainer in (plain, compiled)]
+    assert metrics[1] == pytest.approx(metrics[0], rel=1e-4)
+    torch.compiler.reset()
+
+
+def test_compile_is_part_of_fuse():
+    with pytest.raises(ConfigError, match="compile must be False without fuse"):
+        config(compile=True, fuse=False)
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import jvp, vmap
 from torch.nn.functional import conv2d
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 
 import emd_fast
 from emd_fast.backends import native
+from emd_fast.throughput import counted
 from emd_fast.unet.convolution import convolution
 
 pytestmark = pytest.mark.skipif(
@@ -141,16 +142,31 @@ def test_wrong_shapes_are_pytorch_s_errors():
 
 
 def test_what_looks_into_a_convolution_sees_pytorch_s():
-    """Counters of FLOPs, vmap and derivatives forwards."""
+    """vmap, derivatives forwards and fake tensors."""
     x, weight, bias = drawn((2, 16, 16, 4, 4))
     expected = conv2d(x, weight, bias, padding=1)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        convolution(x, weight, bias, padding=(1, 1))
-    assert counter.get_total_flops() == 2 * expected.numel() * 9 * 16
     batched = vmap(lambda one: convolution(one[None], weight, bias, padding=(1, 1))[0])(x)
     torch.testing.assert_close(batched, expected, rtol=0, atol=1e-5)
     _, tangent = jvp(lambda x: convolution(x, weight, bias, padding=(1, 1)), (x,), (x,))
     torch.testing.assert_close(tangent, conv2d(x, weight, padding=1), rtol=0, atol=1e-5)
+    with FakeTensorMode() as mode:
+        fake, calls = by_winograd(lambda: convolution(*map(mode.from_tensor, (x, weight, bias)), padding=(1, 1)))
+    assert calls == 0 and fake.shape == expected.shape and fake.stride() == expected.stride()
+
+
+def test_flops_are_counted_as_pytorch_s_and_change_no_bit():
+    x, weight, bias = drawn((2, 16, 24, 4, 4))
+    expected = convolution(x, weight, bias, padding=(1, 1))
+    latent = x.clone().requires_grad_()
+    (y, gradient), flops = counted(
+        lambda: ((y := convolution(latent, weight, bias, padding=(1, 1))), torch.autograd.grad(y, latent, expected))
+    )
+    assert torch.equal(y, expected) and gradient[0].shape == x.shape
+    assert flops == 2 * (2 * expected.numel() * 9 * 16)
+
+
+def test_inference_mode():
+    x, weight, bias = drawn((2, 16, 16, 4, 4))
     with torch.inference_mode():
         _, calls = by_winograd(lambda: convolution(x, weight, bias, padding=(1, 1)))
     assert calls == 1

@@ -1,7 +1,6 @@
 #include "winograd.h"
 
 #include <ATen/TensorSubclassLikeUtils.h>
-#include <ATen/record_function.h>
 
 #include "kernels.h"
 #include "memory.h"
@@ -22,7 +21,7 @@ bool all(at::IntArrayRef numbers, int64_t wanted) {
 }
 
 bool is_plain(const at::Tensor& tensor) {
-  return tensor.is_cpu() && tensor.scalar_type() == at::kFloat && !at::isTensorSubclassLike(tensor);
+  return tensor.is_cpu() && tensor.scalar_type() == at::kFloat && !tensor.key_set().has_any(at::kTensorSubclassLike);
 }
 
 }  // namespace
@@ -42,7 +41,8 @@ bool winograd_serves(const at::Tensor& x, const at::Tensor& weight, const std::o
 }
 
 at::Tensor winograd(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& given_bias) {
-  RECORD_FUNCTION("emd_fast::winograd", std::vector<c10::IValue>({x, weight}));
+  TORCH_CHECK(winograd_serves(x, weight, given_bias, {1, 1}, {1, 1}, {1, 1}, 1), "a convolution that is not served: ",
+              x.sizes(), " by ", weight.sizes());
   const at::Tensor bias = given_bias ? given_bias->contiguous() : at::Tensor();
   Winograd op = {};
   op.x = x.const_data_ptr<float>();

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from emd_fast import flops
 from emd_fast.backends import use_backend
 from emd_fast.unet import diffusers, edm, edm2, regional, small
 from emd_fast.unet.fused import STATE, Fused, kind_of
@@ -99,6 +100,7 @@ def fuse(
         logger.info("%s is fused already", type(network).__name__)
         return network
     _check_devices(network)
+    flops.register()
     steps, left = _plan(network)
     if compile is not False:
         steps = _compiled(network, steps, {} if compile is True else compile)
@@ -115,6 +117,13 @@ def fuse(
     set_layout(network, memory_format)
     logger.info(fusion_report(network).summary)
     return network
+
+
+def fuse_known(network: nn.Module, *, compile: bool = False) -> nn.Module:
+    """`fuse` for whatever a network may be: a formula or a perceptron, of which it knows nothing, is no mistake."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="nothing to fuse")
+        return fuse(network, compile=compile)
 
 
 def unfuse(network: nn.Module) -> nn.Module:
@@ -270,13 +279,15 @@ def _tried(step: _Step) -> Tensor | Exception | None:
     if not weights or any(type(p) is not nn.Parameter or p.is_meta or p.dtype not in SERVED for p in weights):
         return None
     generator = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(shape, generator=generator).to(weights[0]) for shape in shapes]
+    narrow, wide = (choose((p.dtype for p in weights), key=lambda dtype: dtype.itemsize) for choose in (min, max))
+    inputs = [torch.randn(shape, generator=generator).to(weights[0].device, wide) for shape in shapes]
     training = [part for part in module.modules() if part.training]
     module.eval()
     options = vars(module).get(STATE, {}).pop("compile", None)
     try:
-        with torch.autocast(inputs[0].device.type, enabled=False), use_backend("auto"):
-            return module(*inputs)
+        # Where the weights of products are rounded, they are for autocast to read.
+        with torch.autocast(inputs[0].device.type, dtype=narrow, enabled=narrow != wide), use_backend("auto"):
+            return module(*inputs).to(narrow)
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:
         return error
     finally:
