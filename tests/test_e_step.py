@@ -291,15 +291,15 @@ def images():
 
 
 class Flops(TorchDispatchMode):
-    """FlopCounterMode without its account by module, which autograd.grad does not bear."""
+    """FlopCounterMode without its account by module, which autograd.grad does not bear; `without` some ops."""
 
-    def __init__(self):
+    def __init__(self, without=()):
         super().__init__()
-        self.total = 0
+        self.total, self.without = 0, without
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if func._overloadpacket in flop_registry:
+        if func._overloadpacket in flop_registry and func._overloadpacket not in self.without:
             self.total += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
         return out
 

@@ -151,6 +151,21 @@ def test_memory_format_is_set_and_given_back():
         assert_same(output(net, x, arguments), expected)
 
 
+@pytest.mark.parametrize(
+    ("memory_format", "expected"),
+    [("auto", torch.channels_last), (torch.channels_last, torch.channels_last), (None, torch.contiguous_format)],
+)
+@pytest.mark.parametrize("how", ["args", "kwargs"])
+def test_images_are_given_in_the_memory_format(memory_format, expected, how):
+    network, x, arguments = make("unet2d")
+    emd_fast.fuse(network, memory_format=memory_format)
+    seen = []
+    network.conv_in.register_forward_pre_hook(lambda layer, args: seen.append(args[0]))
+    network(x, *arguments) if how == "args" else network(sample=x, timestep=arguments[0])
+    assert seen[0].is_contiguous(memory_format=expected) and torch.equal(seen[0], x)
+    assert emd_fast.unfuse(network).conv_in and x.is_contiguous()
+
+
 def pickled(network, tmp_path):
     torch.save(network, tmp_path / "network.pt")
     return torch.load(tmp_path / "network.pt", weights_only=False)

@@ -97,6 +97,7 @@ class Cloned(TorchDispatchMode):
 def test_neither_q_k_v_nor_their_weights_are_copied_in_a_pass(name):
     """Those weights lie in the order of q, k and v once they are prepared."""
     network, x, arguments = frozen(name)
+    x = x.contiguous(memory_format=torch.channels_last)  # as the network would make it
     with Cloned() as outside:
         passes(network, x, arguments, autocast=False)
     with prepared(network), Cloned() as inside:

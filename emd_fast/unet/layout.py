@@ -1,14 +1,16 @@
-"""The memory format of convolution weights.
+"""The memory format of convolution weights, and of the images that a network is given.
 
 On a GPU the fast kernels for convolutions read and write channels_last; a weight in another format is copied in every
-pass, an activation before and after. On a CPU oneDNN lays weights out as it likes in any case. The parameters stay the
-same objects, since optimizers and averages hold them; their memory is another.
+pass, an activation before and after. On a CPU those of frozen weights do (csrc/cpu/winograd.cpp), and group norms are
+faster so; oneDNN lays weights out as it likes in any case. What a convolution returns has the format of its image, or
+of its weight: FSDP2 gathers weights contiguous, hence the images too. The parameters stay the same objects, since
+optimizers and averages hold them; their memory is another.
 """
 
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 # Strides before, on the module that owns the weight.
 _BEFORE = "_emd_fast_strides"
@@ -31,6 +33,16 @@ def set_layout(network: nn.Module, memory_format: torch.memory_format | str | No
             if not weight.is_contiguous(memory_format=wanted):
                 module.__dict__.setdefault(_BEFORE, {})[name] = weight.stride()
                 weight.data = weight.data.contiguous(memory_format=wanted)
+
+
+def as_kept(memory_format: torch.memory_format | str | None) -> str | None:
+    """Of images, by name: PyTorch's own objects cannot be pickled."""
+    wanted = torch.channels_last if memory_format == "auto" else memory_format
+    return None if wanted is None else str(wanted).removeprefix("torch.")
+
+
+def of_images(x: Tensor, kept: str | None) -> Tensor:
+    return x if kept is None or x.dim() != 4 else x.contiguous(memory_format=getattr(torch, kept))
 
 
 def restore(network: nn.Module) -> None:

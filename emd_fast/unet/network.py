@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from emd_fast.conditioning import one_pass, remember
-from emd_fast.unet import edm, edm2, layers
-from emd_fast.unet.fused import Fused, has, is_a
+from emd_fast.unet import edm, edm2, layers, layout
+from emd_fast.unet.fused import STATE, Fused, has, is_a
 from emd_fast.unet.layer_norm import LayerNorm
 
 # The layers of each network that turn time and condition into embeddings. The blocks remember their own projections.
@@ -55,11 +55,13 @@ class Network(Fused):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         own = super().forward
-        if torch.compiler.is_compiling() or _draws_conditions(self):
-            return own(*args, **kwargs)
         name = "" if args else next(iter(kwargs.keys() & {"x", "sample"}), "")
         x = args[0] if args else kwargs.get(name)
         if not isinstance(x, Tensor):
+            return own(*args, **kwargs)
+        x = layout.of_images(x, self.__dict__[STATE].get("memory_format"))
+        args, kwargs = ((x, *args[1:]), kwargs) if args else (args, {**kwargs, name: x})
+        if torch.compiler.is_compiling() or _draws_conditions(self):
             return own(*args, **kwargs)
         others = {key: value for key, value in kwargs.items() if key != name}
         with one_pass(self, (args[1:], others, tuple(x.shape), x.dtype, x.device)):

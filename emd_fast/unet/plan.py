@@ -17,7 +17,7 @@ from emd_fast.unet.fused import STATE, Fused, kind_of
 from emd_fast.unet.geglu import GEGLU
 from emd_fast.unet.layer_norm import LayerNorm
 from emd_fast.unet.layers import Rounded
-from emd_fast.unet.layout import restore, set_layout
+from emd_fast.unet.layout import as_kept, restore, set_layout
 from emd_fast.unet.network import Conditioning, Network, OwnNetwork, conditioning_layers, plain_layers
 from emd_fast.unet.norm import SERVED, FoldedSiLU, Norm, silu_behind_norm
 from emd_fast.unet.report import SUPPORTED, FusionReport, Part
@@ -77,8 +77,9 @@ def fuse(
     Args:
         network: diffusers' UNet2DModel and UNet2DConditionModel, networks of the structure of EDM's and EDM2's,
             emd_fast's own, alone or inside another module; of any other the parts that are known.
-        memory_format: of the weights of convolutions. "auto" is torch.channels_last for those on a GPU and None for
-            the rest; None leaves them. Parameters stay the same objects.
+        memory_format: of the images that the network is given, and of the weights of convolutions. "auto" is
+            torch.channels_last for images and for weights on a GPU, and leaves those on a CPU; None leaves both.
+            Parameters stay the same objects.
         compile: True compiles the repeated blocks by torch.compile when they first run; a dict is its arguments.
         strict: raise where a norm or attention is left, instead of reporting it.
 
@@ -102,6 +103,9 @@ def fuse(
     _check_devices(network)
     flops.register()
     steps, left = _plan(network)
+    for step in steps:
+        if issubclass(step.kind, Network):
+            step.state["memory_format"] = as_kept(memory_format)
     if compile is not False:
         steps = _compiled(network, steps, {} if compile is True else compile)
     left += _apply(steps)
