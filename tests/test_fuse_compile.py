@@ -117,6 +117,25 @@ def test_conditions_are_computed_once_outside_of_the_compiled_code(name):
     assert len(calls) == len(set(calls)) and (calls or name == "small")
 
 
+def test_more_sizes_than_the_compiler_takes_run_without_it(caplog):
+    """A picture or an evaluation is no reason to stop a run."""
+    regional._say_once.cache_clear()
+    network, x, arguments = make("small")
+    cases = [(x[:n], tuple(a[:n] for a in arguments)) for n in (1, 2, 1, 2)]
+    cases += [(torch.cat([x] * n), tuple(torch.cat([a] * n) for a in arguments)) for n in (2, 3, 4)]
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=2):
+        expected = [output(network, *case) for case in cases]
+        counting = Counting()
+        emd_fast.fuse(network, compile={"backend": counting})
+        for case, result in zip(cases, expected, strict=True):
+            assert relative(output(network, *case), result) < 1e-5
+    structures = {
+        regional.structure(module) for module in network.modules() if type(module).__name__ == "ResidualBlock"
+    }
+    assert counting.graphs == 2 * len(structures)
+    assert caplog.text.count("as many sizes as torch.compile allows") == 1
+
+
 def test_other_repeated_blocks():
     class Layer(torch.nn.Module):
         def __init__(self):

@@ -51,6 +51,8 @@ def structure(module: nn.Module) -> Hashable:
 def _compiled(
     body: Callable[..., Any], structure: Hashable, with_gradients: bool, options: tuple[tuple[str, Any], ...]
 ) -> Callable[..., Any]:
+    from torch._dynamo.exc import FailOnRecompileLimitHit  # takes seconds, which a bare import must not
+
     # Dynamo counts recompilations by code object, and stops at eight. A UNet has more sizes of block than that, so
     # each structure gets a code object of its own; with_gradients is among the arguments for the same reason.
     code = body.__code__.replace()
@@ -62,17 +64,26 @@ def _compiled(
 
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         nonlocal first
-        if not first:
-            return compiled(module, *args, **kwargs)
         start = time.perf_counter()
-        result = compiled(module, *args, **kwargs)
-        first = False
-        seconds = time.perf_counter() - start
-        what = "with" if with_gradients else "without"
-        logger.info("compiled %s %s gradients in %.1f s", type(module).__name__, what, seconds)
+        try:
+            result = compiled(module, *args, **kwargs)
+        except FailOnRecompileLimitHit:
+            # Sizes are fixed, and pictures, evaluations and last batches bring others. What was compiled stays.
+            _say_once(type(module).__name__)
+            return body(module, *args, **kwargs)
+        if first:
+            first = False
+            seconds = time.perf_counter() - start
+            what = "with" if with_gradients else "without"
+            logger.info("compiled %s %s gradients in %.1f s", type(module).__name__, what, seconds)
         return result
 
     return call
+
+
+@functools.cache
+def _say_once(name: str) -> None:
+    logger.warning("%s has been compiled for as many sizes as torch.compile allows: others run without it", name)
 
 
 class Repeated(Fused):
