@@ -86,13 +86,16 @@ struct ToInput : torch::autograd::Function<ToInput> {
   }
 };
 
+// Whether a derivative forwards is asked for by it.
+bool moves(const at::Tensor& tensor) { return tensor._fw_grad(0).defined(); }
+
 at::Tensor convolved(const at::Tensor& x, const at::Tensor& weight, const Maybe& bias, at::IntArrayRef stride,
                      at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, std::string_view backend) {
   if (at::GradMode::is_enabled() && x.requires_grad()) {
     return ToInput::apply(x, weight, bias, stride, padding, dilation, groups, backend);
   }
   // Ours has no derivative forwards.
-  if (x._fw_grad(0).defined()) return pytorchs(x, weight, bias, stride, padding, dilation, groups, backend);
+  if (moves(x) || moves(weight) || (bias && moves(*bias))) return pytorchs(x, weight, bias, stride, padding, dilation, groups, backend);
   const at::AutoDispatchBelowAutograd below;
   return below_autograd(x, weight, bias, stride, padding, dilation, groups, backend);
 }

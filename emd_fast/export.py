@@ -208,7 +208,7 @@ def load(path: str | os.PathLike[str], *, device: torch.device | str = "cpu", fu
     """The generator that `export` wrote, folder or file.
 
     Args:
-        fuse: served by `emd_fast.fuse`, where it knows the network.
+        fuse: served by `emd_fast.fuse`, where it knows the network; one that it refuses stays as it is, with a warning.
 
     Raises:
         ValueError: nothing there that `export` wrote, or of a later version.
@@ -220,7 +220,10 @@ def load(path: str | os.PathLike[str], *, device: torch.device | str = "cpu", fu
         parameter.data = parameter.data.clone()
     one_step.to(device).eval().requires_grad_(False)
     if fuse:
-        fuse_known(one_step)
+        try:
+            fuse_known(one_step)
+        except ValueError as error:
+            warnings.warn(f"{path} is not fused: {error}", stacklevel=2)
     return one_step
 
 

@@ -14,12 +14,13 @@ from emd_fast.backends import native
 
 @functools.cache
 def register() -> None:
-    """Adds the formulas of our ops to PyTorch's registry, once."""
+    """Adds the formulas of our ops to PyTorch's registry, from any number of threads."""
     # Not at the top: it imports Triton, which a bare import of the library must not.
-    from torch.utils.flop_counter import register_flop_formula
+    from torch.utils.flop_counter import flop_registry
 
+    # And not by register_flop_formula, which raises where another thread was first.
     for op, formula in _formulas():
-        register_flop_formula(op, get_raw=True)(formula)
+        flop_registry.setdefault(op, formula)
 
 
 def _formulas() -> Iterator[tuple[Any, Callable[..., int]]]:
@@ -27,6 +28,8 @@ def _formulas() -> Iterator[tuple[Any, Callable[..., int]]]:
     yield torch.ops.emd_fast.attention_backward, _attention_backward
     if native.is_loaded():
         yield torch.ops.emd_fast.winograd, _convolution
+        # Under inference_mode it is seen itself, and nothing that it calls.
+        yield torch.ops.emd_fast.frozen_convolution, _convolution
 
 
 def _attention(q: Tensor, k: Tensor, *_: Any, **__: Any) -> int:

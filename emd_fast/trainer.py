@@ -673,8 +673,10 @@ class EMDTrainer:
                 shape, dtype = there[full]
                 # Made here, before anything is read: what an optimizer would make at its first step comes too late.
                 own = shards.parameters[index]
-                shape = tuple(own.shape) if shape == tuple(shards.whole[index].shape) else shape
                 value = torch.zeros(shape, dtype=dtype, device=own.device)
+                if shape == tuple(shards.whole[index].shape):
+                    # In the parameter's memory format: a fused optimizer reads both from first byte to last.
+                    value = torch.zeros_like(own, dtype=dtype, requires_grad=False)
                 states[name].setdefault(index, {})[key] = value
                 tensors[full] = shards.like(index, value)
         checkpoint.restore(path, tensors)

@@ -49,6 +49,16 @@ def test_the_file_gives_the_bits_of_the_trainer(make, ema, tmp_path):
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
 
 
+def test_a_network_that_fuse_refuses_is_loaded_as_it_is(tmp_path):
+    network = SmallUNet(1, 132)  # one head of 264 dimensions
+    teacher = Denoiser(network, schedules.EDM(), "edm", sigma_data=0.5, sample_shape=(1, 8, 8))
+    trainer = EMDTrainer(teacher, EMDConfig(steps=1, batch_size=2, num_classes=10, fuse=False))
+    export.export(trainer, tmp_path / "wide.safetensors", format="safetensors")
+    with pytest.warns(UserWarning, match=r"wide\.safetensors is not fused: .*256"):
+        one_step = export.load(tmp_path / "wide.safetensors")
+    assert torch.equal(one_step.sample(2), trainer.generate(2))
+
+
 def test_the_generator_of_a_trainer_is_what_the_numbers_say(tmp_path):
     trainer = mlp_behind_a_denoiser()
     loaded = export.load(export.export(trainer, tmp_path / "x", "safetensors"))

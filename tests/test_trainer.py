@@ -8,7 +8,18 @@ import warnings
 import pytest
 import torch
 
-from emd_fast import Denoiser, EMDConfig, EMDTrainer, Generator, checkpoint, fusion_report, ops, schedules, teachers
+from emd_fast import (
+    Denoiser,
+    EMDConfig,
+    EMDTrainer,
+    Generator,
+    checkpoint,
+    fuse,
+    fusion_report,
+    ops,
+    schedules,
+    teachers,
+)
 from emd_fast.checkpoint import CheckpointError
 from emd_fast.config import ConfigError
 from emd_fast.fingerprint import fingerprint
@@ -106,6 +117,21 @@ def test_a_network_that_fuse_refuses_wants_fuse_to_be_off():
     with pytest.raises(ConfigError, match=r"fuse must be False for this network: .*256"):
         EMDTrainer(teacher, config(num_classes=3))
     EMDTrainer(teacher, config(num_classes=3, fuse=False))
+
+
+def test_a_run_resumes_with_weights_in_channels_last(tmp_path):
+    """As `fuse` lays them out on a GPU; the optimizer's state lies beside them, element by element."""
+
+    def teacher() -> Denoiser:
+        return fuse(digits_teacher(), memory_format=torch.channels_last)
+
+    trainer = EMDTrainer(teacher(), config(num_classes=3))
+    trainer.step()
+    trainer.save(tmp_path / "x")
+    resumed = EMDTrainer.resume(tmp_path / "x", teacher())
+    for one in (trainer, resumed):
+        one.step()
+    assert_same_state(trainer, resumed)
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from torch.nn.functional import conv2d
 from torch.profiler import ProfilerActivity, profile
 
 import emd_fast
+from emd_fast import flops
 from emd_fast.backends import native
 from emd_fast.throughput import counted
 from emd_fast.unet.convolution import convolution
@@ -154,22 +155,40 @@ def test_what_looks_into_a_convolution_sees_pytorch_s():
     assert calls == 0 and fake.shape == expected.shape and fake.stride() == expected.stride()
 
 
+@pytest.mark.parametrize("moved", ["x", "weight", "bias"])
+def test_derivatives_forwards_by_whatever_moves(moved):
+    """Weights that are frozen for autograd too."""
+    arguments = dict(zip(("x", "weight", "bias"), drawn((2, 16, 16, 4, 4)), strict=True))
+    direction = torch.randn_like(arguments[moved])
+
+    def tangent(function):
+        return jvp(lambda one: function(**{**arguments, moved: one}), (arguments[moved],), (direction,))[1]
+
+    expected = tangent(lambda x, weight, bias: conv2d(x, weight, bias, padding=1))
+    assert torch.equal(tangent(lambda x, weight, bias: convolution(x, weight, bias, padding=(1, 1))), expected)
+
+
 def test_flops_are_counted_as_pytorch_s_and_change_no_bit():
     x, weight, bias = drawn((2, 16, 24, 4, 4))
     expected = convolution(x, weight, bias, padding=(1, 1))
     latent = x.clone().requires_grad_()
-    (y, gradient), flops = counted(
+    (y, gradient), count = counted(
         lambda: ((y := convolution(latent, weight, bias, padding=(1, 1))), torch.autograd.grad(y, latent, expected))
     )
     assert torch.equal(y, expected) and gradient[0].shape == x.shape
-    assert flops == 2 * (2 * expected.numel() * 9 * 16)
+    assert count == 2 * (2 * expected.numel() * 9 * 16)
+
+
+def test_formulas_are_registered_twice_where_two_threads_do():
+    for _ in range(2):
+        flops.register.__wrapped__()
 
 
 def test_inference_mode():
     x, weight, bias = drawn((2, 16, 16, 4, 4))
     with torch.inference_mode():
-        _, calls = by_winograd(lambda: convolution(x, weight, bias, padding=(1, 1)))
-    assert calls == 1
+        (y, count), calls = by_winograd(lambda: counted(lambda: convolution(x, weight, bias, padding=(1, 1))))
+    assert calls == 1 and count == 2 * y.numel() * 9 * 16
 
 
 def test_weights_that_train_are_differentiated():
