@@ -91,11 +91,13 @@ bool moves(const at::Tensor& tensor) { return tensor._fw_grad(0).defined(); }
 
 at::Tensor convolved(const at::Tensor& x, const at::Tensor& weight, const Maybe& bias, at::IntArrayRef stride,
                      at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, std::string_view backend) {
+  // Ours has no derivative forwards.
+  if (moves(x) || moves(weight) || (bias && moves(*bias))) {
+    return pytorchs(x, weight, bias, stride, padding, dilation, groups, backend);
+  }
   if (at::GradMode::is_enabled() && x.requires_grad()) {
     return ToInput::apply(x, weight, bias, stride, padding, dilation, groups, backend);
   }
-  // Ours has no derivative forwards.
-  if (moves(x) || moves(weight) || (bias && moves(*bias))) return pytorchs(x, weight, bias, stride, padding, dilation, groups, backend);
   const at::AutoDispatchBelowAutograd below;
   return below_autograd(x, weight, bias, stride, padding, dilation, groups, backend);
 }
@@ -109,7 +111,6 @@ TORCH_LIBRARY_FRAGMENT(emd_fast, m) {
 TORCH_LIBRARY_IMPL(emd_fast, CPU, m) { m.impl("winograd", cpu::winograd); }
 TORCH_LIBRARY_IMPL(emd_fast, CompositeExplicitAutograd, m) { m.impl("frozen_convolution", below_autograd); }
 TORCH_LIBRARY_IMPL(emd_fast, Autograd, m) { m.impl("frozen_convolution", convolved); }
-TORCH_LIBRARY_IMPL(emd_fast, FuncTorchBatched, m) { m.impl("frozen_convolution", pytorchs); }
 
 }  // namespace
 }  // namespace emd

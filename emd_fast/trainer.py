@@ -34,11 +34,10 @@ from emd_fast.noise import Noise, Stream
 from emd_fast.recompute import recomputed
 from emd_fast.rounded import rounded, trainable
 from emd_fast.throughput import Laps
-from emd_fast.unet.plan import fuse_known
+from emd_fast.unet.plan import fuse_known, fusion_report, unfuse
 
-# What may change between two legs of one run; everything else makes it another run. The last two
-# change nothing but time and memory; the five before them, as the number of devices, the order in which numbers are
-# summed.
+# What may change between two legs of one run; everything else makes it another run. They change time, memory, limits
+# and the order in which numbers are summed.
 MAY_CHANGE = {
     "steps",
     "max_z_rms",
@@ -140,8 +139,7 @@ class EMDTrainer:
         self.latent_shape = getattr(self.generator, "latent_shape", None) or self.sample_shape
         self.noise = Noise(config.seed, device=self.device)
         if config.fuse:
-            for network in (self.teacher, self.generator, self.student):
-                _fuse(network, compile=config.compile)
+            _fuse(self.teacher, self.generator, self.student, compile=config.compile)
         self.ema = ema.EMA(self.generator, _profile(config))
         self._spread()
         self.shards = {"generator": Shards(self.generator), "student": Shards(self.student)}
@@ -741,10 +739,20 @@ def _copy_of(teacher: Denoiser, config: EMDConfig) -> Generator:
     return Generator(trainable(teacher), config.t_star, input_scale=config.input_scale)
 
 
-def _fuse(network: nn.Module, *, compile: bool) -> None:
+def _fuse(*networks: nn.Module, compile: bool) -> None:
+    """All or none."""
+    done = []
     try:
-        fuse_known(network, compile=compile)
+        for network in networks:
+            if compile:
+                unfuse(network)  # one that came fused is not compiled yet
+            bare = not fusion_report(network).fused
+            fuse_known(network, compile=compile)
+            if bare:
+                done.append(network)
     except ValueError as error:
+        for network in done:
+            unfuse(network)
         raise ConfigError(f"fuse must be False for this network: {error}") from error
 
 

@@ -117,6 +117,15 @@ def test_a_network_that_fuse_refuses_wants_fuse_to_be_off():
     with pytest.raises(ConfigError, match=r"fuse must be False for this network: .*256"):
         EMDTrainer(teacher, config(num_classes=3))
     EMDTrainer(teacher, config(num_classes=3, fuse=False))
+    good = digits_teacher()
+    with pytest.raises(ConfigError):
+        EMDTrainer(good, config(num_classes=3), student=teacher)
+    assert not fusion_report(good).fused
+
+
+def test_a_teacher_that_came_fused_is_compiled():
+    trainer = EMDTrainer(fuse(digits_teacher()), config(num_classes=3, compile=True))
+    assert all("compiled" in str(fusion_report(network)) for network in the_networks(trainer))
 
 
 def test_a_run_resumes_with_weights_in_channels_last(tmp_path):

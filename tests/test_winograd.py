@@ -3,7 +3,8 @@
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.func import jvp, vmap
+from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
+from torch.func import grad, jvp, vmap
 from torch.nn.functional import conv2d
 from torch.profiler import ProfilerActivity, profile
 
@@ -143,11 +144,14 @@ def test_wrong_shapes_are_pytorch_s_errors():
 
 
 def test_what_looks_into_a_convolution_sees_pytorch_s():
-    """vmap, derivatives forwards and fake tensors."""
+    """torch.func, derivatives forwards and fake tensors."""
     x, weight, bias = drawn((2, 16, 16, 4, 4))
     expected = conv2d(x, weight, bias, padding=1)
     batched = vmap(lambda one: convolution(one[None], weight, bias, padding=(1, 1))[0])(x)
     torch.testing.assert_close(batched, expected, rtol=0, atol=1e-5)
+    by_x = grad(lambda x: convolution(x, weight, bias, padding=(1, 1)).square().sum())(x)
+    its = grad(lambda x: conv2d(x, weight, bias, padding=1).square().sum())(x)
+    torch.testing.assert_close(by_x, its, rtol=0, atol=1e-4)
     _, tangent = jvp(lambda x: convolution(x, weight, bias, padding=(1, 1)), (x,), (x,))
     torch.testing.assert_close(tangent, conv2d(x, weight, padding=1), rtol=0, atol=1e-5)
     with FakeTensorMode() as mode:
@@ -164,7 +168,12 @@ def test_derivatives_forwards_by_whatever_moves(moved):
     def tangent(function):
         return jvp(lambda one: function(**{**arguments, moved: one}), (arguments[moved],), (direction,))[1]
 
+    with dual_level():
+        duals = {**arguments, moved: make_dual(arguments[moved], direction)}
+        duals["x"].requires_grad_()
+        plain = unpack_dual(convolution(**duals, padding=(1, 1))).tangent
     expected = tangent(lambda x, weight, bias: conv2d(x, weight, bias, padding=1))
+    torch.testing.assert_close(plain, expected, rtol=0, atol=1e-5)
     assert torch.equal(tangent(lambda x, weight, bias: convolution(x, weight, bias, padding=(1, 1))), expected)
 
 

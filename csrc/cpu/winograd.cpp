@@ -16,7 +16,7 @@ constexpr int64_t kGrain = 65536;
 // cores: slower at 16 tiles of 256 channels and at 64 of 1280, faster at 64 of 256 and at 128 of 512).
 constexpr int64_t kWeightsWorth = 2048;
 
-bool all(at::IntArrayRef numbers, int64_t wanted) {
+bool all_are(int64_t wanted, at::IntArrayRef numbers) {
   return std::all_of(numbers.begin(), numbers.end(), [=](int64_t number) { return number == wanted; });
 }
 
@@ -28,7 +28,7 @@ bool is_plain(const at::Tensor& tensor) {
 
 bool winograd_serves(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                      at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
-  if (kernels().winograd == nullptr || groups != 1 || !all(stride, 1) || !all(padding, 1) || !all(dilation, 1) ||
+  if (kernels().winograd == nullptr || groups != 1 || !all_are(1, stride) || !all_are(1, padding) || !all_are(1, dilation) ||
       !is_plain(x) || !is_plain(weight) || (bias && !is_plain(*bias)) || x.dim() != 4 || weight.dim() != 4) {
     return false;
   }

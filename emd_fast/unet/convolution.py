@@ -31,12 +31,14 @@ def convolution(
     """conv2d of x (B, C, H, W), with the results of PyTorch's and its derivatives, any number of times."""
     trains = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
     differentiated = torch.is_grad_enabled() and x.requires_grad
-    if trains or x.dim() != 4 or not (differentiated or x.device.type == "cpu"):
+    compiling = torch.compiler.is_compiling()
+    transformed = not compiling and torch._C._are_functorch_transforms_active()  # torch.func: ours has no rules for it
+    if trains or transformed or x.dim() != 4 or not (differentiated or x.device.type == "cpu"):
         return conv2d(x, weight, bias, stride, padding, dilation, groups)
     if (dtype := autocast_dtype(x.device.type)) is not None and x.dtype != torch.float64:
         # As autocast does it, but before the call: the backward pass is to find the dtypes of the forward pass.
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    if not torch.compiler.is_compiling() and native.is_loaded():  # the compiler sees through ours
+    if not compiling and native.is_loaded():  # the compiler sees through ours
         settings = (stride, padding, dilation, groups, backends.active())
         out: Tensor = torch.ops.emd_fast.frozen_convolution.default(x, weight, bias, *settings)
     elif differentiated:

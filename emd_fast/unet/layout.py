@@ -4,7 +4,8 @@ On a GPU the fast kernels for convolutions read and write channels_last; a weigh
 pass, an activation before and after. On a CPU those of frozen weights do (csrc/cpu/winograd.cpp), and group norms are
 faster so; oneDNN lays weights out as it likes in any case. What a convolution returns has the format of its image, or
 of its weight: FSDP2 gathers weights contiguous, hence the images too. The parameters stay the same objects, since
-optimizers and averages hold them; their memory is another.
+optimizers and averages hold them; their memory is another, which the moments of an optimizer that has made a step do
+not follow.
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ def set_layout(network: nn.Module, memory_format: torch.memory_format | str | No
                 weight.data = weight.data.contiguous(memory_format=wanted)
 
 
-def as_kept(memory_format: torch.memory_format | str | None) -> str | None:
+def name_of(memory_format: torch.memory_format | str | None) -> str | None:
     """Of images, by name: PyTorch's own objects cannot be pickled."""
     wanted = torch.channels_last if memory_format == "auto" else memory_format
     return None if wanted is None else str(wanted).removeprefix("torch.")
 
 
-def of_images(x: Tensor, kept: str | None) -> Tensor:
-    return x if kept is None or x.dim() != 4 else x.contiguous(memory_format=getattr(torch, kept))
+def of_images(x: Tensor, name: str | None) -> Tensor:
+    return x if name is None or x.dim() != 4 else x.contiguous(memory_format=getattr(torch, name))
 
 
 def restore(network: nn.Module) -> None:

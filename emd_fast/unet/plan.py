@@ -17,7 +17,7 @@ from emd_fast.unet.fused import STATE, Fused, kind_of
 from emd_fast.unet.geglu import GEGLU
 from emd_fast.unet.layer_norm import LayerNorm
 from emd_fast.unet.layers import Rounded
-from emd_fast.unet.layout import as_kept, restore, set_layout
+from emd_fast.unet.layout import name_of, restore, set_layout
 from emd_fast.unet.network import Conditioning, Network, OwnNetwork, conditioning_layers, plain_layers
 from emd_fast.unet.norm import SERVED, FoldedSiLU, Norm, silu_behind_norm
 from emd_fast.unet.report import SUPPORTED, FusionReport, Part
@@ -105,7 +105,7 @@ def fuse(
     steps, left = _plan(network)
     for step in steps:
         if issubclass(step.kind, Network):
-            step.state["memory_format"] = as_kept(memory_format)
+            step.state["memory_format"] = name_of(memory_format)
     if compile is not False:
         steps = _compiled(network, steps, {} if compile is True else compile)
     left += _apply(steps)
