@@ -103,7 +103,8 @@ def test_a_network_that_came_too_late_says_so(capsys):
 
 
 def options(**changes):
-    return types.SimpleNamespace(**{"batch": 16, "micro_batch": 0, "steps": 1, "langevin_steps": 1, **changes})
+    asked = {"batch": 16, "micro_batch": 0, "steps": 1, "langevin_steps": 1, "fuse": True}
+    return types.SimpleNamespace(**{**asked, **changes})
 
 
 def test_the_micro_batch_is_the_largest_that_there_is_room_for(monkeypatch):

@@ -217,8 +217,10 @@ def test_the_clip_score_of_a_run(call, tmp_path):
     images = to_uint8(trainer.teacher.decode(trainer.generate(7)))
     prompts = ["a b", "c", "d e", "a b", "c", "d e", "a b"]
     expected = ClipScore(clip)(images, prompts).mean().item()
-    assert metrics["clip_score"] == {"student": pytest.approx(expected, abs=1e-3)}
-    assert expected != 0 and metrics["n"] == 7
+    # A pixel between two of the 256 levels goes either way with the last digit: 0.003 was seen.
+    assert metrics["clip_score"] == {"student": pytest.approx(expected, abs=0.01)}
+    others = ClipScore(clip)(images, prompts[1:] + prompts[:1]).mean().item()
+    assert abs(others - expected) > 0.1 and metrics["n"] == 7
     (tmp_path / "prompts.txt").write_text("a b\nc\n")
     code, _, err = call("evaluate", "run", "--clip", "clip")
     assert code == 1 and "has 2 prompts, the run was made with 3" in err
