@@ -214,11 +214,12 @@ def test_the_clip_score_of_a_run(call, tmp_path):
     done(call("distill", *words, "--out", "run"))
     metrics = json.loads(done(call("evaluate", "run", "--clip", "clip")))
     _, _, trainer = run.open_run(tmp_path / "run")
-    images = to_uint8(trainer.teacher.decode(trainer.generate(7)))
+    # In batches of the run's four, as it draws them: last digits depend on the batch, and a pixel's level on those.
+    parts = [trainer.generate(n, first_sample=first) for first, n in ((0, 4), (4, 3))]
+    images = torch.cat([to_uint8(trainer.teacher.decode(part)) for part in parts])
     prompts = ["a b", "c", "d e", "a b", "c", "d e", "a b"]
     expected = ClipScore(clip)(images, prompts).mean().item()
-    # A pixel between two of the 256 levels goes either way with the last digit: 0.003 was seen.
-    assert metrics["clip_score"] == {"student": pytest.approx(expected, abs=0.01)}
+    assert metrics["clip_score"] == {"student": pytest.approx(expected, abs=1e-3)}
     others = ClipScore(clip)(images, prompts[1:] + prompts[:1]).mean().item()
     assert abs(others - expected) > 0.1 and metrics["n"] == 7
     (tmp_path / "prompts.txt").write_text("a b\nc\n")
