@@ -34,6 +34,10 @@ struct ChannelGradient {
   float slope, constant;
 };
 
+EMD_HD float group_norm_gradient(float inner, float x, float center, float gain, float slope, float constant) {
+  return fused(inner, gain, fused(x - center, slope, constant));
+}
+
 // With k = weight (1 + scale): sum_k is the group's sum of k inner, sum_k_normal that of k inner (u - mean) rstd.
 EMD_HD ChannelGradient channel_gradient(double sum_k, double sum_k_normal, double rstd, double elements) {
   return {float(-rstd * rstd * sum_k_normal / elements), float(-rstd * sum_k / elements)};

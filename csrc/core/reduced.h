@@ -6,8 +6,6 @@
 #if defined(__CUDACC__)
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#elif defined(__F16C__)
-#include <immintrin.h>
 #endif
 
 #include "arithmetic.h"
@@ -26,12 +24,11 @@ EMD_HD float to_float(float x) { return x; }
 
 EMD_HD float to_float(Bfloat16 x) { return float_of(uint32_t{x.bits} << 16); }
 
-// Branch-free: a normal number moves its exponent by a product, a subnormal one is an integer times 2^-24.
+// Branch-free: a normal number moves its exponent by a product, a subnormal one is an integer times 2^-24. CPUs have an
+// instruction for it, but GCC makes no loop of vectors of that (rows that are but converted use it: cpu/kernels/types.h).
 EMD_HD float to_float(Float16 x) {
 #if defined(__CUDA_ARCH__)
   return __half2float(__ushort_as_half(x.bits));
-#elif defined(__F16C__)
-  return _cvtsh_ss(x.bits);
 #else
   const uint32_t sign = (uint32_t{x.bits} & 0x8000u) << 16;
   const uint32_t magnitude = uint32_t{x.bits} & 0x7fffu;
@@ -47,17 +44,14 @@ EMD_HD void from_float(float x, Bfloat16& out) {
 #if defined(__CUDA_ARCH__)
   out.bits = __bfloat16_as_ushort(__float2bfloat16_rn(x));
 #else
-  const uint32_t bits = bits_of(x);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  out.bits = uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+  const uint32_t bits = bits_of(x), quiet_nan = x != x ? 0x7fc00000u : 0u;
+  out.bits = uint16_t(((bits + 0x7fffu + ((bits >> 16) & 1u)) | quiet_nan) >> 16);
 #endif
 }
 
 EMD_HD void from_float(float x, Float16& out) {
 #if defined(__CUDA_ARCH__)
   out.bits = __half_as_ushort(__float2half_rn(x));
-#elif defined(__F16C__)
-  out.bits = _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT);
 #else
   const uint32_t sign = (bits_of(x) >> 16) & 0x8000u;
   const uint32_t magnitude = bits_of(x) & 0x7fffffffu;

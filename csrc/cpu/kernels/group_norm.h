@@ -9,6 +9,14 @@
 namespace emd::cpu::EMD_ISA {
 namespace {
 
+// Calls function(a value of the type of the elements, whether there is an activation, as a type).
+template <class Function>
+inline void with_kind(const GroupNorm& op, Function function) {
+  with_type(op.type, [&](auto element) {
+    op.silu ? function(element, Known<true>()) : function(element, Known<false>());
+  });
+}
+
 // Mean and sum of squared deviations of n numbers. Never E[x^2] - E[x]^2, which cancels where the mean is large.
 struct Moments {
   double n, mean, squares;
@@ -21,18 +29,22 @@ EMD_HD Moments merged(const Moments& a, const Moments& b) {
 }
 
 // Of at most a tile.
-inline Moments tile_moments(const float* x, int64_t n) {
-  const float mean = sum<float>(n, [=](int64_t i) { return x[i]; }) / float(n);
-  return {double(n), double(mean), double(sum<float>(n, [=](int64_t i) { return product(x[i] - mean, x[i] - mean); }))};
+template <class T>
+inline Moments tile_moments(const T* x, int64_t n) {
+  const float mean = sum<float>(n, [=](int64_t i) { return to_float(x[i]); }) / float(n);
+  const auto square = [=](int64_t i) {
+    const float apart = to_float(x[i]) - mean;
+    return product(apart, apart);
+  };
+  return {double(n), double(mean), double(sum<float>(n, square))};
 }
 
-// Of dense elements, part by part in the cache: each read once from memory, and twice from there.
-inline Moments dense_moments(const void* data, Type type, int64_t at, int64_t n) {
+// Part by part in the cache: each read once from memory, and twice from there.
+template <class T>
+inline Moments dense_moments(const T* x, int64_t n) {
   Moments all = {0, 0, 0};
   for (int64_t done = 0; done < n; done += kTile) {
-    Buffer buffer;
-    const int64_t count = n - done < kTile ? n - done : kTile;
-    const Moments part = tile_moments(read_row(data, type, at + done, count, buffer.data), count);
+    const Moments part = tile_moments(x + done, n - done < kTile ? n - done : kTile);
     all = done == 0 ? part : merged(all, part);
   }
   return all;
@@ -75,20 +87,17 @@ struct alignas(64) NumbersTile {
 
 enum MapNumbers { kCenter, kGain, kOffset, kMapNumbers };
 
-// y[i] from x[i].
-template <bool kSilu, class Map>
-inline void apply_map(int64_t n, const float* x, float* y, const Map& map) {
+// y[i] from x[i]. Asks memory for what lies `ahead` elements behind it, to be read while others are computed: an address
+// behind the end is harmless, a prefetch never faults.
+template <bool kSilu, class T, class Map>
+inline void apply_map(int64_t n, const T* x, T* y, const Map& map, int64_t ahead) {
   for_blocks(n, [=, &map](int64_t first, auto count) __attribute__((always_inline)) {
+    __builtin_prefetch(x + first + ahead);
 #pragma omp simd
     for (int64_t i = first; i < first + count; i++) {
-      y[i] = emd::group_norm<kSilu>(x[i], map(kCenter, i), map(kGain, i), map(kOffset, i));
+      from_float(emd::group_norm<kSilu>(to_float(x[i]), map(kCenter, i), map(kGain, i), map(kOffset, i)), y[i]);
     }
   });
-}
-
-template <class Map>
-inline void apply_map(bool silu, int64_t n, const float* x, float* y, const Map& map) {
-  silu ? apply_map<true>(n, x, y, map) : apply_map<false>(n, x, y, map);
 }
 
 // Channels before positions. A row is the positions of one channel of one sample, an item the rows of one group of one
@@ -185,62 +194,75 @@ inline void for_runs(const Rows& rows, const RowNumbers<kCount>& numbers, Functi
   }
 }
 
+template <class T>
 inline Moments item_moments(const GroupNorm& op, int64_t item) {
   const int64_t width = op.group_channels(), positions = op.positions, row0 = item * width;
-  if (op.add.shared()) return dense_moments(op.x, op.type, row0 * positions, width * positions);
+  const T* x = static_cast<const T*>(op.x) + row0 * positions;
+  if (op.add.shared()) return dense_moments(x, width * positions);
   const int64_t sample = item / op.groups;
   const float* add = op.add.of(sample) + (row0 - sample * op.channels);
   Moments group = {0, 0, 0};
-  for (int64_t row = row0; row < row0 + width; row++) {
-    Moments channel = dense_moments(op.x, op.type, row * positions, positions);
-    channel.mean += double(add[row - row0]);
-    group = row == row0 ? channel : merged(group, channel);
+  for (int64_t c = 0; c < width; c++) {
+    Moments channel = dense_moments(x + c * positions, positions);
+    channel.mean += double(add[c]);
+    group = c == 0 ? channel : merged(group, channel);
   }
   return group;
 }
 
 // Of the items that share a tile, the same numbers as item_moments: step by step for all of them, so that the processor
 // need not wait for the end of one sum before it starts the next.
+template <class T>
 inline void moments_of_tile(const GroupNorm& op, int64_t begin, int64_t end) {
   const int64_t items = end - begin, n = op.group_channels() * op.positions;
-  Buffer buffer, squares;
-  const float* x = read_row(op.x, op.type, begin * n, items * n, buffer.data);
+  float squares[kTile];
+  const T* x = static_cast<const T*>(op.x) + begin * n;
   float *mean = op.mean + begin, *rstd = op.rstd + begin;
-  for (int64_t g = 0; g < items; g++) mean[g] = sum<float>(n, [=](int64_t i) { return x[g * n + i]; }) / float(n);
+  for (int64_t g = 0; g < items; g++) {
+    mean[g] = sum<float>(n, [=](int64_t i) { return to_float(x[g * n + i]); }) / float(n);
+  }
   for (int64_t g = 0; g < items; g++) {
     const float center = mean[g];
-    squares.data[g] = sum<float>(n, [=](int64_t i) { return product(x[g * n + i] - center, x[g * n + i] - center); });
+    squares[g] = sum<float>(n, [=](int64_t i) {
+      const float apart = to_float(x[g * n + i]) - center;
+      return product(apart, apart);
+    });
   }
 #pragma omp simd
-  for (int64_t g = 0; g < items; g++) rstd[g] = rstd_of({double(n), 0, double(squares.data[g])}, op.eps);
+  for (int64_t g = 0; g < items; g++) rstd[g] = rstd_of({double(n), 0, double(squares[g])}, op.eps);
 }
 
-// Items are small enough in most networks to be in the cache still when they are read again.
-void group_norm(const GroupNorm& op, int64_t first, int64_t last) {
+// Items are small enough in most networks to be in the cache still when they are read again; meanwhile the next comes
+// from memory.
+template <class T, bool kSilu>
+inline void group_norm_rows(const GroupNorm& op, int64_t first, int64_t last) {
   const int64_t together = items_together(op);
   for (int64_t begin = first; begin < last; begin += together) {
     const int64_t end = last - begin < together ? last : begin + together;
     if (together > 1 && op.add.shared()) {
-      moments_of_tile(op, begin, end);
+      moments_of_tile<T>(op, begin, end);
     } else {
       for (int64_t item = begin; item < end; item++) {
-        const Moments group = item_moments(op, item);
+        const Moments group = item_moments<T>(op, item);
         op.mean[item] = float(group.mean);
         op.rstd[item] = rstd_of(group, op.eps);
       }
     }
+    const int64_t size = (end - begin) * op.group_channels() * op.positions;
     for_parts<kMapNumbers>(
         op, begin, end, [&](int64_t row, int64_t count, auto& numbers) { write_maps(op, row, count, numbers); },
         [&](const Rows& rows, const auto& numbers) {
-          Buffer x_buffer, y_buffer;
-          const float* x = read_row(op.x, op.type, rows.start, rows.size, x_buffer.data);
-          float* y = begin_row(op.y, op.type, rows.start, y_buffer.data);
+          const T* x = static_cast<const T*>(op.x) + rows.start;
+          T* y = static_cast<T*>(op.y) + rows.start;
           for_runs(rows, numbers, [&](int64_t first, int64_t n, const auto& map) {
-            apply_map(op.silu, n, x + first, y + first, map);
+            apply_map<kSilu>(n, x + first, y + first, map, size);
           });
-          finish_row(op.y, op.type, rows.start, rows.size, y);
         });
   }
+}
+
+void group_norm(const GroupNorm& op, int64_t first, int64_t last) {
+  with_kind(op, [&](auto element, auto silu) { group_norm_rows<decltype(element), silu>(op, first, last); });
 }
 
 // Channels last, in three passes: the moments of every channel in every chunk of positions; from them the moments of
@@ -256,51 +278,17 @@ inline Chunk chunk_of(const GroupNorm& op, int64_t item) {
   return {sample, rest < op.chunk() ? rest : op.chunk(), (sample * op.positions + position) * op.channels};
 }
 
-// Part of a chunk, at most a tile: several positions with all their channels, or some channels of one position.
-struct Part {
-  int64_t channels, positions, start;
-
-  EMD_HD int64_t size() const { return channels * positions; }
-};
-
-// A power of two: enough for the loop over them to be worth entering, few enough for the maps to be worth repeating.
-inline int64_t positions_together(const GroupNorm& op) {
-  int64_t together = 1;
-  while (2 * together * op.channels <= 256) together *= 2;
-  return together;
-}
-
-// Calls function(part) for the parts of a chunk, and block(channel, channels) before those of the same channels.
-template <class Block, class Function>
-inline void for_parts_of(const GroupNorm& op, const Chunk& chunk, Block block, Function function) {
-  const int64_t together = positions_together(op);
-  for (int64_t channel = 0; channel < op.channels; channel += kTile) {
-    const int64_t rest = op.channels - channel, channels = rest < kTile ? rest : kTile;
-    block(channel, channels);
-    for (int64_t p = 0; p < chunk.positions; p += together) {
-      const int64_t left = chunk.positions - p;
-      function(Part{channels, left < together ? left : together, chunk.start + p * op.channels + channel});
-    }
+// Calls function(channel, count, start) for blocks of channels, start being where their elements are, in the order in
+// which they lie: several positions at once would read what belongs to a channel once for all of them, but the processor
+// foresees memory best in that order.
+template <class Function>
+inline void for_blocks_of(const GroupNorm& op, const Chunk& chunk, Function function) {
+  for (int64_t position = 0; position < chunk.positions; position++) {
+    const int64_t start = chunk.start + position * op.channels;
+    for_blocks(op.channels, [&](int64_t channel, auto count) __attribute__((always_inline)) {
+      function(channel, count, start + channel);
+    });
   }
-}
-
-// The same numbers for every position of a part.
-inline void repeat(const GroupNorm& op, const float* numbers, int64_t channels, float* out) {
-  memcpy(out, numbers, size_t(channels) * sizeof(float));
-  // Twice as many each time: a loop over few channels costs more to enter than to run.
-  const int64_t all = positions_together(op) * channels;
-  for (int64_t done = channels; done < all; done *= 2) memcpy(out + done, out, size_t(done) * sizeof(float));
-}
-
-// sums[c] of the entries of channel c, over the positions that share a tile. The lanes are used up.
-inline void fold(const GroupNorm& op, Buffer& lanes, int64_t channels, float* sums) {
-  float* lane = lanes.data;
-  for (int64_t half = positions_together(op) * channels / 2; half >= channels; half /= 2) {
-    const float* upper = lane + half;
-#pragma omp simd
-    for (int64_t i = 0; i < half; i++) lane[i] += upper[i];
-  }
-  memcpy(sums, lane, size_t(channels) * sizeof(float));
 }
 
 inline float* chunk_moments(const GroupNorm& op, int64_t item) { return op.scratch + item * 2 * op.channels; }
@@ -310,39 +298,35 @@ inline float* channel_maps(const GroupNorm& op, int64_t sample) {
   return op.scratch + op.samples * op.chunks() * 2 * op.channels + sample * 3 * op.channels;
 }
 
-void group_norm_moments(const GroupNorm& op, int64_t first, int64_t last) {
-  for (int64_t item = first; item < last; item++) {
-    const Chunk chunk = chunk_of(op, item);
-    float *mean = chunk_moments(op, item), *squares = mean + op.channels;
-    const float inverse = 1.0f / float(chunk.positions);
-    for (int64_t channel = 0; channel < op.channels; channel += kTile) {
-      const int64_t rest = op.channels - channel, channels = rest < kTile ? rest : kTile;
-      const int64_t together = positions_together(op);
-      Buffer lanes, repeated, buffer;
-      float *lane = lanes.data, *m = mean + channel;
-      const auto for_rows = [&](auto function) {
-        memset(lane, 0, size_t(together * channels) * sizeof(float));
-        for (int64_t p = 0; p < chunk.positions; p += together) {
-          const int64_t left = chunk.positions - p, n = (left < together ? left : together) * channels;
-          function(read_row(op.x, op.type, chunk.start + p * op.channels + channel, n, buffer.data), n);
-        }
-      };
-      for_rows([=](const float* x, int64_t n) {
+template <class T>
+inline void chunk_moments_of(const GroupNorm& op, int64_t item) {
+  const Chunk chunk = chunk_of(op, item);
+  const int64_t channels = op.channels;
+  const T* x = static_cast<const T*>(op.x);
+  float *mean = chunk_moments(op, item), *squares = mean + channels;
+  memset(mean, 0, size_t(2 * channels) * sizeof(float));
+  for_blocks_of(op, chunk, [=](int64_t channel, auto count, int64_t start) __attribute__((always_inline)) {
 #pragma omp simd
-        for (int64_t i = 0; i < n; i++) lane[i] += x[i];
-      });
-      fold(op, lanes, channels, m);
+    for (int64_t j = 0; j < count; j++) mean[channel + j] += to_float(x[start + j]);
+  });
+  const float inverse = 1.0f / float(chunk.positions);
 #pragma omp simd
-      for (int64_t c = 0; c < channels; c++) m[c] *= inverse;
-      repeat(op, m, channels, repeated.data);
-      const float* means = repeated.data;
-      for_rows([=](const float* x, int64_t n) {
+  for (int64_t c = 0; c < channels; c++) mean[c] *= inverse;
+  const int64_t next = chunk.positions * channels;  // the next chunk comes from memory meanwhile
+  for_blocks_of(op, chunk, [=](int64_t channel, auto count, int64_t start) __attribute__((always_inline)) {
+    __builtin_prefetch(x + start + next);
 #pragma omp simd
-        for (int64_t i = 0; i < n; i++) lane[i] += product(x[i] - means[i], x[i] - means[i]);
-      });
-      fold(op, lanes, channels, squares + channel);
+    for (int64_t j = 0; j < count; j++) {
+      const float apart = to_float(x[start + j]) - mean[channel + j];
+      squares[channel + j] += product(apart, apart);
     }
-  }
+  });
+}
+
+void group_norm_moments(const GroupNorm& op, int64_t first, int64_t last) {
+  with_type(op.type, [&](auto element) {
+    for (int64_t item = first; item < last; item++) chunk_moments_of<decltype(element)>(op, item);
+  });
 }
 
 void group_norm_maps(const GroupNorm& op, int64_t first, int64_t last) {
@@ -391,24 +375,27 @@ void group_norm_maps(const GroupNorm& op, int64_t first, int64_t last) {
   }
 }
 
+template <class T, bool kSilu>
+inline void apply_to_chunk(const GroupNorm& op, int64_t item) {
+  const Chunk chunk = chunk_of(op, item);
+  const int64_t channels = op.channels;
+  const float *center = channel_maps(op, chunk.sample), *gain = center + channels, *offset = gain + channels;
+  const T* x = static_cast<const T*>(op.x);
+  T* y = static_cast<T*>(op.y);
+  for_blocks_of(op, chunk, [=](int64_t channel, auto count, int64_t start) __attribute__((always_inline)) {
+    __builtin_prefetch(x + start + kTile);
+#pragma omp simd
+    for (int64_t j = 0; j < count; j++) {
+      const int64_t c = channel + j;
+      from_float(emd::group_norm<kSilu>(to_float(x[start + j]), center[c], gain[c], offset[c]), y[start + j]);
+    }
+  });
+}
+
 void group_norm_apply(const GroupNorm& op, int64_t first, int64_t last) {
-  for (int64_t item = first; item < last; item++) {
-    const Chunk chunk = chunk_of(op, item);
-    const float* maps = channel_maps(op, chunk.sample);
-    NumbersTile<kMapNumbers> tile;
-    Buffer x_buffer, y_buffer;
-    for_parts_of(
-        op, chunk,
-        [&](int64_t channel, int64_t channels) {
-          for (int k = 0; k < kMapNumbers; k++) repeat(op, maps + k * op.channels + channel, channels, tile.data[k]);
-        },
-        [&](const Part& part) {
-          const float* x = read_row(op.x, op.type, part.start, part.size(), x_buffer.data);
-          float* y = begin_row(op.y, op.type, part.start, y_buffer.data);
-          apply_map(op.silu, part.size(), x, y, tile);
-          finish_row(op.y, op.type, part.start, part.size(), y);
-        });
-  }
+  with_kind(op, [&](auto element, auto silu) {
+    for (int64_t item = first; item < last; item++) apply_to_chunk<decltype(element), silu>(op, item);
+  });
 }
 
 }  // namespace

@@ -5,34 +5,32 @@
 namespace emd::cpu::EMD_ISA {
 namespace {
 
-// inner[i], the gradient before the activation; then function(first, count) for its block.
-template <bool kSilu, class Map, class Function>
-inline void inner_gradient(int64_t n, const float* grad, const float* x, float* inner, const Map& map,
-                           Function function) {
+// inner[i], the gradient before the activation; then function(first, count) for its block. Asks memory for the tile behind
+// this one, to be read while this is computed.
+template <bool kSilu, class T, class Map, class Function>
+inline void inner_gradient(int64_t n, const T* grad, const T* x, float* inner, const Map& map, Function function) {
   for_blocks(n, [=, &map](int64_t first, auto count) __attribute__((always_inline)) {
+    __builtin_prefetch(grad + first + kTile);
+    __builtin_prefetch(x + first + kTile);
 #pragma omp simd
     for (int64_t i = first; i < first + count; i++) {
-      inner[i] = group_norm_inner_gradient<kSilu>(grad[i], x[i], map(kCenter, i), map(kGain, i), map(kOffset, i));
+      inner[i] = group_norm_inner_gradient<kSilu>(to_float(grad[i]), to_float(x[i]), map(kCenter, i), map(kGain, i),
+                                                  map(kOffset, i));
     }
     function(first, count);
   });
 }
 
-template <class Map, class Function>
-inline void inner_gradient(bool silu, int64_t n, const float* grad, const float* x, float* inner, const Map& map,
-                           Function function) {
-  silu ? inner_gradient<true>(n, grad, x, inner, map, function)
-       : inner_gradient<false>(n, grad, x, inner, map, function);
-}
-
 enum GradientNumbers { kSlope = kMapNumbers, kConstant, kGradientNumbers };  // after those of the map
 
-template <class Gradient>
-inline void gradient_of_x(int64_t n, const float* inner, const float* x, float* out, const Gradient& of) {
+template <class T, class Gradient>
+inline void gradient_of_x(int64_t n, const float* inner, const T* x, T* out, const Gradient& of) {
   for_blocks(n, [=, &of](int64_t first, auto count) __attribute__((always_inline)) {
 #pragma omp simd
     for (int64_t i = first; i < first + count; i++) {
-      out[i] = fused(inner[i], of(kGain, i), fused(x[i] - of(kCenter, i), of(kSlope, i), of(kConstant, i)));
+      from_float(group_norm_gradient(inner[i], to_float(x[i]), of(kCenter, i), of(kGain, i), of(kSlope, i),
+                                     of(kConstant, i)),
+                 out[i]);
     }
   });
 }
@@ -60,69 +58,82 @@ inline ChannelGradient group_gradient(const GroupNormBackward& op, int64_t sampl
   return channel_gradient(sum_k, sum_k_normal, rstd, double(width * norm.positions));
 }
 
-// Of a run of a part.
-struct Gradients {
-  const float *grad, *x;
-  float* inner;
+// The sums of rows of a part, one after the other.
+struct RowSums {
+  float inner[RowNumbers<1>::kRows], product[RowNumbers<1>::kRows];
+  int64_t row = 0;
+
+  EMD_HD void add(float of_inner, float of_product) {
+    inner[row] = of_inner;
+    product[row++] = of_product;
+  }
 };
 
 // The inner gradient of a row and its sums.
-inline void row_sums(bool silu, const Gradients& of, int64_t n, int64_t, const Numbers<kMapNumbers>& map,
-                     float (*sums)[2]) {
+template <bool kSilu, class T>
+inline void row_sums(int64_t n, int64_t, const T* grad, const T* x, float* inner, const Numbers<kMapNumbers>& map,
+                     RowSums& sums) {
   alignas(64) float inner_sum[kBlock], product_sum[kBlock];
-  const float center = map.value[kCenter], *inner = of.inner, *x = of.x;
-  inner_gradient(silu, n, of.grad, x, of.inner, map, [&](int64_t first, auto count) __attribute__((always_inline)) {
+  const float center = map.value[kCenter];
+  inner_gradient<kSilu>(n, grad, x, inner, map, [&](int64_t first, auto count) __attribute__((always_inline)) {
 #pragma omp simd
     for (int64_t j = 0; j < count; j++) {
       add_to_lane(inner_sum, j, first, inner[first + j]);
-      add_to_lane(product_sum, j, first, product(inner[first + j], x[first + j] - center));
+      add_to_lane(product_sum, j, first, product(inner[first + j], to_float(x[first + j]) - center));
     }
     if (first == 0) {
       clear_lanes_from(inner_sum, count);
       clear_lanes_from(product_sum, count);
     }
   });
-  sums[0][0] = sum_of_lanes<kBlock>(inner_sum);
-  sums[0][1] = sum_of_lanes<kBlock>(product_sum);
+  sums.add(sum_of_lanes<kBlock>(inner_sum), sum_of_lanes<kBlock>(product_sum));
 }
 
 // Of rows of a width that share a tile.
-inline void row_sums(bool silu, const Gradients& of, int64_t n, int64_t width, const NumbersTile<kMapNumbers>& map,
-                     float (*sums)[2]) {
-  inner_gradient(silu, n, of.grad, of.x, of.inner, map, [](int64_t, auto) {});
-  for (int64_t start = 0; start < n; start += width, sums++) {
-    const float *inner = of.inner + start, *x = of.x + start, center = map(kCenter, start);
-    sums[0][0] = sum<float>(width, [=](int64_t i) { return inner[i]; });
-    sums[0][1] = sum<float>(width, [=](int64_t i) { return product(inner[i], x[i] - center); });
+template <bool kSilu, class T>
+inline void row_sums(int64_t n, int64_t width, const T* grad, const T* x, float* inner,
+                     const NumbersTile<kMapNumbers>& map, RowSums& sums) {
+  inner_gradient<kSilu>(n, grad, x, inner, map, [](int64_t, auto) {});
+  for (int64_t start = 0; start < n; start += width) {
+    const float *inner_r = inner + start, center = map(kCenter, start);
+    const T* x_r = x + start;
+    sums.add(sum<float>(width, [=](int64_t i) { return inner_r[i]; }),
+             sum<float>(width, [=](int64_t i) { return product(inner_r[i], to_float(x_r[i]) - center); }));
   }
 }
 
+// To the totals of the channels: what a part has of each, after the parts of it before.
+inline void add_to_totals(double* totals, const float* sums, int64_t count, bool continues) {
+#pragma omp simd
+  for (int64_t r = 0; r < count; r++) totals[r] = (continues ? totals[r] : 0) + double(sums[r]);
+}
+
 // Of items that are taken together: scratch holds their inner gradient, so that the exponential is taken once.
+template <class T, bool kSilu>
 inline void backward_of_items(const GroupNormBackward& op, int64_t begin, int64_t end) {
   const GroupNorm& norm = op.forward;
   const int64_t start0 = begin * norm.group_channels() * norm.positions;
   for_parts<kMapNumbers>(
       norm, begin, end, [&](int64_t row, int64_t count, auto& numbers) { write_maps(norm, row, count, numbers); },
       [&](const Rows& rows, const auto& numbers) {
-        Buffer grad_buffer, x_buffer;
-        const float* grad = read_row(op.grad, norm.type, rows.start, rows.size, grad_buffer.data);
-        const float* x = read_row(norm.x, norm.type, rows.start, rows.size, x_buffer.data);
-        float *inner = op.scratch + (rows.start - start0), parts[RowNumbers<1>::kRows][2], (*sums)[2] = parts;
+        const T *grad = static_cast<const T*>(op.grad) + rows.start, *x = static_cast<const T*>(norm.x) + rows.start;
+        float* inner = op.scratch + (rows.start - start0);
         const int64_t width = rows.width();
+        RowSums sums;
         for_runs(rows, numbers, [&](int64_t first, int64_t n, const auto& map) {
-          row_sums(norm.silu, {grad + first, x + first, inner + first}, n, width, map, sums);
-          sums += n / width;
+          row_sums<kSilu>(n, width, grad + first, x + first, inner + first, map, sums);
         });
         const bool continues = rows.start > rows.first * norm.positions;  // the row of the part before
+        add_to_totals(sums_of(op, 0) + rows.first, sums.inner, rows.count, continues);
+        add_to_totals(sums_of(op, 1) + rows.first, sums.product, rows.count, continues);
+        if (!op.sums_x) return;
+        float centered[RowNumbers<1>::kRows];
         for (int64_t r = 0; r < rows.count; r++) {
-          const float center = numbers.data[kCenter][r], *x_r = x + r * width;
-          const float part[3] = {parts[r][0], parts[r][1],
-                                 op.sums_x ? sum<float>(width, [=](int64_t i) { return x_r[i] - center; }) : 0};
-          for (int k = 0; k < 3; k++) {
-            double& total = sums_of(op, k)[rows.first + r];
-            total = (continues ? total : 0) + double(part[k]);
-          }
+          const T* x_r = x + r * width;
+          const float center = numbers.data[kCenter][r];
+          centered[r] = sum<float>(width, [=](int64_t i) { return to_float(x_r[i]) - center; });
         }
+        add_to_totals(sums_of(op, 2) + rows.first, centered, rows.count, continues);
       });
   ChannelGradient shared[kTile];
   for (int64_t item = begin; item < end; item++) {
@@ -140,22 +151,22 @@ inline void backward_of_items(const GroupNormBackward& op, int64_t begin, int64_
         });
       },
       [&](const Rows& rows, const auto& numbers) {
-        Buffer x_buffer, out_buffer;
-        const float *x = read_row(norm.x, norm.type, rows.start, rows.size, x_buffer.data);
+        const T* x = static_cast<const T*>(norm.x) + rows.start;
         const float* inner = op.scratch + (rows.start - start0);
-        float* out = begin_row(op.grad_x, norm.type, rows.start, out_buffer.data);
+        T* out = static_cast<T*>(op.grad_x) + rows.start;
         for_runs(rows, numbers, [&](int64_t first, int64_t n, const auto& of) {
           gradient_of_x(n, inner + first, x + first, out + first, of);
         });
-        finish_row(op.grad_x, norm.type, rows.start, rows.size, out);
       });
 }
 
 void group_norm_backward(const GroupNormBackward& op, int64_t first, int64_t last) {
   const int64_t together = items_together(op.forward);
-  for (int64_t begin = first; begin < last; begin += together) {
-    backward_of_items(op, begin, last - begin < together ? last : begin + together);
-  }
+  with_kind(op.forward, [&](auto element, auto silu) {
+    for (int64_t begin = first; begin < last; begin += together) {
+      backward_of_items<decltype(element), silu>(op, begin, last - begin < together ? last : begin + together);
+    }
+  });
 }
 
 // Channels last: the sums of every channel in every chunk of positions; their totals, and with them what the gradient
@@ -171,42 +182,46 @@ inline float* channel_numbers(const GroupNormBackward& op, int64_t sample) {
   return op.scratch + norm.samples * norm.chunks() * 3 * norm.channels + sample * 5 * norm.channels;
 }
 
-void group_norm_backward_sums(const GroupNormBackward& op, int64_t first, int64_t last) {
+// op.inner, at the elements of a chunk as they lie in the tensor.
+inline float* inner_of(const GroupNormBackward& op, const Chunk& chunk) {
+  return op.inner ? op.inner - chunk.sample * op.forward.positions * op.forward.channels : nullptr;
+}
+
+template <class T, bool kSilu, bool kKeepsInner>
+inline void chunk_sums_of(const GroupNormBackward& op, int64_t item) {
   const GroupNorm& norm = op.forward;
-  for (int64_t item = first; item < last; item++) {
-    const Chunk chunk = chunk_of(norm, item);
-    const float* numbers = channel_numbers(op, chunk.sample);
-    float* sums = chunk_sums(op, item);
-    const int64_t sample_start = chunk.sample * norm.positions * norm.channels;
-    const int64_t together = positions_together(norm);
-    for (int64_t channel = 0; channel < norm.channels; channel += kTile) {
-      const int64_t rest = norm.channels - channel, channels = rest < kTile ? rest : kTile;
-      NumbersTile<kMapNumbers> tile;
-      Buffer lanes[3], grad_buffer, x_buffer, inner_buffer;
-      for (int k = 0; k < kMapNumbers; k++) repeat(norm, numbers + k * norm.channels + channel, channels, tile.data[k]);
-      const float* center = tile.data[kCenter];
-      float *inner_sum = lanes[0].data, *product_sum = lanes[1].data, *centered_sum = lanes[2].data;
-      for (Buffer& lane : lanes) memset(lane.data, 0, size_t(together * channels) * sizeof(float));
-      for (int64_t p = 0; p < chunk.positions; p += together) {
-        const int64_t left = chunk.positions - p, n = (left < together ? left : together) * channels;
-        const int64_t row = chunk.start + p * norm.channels + channel;
-        const float* grad = read_row(op.grad, norm.type, row, n, grad_buffer.data);
-        const float* x = read_row(norm.x, norm.type, row, n, x_buffer.data);
-        float* inner = op.inner ? op.inner + (row - sample_start) : inner_buffer.data;
-        const auto add = [=](int64_t first, auto count) __attribute__((always_inline)) {
+  const Chunk chunk = chunk_of(norm, item);
+  const int64_t channels = norm.channels;
+  const float *center = channel_numbers(op, chunk.sample), *gain = center + channels, *offset = gain + channels;
+  const T *grad = static_cast<const T*>(op.grad), *x = static_cast<const T*>(norm.x);
+  float* inner = inner_of(op, chunk);
+  float *inner_sums = chunk_sums(op, item), *product_sums = inner_sums + channels;
+  float* centered_sums = product_sums + channels;
+  memset(inner_sums, 0, size_t(3 * channels) * sizeof(float));
+  for_blocks_of(norm, chunk, [=](int64_t channel, auto count, int64_t start) __attribute__((always_inline)) {
+    __builtin_prefetch(grad + start + kTile);
+    __builtin_prefetch(x + start + kTile);
 #pragma omp simd
-          for (int64_t i = first; i < first + count; i++) {
-            const float centered = x[i] - center[i];
-            inner_sum[i] += inner[i];
-            product_sum[i] += product(inner[i], centered);
-            centered_sum[i] += centered;
-          }
-        };
-        inner_gradient(norm.silu, n, grad, x, inner, tile, add);
-      }
-      for (int k = 0; k < 3; k++) fold(norm, lanes[k], channels, sums + k * norm.channels + channel);
+    for (int64_t j = 0; j < count; j++) {
+      const int64_t c = channel + j;
+      const float x_j = to_float(x[start + j]), centered = x_j - center[c];
+      const float of_j =
+          group_norm_inner_gradient<kSilu>(to_float(grad[start + j]), x_j, center[c], gain[c], offset[c]);
+      if (kKeepsInner) inner[start + j] = of_j;
+      inner_sums[c] += of_j;
+      product_sums[c] += product(of_j, centered);
+      centered_sums[c] += centered;
     }
-  }
+  });
+}
+
+void group_norm_backward_sums(const GroupNormBackward& op, int64_t first, int64_t last) {
+  with_kind(op.forward, [&](auto element, auto silu) {
+    for (int64_t item = first; item < last; item++) {
+      op.inner ? chunk_sums_of<decltype(element), silu, true>(op, item)
+               : chunk_sums_of<decltype(element), silu, false>(op, item);
+    }
+  });
 }
 
 // The maps of the forward pass, again.
@@ -250,35 +265,35 @@ void group_norm_backward_totals(const GroupNormBackward& op, int64_t first, int6
   }
 }
 
-void group_norm_backward_apply(const GroupNormBackward& op, int64_t first, int64_t last) {
+template <class T, bool kSilu, bool kKeepsInner>
+inline void gradient_of_chunk(const GroupNormBackward& op, int64_t item) {
   const GroupNorm& norm = op.forward;
-  for (int64_t item = first; item < last; item++) {
-    const Chunk chunk = chunk_of(norm, item);
-    const float* numbers = channel_numbers(op, chunk.sample);
-    const int64_t sample_start = chunk.sample * norm.positions * norm.channels;
-    NumbersTile<kGradientNumbers> tile;
-    Buffer grad_buffer, x_buffer, inner_buffer, out_buffer;
-    for_parts_of(
-        norm, chunk,
-        [&](int64_t channel, int64_t channels) {
-          for (int k = 0; k < kGradientNumbers; k++) {
-            repeat(norm, numbers + k * norm.channels + channel, channels, tile.data[k]);
-          }
-        },
-        [&](const Part& part) {
-          const int64_t n = part.size();
-          const float* x = read_row(norm.x, norm.type, part.start, n, x_buffer.data);
-          float* out = begin_row(op.grad_x, norm.type, part.start, out_buffer.data);
-          const float* inner = op.inner + (part.start - sample_start);
-          if (!op.inner) {
-            const float* grad = read_row(op.grad, norm.type, part.start, n, grad_buffer.data);
-            inner_gradient(norm.silu, n, grad, x, inner_buffer.data, tile, [](int64_t, auto) {});
-            inner = inner_buffer.data;
-          }
-          gradient_of_x(n, inner, x, out, tile);
-          finish_row(op.grad_x, norm.type, part.start, n, out);
-        });
-  }
+  const Chunk chunk = chunk_of(norm, item);
+  const int64_t channels = norm.channels;
+  const float *center = channel_numbers(op, chunk.sample), *gain = center + channels, *offset = gain + channels;
+  const float *slope = offset + channels, *constant = slope + channels, *inner = inner_of(op, chunk);
+  const T *grad = static_cast<const T*>(op.grad), *x = static_cast<const T*>(norm.x);
+  T* out = static_cast<T*>(op.grad_x);
+  for_blocks_of(norm, chunk, [=](int64_t channel, auto count, int64_t start) __attribute__((always_inline)) {
+#pragma omp simd
+    for (int64_t j = 0; j < count; j++) {
+      const int64_t c = channel + j;
+      const float x_j = to_float(x[start + j]);
+      const float of_j =
+          kKeepsInner ? inner[start + j]
+                      : group_norm_inner_gradient<kSilu>(to_float(grad[start + j]), x_j, center[c], gain[c], offset[c]);
+      from_float(group_norm_gradient(of_j, x_j, center[c], gain[c], slope[c], constant[c]), out[start + j]);
+    }
+  });
+}
+
+void group_norm_backward_apply(const GroupNormBackward& op, int64_t first, int64_t last) {
+  with_kind(op.forward, [&](auto element, auto silu) {
+    for (int64_t item = first; item < last; item++) {
+      op.inner ? gradient_of_chunk<decltype(element), silu, true>(op, item)
+               : gradient_of_chunk<decltype(element), silu, false>(op, item);
+    }
+  });
 }
 
 }  // namespace

@@ -14,15 +14,17 @@ namespace {
 // much again to enter as a short row.
 constexpr int64_t kBlock = 16;
 
-struct WholeBlock {
-  EMD_HD constexpr operator int64_t() const { return kBlock; }
+// A value that the compiler knows where it is handed over.
+template <auto kValue>
+struct Known {
+  EMD_HD constexpr operator decltype(kValue)() const { return kValue; }
 };
 
 // Calls function(first, count) for the blocks of n elements; the last may be shorter.
 template <class Function>
 EMD_HD void for_blocks(int64_t n, Function function) {
   int64_t i = 0;
-  for (; i + kBlock <= n; i += kBlock) function(i, WholeBlock{});
+  for (; i + kBlock <= n; i += kBlock) function(i, Known<kBlock>());
   if (i < n) function(i, n - i);
 }
 

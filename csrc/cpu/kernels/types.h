@@ -46,6 +46,16 @@ inline void row_from_float(const float* row, int64_t n, Float16* out) {
 }
 #endif
 
+// Calls function(a value of the type).
+template <class Function>
+inline void with_type(Type type, Function function) {
+  switch (type) {
+    case Type::float32: return function(float());
+    case Type::bfloat16: return function(Bfloat16());
+    case Type::float16: return function(Float16());
+  }
+}
+
 // The elements [at, at + n) of a dense array as float32: in place where they are, otherwise in the buffer.
 inline const float* read_row(const void* data, Type type, int64_t at, int64_t n, float* buffer) {
   switch (type) {
