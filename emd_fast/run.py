@@ -29,10 +29,12 @@ from emd_fast.best import Best, best_of_run
 from emd_fast.checkpoint import CheckpointError
 from emd_fast.config import EvaluationConfig, RunConfig, to_dict
 from emd_fast.denoiser import Denoiser, Generator
+from emd_fast.health import Diverged, check_health
 from emd_fast.plan import GIB, UNKNOWN, Ceilings, Plan, Sizes, Work, available, plan
 from emd_fast.progress import Progress, say, summary
+from emd_fast.state import MAY_CHANGE
 from emd_fast.tasks import Task, task_of
-from emd_fast.trainer import MAY_CHANGE, Diverged, EMDTrainer, check_health
+from emd_fast.trainer import EMDTrainer
 
 _MAY_CHANGE = {
     *(f"emd.{name}" for name in MAY_CHANGE),

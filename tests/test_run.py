@@ -19,7 +19,7 @@ from emd_fast import checkpoint, config, journal, report, run, study
 from emd_fast.checkpoint import CheckpointError
 from emd_fast.config import ConfigError
 from emd_fast.em import score_difference
-from emd_fast.trainer import Diverged
+from emd_fast.health import Diverged
 
 TINY = {
     "emd.steps": 6,
