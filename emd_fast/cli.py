@@ -36,6 +36,7 @@ from emd_fast.config import (
     TeacherConfig,
 )
 from emd_fast.distributed import GroupError
+from emd_fast.files import write_whole
 
 _TABLES = {
     "emd": EMDConfig,
@@ -394,7 +395,7 @@ def _show_plan(
 
 
 def _sample(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    from emd_fast import checkpoint, report
+    from emd_fast import report
 
     if options.out.suffix not in (".png", ".pt", ""):
         raise ConfigError(f"--out must end in .png or .pt, or be a folder, got {options.out}")
@@ -422,7 +423,7 @@ def _sample(options: argparse.Namespace, rest: Sequence[str]) -> int:
         return 0
     samples = samples_of(0, options.n)
     if options.out.suffix == ".pt":
-        checkpoint.write_whole(options.out, lambda file: torch.save(samples.cpu(), file))
+        write_whole(options.out, lambda file: torch.save(samples.cpu(), file))
     elif samples.dim() == 4:
         report.save_grid(options.out, decode(samples).cpu())
     else:

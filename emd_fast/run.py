@@ -25,6 +25,7 @@ from emd_fast.best import best_of_run
 from emd_fast.checkpoint import CheckpointError
 from emd_fast.config import EvaluationConfig, RunConfig, to_dict
 from emd_fast.denoiser import Denoiser, Generator
+from emd_fast.files import write_text
 from emd_fast.plan import UNKNOWN, Ceilings, Plan, Sizes, Work, available, plan
 from emd_fast.progress import Progress, say
 from emd_fast.signals import end_on_signals, stop_on_signals
@@ -204,7 +205,7 @@ def evaluate(
 
     def write() -> None:
         (folder / "report.md").unlink(missing_ok=True)  # with the metrics alone, the run is not finished
-        checkpoint.write_whole(folder / "metrics.json", lambda file: file.write(text.encode()))
+        write_text(folder / "metrics.json", text)
         report.write(folder)
 
     distributed.on_main(write)
@@ -220,8 +221,7 @@ def _open_folder(folder: Path, settings: RunConfig, held: contextlib.ExitStack) 
         (folder / "samples").mkdir(exist_ok=True)
         if path.exists() and _begun(folder):
             _check_same_run(folder, config.load(str(path)), settings)
-        text = tomli_w.dumps(to_dict(settings))
-        checkpoint.write_whole(path, lambda file: file.write(text.encode()))
+        write_text(path, tomli_w.dumps(to_dict(settings)))
     except OSError as error:
         raise RunError(
             f"cannot write the run folder {folder}: {error.strerror}: {error.filename}; choose another with --out"

@@ -19,6 +19,7 @@ from emd_fast import checkpoint, config, journal, report, run, study
 from emd_fast.checkpoint import CheckpointError
 from emd_fast.config import ConfigError
 from emd_fast.em import score_difference
+from emd_fast.files import write_whole
 from emd_fast.health import Diverged
 from emd_fast.signals import Interrupted
 
@@ -226,7 +227,7 @@ def test_a_disk_that_is_full_at_the_end_leaves_the_run_unfinished(tmp_path, monk
         def write(_):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        checkpoint.write_whole(folder / "report.md", write)
+        write_whole(folder / "report.md", write)
 
     monkeypatch.setattr(report, "write", full)
     with pytest.raises(OSError, match=r"No space left on device: .*report\.md"):
