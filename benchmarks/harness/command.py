@@ -1,4 +1,4 @@
-"""What `emd-fast bench` does with its options (emd_fast/cli.py has them)."""
+"""What `emd-fast bench` does with its options (emd_fast/options.py has them)."""
 
 from __future__ import annotations
 
