@@ -23,7 +23,7 @@ from emd_fast.distributed.group import (
     world_size,
 )
 from emd_fast.distributed.modes import check_group, make_mesh, resolve
-from emd_fast.distributed.sharding import blocks_of, broadcast, device_of, shard
+from emd_fast.distributed.sharding import blocks_of, device_of, shard
 from emd_fast.distributed.shards import Shards, local
 
 __all__ = [
@@ -34,7 +34,6 @@ __all__ = [
     "Shards",
     "barrier",
     "blocks_of",
-    "broadcast",
     "check_group",
     "check_same",
     "device_of",

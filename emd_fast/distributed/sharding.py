@@ -57,12 +57,12 @@ def shard(
     if mode == "replicate" or not parameters:
         if whole is not None:
             _take_from_rank_0(network, whole, device)
-        broadcast(network)
+        _broadcast(network)
         return network
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
     if whole is None:
-        broadcast(network)
+        _broadcast(network)
     if precision is not None and not any(p.requires_grad for p in parameters):
         for parameter in network.parameters():
             parameter.data = parameter.data.to(precision)
@@ -90,7 +90,7 @@ def shard(
             module.set_force_sum_reduction_for_comms(True)
     if whole is not None:
         _take_from_rank_0(network, whole, device)
-        broadcast(network)
+        _broadcast(network)
     return network
 
 
@@ -128,7 +128,7 @@ def _leave_to_rank_0(network: nn.Module) -> dict[str, Tensor] | None:
 @torch.no_grad()
 def _take_from_rank_0(network: nn.Module, whole: dict[str, Tensor], device: torch.device) -> None:
     """Gives a network on the meta device its memory; its shards, one tensor at a time, from the whole ones that rank 0
-    holds; what is not sharded is left to `broadcast`."""
+    holds; what is not sharded is left to `_broadcast`."""
     network.to_empty(device=device)
     tensor: Any
     for name, tensor in _named(network).items():
@@ -166,7 +166,7 @@ def blocks_of(network: nn.Module) -> list[nn.Module]:
 
 
 @torch.no_grad()
-def broadcast(network: nn.Module) -> None:
+def _broadcast(network: nn.Module) -> None:
     """What is not sharded of the parameters and buffers of rank 0, on every rank."""
     for tensor in _named(network).values():
         if group.world_size() == 1 or hasattr(tensor, "device_mesh"):
