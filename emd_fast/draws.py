@@ -20,8 +20,8 @@ class Draws:
     """z, eps, times, step sizes and conditions of some samples of the global batch.
 
     Args:
-        noise: where in the noise the step is. What draws for samples moves it to the first of them, but for `times`,
-            which comes after.
+        noise: of step 0, moved by what is called here: to a step by `at`, to the first sample by what draws, but for
+            `times`, which comes after.
         latent_shape, sample_shape: of one z, of one x.
         prompts: conditions to draw from.
     """
@@ -38,7 +38,13 @@ class Draws:
     ) -> None:
         self.config, self.schedule, self.noise = config, schedule, noise
         self.latent_shape, self.sample_shape, self.prompts = latent_shape, sample_shape, prompts
+        self._step = 0
         self._tables: dict[tuple[tuple[float, ...], ...], Tensor] = {}
+
+    def at(self, step: int) -> None:
+        """Moves to an optimizer step."""
+        self.noise.set(step=step)
+        self._step = step
 
     def e_step(self, first: int, size: int) -> tuple[Tensor, Tensor]:
         """z_0 and eps_0 of the E-step, of so many samples."""
@@ -75,7 +81,7 @@ class Draws:
             self._tables[key] = torch.tensor(size, dtype=torch.float32).log().to(self.noise.device)
         return _interpolate(-self.schedule.log_snr(t) / 2, self._tables[key])
 
-    def conditions(self, cond: Condition, start: int, end: int, *, step: int, substep: int) -> Condition:
+    def conditions(self, cond: Condition, start: int, end: int, substep: int) -> Condition:
         """Of the samples from `start` to before `end`: their part of `cond`, or drawn where that is None."""
         self.noise.set(first_sample=start)
         if cond is not None:
@@ -83,7 +89,7 @@ class Draws:
         size = (end - start,)
         if self.prompts is not None:
             # Drawn on the host, which has to look the prompts up, and would wait for the device otherwise.
-            host = Noise(self.config.seed, step=step, first_sample=start)
+            host = Noise(self.config.seed, step=self._step, first_sample=start)
             drawn = ops.integers(len(self.prompts), size, host, stream=Stream.CONDITION, substep=substep)
             return self.looked_up(drawn)
         if not self.config.num_classes:

@@ -249,7 +249,7 @@ class EMDTrainer:
             For each update but those of the warm-up: the loss of this rank's samples, the norm of the whole gradient.
         """
         config = self.config
-        self.noise.set(step=self.steps_done)
+        self.draws.at(self.steps_done)
         self._set_learning_rates()
         if self.steps_done == 0:
             for j in range(config.student_warmup):
@@ -273,7 +273,7 @@ class EMDTrainer:
             watch: is shown each Langevin step.
         """
         if step is not None:
-            self.noise.set(step=step)
+            self.draws.at(step)
         if samples is None:
             samples = range(*distributed.share(self.config.batch_size))
         return self._e_step(self._piece(cond, 0, samples.start, samples.stop), watch)
@@ -354,8 +354,7 @@ class EMDTrainer:
         return [self._piece(cond, substep, start, min(start + size, last)) for start in range(first, last, size)]
 
     def _piece(self, cond: Condition, substep: int, start: int, end: int) -> _Piece:
-        cond = self.draws.conditions(cond, start, end, step=self.steps_done, substep=substep)
-        return _Piece(start, end - start, cond)
+        return _Piece(start, end - start, self.draws.conditions(cond, start, end, substep))
 
     def _accumulate(self, name: str, pieces: Sequence[Any], loss_of: Callable[[Any], Tensor]) -> Tensor:
         """The sum of the losses over this rank's samples, divided by the global batch; leaves its gradient."""

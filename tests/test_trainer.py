@@ -300,6 +300,15 @@ def test_conditions_are_drawn_by_the_contract():
     assert torch.equal(sampled.cond, expected)
 
 
+@pytest.mark.parametrize("given", [{"prompts": torch.arange(3)}, {}])
+def test_a_posterior_sample_of_another_step_has_the_conditions_of_that_step(given):
+    trainer = EMDTrainer(digits_teacher(), config(num_classes=0 if given else 3), **given)
+    for step in (0, 5):
+        expected = ops.integers(3, (8,), Noise(0, step=step), stream=8)
+        assert torch.equal(trainer.sample_posterior(step=step).cond, expected)
+    assert torch.equal(trainer.sample_posterior().cond, expected)  # where the noise stands
+
+
 def test_generate_is_the_same_for_any_split():
     trainer = EMDTrainer(digits_teacher(), config(num_classes=3))
     whole = trainer.generate(6)
