@@ -30,8 +30,8 @@ from benchmarks.harness import ceiling, machine
 from benchmarks.harness.command import device_named
 from benchmarks.networks import KINDS, Kind, denoiser
 from emd_fast import Denoiser, EMDConfig, EMDTrainer, throughput
-from emd_fast.checkpoint import write_whole
 from emd_fast.config import ConfigError
+from emd_fast.files import write_text
 from emd_fast.plan import GIB, Sizes, available, plan
 from emd_fast.progress import summary
 
@@ -286,7 +286,7 @@ def _write(
         "training": [dataclasses.asdict(one) for one in found],
         "schema": SCHEMA,
     }
-    write_whole(options.json, lambda file: file.write(f"{json.dumps(facts, indent=1)}\n".encode()))
+    write_text(options.json, f"{json.dumps(facts, indent=1)}\n")
 
 
 def read(path: Path) -> list[Trained]:

@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all.
+"""Checkpoints, which are there whole or not at all.
 
 A file holds one state of tensors and plain values (a teacher): `save`, `load`. A training checkpoint is a folder that
 torch.distributed.checkpoint has written, each rank its part, with a manifest of what is in it: `Writer`, `facts`,
@@ -7,7 +7,6 @@ torch.distributed.checkpoint has written, each rank its part, with a manifest of
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -17,15 +16,16 @@ import shutil
 import threading
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from emd_fast import distributed
+from emd_fast.files import write_text, write_whole
 
 _FORMAT = "emd_fast checkpoint"
 _VERSION = 2
@@ -38,34 +38,6 @@ class CheckpointError(RuntimeError):
 
 
 # Files ----------------------------------------------------------------------------------------------------------------
-
-
-def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Writes to a temporary name beside `path`, then renames: a crash or a full disk leaves what was there.
-
-    Raises:
-        OSError: what the file system says, with the path; the temporary file is gone then.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with naming(path):
-            with open(temporary, "wb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(OSError):  # what went wrong before is what to say
-            temporary.unlink()
-
-
-@contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Inside, an OSError gets this path: the system names none where it is a write that fails."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
 def save(path: str | Path, state: dict[str, Any]) -> None:
@@ -197,7 +169,7 @@ def _write_folder(
         if main:
             manifest: dict[str, Any] = {"format": _FORMAT, "version": _VERSION, "facts": dict(facts), "files": files}
             manifest["sha256"] = _own_digest(manifest)
-            write_whole(temporary / _MANIFEST, lambda file: file.write(json.dumps(manifest, indent=1).encode()))
+            write_text(temporary / _MANIFEST, json.dumps(manifest, indent=1))
             _sync(temporary)
             _put_in_place(temporary, path)
             if then is not None:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from emd_fast.checkpoint import write_whole
 from emd_fast.denoiser import Condition
+from emd_fast.files import write_whole
 
 _ALONE, _NULL = "cond", "null."
 

@@ -9,6 +9,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from emd_fast.config import EMDConfig
 from emd_fast.distributed import local
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -35,6 +36,15 @@ def half_life(samples: float, batch_size: int) -> Profile:
     Source: Karras et al., arXiv 2206.00364, whose training does so.
     """
     return lambda step: 0.5 ** (batch_size / min(samples, 0.05 * batch_size * (step + 1)))
+
+
+def profile(config: EMDConfig) -> Profile:
+    """The configured one."""
+    if config.ema_profile == "power":
+        return power(config.ema_power)
+    if config.ema_profile == "half_life":
+        return half_life(config.ema_half_life, config.batch_size)
+    return constant(config.ema)
 
 
 class EMA(Generic[Module]):

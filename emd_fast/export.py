@@ -21,8 +21,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from emd_fast.checkpoint import write_whole
 from emd_fast.denoiser import Denoiser, Generator
+from emd_fast.files import write_whole
 from emd_fast.one_step import Facts, OneStep
 from emd_fast.teachers.diffusers import DiffusersDenoiser
 from emd_fast.teachers.diffusers.folder import EXPORTED, Folder, need_diffusers, read_json

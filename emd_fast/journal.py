@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from emd_fast.checkpoint import naming, write_whole
+from emd_fast.files import naming, write_text
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -48,7 +48,7 @@ class Journal:
     ) -> None:
         self.path = folder / "log.jsonl"
         kept = [row for row in read(self.path) if row["step"] <= step]
-        write_whole(self.path, lambda file: file.write("".join(json.dumps(row) + "\n" for row in kept).encode()))
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         # Unbuffered: what a full disk has refused must not be tried again by close().
         self._file = open(self.path, "ab", buffering=0)  # closed by close()
         self._sinks = [_SINKS[name](folder, step, config or {}) for name in sinks]
@@ -98,7 +98,7 @@ class _WandB:
             self._run = module.init(dir=str(folder), config=config, id=own, resume="allow", allow_val_change=True)
         except Exception as error:  # of its own kinds: no key, no such project, no network
             raise RuntimeError(f"Weights & Biases cannot be used: {error}") from error
-        write_whole(path, lambda file: file.write(self._run.id.encode()))
+        write_text(path, self._run.id)
 
     @staticmethod
     def module() -> Any:

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from emd_fast import report, run
-from emd_fast.checkpoint import write_whole
 from emd_fast.config import ConfigError
 from emd_fast.em.e_step import EStep, LangevinStep
+from emd_fast.files import write_text, write_whole
 from emd_fast.trainer import EMDTrainer
 
 _COLUMNS = ("drift", "z", "eps", "delta", "g(z)")
@@ -62,7 +62,7 @@ class Replay:
         folder.mkdir(parents=True, exist_ok=True)
         samples = {"before": self.before.cpu(), "after": self.after.cpu()}
         paths = [folder / "replay.txt", folder / "samples.pt"]
-        write_whole(paths[0], lambda file: file.write(f"{self.table()}\n".encode()))
+        write_text(paths[0], f"{self.table()}\n")
         write_whole(paths[1], lambda file: torch.save(samples, file))
         if self.before.dim() == 2 and self.before.shape[1] == 2:
             paths.append(folder / "points.png")

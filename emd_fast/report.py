@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from emd_fast import journal
-from emd_fast.checkpoint import write_whole
+from emd_fast.files import write_whole
 from emd_fast.metrics.images import to_uint8
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from emd_fast import journal, run
-from emd_fast.checkpoint import write_whole
 from emd_fast.config import ConfigError, EMDConfig, RunConfig
+from emd_fast.files import write_text
 from emd_fast.progress import say
 from emd_fast.tasks import task_of
 
@@ -50,15 +50,14 @@ def conduct(settings: RunConfig, folder: Path) -> Path:
             say(f"study: {variant.name}, seed {seed}")
             metrics = run.distill(dataclasses.replace(variant.settings, emd=emd), own)
             results.setdefault(variant.name, []).append({**_numbers(metrics), **_gradient_norm(own)})
-    write_whole(folder / "study.json", lambda file: file.write(json.dumps(results, indent=1).encode()))
+    write_text(folder / "study.json", json.dumps(results, indent=1))
     lines = [
         f"# {'Digits' if settings.task == 'digits' else 'A mixture'}: the study",
         "",
         _question(settings, seeds),
         "",
     ]
-    text = "\n".join([*lines, _table(results), ""])
-    write_whole(folder / "study.md", lambda file: file.write(text.encode()))
+    write_text(folder / "study.md", "\n".join([*lines, _table(results), ""]))
     return folder / "study.md"
 
 

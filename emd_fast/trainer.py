@@ -6,7 +6,6 @@ Reading order: `step`, then the three parts that it calls, in the words of docs/
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -16,14 +15,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils import _pytree as pytree
 
-from emd_fast import checkpoint, conditions, diagnostics, distributed, ema, ops, optimizers
-from emd_fast.config import ConfigError, EMDConfig, StepSize, TimeDistribution, from_dict, to_dict
-from emd_fast.denoiser import Condition, Denoiser, Generator, base
+from emd_fast import checkpoint, conditions, diagnostics, distributed, ema, networks, ops, optimizers
+from emd_fast.config import ConfigError, EMDConfig, to_dict
+from emd_fast.denoiser import Condition, Denoiser, base
 from emd_fast.diagnostics import Seen
 from emd_fast.distributed import Shards, gathered
+from emd_fast.draws import Draws
 from emd_fast.em.e_step import EStep, Watch, frozen, unchecked_e_step
 from emd_fast.em.e_step_xz import e_step_xz
 from emd_fast.em.m_step import WEIGHTINGS, m_step
@@ -32,33 +30,9 @@ from emd_fast.fingerprint import fingerprint
 from emd_fast.graphs import GraphedEStep
 from emd_fast.noise import Noise, Stream
 from emd_fast.recompute import recomputed
-from emd_fast.rounded import rounded, trainable
+from emd_fast.rounded import rounded
+from emd_fast.state import State, check_config, check_teacher, config_of
 from emd_fast.throughput import Laps
-from emd_fast.unet.plan import fuse_known, fusion_report, unfuse
-
-# What may change between two legs of one run; everything else makes it another run. They change time, memory, limits
-# and the order in which numbers are summed.
-MAY_CHANGE = {
-    "steps",
-    "max_z_rms",
-    "max_skipped",
-    "micro_batch_size",
-    "parallel",
-    "shard_group",
-    "fuse",
-    "compile",
-    "cuda_graph",
-    "activation_checkpointing",
-}
-
-
-class Diverged(RuntimeError):
-    """Training that must not go on: one line that says what was seen and what helps. All ranks raise it alike, and the
-    main one alone has to say it."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
-        self.main = distributed.is_main()
 
 
 @dataclass(frozen=True)
@@ -115,66 +89,67 @@ class EMDTrainer:
             raise ConfigError(
                 f"batch_size must be at least the number of ranks, {distributed.world_size()}, got {config.batch_size}"
             )
-        _check_bare(teacher=teacher, generator=generator, student=student)
-        _check_finite("teacher", base(teacher))
-        if (generator is None or student is None) and not any(True for _ in teacher.parameters()):
-            raise ValueError("this teacher has no parameters to start from: give EMDTrainer a generator and a student")
         self.config = config
+        self.generator, self.student = networks.that_learn(teacher, generator, student, config)
         self.schedule = base(teacher).schedule
         # Of the weights as they were given; the main rank's, which the others take over.
         self._teacher_facts: dict[str, Any] = distributed.on_main(
             lambda: {"path": base(teacher).source, "sha256": fingerprint(base(teacher))}
         )
-        self.generator = generator if generator is not None else _copy_of(teacher, config)
-        self.student = student if student is not None else trainable(teacher)
-        _check_apart(teacher=teacher, generator=self.generator, student=self.student)
         self.device = distributed.device_of(self.generator)
-        self._mode, reason = distributed.resolve(config.parallel, sum(p.numel() for p in self.generator.parameters()))
-        self.parallel = f"{self._mode}: {reason}"
-        rounds = self._mode == "replicate" and self.compute_dtype != torch.float32
+        mode, reason = distributed.resolve(config.parallel, sum(p.numel() for p in self.generator.parameters()))
+        self.parallel = f"{mode}: {reason}"
+        rounds = mode == "replicate" and self.compute_dtype != torch.float32
         self.teacher = rounded(teacher, self.compute_dtype) if rounds else teacher
         for network, trains in ((self.teacher, False), (self.generator, True), (self.student, True)):
             network.eval().requires_grad_(trains)  # eval: no dropout, no batch statistics, in any of the three
-        self.sample_shape = _shape("sample_shape", generator, teacher)
+        self.sample_shape = networks.sample_shape(generator, teacher)
         self.latent_shape = getattr(self.generator, "latent_shape", None) or self.sample_shape
         self.noise = Noise(config.seed, device=self.device)
         if config.fuse:
-            _fuse(self.teacher, self.generator, self.student, compile=config.compile)
-        self.ema = ema.EMA(self.generator, _profile(config))
-        self._spread()
+            networks.fuse_all(self.teacher, self.generator, self.student, compile=config.compile)
+        self.ema = ema.EMA(self.generator, ema.profile(config))
+        self._spread(mode)
         self.shards = {"generator": Shards(self.generator), "student": Shards(self.student)}
         self.generator_optimizer = optimizers.make(config, self.shards["generator"].parameters, config.generator_lr)
         self.student_optimizer = optimizers.make(config, self.shards["student"].parameters, config.student_lr)
-        networks = (self.generator, self.teacher, self.student)
         if config.activation_checkpointing:
-            for name, shards in self.shards.items():
-                if not distributed.blocks_of(shards.network):
-                    raise ConfigError(
-                        f"activation_checkpointing must be False: the {name} has no blocks (entries of a ModuleList) "
-                        "that could be computed again one at a time"
-                    )
+            networks.check_blocks(generator=self.generator, student=self.student)
+        three = (self.generator, self.teacher, self.student)
         self._graphed = (
-            GraphedEStep(*networks, steps=self._langevin_steps(), guidance=config.guidance, noise=self.noise)
+            GraphedEStep(*three, steps=self._langevin_steps(), guidance=config.guidance, noise=self.noise)
             if config.cuda_graph
             else None
         )
         self.prompts = None if prompts is None else conditions.table(prompts)
+        self.draws = Draws(
+            config,
+            self.schedule,
+            self.noise,
+            latent_shape=self.latent_shape,
+            sample_shape=self.sample_shape,
+            prompts=self.prompts,
+        )
         self.skipped = torch.zeros((), device=self.device)
         self.steps_done = 0
-        self._tables: dict[Any, Tensor] = {}
         self._seen: list[Seen] = []
         self.laps = Laps(self.device)  # of the last step: student, e_step, m_step
         self._writer = checkpoint.Writer()
+        self._state = State(
+            {"generator": self.generator, "student": self.student, "ema": self.ema.module},
+            self.shards,
+            self._optimizers(),
+        )
 
-    def _spread(self) -> None:
+    def _spread(self, mode: str) -> None:
         """Lays the networks out over the ranks."""
         if distributed.world_size() > 1:
-            mesh = distributed.make_mesh(self._mode, self.device, self.config.shard_group)
+            mesh = distributed.make_mesh(mode, self.device, self.config.shard_group)
             precision = torch.bfloat16 if self.compute_dtype == torch.bfloat16 else None
             for network in (self.teacher, self.generator, self.student, self.ema.module):
                 # The average is float32 throughout: it is what a run is for.
                 own = None if network is self.ema.module else precision
-                distributed.shard(network, self._mode, precision=own, mesh=mesh, device=self.device)
+                distributed.shard(network, mode, precision=own, mesh=mesh, device=self.device)
 
     # One step ---------------------------------------------------------------------------------------------------------
 
@@ -229,7 +204,7 @@ class EMDTrainer:
         seen = self._last_seen()
         return diagnostics.diagnose(
             seen,
-            (self._start(one.first, len(one.sampled.t)) for one in seen),
+            (self.draws.e_step(one.first, len(one.sampled.t)) for one in seen),
             batch=self.config.batch_size,
             schedule=self.schedule,
             times=self.config.time_distribution,
@@ -274,7 +249,7 @@ class EMDTrainer:
             For each update but those of the warm-up: the loss of this rank's samples, the norm of the whole gradient.
         """
         config = self.config
-        self.noise.set(step=self.steps_done)
+        self.draws.at(self.steps_done)
         self._set_learning_rates()
         if self.steps_done == 0:
             for j in range(config.student_warmup):
@@ -298,7 +273,7 @@ class EMDTrainer:
             watch: is shown each Langevin step.
         """
         if step is not None:
-            self.noise.set(step=step)
+            self.draws.at(step)
         if samples is None:
             samples = range(*distributed.share(self.config.batch_size))
         return self._e_step(self._piece(cond, 0, samples.start, samples.stop), watch)
@@ -311,11 +286,11 @@ class EMDTrainer:
 
     def _e_step(self, piece: _Piece, watch: Watch | None = None) -> EStep:
         config = self.config
-        z, eps = self._start(piece.first, piece.size)
-        t = self._times(config.time_distribution, Stream.E_STEP_TIME, 0, piece.size)
+        z, eps = self.draws.e_step(piece.first, piece.size)
+        t = self.draws.times(config.time_distribution, piece.size, stream=Stream.E_STEP_TIME)
         vsd = config.objective == "vsd"
-        gamma_eps = self._step_size(config.gamma_eps, t)
-        gamma_z = 0.0 if vsd else self._step_size(config.gamma_z, t)
+        gamma_eps = self.draws.step_size(config.gamma_eps, t)
+        gamma_z = 0.0 if vsd else self.draws.step_size(config.gamma_z, t)
         with self._compute_dtype():
             if self._graphed is not None and watch is None:
                 return self._graphed(z, eps, t, piece.cond, gamma_eps=gamma_eps, gamma_z=gamma_z)
@@ -335,14 +310,6 @@ class EMDTrainer:
                 watch=watch,
             )
 
-    def _start(self, first: int, size: int) -> tuple[Tensor, Tensor]:
-        """z_0 and eps_0 of so many samples of this optimizer step."""
-        self.noise.set(first_sample=first)
-        return (
-            ops.normal((size, *self.latent_shape), self.noise, stream=Stream.E_STEP_Z),
-            ops.normal((size, *self.sample_shape), self.noise, stream=Stream.E_STEP_EPS),
-        )
-
     def _langevin_steps(self) -> int:
         return 1 if self.config.objective == "vsd" else self.config.langevin_steps
 
@@ -355,7 +322,7 @@ class EMDTrainer:
             weight = WEIGHTINGS[self.config.weighting](piece.alpha, piece.sigma)
             if self.config.objective == "vsd":
                 # The gradient is linear in drift, and drift is gamma_eps times that of score distillation.
-                weight = weight / self._step_size(self.config.gamma_eps, piece.t)
+                weight = weight / self.draws.step_size(self.config.gamma_eps, piece.t)
 
             def watched(z: Tensor, cond: Condition) -> Tensor:
                 generated = self.generator(z, cond)
@@ -369,15 +336,10 @@ class EMDTrainer:
 
     def _student_update(self, cond: Condition, substep: int) -> tuple[Tensor, Tensor]:
         def loss_of(piece: _Piece) -> Tensor:
-            self.noise.set(first_sample=piece.first)
-            return student_step(
-                self.generator,
-                self.student,
-                ops.normal((piece.size, *self.latent_shape), self.noise, stream=Stream.STUDENT_Z, substep=substep),
-                ops.normal((piece.size, *self.sample_shape), self.noise, stream=Stream.STUDENT_EPS, substep=substep),
-                self._times(self.config.student_time_distribution, Stream.STUDENT_TIME, substep, piece.size),
-                cond=piece.cond,
-            )
+            z, eps = self.draws.student(piece.first, piece.size, substep)
+            times = self.config.student_time_distribution
+            t = self.draws.times(times, piece.size, stream=Stream.STUDENT_TIME, substep=substep)
+            return student_step(self.generator, self.student, z, eps, t, cond=piece.cond)
 
         with gathered(self.generator, self.student):
             loss = self._accumulate("student", self._pieces(cond, 1 + substep), loss_of)
@@ -392,8 +354,7 @@ class EMDTrainer:
         return [self._piece(cond, substep, start, min(start + size, last)) for start in range(first, last, size)]
 
     def _piece(self, cond: Condition, substep: int, start: int, end: int) -> _Piece:
-        self.noise.set(first_sample=start)
-        return _Piece(start, end - start, self._conditions(cond, substep, start, end))
+        return _Piece(start, end - start, self.draws.conditions(cond, start, end, substep))
 
     def _accumulate(self, name: str, pieces: Sequence[Any], loss_of: Callable[[Any], Tensor]) -> Tensor:
         """The sum of the losses over this rank's samples, divided by the global batch; leaves its gradient."""
@@ -454,43 +415,6 @@ class EMDTrainer:
         for name, optimizer in self._optimizers().items():
             optimizers.set_rate(optimizer, rates[name] * scale)
 
-    def _times(self, distribution: TimeDistribution, stream: int, substep: int, batch: int | None = None) -> Tensor:
-        size = (self.config.batch_size if batch is None else batch,)
-        low, high = math.log(distribution.low), math.log(distribution.high)
-        if distribution.kind == "log_uniform":
-            log_ratio = low + (high - low) * ops.uniform(size, self.noise, stream=stream, substep=substep)
-        else:
-            normal = ops.normal(size, self.noise, stream=stream, substep=substep)
-            log_ratio = (distribution.mean + distribution.std * normal).clamp(low, high)
-        return self.schedule.t_from_log_snr(-2 * log_ratio).clamp(self.schedule.t_min, self.schedule.t_max)
-
-    def _step_size(self, size: StepSize, t: Tensor) -> float | Tensor:
-        """The number, or (B,) interpolated in log (sigma / alpha) and log value."""
-        if not isinstance(size, list):
-            return size
-        key = tuple(map(tuple, size))
-        if key not in self._tables:  # made once: copying it to the device makes the host wait
-            self._tables[key] = torch.tensor(size, dtype=torch.float32).log().to(self.device)
-        return _interpolate(-self.schedule.log_snr(t) / 2, self._tables[key])
-
-    def _conditions(self, cond: Condition, substep: int, start: int, end: int) -> Condition:
-        if cond is not None:
-            return pytree.tree_map(lambda leaf: leaf[start:end] if isinstance(leaf, Tensor) else leaf, cond)
-        size = (end - start,)
-        if self.prompts is not None:
-            # Drawn on the host, which has to look the prompts up, and would wait for the device otherwise.
-            host = Noise(self.config.seed, step=self.steps_done, first_sample=start)
-            drawn = ops.integers(len(self.prompts), size, host, stream=Stream.CONDITION, substep=substep)
-            return self._looked_up(drawn)
-        if not self.config.num_classes:
-            return None
-        return ops.integers(self.config.num_classes, size, self.noise, stream=Stream.CONDITION, substep=substep)
-
-    def _looked_up(self, indices: Tensor) -> Condition:
-        assert self.prompts is not None
-        found = self.prompts[indices]
-        return pytree.tree_map(lambda leaf: leaf.to(self.device, non_blocking=True), found)
-
     @property
     def compute_dtype(self) -> torch.dtype:
         """Of the networks' passes: bfloat16 by autocast, or float32."""
@@ -524,7 +448,7 @@ class EMDTrainer:
         z = ops.normal((n, *self.latent_shape), noise, stream=Stream.SHOWN)
         which = range(first_sample, first_sample + n)
         if self.prompts is not None:
-            return z, self._looked_up(torch.tensor(which, dtype=torch.int64) % len(self.prompts))
+            return z, self.draws.looked_up(torch.tensor(which, dtype=torch.int64) % len(self.prompts))
         if self.config.num_classes:
             return z, torch.tensor(which, dtype=torch.int64, device=self.device) % self.config.num_classes
         return z, None
@@ -582,18 +506,9 @@ class EMDTrainer:
             "teacher": self._teacher_facts,
             "skipped": self.skipped.item(),
             "ranks": distributed.world_size(),
-            "groups": {name: _counters(optimizer) for name, optimizer in self._optimizers().items()},
+            "groups": self._state.counters(),
         }
-        tensors = self._tensors()
-        for name, optimizer in self._optimizers().items():
-            shards = self.shards[name]
-            for index, parameter in enumerate(shards.parameters):
-                for key, value in optimizer.state.get(parameter, {}).items():
-                    if isinstance(value, Tensor):
-                        tensors[f"{name}_optimizer.{shards.names[index]}.{key}"] = shards.like(
-                            index, optimizers.plain(value)
-                        )
-        self._writer.save(path, tensors, facts, background=background, then=then)
+        self._writer.save(path, self._state.tensors(), facts, background=background, then=then)
 
     def finish_saving(self) -> None:
         """Waits for a checkpoint that is being written in the background.
@@ -628,171 +543,12 @@ class EMDTrainer:
                 where it trains, a teacher of other weights than the run began with.
         """
         facts = checkpoint.facts(path)
-        try:
-            saved = from_dict(EMDConfig, facts["config"])
-        except (ConfigError, KeyError) as error:
-            raise checkpoint.CheckpointError(
-                f"{path} holds a configuration this release cannot read: {error}"
-            ) from None
-        # A schedule that ends at the last step is another one when the last step moves.
-        may_change = MAY_CHANGE - ({"steps"} if saved.lr_schedule != "constant" else set())
-        for item in dataclasses.fields(EMDConfig):
-            was, now = getattr(saved, item.name), getattr(config or saved, item.name)
-            if was != now and item.name not in may_change:
-                raise checkpoint.CheckpointError(
-                    f"{path} was made with {item.name} = {was!r}, not {now!r}; another run needs another folder"
-                )
+        saved = config_of(path, facts)
+        check_config(path, saved, config or saved)
         trainer = cls(teacher, config or saved, generator, student, prompts)
-        trainer._restore(Path(path), facts)  # another architecture is named by its tensors
+        trainer._state.restore(Path(path), facts["groups"])  # another architecture is named by its tensors
+        trainer.skipped.fill_(facts["skipped"])
+        trainer.steps_done = facts["step"]
         if trains:
-            trainer._check_teacher(Path(path), facts.get("teacher"))
+            check_teacher(path, facts.get("teacher"), trainer._teacher_facts)
         return trainer
-
-    def _check_teacher(self, path: Path, saved: dict[str, Any] | None) -> None:
-        here = self._teacher_facts
-        if saved is not None and saved["sha256"] != here["sha256"]:  # checkpoints of before do not say it
-            was, now = (f"{facts['path'] or 'no file'}, SHA-256 {facts['sha256'][:12]}" for facts in (saved, here))
-            raise checkpoint.CheckpointError(
-                f"{path} was made with a teacher of other weights ({was}) than this one ({now}): "
-                "give the one it was made with, or distil into another folder"
-            )
-
-    def _restore(self, path: Path, facts: dict[str, Any]) -> None:
-        tensors, there = self._tensors(), checkpoint.shapes(path)
-        states: dict[str, dict[int, dict[str, Any]]] = {"generator": {}, "student": {}}
-        for name, shards in self.shards.items():
-            index_of = {parameter: index for index, parameter in enumerate(shards.names)}
-            part = f"{name}_optimizer."
-            for full in [full for full in there if full.startswith(part)]:
-                parameter, _, key = full.removeprefix(part).rpartition(".")
-                if parameter not in index_of:
-                    raise checkpoint.CheckpointError(f"{path} does not fit this {name}: it has no {parameter}")
-                index = index_of[parameter]
-                shape, dtype = there[full]
-                # Made here, before anything is read: what an optimizer would make at its first step comes too late.
-                own = shards.parameters[index]
-                value = torch.zeros(shape, dtype=dtype, device=own.device)
-                if shape == tuple(shards.whole[index].shape):
-                    # In the parameter's memory format: a fused optimizer reads both from first byte to last.
-                    value = torch.zeros_like(own, dtype=dtype, requires_grad=False)
-                states[name].setdefault(index, {})[key] = value
-                tensors[full] = shards.like(index, value)
-        checkpoint.restore(path, tensors)
-        for name, optimizer in self._optimizers().items():
-            for index, state in states[name].items():
-                own = self.shards[name].parameters[index]
-                for key, value in state.items():
-                    state[key] = optimizers.as_kept(optimizer, own, key, value)
-            groups = optimizer.state_dict()["param_groups"]
-            for group, counters in zip(groups, facts["groups"][name], strict=True):
-                group.update(counters)
-            optimizer.load_state_dict({"state": states[name], "param_groups": groups})
-        self.skipped.fill_(facts["skipped"])
-        self.steps_done = facts["step"]
-
-    def _tensors(self) -> dict[str, Tensor]:
-        """Parameters and buffers by "part.name", as the checkpoint has them."""
-        parts = {"generator": self.generator, "student": self.student, "ema": self.ema.module}
-        return {
-            f"{part}.{name}": tensor for part, module in parts.items() for name, tensor in module.state_dict().items()
-        }
-
-
-def check_health(
-    metrics: dict[str, float], config: EMDConfig, culprit: Callable[[], str | None] = lambda: None
-) -> None:
-    """Looks at one step's metrics, as numbers; `culprit` says which tensor's gradient was not finite.
-
-    Raises:
-        Diverged: the run must stop, and why.
-    """
-    if metrics["skipped"] > config.max_skipped:
-        named = culprit()
-        raise Diverged(
-            f"{metrics['skipped']:.0f} gradients were not finite{f', last that of {named}' if named else ''} "
-            f"(max_skipped = {config.max_skipped}); "
-            "the weights are those before them. Try smaller learning rates, or a smaller gamma_z"
-        )
-    if not metrics["z_rms"] <= config.max_z_rms:  # also true for a NaN
-        raise Diverged(
-            f"the RMS of z is {metrics['z_rms']:.3g} (max_z_rms = {config.max_z_rms:g}): the Langevin chain of z "
-            "diverges. Use a smaller gamma_z, or pairs [sigma, value] that make it small where sigma is small"
-        )
-    if not math.isfinite(metrics["drift_rms"]):
-        raise Diverged("drift is not finite: the teacher or the student returned values that are not finite")
-
-
-def _profile(config: EMDConfig) -> ema.Profile:
-    if config.ema_profile == "power":
-        return ema.power(config.ema_power)
-    if config.ema_profile == "half_life":
-        return ema.half_life(config.ema_half_life, config.batch_size)
-    return ema.constant(config.ema)
-
-
-def _counters(optimizer: torch.optim.Optimizer) -> list[dict[str, int]]:
-    """What an optimizer counts in its groups (apex: the step) instead of in its tensors."""
-    return [{"step": group["step"]} if isinstance(group.get("step"), int) else {} for group in optimizer.param_groups]
-
-
-def _copy_of(teacher: Denoiser, config: EMDConfig) -> Generator:
-    return Generator(trainable(teacher), config.t_star, input_scale=config.input_scale)
-
-
-def _fuse(*networks: nn.Module, compile: bool) -> None:
-    """All or none."""
-    done = []
-    try:
-        for network in networks:
-            if compile:
-                unfuse(network)  # one that came fused is not compiled yet
-            bare = not fusion_report(network).fused
-            fuse_known(network, compile=compile)
-            if bare:
-                done.append(network)
-    except ValueError as error:
-        for network in done:
-            unfuse(network)
-        raise ConfigError(f"fuse must be False for this network: {error}") from error
-
-
-def _interpolate(log_ratio: Tensor, points: Tensor) -> Tensor:
-    """exp of what lies at log_ratio between points (n, 2) of logarithms."""
-    if len(points) == 1:
-        return points[0, 1].exp().expand_as(log_ratio)
-    x, y = points.unbind(1)
-    log_ratio = log_ratio.clamp(x[0], x[-1])
-    after = torch.searchsorted(x.contiguous(), log_ratio).clamp(1, len(x) - 1)
-    share = (log_ratio - x[after - 1]) / (x[after] - x[after - 1])
-    return torch.lerp(y[after - 1], y[after], share).exp()
-
-
-def _check_finite(name: str, module: nn.Module) -> None:
-    for key, value in module.state_dict().items():
-        if value.is_floating_point() and not value.is_meta and not bool(torch.isfinite(value).all()):
-            raise ValueError(f"the {name}'s weights are not finite: {key} holds NaN or infinity")
-
-
-def _check_bare(**networks: nn.Module | None) -> None:
-    """Gradients would be reduced twice, and by another rule."""
-    for name, network in networks.items():
-        modules = network.modules() if isinstance(network, nn.Module) else ()
-        if any(isinstance(module, DistributedDataParallel) or distributed.is_fsdp(module) for module in modules):
-            raise ValueError(f"the {name} is wrapped in DDP or FSDP2: give it bare, and say config.parallel")
-
-
-def _check_apart(**networks: nn.Module) -> None:
-    """A generator around the teacher itself, instead of a copy, would train the teacher without a word."""
-    owner: dict[int, str] = {}
-    for name, network in networks.items():
-        for parameter in network.parameters():
-            if owner.setdefault(id(parameter), name) != name:
-                raise ValueError(f"{owner[id(parameter)]} and {name} share parameters: give each its own (deepcopy)")
-
-
-def _shape(name: str, *owners: Any) -> tuple[int, ...]:
-    for owner in owners:
-        shape = getattr(owner, name, None)
-        if shape is not None:
-            return tuple(shape)
-    raise ValueError(f"give the teacher's Denoiser a {name}, so that the trainer knows what to generate")

@@ -10,7 +10,7 @@ import torch
 from spawned import Ranks
 from test_run import assert_same, settings, weights
 
-from emd_fast import checkpoint, cli, config, journal, report, run
+from emd_fast import checkpoint, cli, config, journal, report, run, training
 from emd_fast.config import ConfigError
 from emd_fast.tasks.digits import Digits
 from emd_fast.tasks.gmm import Mixture
@@ -63,7 +63,7 @@ def test_judging_leaves_the_training_bit_for_bit_and_keeps_the_best(tmp_path):
 
 
 def test_nothing_is_judged_where_nobody_asked(tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "Best", lambda *_: pytest.fail("judged"))
+    monkeypatch.setattr(training, "Best", lambda *_: pytest.fail("judged"))
     metrics = run.distill(settings(), tmp_path)
     assert not judged(tmp_path) and "best" not in metrics
     assert not checkpoint.best_of(tmp_path / "checkpoints").exists()

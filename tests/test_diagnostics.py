@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from emd_fast import Denoiser, EMDConfig, EMDTrainer, diagnostics, journal, ops, run, schedules, throughput
+from emd_fast import Denoiser, EMDConfig, EMDTrainer, diagnostics, journal, ops, run, schedules, throughput, training
 from emd_fast import config as settings
 from emd_fast.config import TimeDistribution
 from emd_fast.em.m_step import WEIGHTINGS
@@ -402,8 +402,8 @@ def test_the_three_networks_denoise_the_same_images():
 
 def test_a_picture_has_a_row_for_each_network_and_never_stops_a_run(tmp_path):
     trainer = digits_trainer()
-    run._show(trainer, tmp_path)
+    training._show(trainer, tmp_path)
     with Image.open(tmp_path / "samples" / "networks" / "step-00000000.png") as picture:
         assert picture.width > 2 * picture.height
     next(trainer.student.parameters()).data.fill_(math.nan)
-    run._show(trainer, tmp_path)
+    training._show(trainer, tmp_path)

@@ -8,7 +8,7 @@ from test_distributed import config, teacher
 from test_distributed_run import command, started
 
 from emd_fast import EMDTrainer, distributed
-from emd_fast.distributed import GroupError
+from emd_fast.distributed import GroupError, agreement
 
 
 @pytest.fixture(scope="module")
@@ -23,14 +23,14 @@ def refused(changes, source=None) -> tuple[str, bool]:
     if distributed.rank() == 0:
         changes = {}
     elif source:
-        code = {**distributed._code(), "the source of emd_fast": source}
-        distributed._code, original = lambda: code, distributed._code
+        code = {**agreement._code(), "the source of emd_fast": source}
+        agreement._code, original = lambda: code, agreement._code
     try:
         with pytest.raises(GroupError) as error:
             EMDTrainer(teacher(), config(**changes))
     finally:
         if source and distributed.rank() == 1:
-            distributed._code = original
+            agreement._code = original
     return str(error.value), error.value.main
 
 

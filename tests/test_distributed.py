@@ -512,10 +512,10 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_on_all(ranks, mode
 
 def test_shares_cover_the_batch(monkeypatch):
     for world in (1, 2, 3, 7):
-        monkeypatch.setattr(distributed, "world_size", lambda world=world: world)
+        monkeypatch.setattr(distributed.group, "world_size", lambda world=world: world)
         shares = []
         for rank in range(world):
-            monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+            monkeypatch.setattr(distributed.group, "rank", lambda rank=rank: rank)
             shares.append(distributed.share(10))
         assert shares[0][0] == 0 and shares[-1][1] == 10
         assert all(a[1] == b[0] for a, b in itertools.pairwise(shares))
@@ -543,7 +543,7 @@ def test_ranks_agree(ranks):
 def test_an_attempt_of_torchrun_takes_no_addresses_from_the_ones_before(monkeypatch):
     def of(store, attempt):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
-        return distributed._unused(store)
+        return distributed.group._unused(store)
 
     kept, fresh = dist.HashStore(), dist.HashStore()
     assert of(kept, "0") is kept
@@ -571,7 +571,7 @@ def test_the_mode_is_chosen_by_size(monkeypatch):
     assert distributed.resolve("auto", 10)[0] == "replicate"
     with pytest.raises(ValueError, match="mode must be one of"):
         distributed.resolve("zero", 10)
-    monkeypatch.setattr(distributed, "world_size", lambda: 16)
+    monkeypatch.setattr(distributed.group, "world_size", lambda: 16)
     assert distributed.resolve("auto", 10**9)[0] == "replicate"
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     mode, reason = distributed.resolve("auto", 10**9 + 1)

@@ -21,7 +21,7 @@ from test_distributed import config, teacher, whole
 from emd_fast import EMDTrainer, checkpoint, cli, distributed, journal, run
 from emd_fast import config as configuration
 from emd_fast.checkpoint import CheckpointError
-from emd_fast.trainer import Diverged
+from emd_fast.health import Diverged
 
 # The trainer ----------------------------------------------------------------------------------------------------------
 

@@ -13,9 +13,9 @@ from test_trainer import config, digits_teacher
 from emd_fast import EMDTrainer, checkpoint, cli, run
 from emd_fast.config import ConfigError
 from emd_fast.em import score_difference
+from emd_fast.health import Diverged
 from emd_fast.replay import replay
 from emd_fast.run import RunError
-from emd_fast.trainer import Diverged
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 

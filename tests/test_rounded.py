@@ -180,6 +180,6 @@ def test_a_run_drops_the_teacher_that_it_has_rounded(tmp_path, monkeypatch):
         raise run.RunError("seen")
 
     monkeypatch.setattr(run, "_teacher", watch)
-    monkeypatch.setattr(run, "_train", look)
+    monkeypatch.setattr(run, "train", look)
     with pytest.raises(run.RunError, match="seen"):
         run.distill(settings, tmp_path)

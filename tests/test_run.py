@@ -19,7 +19,9 @@ from emd_fast import checkpoint, config, journal, report, run, study
 from emd_fast.checkpoint import CheckpointError
 from emd_fast.config import ConfigError
 from emd_fast.em import score_difference
-from emd_fast.trainer import Diverged
+from emd_fast.files import write_whole
+from emd_fast.health import Diverged
+from emd_fast.signals import Interrupted
 
 TINY = {
     "emd.steps": 6,
@@ -101,7 +103,7 @@ def test_a_signal_saves_and_stops_and_the_run_goes_on_bit_for_bit(tmp_path, monk
         return step(self, cond)
 
     monkeypatch.setattr(run.EMDTrainer, "step", interrupted)
-    with pytest.raises(run.Interrupted) as stop:
+    with pytest.raises(Interrupted) as stop:
         run.distill(settings(save_every=100), tmp_path / "legs")
     assert stop.value.exit_code == 128 + number
     assert not (tmp_path / "legs" / "metrics.json").exists()
@@ -121,7 +123,7 @@ def test_a_signal_outside_of_the_training_ends_the_run_at_once(tmp_path, monkeyp
             os.kill(os.getpid(), signal.SIGTERM)  # again, on the way out
 
     monkeypatch.setattr(run, place, interrupted)
-    with pytest.raises(run.Interrupted) as stop:
+    with pytest.raises(Interrupted) as stop:
         run.distill(settings(emd__steps=2), tmp_path)
     assert stop.value.exit_code == 128 + number
     assert capsys.readouterr().err.count("stopped; the same command goes on from what is saved") == 1
@@ -137,7 +139,7 @@ def test_a_signal_while_the_last_checkpoint_is_written_waits_for_it(tmp_path, mo
         original(path, *arguments)
 
     monkeypatch.setattr(checkpoint, "_write_folder", slowly)
-    with pytest.raises(run.Interrupted) as stop:
+    with pytest.raises(Interrupted) as stop:
         run.distill(settings(emd__steps=2, background_checkpoints=True), tmp_path)
     assert stop.value.exit_code == 143 and "stopped at step 2 of 2, saved" in capsys.readouterr().err
     assert weights(tmp_path, 2)
@@ -225,7 +227,7 @@ def test_a_disk_that_is_full_at_the_end_leaves_the_run_unfinished(tmp_path, monk
         def write(_):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        checkpoint.write_whole(folder / "report.md", write)
+        write_whole(folder / "report.md", write)
 
     monkeypatch.setattr(report, "write", full)
     with pytest.raises(OSError, match=r"No space left on device: .*report\.md"):

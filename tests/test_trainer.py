@@ -23,10 +23,10 @@ from emd_fast import (
 from emd_fast.checkpoint import CheckpointError
 from emd_fast.config import ConfigError
 from emd_fast.fingerprint import fingerprint
+from emd_fast.health import Diverged, check_health
 from emd_fast.noise import Noise
 from emd_fast.teachers.mlp import PointGenerator, TimeMLP
 from emd_fast.teachers.small_unet import SmallUNet
-from emd_fast.trainer import Diverged, check_health
 
 
 def points_teacher() -> Denoiser:
@@ -269,10 +269,10 @@ def test_a_step_size_too_large_for_sigma_is_seen_in_z_rms():
 def test_step_sizes_by_sigma_are_interpolated():
     trainer = EMDTrainer(points_teacher(), config())
     t = torch.tensor([0.01, 0.1, math.sqrt(0.1), 1.0, 50.0])
-    size = trainer._step_size([(0.1, 0.001), (1.0, 0.1)], t)
+    size = trainer.draws.step_size([(0.1, 0.001), (1.0, 0.1)], t)
     torch.testing.assert_close(size, torch.tensor([0.001, 0.001, 0.01, 0.1, 0.1]), rtol=1e-4, atol=0)
-    assert trainer._step_size(0.3, t) == 0.3
-    torch.testing.assert_close(trainer._step_size([(0.1, 0.02)], t), torch.full((5,), 0.02))
+    assert trainer.draws.step_size(0.3, t) == 0.3
+    torch.testing.assert_close(trainer.draws.step_size([(0.1, 0.02)], t), torch.full((5,), 0.02))
 
 
 @pytest.mark.parametrize("schedule", [schedules.EDM(), schedules.Cosine(), schedules.RectifiedFlow()])
@@ -283,7 +283,7 @@ def test_times_lie_where_the_distribution_says(schedule, kind):
         teacher,
         config(t_star=0.5, batch_size=512, time_distribution={"kind": kind, "low": 0.1, "high": 2.0}),
     )
-    t = trainer._times(trainer.config.time_distribution, 6, 0)
+    t = trainer.draws.times(trainer.config.time_distribution, 512, stream=6)
     ratio = torch.exp(-schedule.log_snr(t) / 2)
     assert 0.0999 < ratio.min() and ratio.max() < 2.001
     if kind == "log_uniform":
@@ -298,6 +298,15 @@ def test_conditions_are_drawn_by_the_contract():
     sampled = trainer.sample_posterior()
     expected = ops.integers(3, (8,), Noise(0, step=0), stream=8)
     assert torch.equal(sampled.cond, expected)
+
+
+@pytest.mark.parametrize("given", [{"prompts": torch.arange(3)}, {}])
+def test_a_posterior_sample_of_another_step_has_the_conditions_of_that_step(given):
+    trainer = EMDTrainer(digits_teacher(), config(num_classes=0 if given else 3), **given)
+    for step in (0, 5):
+        expected = ops.integers(3, (8,), Noise(0, step=step), stream=8)
+        assert torch.equal(trainer.sample_posterior(step=step).cond, expected)
+    assert torch.equal(trainer.sample_posterior().cond, expected)  # where the noise stands
 
 
 def test_generate_is_the_same_for_any_split():

@@ -1,4 +1,4 @@
-"""What `emd-fast bench` does with its options (emd_fast/cli.py has them)."""
+"""What `emd-fast bench` does with its options (emd_fast/options.py has them)."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from benchmarks.harness.contenders import Contender, entrants
 from benchmarks.harness.declare import DTYPES, Bench, Case, Draw, Inputs
 from benchmarks.harness.record import ABSENT, TIMED, WRONG, Record, Result, Row
 from benchmarks.harness.verify import Judge, Verdict, called, ready
-from emd_fast.checkpoint import write_whole
 from emd_fast.config import ConfigError
+from emd_fast.files import write_text
 
 AGAIN = " again"  # the second name of ours, whose distance from the first is the noise
 _MOST_SETS = 512
@@ -96,8 +96,7 @@ def _save(options: argparse.Namespace, done: Record) -> None:
     if options.json:
         record.write(options.json, done)
     if options.markdown:
-        text = show.markdown(done)
-        write_whole(options.markdown, lambda file: file.write(text.encode()))
+        write_text(options.markdown, show.markdown(done))
 
 
 def _result(options: argparse.Namespace, bench: Bench, case: Case, bandwidth: float) -> Result:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from emd_fast.checkpoint import write_whole
 from emd_fast.config import ConfigError
+from emd_fast.files import write_text
 
 SCHEMA = 1
 TIMED, WRONG, ABSENT = "timed", "wrong", "absent"
@@ -86,8 +86,7 @@ class Record:
 
 
 def write(path: Path, record: Record) -> None:
-    text = json.dumps(dataclasses.asdict(record), indent=1) + "\n"
-    write_whole(path, lambda file: file.write(text.encode()))
+    write_text(path, json.dumps(dataclasses.asdict(record), indent=1) + "\n")
 
 
 def read(path: Path) -> Record:

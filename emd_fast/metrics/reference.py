@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from emd_fast import plain_arrays
-from emd_fast.checkpoint import write_whole
+from emd_fast.files import write_whole
 from emd_fast.metrics.detector import sha256_of
 from emd_fast.metrics.distance import Moments
 from emd_fast.metrics.images import size

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from emd_fast.checkpoint import write_whole
 from emd_fast.config import from_dict
 from emd_fast.denoiser import Denoiser
+from emd_fast.files import write_whole
 from emd_fast.schedules import EDM
 from emd_fast.teachers.edm_networks import DhariwalUNet, EDM2UNet, SongUNet
 from emd_fast.teachers.edm_networks.arguments import (

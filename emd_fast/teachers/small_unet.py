@@ -10,6 +10,7 @@ from torch.nn.functional import interpolate, scaled_dot_product_attention, silu
 
 from emd_fast import ops
 from emd_fast.noise import Noise, Stream
+from emd_fast.teachers.labels import check_labels
 
 _GROUPS = 4  # of every norm: groups of 4 and 8 channels
 
@@ -135,19 +136,6 @@ class SelfAttention(nn.Module):
         q, k, v = self.qkv(tokens)[:, None].chunk(3, dim=-1)
         mixed = scaled_dot_product_attention(q, k, v)[:, 0]
         return x + self.projection(mixed).transpose(1, 2).reshape(x.shape)
-
-
-def check_labels(labels: Tensor, batch: int, num_classes: int) -> None:
-    """labels must be (batch,) int64 in [0, num_classes); values are looked at where the host need not wait."""
-    if labels.dtype != torch.int64:
-        raise TypeError(f"labels must be int64, got {labels.dtype}")
-    if labels.shape != (batch,):
-        raise ValueError(f"labels must have shape ({batch},), got {tuple(labels.shape)}")
-    # Reading values from a GPU would make the host wait, and compiled code would break its graph here.
-    if labels.device.type == "cpu" and not torch.compiler.is_compiling() and type(labels) is Tensor and batch:
-        low, high = (end.item() for end in torch.aminmax(labels))
-        if low < 0 or high >= num_classes:
-            raise ValueError(f"labels must be in [0, {num_classes}), got from {low} to {high}")
 
 
 def _starts_at_zero(layer: nn.Module) -> nn.Module:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from emd_fast.denoiser import Condition
-from emd_fast.teachers.small_unet import check_labels
+from emd_fast.teachers.labels import check_labels
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, conv2d, conv_transpose2d, interpolate, linear, scaled_dot_product_attention
 
 from emd_fast import ops
+from emd_fast.teachers.labels import check_labels
 
 _WIDEST_HEAD = 256  # of emd_fast.ops.attention
 
@@ -110,15 +111,7 @@ def one_hot(labels: Tensor | None, classes: int, batch: int, like: Tensor) -> Te
     """
     if labels is None:
         return like.new_zeros(batch, classes)
-    if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
-        raise TypeError(f"labels must be int64, got {getattr(labels, 'dtype', type(labels).__name__)}")
-    if labels.shape != (batch,):
-        raise ValueError(f"labels must have shape ({batch},), got {tuple(labels.shape)}")
-    # Reading values from a GPU would make the host wait, and compiled code would break its graph here.
-    if labels.device.type == "cpu" and not torch.compiler.is_compiling() and type(labels) is Tensor and batch:
-        low, high = (end.item() for end in torch.aminmax(labels))
-        if low < 0 or high > classes:
-            raise ValueError(f"labels must be in [0, {classes}), or {classes} for none, got from {low} to {high}")
+    check_labels(labels, batch, classes, none=True)
     return (labels[:, None] == torch.arange(classes, device=labels.device)).to(like.dtype)
 
 
