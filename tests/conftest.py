@@ -14,7 +14,7 @@ from interpreter import (
 )
 
 import emd_fast
-from emd_fast import backends
+from emd_fast import backends, report
 
 # Beside other workers a second thread finds no core, and waits for its share of one instead of computing.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -61,3 +61,12 @@ def backend(request: pytest.FixtureRequest):
         pytest.skip(reason)
     with emd_fast.use_backend(request.param):
         yield request.param
+
+
+@pytest.fixture
+def without_pictures():
+    """Runs draw none, which takes most of the time of one as small as those of the tests; what is yielded undoes it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "curves", lambda *_: None)
+        patch.setattr(report, "scatter", lambda *_: None)
+        yield patch

@@ -21,6 +21,8 @@ from emd_fast.config import ConfigError
 from emd_fast.em import score_difference
 from emd_fast.trainer import Diverged
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 TINY = {
     "emd.steps": 6,
     "emd.batch_size": 16,
@@ -46,7 +48,8 @@ def assert_same(first, second):
     assert first.keys() == second.keys() and all(torch.equal(value, second[key]) for key, value in first.items())
 
 
-def test_a_run_leaves_the_promised_folder(tmp_path):
+def test_a_run_leaves_the_promised_folder(tmp_path, without_pictures):
+    without_pictures.undo()
     metrics = run.distill(settings(), tmp_path)
     for name in ("config.toml", "log.jsonl", "metrics.json", "report.md", "samples/points.png"):
         assert (tmp_path / name).stat().st_size > 0, name
