@@ -19,6 +19,8 @@ from emd_fast import backends, report
 # Beside other workers a second thread finds no core, and waits for its share of one instead of computing.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+    # Otherwise inductor starts a pool of processes, each of which imports torch, for code of which C++ compilers do most.
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     torch.set_num_threads(1)
 
 # Fixtures here only name a backend, which every example may share; and the first call of an op may load a library.
