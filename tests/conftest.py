@@ -19,7 +19,7 @@ from emd_fast import backends, report
 # Beside other workers a second thread finds no core, and waits for its share of one instead of computing.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
-    # Otherwise inductor starts a pool of processes, each of which imports torch, for code of which C++ compilers do most.
+    # Otherwise inductor starts a pool of processes, each of which imports torch, to hand C++ to a compiler.
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     torch.set_num_threads(1)
 
