@@ -67,7 +67,7 @@ def backend(request: pytest.FixtureRequest):
 
 @pytest.fixture
 def without_pictures():
-    """Runs draw none, which takes most of the time of one as small as those of the tests; what is yielded undoes it."""
+    """Runs draw no curves and no points, most of the time of one as small as here; what is yielded undoes it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "curves", lambda *_: None)
         patch.setattr(report, "scatter", lambda *_: None)
