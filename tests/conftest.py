@@ -14,11 +14,13 @@ from interpreter import (
 )
 
 import emd_fast
-from emd_fast import backends
+from emd_fast import backends, report
 
 # Beside other workers a second thread finds no core, and waits for its share of one instead of computing.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+    # Otherwise inductor starts a pool of processes, each of which imports torch, to hand C++ to a compiler.
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     torch.set_num_threads(1)
 
 # Fixtures here only name a backend, which every example may share; and the first call of an op may load a library.
@@ -61,3 +63,12 @@ def backend(request: pytest.FixtureRequest):
         pytest.skip(reason)
     with emd_fast.use_backend(request.param):
         yield request.param
+
+
+@pytest.fixture
+def without_pictures():
+    """Runs draw no curves and no points, most of the time of one as small as here; what is yielded undoes it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "curves", lambda *_: None)
+        patch.setattr(report, "scatter", lambda *_: None)
+        yield patch

@@ -15,6 +15,8 @@ from emd_fast.config import ConfigError
 from emd_fast.tasks.digits import Digits
 from emd_fast.tasks.gmm import Mixture
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 EVERY = {"evaluation__every": 32}  # images: two steps of 16
 
 
@@ -29,13 +31,6 @@ def judged(folder):
 def best(folder):
     facts = checkpoint.facts(checkpoint.best_of(folder / "checkpoints"))
     return facts["step"], facts["notes"]["figures"]["frechet"]
-
-
-@pytest.fixture(autouse=True)
-def without_pictures(monkeypatch):
-    """They take most of the time of a run as small as these."""
-    monkeypatch.setattr(report, "curves", lambda *_: None)
-    monkeypatch.setattr(report, "scatter", lambda *_: None)
 
 
 @pytest.fixture

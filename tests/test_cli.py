@@ -6,10 +6,10 @@ import json
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
+from spawned import Command, ended, wait_for
 
 from emd_fast import checkpoint, cli
 
@@ -57,9 +57,9 @@ def gmm(tmp_path_factory):
 
 
 def test_distill_shows_plain_lines_where_there_is_no_terminal(gmm):
-    again = emd_fast("distill", "gmm", "--out", gmm, *TINY, "--steps=6")
-    assert again.returncode == 0
-    assert "resuming" in again.stderr and "distil 6/6" in again.stderr and "\r" not in again.stderr
+    ((code, said),) = ended([Command(["distill", "gmm", "--out", str(gmm), *TINY, "--steps=6"])])
+    assert code == 0, said
+    assert "resuming" in said and "distil 6/6" in said and "\r" not in said
 
 
 def test_sample_writes_points_and_tensors(gmm, call, tmp_path):
@@ -148,14 +148,11 @@ def test_help_has_examples_and_units(call):
 def test_interrupted_it_saves_says_so_and_exits_with_the_usual_code(tmp_path, number, code):
     folder = tmp_path / "run"
     words = ["distill", "gmm", "--out", str(folder), *TINY, "--steps=100000", "--save-every=100000"]
-    process = subprocess.Popen([sys.executable, "-m", "emd_fast", *words], stderr=subprocess.PIPE, text=True)
-    log = folder / "log.jsonl"
-    deadline = time.monotonic() + 120
-    while not (log.exists() and log.stat().st_size) and time.monotonic() < deadline:
-        time.sleep(0.1)
+    process, log = Command(words), folder / "log.jsonl"
+    wait_for(lambda: log.exists() and log.stat().st_size, [process])
     process.send_signal(number)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == code, said
+    ((found, said),) = ended([process])
+    assert found == code, said
     assert "saved" in said and "Traceback" not in said
     (path,) = checkpoint.found(folder / "checkpoints")
     assert checkpoint.load(path)["step"] >= 2

@@ -4,6 +4,8 @@ bit, for both take their formulas from csrc/core; test_native.py and the tests o
 
 from __future__ import annotations
 
+import fcntl
+
 import pytest
 import torch
 from cuda_objects import ROOT, cmake, tool, torch_paths
@@ -33,7 +35,10 @@ def emulated():
     build = (
         ROOT / "build" / f"cuda-emulator-torch{torch.__version__}"
     )  # kept, so that the next run compiles what changed
-    cmake(ROOT / "tests" / "cuda_emulator", build, *torch_paths())
+    build.parent.mkdir(exist_ok=True)
+    with open(f"{build}.lock", "w") as lock:  # another worker may be about to build it
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        cmake(ROOT / "tests" / "cuda_emulator", build, *torch_paths())
     library = torch.library.Library("emd_fast_emulated", "DEF")
     for op in ours():
         library.define(str(getattr(torch.ops.emd_fast_native, op).default._schema).removeprefix("emd_fast_native::"))

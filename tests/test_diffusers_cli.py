@@ -9,6 +9,8 @@ import torch
 from emd_fast import Denoiser, checkpoint, cli, conditions, export, schedules
 from emd_fast.teachers.small_unet import SmallUNet
 
+pytestmark = pytest.mark.usefixtures("without_pictures")  # grids of samples are drawn all the same
+
 TINY = ["--steps=2", "--batch-size=2", "--langevin-steps=1", "--student-updates=1", "--lr-warmup=0"]
 REPLAY = ("replay", "run", "--step", "2", "--sample", "0")
 

@@ -292,6 +292,7 @@ def test_from_a_pickle_to_samples(name, pickled, tmp_path, call):
     assert torch.equal(resumed.generate(5), samples)
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_a_recipe_runs(pickled, tmp_path, call):
     folder = tmp_path / "run"
     teacher = ["--teacher", pickled("ddpmpp"), "--num-classes=5"]

@@ -167,7 +167,8 @@ def test_numbers_of_63_bits_reach_the_key(backend):
 
 
 @pytest.mark.slow
-def test_distribution_of_16_million_draws(backend):
+def test_distribution_of_16_million_draws():
+    """Of one backend: all have the same uniform numbers, and the same normal ones to within the contract's error."""
     size = (256, 2**16)
     assert_standard_normal(ops.normal(size, Noise(12), stream=2))
     assert_uniform(ops.uniform(size, Noise(13), stream=2))

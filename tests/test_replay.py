@@ -124,6 +124,7 @@ def test_what_cannot_be_replayed_is_one_clear_line(folder, tmp_path, capsys):
     assert cli.main(["replay", str(folder), "--step", "4", "--sample", "99"]) == 2
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(tmp_path, capsys):
     run.distill(settings(), tmp_path)
     file = checkpoint.path_of(tmp_path / "checkpoints", 6) / "__0_0.distcp"
@@ -155,6 +156,7 @@ def test_images_are_pictures_where_they_can_be_and_tensors_always(folder, tmp_pa
         assert (tmp_path / "before.png").read_bytes() != (tmp_path / "after.png").read_bytes()
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_a_run_that_stopped_names_the_command(tmp_path, monkeypatch, capsys):
     run.distill(settings(emd__steps=4), tmp_path)
     outputs = score_difference.ScoreDifference.outputs

@@ -23,6 +23,8 @@ from emd_fast.files import write_whole
 from emd_fast.health import Diverged
 from emd_fast.signals import Interrupted
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 TINY = {
     "emd.steps": 6,
     "emd.batch_size": 16,
@@ -48,7 +50,8 @@ def assert_same(first, second):
     assert first.keys() == second.keys() and all(torch.equal(value, second[key]) for key, value in first.items())
 
 
-def test_a_run_leaves_the_promised_folder(tmp_path):
+def test_a_run_leaves_the_promised_folder(tmp_path, without_pictures):
+    without_pictures.undo()
     metrics = run.distill(settings(), tmp_path)
     for name in ("config.toml", "log.jsonl", "metrics.json", "report.md", "samples/points.png"):
         assert (tmp_path / name).stat().st_size > 0, name

@@ -3,7 +3,7 @@
 namespace emd {
 namespace {
 
-constexpr int64_t kStream = 2;
+constexpr int64_t kEpsStream = 2;
 
 template <class Device>
 at::Tensor langevin_eps(at::Tensor& eps, at::Tensor& drift, const std::optional<at::Tensor>& x, at::TensorList outputs,
@@ -28,7 +28,7 @@ at::Tensor langevin_eps(at::Tensor& eps, at::Tensor& drift, const std::optional<
   op.alpha = call.per_sample(alpha);
   op.sigma = call.per_sample(sigma);
   op.step_size = call.per_sample(step_sizes, step_size);
-  op.noise = call.noise(noise, kStream, substep);
+  op.noise = call.noise(noise, kEpsStream, substep);
   const at::Tensor cotangent = Device::empty(eps.sizes(), cotangent_dtype, call);
   op.out = call.target(cotangent);
   Device::run(op, call);
@@ -36,11 +36,11 @@ at::Tensor langevin_eps(at::Tensor& eps, at::Tensor& drift, const std::optional<
 }
 
 template <class Device>
-void add(torch::Library& library) {
+void add_langevin_eps(torch::Library& library) {
   library.impl("langevin_eps", langevin_eps<Device>);
 }
 
-EMD_REGISTER(add)
+EMD_REGISTER(add_langevin_eps)
 
 }  // namespace
 }  // namespace emd

@@ -3,7 +3,7 @@
 namespace emd {
 namespace {
 
-constexpr int64_t kStream = 3;
+constexpr int64_t kZStream = 3;
 
 template <class Device>
 void langevin_z(at::Tensor& z, at::Tensor z_grad, double step_size, const std::optional<at::Tensor>& step_sizes,
@@ -14,16 +14,16 @@ void langevin_z(at::Tensor& z, at::Tensor z_grad, double step_size, const std::o
   op.z = call.state(z);
   op.gradient = call.source(z_grad);
   op.step_size = call.per_sample(step_sizes, step_size);
-  op.noise = call.noise(noise, kStream, substep);
+  op.noise = call.noise(noise, kZStream, substep);
   Device::run(op, call);
 }
 
 template <class Device>
-void add(torch::Library& library) {
+void add_langevin_z(torch::Library& library) {
   library.impl("langevin_z", langevin_z<Device>);
 }
 
-EMD_REGISTER(add)
+EMD_REGISTER(add_langevin_z)
 
 }  // namespace
 }  // namespace emd

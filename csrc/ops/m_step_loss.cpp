@@ -25,12 +25,12 @@ at::Tensor m_step_loss_backward(const at::Tensor& grad, const at::Tensor& drift,
 }
 
 template <class Device>
-void add(torch::Library& library) {
+void add_m_step_loss(torch::Library& library) {
   library.impl("m_step_loss", m_step_loss<Device>);
   library.impl("m_step_loss_backward", m_step_loss_backward<Device>);
 }
 
-EMD_REGISTER(add)
+EMD_REGISTER(add_m_step_loss)
 
 }  // namespace
 }  // namespace emd

@@ -13,11 +13,11 @@ at::Tensor normal(at::IntArrayRef size, const at::Tensor& noise, int64_t stream,
 }
 
 template <class Device>
-void add(torch::Library& library) {
+void add_normal(torch::Library& library) {
   library.impl("normal", normal<Device>);
 }
 
-EMD_REGISTER(add)
+EMD_REGISTER(add_normal)
 
 }  // namespace
 }  // namespace emd

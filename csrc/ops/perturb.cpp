@@ -28,11 +28,11 @@ at::Tensor perturb(at::Tensor x0, const at::Tensor& alpha, const at::Tensor& sig
 }
 
 template <class Device>
-void add(torch::Library& library) {
+void add_perturb(torch::Library& library) {
   library.impl("perturb", perturb<Device>);
 }
 
-EMD_REGISTER(add)
+EMD_REGISTER(add_perturb)
 
 }  // namespace
 }  // namespace emd

@@ -28,12 +28,12 @@ at::Tensor score_matching_loss_backward(const at::Tensor& grad, at::Tensor outpu
 }
 
 template <class Device>
-void add(torch::Library& library) {
+void add_score_matching_loss(torch::Library& library) {
   library.impl("score_matching_loss", score_matching_loss<Device>);
   library.impl("score_matching_loss_backward", score_matching_loss_backward<Device>);
 }
 
-EMD_REGISTER(add)
+EMD_REGISTER(add_score_matching_loss)
 
 }  // namespace
 }  // namespace emd

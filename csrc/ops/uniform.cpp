@@ -12,11 +12,11 @@ at::Tensor uniform(at::IntArrayRef size, const at::Tensor& noise, int64_t stream
 }
 
 template <class Device>
-void add(torch::Library& library) {
+void add_uniform(torch::Library& library) {
   library.impl("uniform", uniform<Device>);
 }
 
-EMD_REGISTER(add)
+EMD_REGISTER(add_uniform)
 
 }  // namespace
 }  // namespace emd
