@@ -10,7 +10,7 @@ import torch
 from spawned import Ranks
 from test_run import assert_same, settings, weights
 
-from emd_fast import checkpoint, cli, config, journal, report, run, training
+from emd_fast import checkpoint, cli, config, journal, run, training
 from emd_fast.config import ConfigError
 from emd_fast.tasks.digits import Digits
 from emd_fast.tasks.gmm import Mixture
