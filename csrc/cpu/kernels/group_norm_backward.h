@@ -5,8 +5,8 @@
 namespace emd::cpu::EMD_ISA {
 namespace {
 
-// inner[i], the gradient before the activation; then function(first, count) for its block. Asks memory for the tile behind
-// this one, to be read while this is computed.
+// inner[i], the gradient before the activation; then function(first, count) for its block. Meanwhile memory is asked for
+// the tile behind this one.
 template <bool kSilu, class T, class Map, class Function>
 inline void inner_gradient(int64_t n, const T* grad, const T* x, float* inner, const Map& map, Function function) {
   for_blocks(n, [=, &map](int64_t first, auto count) __attribute__((always_inline)) {
@@ -69,13 +69,14 @@ struct RowSums {
   }
 };
 
-// The inner gradient of a row and its sums.
+// The inner gradient of a row and its sums. Memory is asked for where the gradient of x will go, too.
 template <bool kSilu, class T>
-inline void row_sums(int64_t n, int64_t, const T* grad, const T* x, float* inner, const Numbers<kMapNumbers>& map,
-                     RowSums& sums) {
+inline void row_sums(int64_t n, int64_t, const T* grad, const T* x, float* inner, const T* out,
+                     const Numbers<kMapNumbers>& map, RowSums& sums) {
   alignas(64) float inner_sum[kBlock], product_sum[kBlock];
   const float center = map.value[kCenter];
   inner_gradient<kSilu>(n, grad, x, inner, map, [&](int64_t first, auto count) __attribute__((always_inline)) {
+    __builtin_prefetch(out + first);
 #pragma omp simd
     for (int64_t j = 0; j < count; j++) {
       add_to_lane(inner_sum, j, first, inner[first + j]);
@@ -91,9 +92,9 @@ inline void row_sums(int64_t n, int64_t, const T* grad, const T* x, float* inner
 
 // Of rows of a width that share a tile.
 template <bool kSilu, class T>
-inline void row_sums(int64_t n, int64_t width, const T* grad, const T* x, float* inner,
+inline void row_sums(int64_t n, int64_t width, const T* grad, const T* x, float* inner, const T* out,
                      const NumbersTile<kMapNumbers>& map, RowSums& sums) {
-  inner_gradient<kSilu>(n, grad, x, inner, map, [](int64_t, auto) {});
+  inner_gradient<kSilu>(n, grad, x, inner, map, [=](int64_t first, auto) { __builtin_prefetch(out + first); });
   for (int64_t start = 0; start < n; start += width) {
     const float *inner_r = inner + start, center = map(kCenter, start);
     const T* x_r = x + start;
@@ -117,11 +118,12 @@ inline void backward_of_items(const GroupNormBackward& op, int64_t begin, int64_
       norm, begin, end, [&](int64_t row, int64_t count, auto& numbers) { write_maps(norm, row, count, numbers); },
       [&](const Rows& rows, const auto& numbers) {
         const T *grad = static_cast<const T*>(op.grad) + rows.start, *x = static_cast<const T*>(norm.x) + rows.start;
+        const T* out = op.grad_x ? static_cast<const T*>(op.grad_x) + rows.start : x;
         float* inner = op.scratch + (rows.start - start0);
         const int64_t width = rows.width();
         RowSums sums;
         for_runs(rows, numbers, [&](int64_t first, int64_t n, const auto& map) {
-          row_sums<kSilu>(n, width, grad + first, x + first, inner + first, map, sums);
+          row_sums<kSilu>(n, width, grad + first, x + first, inner + first, out + first, map, sums);
         });
         const bool continues = rows.start > rows.first * norm.positions;  // the row of the part before
         add_to_totals(sums_of(op, 0) + rows.first, sums.inner, rows.count, continues);
