@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import importlib.util
 import os
@@ -96,8 +97,13 @@ def readable(mangled: str) -> str:
 
 
 def compiled(folder: Path) -> Objects:
-    """All of csrc/cuda, by the CMake project that needs nvcc alone."""
-    said = cmake(ROOT / "csrc" / "cuda", folder)
+    """All of csrc/cuda, by the CMake project that needs nvcc alone: once for all processes that name this folder."""
+    log = folder / "said.txt"
+    with open(f"{folder}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not log.exists():
+            log.write_text(cmake(ROOT / "csrc" / "cuda", folder))
+    said = log.read_text()
     pattern = (
         r"Compiling entry function '(\S+)' for 'sm_(\d+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
         r"(\d+) bytes spill loads.*?Used (\d+) registers"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -33,7 +34,8 @@ SOURCES = ["uniform", "normal", "perturb", "langevin_eps", "langevin_z", "m_step
 
 @pytest.fixture(scope="module")
 def objects(tmp_path_factory):
-    return compiled(tmp_path_factory.mktemp("cuda"))
+    folder = tmp_path_factory.getbasetemp()  # of this worker, where there are several: beside it is one of all of them
+    return compiled((folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "cuda")
 
 
 def test_every_kernel_is_compiled_for_every_target(objects):
