@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import conv2d
 
 from benchmarks.harness.declare import DTYPES, LAYOUTS, Bench, Case, Draw, Function, Inputs
-from emd_fast.unet.convolution import convolution
+from emd_fast.fusion.convolution import convolution
 
 # 3x3, as many channels out as in: the convolution that each resolution has most of.
 ADM = ((16, 192, 64, 64), (16, 384, 32, 32), (16, 576, 16, 16), (16, 768, 8, 8))

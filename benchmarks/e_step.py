@@ -13,9 +13,9 @@ from benchmarks.harness.declare import Arguments, Bench, Case, Draw, Function, I
 from benchmarks.networks import VARIANTS, Networks, flops, networks
 from emd_fast import Noise
 from emd_fast.backends import reference
-from emd_fast.denoiser import column
+from emd_fast.diffusion.denoiser import column
+from emd_fast.em.cuda_graph import GraphedEStep
 from emd_fast.em.score_difference import ScoreDifference
-from emd_fast.graphs import GraphedEStep
 from emd_fast.noise import Stream
 
 GAMMA_EPS, GAMMA_Z = 0.1, 0.01

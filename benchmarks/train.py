@@ -3,7 +3,7 @@
     python -m benchmarks.train adm sd15 --seconds 440 --json train.json
 
 For each network: images a second, the share of this device's own rate of matrix products (MFU), peak memory, and where
-the time goes. The micro-batch is the largest that `emd_fast.plan` finds room for.
+the time goes. The micro-batch is the largest that `emd_fast.run.plan` finds room for.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ import emd_fast
 from benchmarks.harness import ceiling, machine
 from benchmarks.harness.command import device_named
 from benchmarks.networks import KINDS, Kind, denoiser
-from emd_fast import Denoiser, EMDConfig, EMDTrainer, throughput
+from emd_fast import Denoiser, EMDConfig, EMDTrainer
 from emd_fast.config import ConfigError
-from emd_fast.files import write_text
-from emd_fast.plan import GIB, Sizes, available, plan
-from emd_fast.progress import summary
+from emd_fast.io.files import write_text
+from emd_fast.reporting.progress import summary
+from emd_fast.run.plan import GIB, Sizes, available, plan
+from emd_fast.train import throughput
 
 SCHEMA = 1
 BATCHES = {"small": 128, "adm": 64, "sd15": 16}
@@ -47,8 +48,9 @@ class Trained:
     """What was seen of one network, or why nothing was. Seconds and rates are of one step, at the median.
 
     Attributes:
-        planned_bytes, peak_bytes: what `emd_fast.plan` foresaw; the most that was held.
-        flops: of one step, as `emd_fast.throughput` counts them; mfu: their rate over that of a large matrix product.
+        planned_bytes, peak_bytes: what `emd_fast.run.plan` foresaw; the most that was held.
+        flops: of one step, as `emd_fast.train.throughput` counts them;
+        mfu: their rate over that of a large matrix product.
         shares: of the time, by the parts of a step.
         skipped: updates with a gradient that was not finite.
     """

@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmarks.harness.declare import Bench, Draw, Function, Inputs
 from emd_fast import EMDTrainer, config
 from emd_fast.em.e_step import frozen
-from emd_fast.teachers import digits
+from emd_fast.tasks import digits_teacher as digits
 
 STEPS = 8
 

@@ -1,4 +1,4 @@
-// The convolution of emd_fast/unet/convolution.py without its Python, which costs a small call more time than the
+// The convolution of emd_fast/fusion/convolution.py without its Python, which costs a small call more time than the
 // convolution: autograd keeps the weight alone. Below autograd it is PyTorch's on any device, or, where that serves, the
 // CPU's by Winograd's algorithm.
 #include <ATen/ATen.h>

@@ -3,11 +3,11 @@
 from emd_fast import distributed, ops, schedules, teachers
 from emd_fast.backends import backend_report, use_backend
 from emd_fast.config import EMDConfig
-from emd_fast.denoiser import Denoiser, Generator
+from emd_fast.diffusion.denoiser import Denoiser, Generator
 from emd_fast.em.e_step import EStep, e_step
+from emd_fast.fusion import fuse, fusion_report, unfuse
 from emd_fast.noise import Noise
-from emd_fast.trainer import EMDTrainer
-from emd_fast.unet import fuse, fusion_report, unfuse
+from emd_fast.train.trainer import EMDTrainer
 
 __version__ = "0.1.0"
 

@@ -1,5 +1,5 @@
 import sys
 
-from emd_fast.cli import main
+from emd_fast.cli.commands import main
 
 sys.exit(main())

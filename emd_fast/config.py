@@ -237,7 +237,8 @@ class PretrainedConfig:
     Args:
         teacher: a folder of diffusers, the name of a pipeline on the hub, a checkpoint of EDM or EDM2 (the pickle or
             what `emd-fast convert` wrote), or "package.module:function", a function that returns a Denoiser.
-        prompts: a text file with a prompt in each line, or a .safetensors table of `emd_fast.conditions`; "" for none.
+        prompts: a text file with a prompt in each line, or a .safetensors table of
+            `emd_fast.train.conditions`; "" for none.
     """
 
     teacher: str = ""

@@ -14,7 +14,8 @@ from interpreter import (
 )
 
 import emd_fast
-from emd_fast import backends, report
+from emd_fast import backends
+from emd_fast.reporting import report
 
 # Beside other workers a second thread finds no core, and waits for its share of one instead of computing.
 if "PYTEST_XDIST_WORKER" in os.environ:

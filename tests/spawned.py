@@ -23,7 +23,7 @@ import torch.multiprocessing as mp
 
 _CONTEXT = mp.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
-    ["torch.distributed.fsdp", "torch.distributed.checkpoint", "emd_fast.cli", "emd_fast.run"]
+    ["torch.distributed.fsdp", "torch.distributed.checkpoint", "emd_fast.cli.commands", "emd_fast.run.distill"]
 )
 
 
@@ -138,7 +138,7 @@ def _command(words: list[str], environment: dict[str, str], said: str) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.stderr, sys.stdout = os.fdopen(2, "w", buffering=1), os.fdopen(1, "w")
 
-    from emd_fast import cli
+    from emd_fast.cli import commands as cli
 
     sys.exit(cli.main(words))
 

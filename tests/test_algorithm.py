@@ -8,9 +8,9 @@ import torch
 from helpers import Mlp, assert_within, column, normals, seeded
 
 from emd_fast import Denoiser, Generator, Noise, e_step, ops
+from emd_fast.diffusion.schedules import EDM, VP, Cosine, RectifiedFlow
+from emd_fast.em.fake_score_step import student_step
 from emd_fast.em.m_step import WEIGHTINGS, m_step
-from emd_fast.em.student_step import student_step
-from emd_fast.schedules import EDM, VP, Cosine, RectifiedFlow
 from emd_fast.teachers import gaussian
 
 SCHEDULES = [EDM(), Cosine(), RectifiedFlow(), VP(torch.linspace(1e-4, 0.02, 1000))]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import assert_within, naming, seeded
 
-from emd_fast.schedules import EDM, VP, Cosine, RectifiedFlow
+from emd_fast.diffusion.schedules import EDM, VP, Cosine, RectifiedFlow
 from emd_fast.teachers import gaussian, gaussian_mixture
 
 SCHEDULES = [EDM(), Cosine(), RectifiedFlow(), VP(torch.linspace(1e-4, 0.02, 1000))]

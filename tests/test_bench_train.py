@@ -13,7 +13,8 @@ import torch
 
 from benchmarks import networks, train
 from benchmarks.harness import command, digest
-from emd_fast import EMDTrainer, throughput
+from emd_fast import EMDTrainer
+from emd_fast.train import throughput
 
 
 def text_unet():

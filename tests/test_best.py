@@ -10,10 +10,15 @@ import torch
 from spawned import Ranks
 from test_run import assert_same, settings, weights
 
-from emd_fast import checkpoint, cli, config, journal, run, training
+from emd_fast import config
+from emd_fast.cli import commands as cli
 from emd_fast.config import ConfigError
+from emd_fast.reporting import journal
+from emd_fast.run import distill as run
+from emd_fast.run import loop as training
 from emd_fast.tasks.digits import Digits
 from emd_fast.tasks.gmm import Mixture
+from emd_fast.train import checkpoint
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
 

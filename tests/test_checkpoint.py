@@ -9,8 +9,8 @@ import threading
 import pytest
 import torch
 
-from emd_fast import checkpoint
-from emd_fast.checkpoint import CheckpointError
+from emd_fast.train import checkpoint
+from emd_fast.train.checkpoint import CheckpointError
 
 TENSORS = {
     "generator.net.weight": torch.arange(12.0).reshape(3, 4),

@@ -11,7 +11,8 @@ import pytest
 import torch
 from spawned import Command, ended, wait_for
 
-from emd_fast import checkpoint, cli
+from emd_fast.cli import commands as cli
+from emd_fast.train import checkpoint
 
 TINY = [
     "--steps=4",

@@ -256,7 +256,7 @@ def test_the_distribution_of_16_million_draws(backend):
 
 def test_e_step_on_the_gpu_is_that_of_the_cpu(backend):
     """A mixture for a teacher, float32 throughout: the same noise, hence the same chain."""
-    schedule = emd_fast.schedules.EDM()
+    schedule = emd_fast.diffusion.schedules.EDM()
     teacher = emd_fast.teachers.gaussian(torch.zeros(6), torch.eye(6), schedule)
     student = emd_fast.teachers.gaussian(torch.ones(6), 2 * torch.eye(6), schedule)
     results = []
@@ -338,10 +338,10 @@ def test_attention(head_dim, tokens, keys):
 
 @pytest.mark.parametrize("batch", [4, 64])
 def test_the_e_step_as_a_graph_equals_eager(backend, batch):
-    from emd_fast.graphs import GraphedEStep, _say_once
+    from emd_fast.em.cuda_graph import GraphedEStep, _say_once
     from emd_fast.teachers.small_unet import SmallUNet
 
-    schedule = emd_fast.schedules.EDM()
+    schedule = emd_fast.diffusion.schedules.EDM()
     three = [
         emd_fast.Denoiser(SmallUNet(3, num_classes=4), schedule, "edm", sigma_data=0.5, sample_shape=(3, 16, 16))
         for _ in range(3)

@@ -9,8 +9,8 @@ from helpers import Mlp, assert_same, assert_within, column, naming, randomised,
 from torch import nn
 
 from emd_fast import Denoiser, Generator
-from emd_fast.denoiser import base
-from emd_fast.schedules import EDM, VP, Cosine, RectifiedFlow
+from emd_fast.diffusion.denoiser import base
+from emd_fast.diffusion.schedules import EDM, VP, Cosine, RectifiedFlow
 from emd_fast.teachers import gaussian
 
 BETAS = torch.linspace(1e-4, 0.02, 1000)

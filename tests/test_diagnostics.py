@@ -14,13 +14,17 @@ from PIL import Image
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from emd_fast import Denoiser, EMDConfig, EMDTrainer, diagnostics, journal, ops, run, schedules, throughput, training
+from emd_fast import Denoiser, EMDConfig, EMDTrainer, ops, schedules
 from emd_fast import config as settings
 from emd_fast.config import TimeDistribution
 from emd_fast.em.m_step import WEIGHTINGS
 from emd_fast.noise import Stream
+from emd_fast.reporting import journal
+from emd_fast.run import distill as run
+from emd_fast.run import loop as training
 from emd_fast.teachers.mlp import TimeMLP
 from emd_fast.teachers.small_unet import SmallUNet
+from emd_fast.train import diagnostics, throughput
 
 
 def points_teacher(schedule=None) -> Denoiser:

@@ -11,8 +11,9 @@ import diffusers_folders as folders
 import pytest
 import torch
 
-from emd_fast import EMDConfig, EMDTrainer, conditions, schedules
+from emd_fast import EMDConfig, EMDTrainer, schedules
 from emd_fast.teachers import diffusers as teachers
+from emd_fast.train import conditions
 
 diffusers = pytest.importorskip("diffusers")
 needs_text = pytest.mark.skipif(folders.transformers_missing() is not None, reason=str(folders.transformers_missing()))
@@ -270,7 +271,7 @@ def test_a_bare_model_without_a_scheduler(tmp_path):
 def test_without_diffusers_one_line_says_so(tmp_path):
     script = (
         "import sys; sys.modules['diffusers'] = None\n"
-        "import emd_fast.export\n"
+        "import emd_fast.export.pipeline\n"
         "from emd_fast.teachers import diffusers as teachers\n"
         "try:\n    teachers.load('x')\nexcept ModuleNotFoundError as error:\n    print(error)"
     )

@@ -6,8 +6,11 @@ import diffusers_folders as folders
 import pytest
 import torch
 
-from emd_fast import Denoiser, checkpoint, cli, conditions, export, schedules
+from emd_fast import Denoiser, schedules
+from emd_fast.cli import commands as cli
+from emd_fast.export import pipeline as export
 from emd_fast.teachers.small_unet import SmallUNet
+from emd_fast.train import checkpoint, conditions
 
 pytestmark = pytest.mark.usefixtures("without_pictures")  # grids of samples are drawn all the same
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from emd_fast import EMDConfig, EMDTrainer, Generator
-from emd_fast.export import NotForStock, export, load
+from emd_fast.export.pipeline import NotForStock, export, load
 from emd_fast.teachers import diffusers as teachers
 
 diffusers = pytest.importorskip("diffusers")
@@ -82,7 +82,7 @@ def silent(path, trainer, **options):
         return export(trainer, path, **options)
 
 
-@pytest.mark.filterwarnings("ignore::emd_fast.export.NotForStock")
+@pytest.mark.filterwarnings("ignore::emd_fast.export.pipeline.NotForStock")
 @pytest.mark.parametrize("format", ["diffusers", "safetensors"])
 @pytest.mark.parametrize("name", KINDS)
 def test_our_loader_gives_the_bits_of_the_trainer(distilled, tmp_path, name, format):

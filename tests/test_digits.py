@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from emd_fast.config import TeacherConfig
-from emd_fast.ema import EMA
+from emd_fast.diffusion.sampler import heun
 from emd_fast.noise import Noise
 from emd_fast.ops import normal
-from emd_fast.sampler import heun
+from emd_fast.tasks import digits_teacher as digits
 from emd_fast.tasks.digits_metrics import DigitFeatures, digits_metrics
-from emd_fast.teachers import digits
 from emd_fast.teachers.small_unet import SmallUNet, initialise
+from emd_fast.train.average import EMA
 
 SHORT = TeacherConfig(steps=30, batch_size=32, warmup=5)
 

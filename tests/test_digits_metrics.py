@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from emd_fast.tasks import digits_teacher as digits
 from emd_fast.tasks.digits_metrics import DigitFeatures, digits_metrics
-from emd_fast.teachers import digits
 
 
 @pytest.fixture(scope="module")

@@ -21,10 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from emd_fast import Denoiser, EMDConfig, EMDTrainer, Generator, Noise, distributed, e_step, fusion_report
 from emd_fast.config import ConfigError
+from emd_fast.diffusion.schedules import EDM, Cosine
 from emd_fast.distributed import gathered
+from emd_fast.em.fake_score_step import student_step
 from emd_fast.em.m_step import m_step
-from emd_fast.em.student_step import student_step
-from emd_fast.schedules import EDM, Cosine
 from emd_fast.teachers.small_unet import SmallUNet
 
 

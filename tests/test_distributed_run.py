@@ -18,10 +18,14 @@ import torch.distributed as dist
 from spawned import Command, Ranks, ended, wait_for
 from test_distributed import config, teacher, whole
 
-from emd_fast import EMDTrainer, checkpoint, cli, distributed, journal, run
+from emd_fast import EMDTrainer, distributed
 from emd_fast import config as configuration
-from emd_fast.checkpoint import CheckpointError
-from emd_fast.health import Diverged
+from emd_fast.cli import commands as cli
+from emd_fast.reporting import journal
+from emd_fast.run import distill as run
+from emd_fast.train import checkpoint
+from emd_fast.train.checkpoint import CheckpointError
+from emd_fast.train.health import Diverged
 
 # The trainer ----------------------------------------------------------------------------------------------------------
 

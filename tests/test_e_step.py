@@ -24,10 +24,10 @@ from torch.utils.flop_counter import flop_registry
 
 import emd_fast
 from emd_fast import Denoiser, Generator, Noise, e_step
+from emd_fast.diffusion.schedules import EDM, VP, Cosine, RectifiedFlow
 from emd_fast.em.e_step_xz import e_step_xz
+from emd_fast.em.fake_score_step import student_step
 from emd_fast.em.m_step import m_step
-from emd_fast.em.student_step import student_step
-from emd_fast.schedules import EDM, VP, Cosine, RectifiedFlow
 from emd_fast.teachers import gaussian
 
 BETAS = torch.linspace(1e-4, 0.02, 1000)

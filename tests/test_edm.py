@@ -14,8 +14,9 @@ from helpers import assert_within
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from emd_fast import EMDConfig, EMDTrainer, cli
-from emd_fast.schedules import EDM
+from emd_fast import EMDConfig, EMDTrainer
+from emd_fast.cli import commands as cli
+from emd_fast.diffusion.schedules import EDM
 from emd_fast.teachers import edm
 
 TINY = ["--steps=2", "--batch-size=4", "--langevin-steps=2", "--samples=4", "--log-every=1", "--precision=float32"]

@@ -16,8 +16,8 @@ import pytest
 import torch
 from torch import nn
 
-from emd_fast import plain_pickle
-from emd_fast.plain_pickle import PickleError
+from emd_fast.io import plain_pickle
+from emd_fast.io.plain_pickle import PickleError
 from emd_fast.teachers import edm, edm_pickle
 
 # What happens while a file is read -----------------------------------------------------------------------------------

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from emd_fast import ema
-from emd_fast.ema import EMA
+from emd_fast.train import average as ema
+from emd_fast.train.average import EMA
 
 
 def test_the_constant_profile_is_warmed_up():

@@ -11,8 +11,13 @@ import pytest
 import torch
 from spawned import Ranks
 
-from emd_fast import Denoiser, EMDConfig, EMDTrainer, cli, evaluate, export, report, run, schedules
+from emd_fast import Denoiser, EMDConfig, EMDTrainer, schedules
+from emd_fast.cli import commands as cli
+from emd_fast.export import pipeline as export
+from emd_fast.metrics import evaluation as evaluate
 from emd_fast.metrics.images import ImageFiles, to_uint8
+from emd_fast.reporting import report
+from emd_fast.run import distill as run
 from emd_fast.teachers.small_unet import SmallUNet, initialise
 
 TINY = ["--steps=2", "--batch-size=4", "--langevin-steps=1", "--student-updates=1", "--lr-warmup=0", "--samples=20"]

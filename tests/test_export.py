@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from emd_fast import Denoiser, EMDConfig, EMDTrainer, Generator, export, schedules
+from emd_fast import Denoiser, EMDConfig, EMDTrainer, Generator, schedules
+from emd_fast.export import pipeline as export
 from emd_fast.teachers import gaussian_mixture
 from emd_fast.teachers.mlp import PointGenerator, TimeMLP
 from emd_fast.teachers.small_unet import SmallUNet, initialise

@@ -10,7 +10,7 @@ from networks import FAMILIES, OWN, make
 from torch import nn
 
 import emd_fast
-from emd_fast.fingerprint import fingerprint
+from emd_fast.train.fingerprint import fingerprint
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, *OWN])

@@ -273,7 +273,7 @@ def test_a_processor_set_later_serves():
 
 def test_the_trainer_copies_a_fused_teacher():
     from emd_fast import Denoiser, EMDConfig, EMDTrainer
-    from emd_fast.schedules import EDM
+    from emd_fast.diffusion.schedules import EDM
 
     results = []
     for fused in (False, True):

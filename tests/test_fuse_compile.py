@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 
 import emd_fast
 from emd_fast.em.e_step import frozen
-from emd_fast.unet import conditioning_cache, regional
+from emd_fast.fusion import conditioning_cache, regional
 
 # Tracing a UNet takes seconds: one of each family, and those that take long only on request.
 QUICK = ["shallow unet2d_condition", "song", "small"]

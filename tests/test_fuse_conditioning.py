@@ -11,11 +11,11 @@ from torch import nn
 
 import emd_fast
 from emd_fast import Denoiser, Generator, Noise
+from emd_fast.diffusion.schedules import EDM
 from emd_fast.em.e_step import frozen
 from emd_fast.em.e_step_xz import e_step_xz
-from emd_fast.schedules import EDM
+from emd_fast.fusion import conditioning_cache
 from emd_fast.teachers.small_unet import SmallUNet
-from emd_fast.unet import conditioning_cache
 
 
 def flops(run, *args):
@@ -86,7 +86,7 @@ class TestStale:
 
     def check(self, network, x, arguments):
         actual = output(network, x, arguments)
-        outer = emd_fast.conditioning._active
+        outer = emd_fast.cache.conditioning._active
         cache, outer.cache = outer.cache, None
         try:
             assert_same(actual, output(network, x, arguments))
@@ -170,7 +170,7 @@ class TestStale:
         with conditioning_cache() as cache:
             output(network, x, arguments)
             assert cache._passes
-        assert not cache._passes and not cache._same and emd_fast.conditioning._active.cache is None
+        assert not cache._passes and not cache._same and emd_fast.cache.conditioning._active.cache is None
         (_, before), *_ = passes(network, x, arguments)
         with conditioning_cache():
             (_, after), *_ = passes(network, x, arguments)
@@ -190,7 +190,7 @@ class TestStale:
             with pytest.raises(RuntimeError):
                 output(network, x[:, :1], arguments)
             self.check(network, x, arguments)
-            assert emd_fast.conditioning._active.current is None
+            assert emd_fast.cache.conditioning._active.current is None
 
 
 class TestGradients:

@@ -13,10 +13,10 @@ from torch.utils.flop_counter import flop_registry
 
 import emd_fast
 from emd_fast import Denoiser, Generator, Noise, e_step
+from emd_fast.diffusion.schedules import EDM
 from emd_fast.em.e_step import frozen
+from emd_fast.em.fake_score_step import student_step
 from emd_fast.em.m_step import m_step
-from emd_fast.em.student_step import student_step
-from emd_fast.schedules import EDM
 
 
 @pytest.mark.parametrize("name", ["dhariwal", "unet2d, scale_shift, resnet", "small"])
@@ -171,7 +171,7 @@ def test_gradient_checkpointing():
         net = copy.deepcopy(network).train()
         if checkpointed:
             net.enable_gradient_checkpointing()
-        with emd_fast.unet.conditioning_cache():
+        with emd_fast.fusion.conditioning_cache():
             output(net, x, arguments).square().sum().backward()
         results.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
     assert relative(*results) < 1e-6

@@ -12,10 +12,10 @@ from torch import nn
 
 import emd_fast
 from emd_fast.backends import native
+from emd_fast.fusion import geglu, layer_norm
+from emd_fast.fusion.convolution import convolution
 from emd_fast.teachers.edm_networks import DhariwalUNet
 from emd_fast.teachers.edm_networks.arguments import DhariwalArguments
-from emd_fast.unet import geglu, layer_norm
-from emd_fast.unet.convolution import convolution
 
 
 def kept(run, ignored=()):

@@ -10,7 +10,7 @@ from test_fuse import relative
 from test_fuse_prepared import BF16, passes
 
 import emd_fast
-from emd_fast.prepared import PREPARED, prepared
+from emd_fast.cache.weights import PREPARED, prepared
 
 peft = pytest.importorskip("peft")
 LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "conv_in", "proj", "time_emb_proj", "linear_1"]
@@ -109,7 +109,7 @@ def test_an_adapter_that_is_switched_inside_the_cache():
     fused, _, x, arguments = adapted("before")
     adapt(fused, "second", 2)
     with torch.no_grad():
-        with emd_fast.unet.conditioning_cache():
+        with emd_fast.fusion.conditioning_cache():
             output(fused, x, arguments)
             fused.set_adapter("default")
             mine = output(fused, x, arguments)

@@ -15,10 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import emd_fast
 from emd_fast import Denoiser, Generator, Noise, e_step
+from emd_fast.cache.weights import PREPARED, prepared
+from emd_fast.diffusion.schedules import EDM
 from emd_fast.distributed import gathered
-from emd_fast.prepared import PREPARED, prepared
-from emd_fast.schedules import EDM
-from emd_fast.unet.packed import Packed
+from emd_fast.fusion.packed import Packed
 
 NAMES = [*FAMILIES, *OWN]
 BF16 = {"device_type": "cpu", "dtype": torch.bfloat16}
@@ -72,7 +72,7 @@ def test_no_weight_is_converted_or_normalised_in_a_pass(name):
     with torch.autocast(**BF16):
         with Converted(network) as outside:
             passes(network, x, arguments)
-        with prepared(network), emd_fast.unet.conditioning_cache():
+        with prepared(network), emd_fast.fusion.conditioning_cache():
             passes(network, x, arguments)
             with Converted(network) as inside:
                 passes(network, x, arguments)

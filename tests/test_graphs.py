@@ -13,9 +13,10 @@ from helpers import Mlp, assert_same, randomised
 from streams import Streams
 
 import emd_fast
-from emd_fast import Denoiser, Generator, Noise, e_step, graphs, ops, schedules
-from emd_fast.em.branches import branches, side_by_side
-from emd_fast.graphs import GraphedEStep
+from emd_fast import Denoiser, Generator, Noise, e_step, ops, schedules
+from emd_fast.em import cuda_graph as graphs
+from emd_fast.em.cuda_graph import GraphedEStep
+from emd_fast.em.streams import branches, side_by_side
 from emd_fast.teachers.small_unet import SmallUNet
 
 SETTINGS = {"steps": 3, "gamma_eps": 0.2, "gamma_z": 0.05}

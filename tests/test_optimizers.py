@@ -9,8 +9,9 @@ import torch
 from test_trainer import assert_same_state, config, points_teacher
 from torch import nn
 
-from emd_fast import EMDConfig, EMDTrainer, optimizers
+from emd_fast import EMDConfig, EMDTrainer
 from emd_fast.config import ConfigError
+from emd_fast.train import optimizers
 
 
 def parameters():

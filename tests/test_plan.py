@@ -12,12 +12,14 @@ from test_trainer import digits_teacher
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from emd_fast import Denoiser, EMDTrainer, Generator, cli, distributed, run
+from emd_fast import Denoiser, EMDTrainer, Generator, distributed
 from emd_fast import config as configuration
+from emd_fast.cli import commands as cli
 from emd_fast.config import ConfigError
+from emd_fast.diffusion.schedules import EDM
 from emd_fast.distributed import GroupError
-from emd_fast.plan import GIB, Ceilings, Sizes, Work, estimate, plan
-from emd_fast.schedules import EDM
+from emd_fast.run import distill as run
+from emd_fast.run.plan import GIB, Ceilings, Sizes, Work, estimate, plan
 
 
 def teacher() -> Denoiser:

@@ -13,9 +13,9 @@ from emd_fast import Denoiser, EMDTrainer, schedules
 from emd_fast.backends import active
 from emd_fast.config import ConfigError
 from emd_fast.distributed import blocks_of
-from emd_fast.recompute import recomputed
 from emd_fast.teachers.edm_networks import DhariwalUNet
 from emd_fast.teachers.edm_networks.arguments import DhariwalArguments
+from emd_fast.train.activation_checkpoint import recomputed
 
 
 def teacher() -> Denoiser:

@@ -10,12 +10,15 @@ import torch
 from test_run import settings
 from test_trainer import config, digits_teacher
 
-from emd_fast import EMDTrainer, checkpoint, cli, run
+from emd_fast import EMDTrainer
+from emd_fast.cli import commands as cli
 from emd_fast.config import ConfigError
 from emd_fast.em import score_difference
-from emd_fast.health import Diverged
-from emd_fast.replay import replay
-from emd_fast.run import RunError
+from emd_fast.run import distill as run
+from emd_fast.run.distill import RunError
+from emd_fast.run.replay import replay
+from emd_fast.train import checkpoint
+from emd_fast.train.health import Diverged
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from emd_fast import report
+from emd_fast.reporting import report
 
 # Grids ------------------------------------------------------------------------------------------------------------
 

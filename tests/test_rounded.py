@@ -14,12 +14,13 @@ from test_trainer import config, digits_teacher, points_teacher
 from torch import nn
 
 import emd_fast
-from emd_fast import Denoiser, EMDTrainer, run
+from emd_fast import Denoiser, EMDTrainer
 from emd_fast import config as configuration
-from emd_fast.plan import Sizes, estimate
-from emd_fast.rounded import rounded, trainable, weights_of_products
-from emd_fast.sampler import heun
-from emd_fast.schedules import EDM
+from emd_fast.diffusion.sampler import heun
+from emd_fast.diffusion.schedules import EDM
+from emd_fast.run import distill as run
+from emd_fast.run.plan import Sizes, estimate
+from emd_fast.train.cast_weights import rounded, trainable, weights_of_products
 
 BF16 = torch.bfloat16
 

@@ -15,13 +15,17 @@ import types
 import pytest
 import torch
 
-from emd_fast import checkpoint, config, journal, report, run, study
-from emd_fast.checkpoint import CheckpointError
+from emd_fast import config
 from emd_fast.config import ConfigError
 from emd_fast.em import score_difference
-from emd_fast.files import write_whole
-from emd_fast.health import Diverged
-from emd_fast.signals import Interrupted
+from emd_fast.io.files import write_whole
+from emd_fast.reporting import journal, report
+from emd_fast.run import distill as run
+from emd_fast.run import study
+from emd_fast.run.signals import Interrupted
+from emd_fast.train import checkpoint
+from emd_fast.train.checkpoint import CheckpointError
+from emd_fast.train.health import Diverged
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
 

@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 
-from emd_fast.denoiser import Denoiser
-from emd_fast.sampler import heun
-from emd_fast.schedules import EDM, VP, Cosine, RectifiedFlow
+from emd_fast.diffusion.denoiser import Denoiser
+from emd_fast.diffusion.sampler import heun
+from emd_fast.diffusion.schedules import EDM, VP, Cosine, RectifiedFlow
 from emd_fast.teachers import gaussian
 
 MEAN = torch.tensor([0.5, -0.3, 0.1])

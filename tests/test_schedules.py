@@ -8,9 +8,9 @@ import pytest
 import torch
 from helpers import assert_within
 
-from emd_fast.denoiser import Denoiser
+from emd_fast.diffusion.denoiser import Denoiser
+from emd_fast.diffusion.schedules import EDM, VP, Cosine, RectifiedFlow, Schedule
 from emd_fast.em.score_difference import ScoreDifference
-from emd_fast.schedules import EDM, VP, Cosine, RectifiedFlow, Schedule
 
 BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
 SCHEDULES = [EDM(), Cosine(), RectifiedFlow(), VP(BETAS), VP([0.1, 0.2, 0.3])]

@@ -8,25 +8,15 @@ import warnings
 import pytest
 import torch
 
-from emd_fast import (
-    Denoiser,
-    EMDConfig,
-    EMDTrainer,
-    Generator,
-    checkpoint,
-    fuse,
-    fusion_report,
-    ops,
-    schedules,
-    teachers,
-)
-from emd_fast.checkpoint import CheckpointError
+from emd_fast import Denoiser, EMDConfig, EMDTrainer, Generator, fuse, fusion_report, ops, schedules, teachers
 from emd_fast.config import ConfigError
-from emd_fast.fingerprint import fingerprint
-from emd_fast.health import Diverged, check_health
 from emd_fast.noise import Noise
 from emd_fast.teachers.mlp import PointGenerator, TimeMLP
 from emd_fast.teachers.small_unet import SmallUNet
+from emd_fast.train import checkpoint
+from emd_fast.train.checkpoint import CheckpointError
+from emd_fast.train.fingerprint import fingerprint
+from emd_fast.train.health import Diverged, check_health
 
 
 def points_teacher() -> Denoiser:

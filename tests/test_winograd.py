@@ -9,10 +9,10 @@ from torch.nn.functional import conv2d
 from torch.profiler import ProfilerActivity, profile
 
 import emd_fast
-from emd_fast import flops
 from emd_fast.backends import native
-from emd_fast.throughput import counted
-from emd_fast.unet.convolution import convolution
+from emd_fast.fusion.convolution import convolution
+from emd_fast.ops import flops
+from emd_fast.train.throughput import counted
 
 pytestmark = pytest.mark.skipif(
     not native.is_loaded() or native.facts()["isa"] == "baseline", reason="no compiled kernel serves it here"

@@ -1,4 +1,4 @@
-"""What `emd-fast bench` does with its options (emd_fast/options.py has them)."""
+"""What `emd-fast bench` does with its options (emd_fast/cli/options.py has them)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from benchmarks.harness.declare import DTYPES, Bench, Case, Draw, Inputs
 from benchmarks.harness.record import ABSENT, TIMED, WRONG, Record, Result, Row
 from benchmarks.harness.verify import Judge, Verdict, called, ready
 from emd_fast.config import ConfigError
-from emd_fast.files import write_text
+from emd_fast.io.files import write_text
 
 AGAIN = " again"  # the second name of ours, whose distance from the first is the noise
 _MOST_SETS = 512

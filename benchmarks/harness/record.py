@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from emd_fast.config import ConfigError
-from emd_fast.files import write_text
+from emd_fast.io.files import write_text
 
 SCHEMA = 1
 TIMED, WRONG, ABSENT = "timed", "wrong", "absent"

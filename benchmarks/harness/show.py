@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.record import TIMED, WRONG, Record, Result, Row
-from emd_fast.files import write_whole
+from emd_fast.io.files import write_whole
 
 _HEADER = (
     "contender",

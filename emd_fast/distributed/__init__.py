@@ -3,25 +3,9 @@
 Reading order: group.py, agreement.py, modes.py, sharding.py, fsdp.py, shards.py. Nothing here knows of the algorithm.
 """
 
-from emd_fast.distributed.agreement import (
-    Agreement,
-    FailedOnMain,
-    GroupError,
-    check_same,
-    on_main,
-    raise_together,
-)
+from emd_fast.distributed.agreement import Agreement, FailedOnMain, GroupError, check_same, on_main, raise_together
 from emd_fast.distributed.fsdp import gathered, is_fsdp, is_sharded, sync_gradients
-from emd_fast.distributed.group import (
-    LostRank,
-    barrier,
-    is_main,
-    local_size,
-    process_group,
-    rank,
-    share,
-    world_size,
-)
+from emd_fast.distributed.group import LostRank, barrier, is_main, local_size, process_group, rank, share, world_size
 from emd_fast.distributed.modes import check_group, make_mesh, resolve
 from emd_fast.distributed.sharding import blocks_of, device_of, shard
 from emd_fast.distributed.shards import Shards, local

@@ -14,12 +14,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
 from emd_fast import ops
-from emd_fast.conditioning import conditioning_cache
-from emd_fast.denoiser import Condition, base, column
+from emd_fast.cache.conditioning import conditioning_cache
+from emd_fast.cache.weights import prepared
+from emd_fast.diffusion.denoiser import Condition, base, column
 from emd_fast.distributed import gathered
 from emd_fast.em.score_difference import ScoreDifference
 from emd_fast.noise import Noise
-from emd_fast.prepared import prepared
 
 GeneratorLike = Callable[[Tensor, Condition], Tensor]
 MAX_STEPS = 2**16

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from emd_fast import ops
-from emd_fast.conditioning import conditioning_cache
-from emd_fast.denoiser import Condition, base, column
+from emd_fast.cache.conditioning import conditioning_cache
+from emd_fast.cache.weights import prepared
+from emd_fast.diffusion.denoiser import Condition, base, column
 from emd_fast.distributed import gathered
 from emd_fast.em.e_step import EStep, GeneratorLike, LangevinStep, Watch, check_e_step, check_values, frozen
 from emd_fast.em.score_difference import ScoreDifference
 from emd_fast.noise import Noise, Stream
-from emd_fast.prepared import prepared
 
 
 def e_step_xz(

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emd_fast.denoiser import Condition, base, both, column, null_like
-from emd_fast.em.branches import side_by_side
+from emd_fast.diffusion.denoiser import Condition, base, both, column, null_like
+from emd_fast.em.streams import side_by_side
 
 
 class ScoreDifference:

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from emd_fast import plain_arrays
-from emd_fast.files import write_whole
+from emd_fast.io import plain_arrays
+from emd_fast.io.files import write_whole
+from emd_fast.io.plain_arrays import PlainArray
+from emd_fast.io.plain_pickle import PickleError, read
 from emd_fast.metrics.detector import sha256_of
 from emd_fast.metrics.distance import Moments
 from emd_fast.metrics.images import size
-from emd_fast.plain_arrays import PlainArray
-from emd_fast.plain_pickle import PickleError, read
 
 _WANTED = "an .npz of EDM with mu and sigma, or a .pkl of EDM2"
 _LARGEST = 2**30  # bytes of an array; 2048 features have a covariance of 32 MiB

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 from torch import nn
 
 from emd_fast.config import RunConfig
-from emd_fast.denoiser import Denoiser
-from emd_fast.trainer import EMDTrainer
+from emd_fast.diffusion.denoiser import Denoiser
+from emd_fast.train.trainer import EMDTrainer
 
 OnStep = Callable[[int, int, float], None]  # steps done, steps in all, loss
 

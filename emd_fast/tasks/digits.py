@@ -9,15 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from emd_fast import checkpoint, ops, report
+from emd_fast import ops
 from emd_fast.config import RunConfig, TeacherConfig, from_dict, to_dict
-from emd_fast.denoiser import Denoiser
+from emd_fast.diffusion.denoiser import Denoiser
+from emd_fast.diffusion.sampler import heun
 from emd_fast.noise import Noise, Stream
-from emd_fast.sampler import heun
+from emd_fast.reporting import report
 from emd_fast.tasks import OnStep
+from emd_fast.tasks import digits_teacher as digits
 from emd_fast.tasks.digits_metrics import DigitFeatures, digits_metrics
-from emd_fast.teachers import digits
-from emd_fast.trainer import EMDTrainer
+from emd_fast.train import checkpoint
+from emd_fast.train.trainer import EMDTrainer
 
 _SHOWN = 100  # digits in a picture, ten of a class
 

@@ -17,7 +17,7 @@ from emd_fast import ops
 from emd_fast.metrics.distance import frechet
 from emd_fast.metrics.neighbours import precision_recall
 from emd_fast.noise import Noise, Stream
-from emd_fast.teachers import digits
+from emd_fast.tasks import digits_teacher as digits
 from emd_fast.teachers.small_unet import initialise
 
 _CHUNK = 1024  # images at a time

@@ -9,17 +9,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from emd_fast import ops, report
+from emd_fast import ops
 from emd_fast.config import RunConfig
-from emd_fast.denoiser import Denoiser
+from emd_fast.diffusion.denoiser import Denoiser
+from emd_fast.diffusion.sampler import heun
+from emd_fast.diffusion.schedules import EDM
 from emd_fast.noise import Noise, Stream
-from emd_fast.sampler import heun
-from emd_fast.schedules import EDM
+from emd_fast.reporting import report
 from emd_fast.tasks import OnStep
 from emd_fast.tasks.mixture_metrics import mixture_comparison, mixture_metrics
 from emd_fast.teachers import gaussian_mixture
 from emd_fast.teachers.mlp import PointGenerator, TimeMLP
-from emd_fast.trainer import EMDTrainer
+from emd_fast.train.trainer import EMDTrainer
 
 
 class Mixture:

@@ -10,18 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from emd_fast import conditions, distributed, report
-from emd_fast import evaluate as judging
+from emd_fast import distributed
 from emd_fast.config import ConfigError, RunConfig
-from emd_fast.denoiser import Denoiser
-from emd_fast.evaluate import Judges
+from emd_fast.diffusion.denoiser import Denoiser
+from emd_fast.diffusion.sampler import heun
+from emd_fast.metrics import evaluation as judging
+from emd_fast.metrics.evaluation import Judges
 from emd_fast.metrics.images import to_uint8
-from emd_fast.progress import say
-from emd_fast.sampler import heun
+from emd_fast.reporting import report
+from emd_fast.reporting.progress import say
 from emd_fast.tasks import OnStep
 from emd_fast.teachers import custom, edm
 from emd_fast.teachers import diffusers as folders
-from emd_fast.trainer import EMDTrainer
+from emd_fast.train import conditions
+from emd_fast.train.trainer import EMDTrainer
 
 _SHOWN = 16
 
@@ -67,7 +69,7 @@ class Pretrained:
         if teacher.null_cond is None:
             prompts = self.config.pretrained.prompts
             helps = (
-                f"{prompts} has none: write it with emd_fast.conditions.save(..., null_cond=...)"
+                f"{prompts} has none: write it with emd_fast.train.conditions.save(..., null_cond=...)"
                 if prompts
                 else "this teacher has none: give --teacher package.module:function, a function that sets null_cond"
             )

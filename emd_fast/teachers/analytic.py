@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from emd_fast.denoiser import Condition, Denoiser
-from emd_fast.schedules import Schedule
+from emd_fast.diffusion.denoiser import Condition, Denoiser
+from emd_fast.diffusion.schedules import Schedule
 
 
 def gaussian(mean: Tensor, covariance: Tensor, schedule: Schedule) -> Denoiser:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from emd_fast.config import ConfigError
-from emd_fast.denoiser import Denoiser
+from emd_fast.diffusion.denoiser import Denoiser
 
 
 def load(name: str) -> Denoiser:

@@ -13,16 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from emd_fast.config import from_dict
-from emd_fast.denoiser import Denoiser
-from emd_fast.files import write_whole
-from emd_fast.schedules import EDM
+from emd_fast.diffusion.denoiser import Denoiser
+from emd_fast.diffusion.schedules import EDM
+from emd_fast.io.files import write_whole
 from emd_fast.teachers.edm_networks import DhariwalUNet, EDM2UNet, SongUNet
-from emd_fast.teachers.edm_networks.arguments import (
-    DhariwalArguments,
-    EDM2Arguments,
-    SongArguments,
-    UNetArguments,
-)
+from emd_fast.teachers.edm_networks.arguments import DhariwalArguments, EDM2Arguments, SongArguments, UNetArguments
 from emd_fast.teachers.edm_networks.layers import fir
 from emd_fast.teachers.edm_pickle import read_network
 

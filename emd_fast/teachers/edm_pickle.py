@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from emd_fast import plain_arrays
-from emd_fast.plain_pickle import Built, Name, PickleError, read
+from emd_fast.io import plain_arrays
+from emd_fast.io.plain_pickle import Built, Name, PickleError, read
 
 _DTYPES = {
     "torch FloatStorage": torch.float32,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from emd_fast.denoiser import Condition
+from emd_fast.diffusion.denoiser import Condition
 from emd_fast.teachers.small_unet import initialise
 
 

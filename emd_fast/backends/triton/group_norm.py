@@ -6,7 +6,7 @@ from torch import Tensor
 from emd_fast.backends.reference.group_norm import layout
 from emd_fast.backends.triton import launch
 from emd_fast.backends.triton.group_norm_backward import group_norm_backward
-from emd_fast.backends.triton.groups import (
+from emd_fast.backends.triton.groups import (  # fmt: skip
     affine,
     by_channel,
     groups_of,
@@ -16,7 +16,7 @@ from emd_fast.backends.triton.groups import (
     prepare,
     to_groups,
     to_rows,
-)  # fmt: skip
+)
 
 __all__ = ["group_norm", "group_norm_backward"]
 

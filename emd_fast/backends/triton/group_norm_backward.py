@@ -5,7 +5,7 @@ from torch import Tensor
 
 from emd_fast.backends.triton import launch
 from emd_fast.backends.triton.group_norm_parameters import parameter_gradients
-from emd_fast.backends.triton.groups import (
+from emd_fast.backends.triton.groups import (  # fmt: skip
     affine,
     by_channel,
     groups_of,
@@ -15,7 +15,7 @@ from emd_fast.backends.triton.groups import (
     prepare,
     to_groups,
     to_rows,
-)  # fmt: skip
+)
 
 
 @triton.jit

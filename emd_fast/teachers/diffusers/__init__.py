@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emd_fast.denoiser import Condition, Denoiser
+from emd_fast.diffusion.denoiser import Condition, Denoiser
+from emd_fast.teachers.diffusers.architectures import Conditions, Network
 from emd_fast.teachers.diffusers.folder import Folder, need_diffusers
-from emd_fast.teachers.diffusers.networks import Conditions, Network
 from emd_fast.teachers.diffusers.scheduler import Training, read
 
 __all__ = ["DiffusersDenoiser", "load"]

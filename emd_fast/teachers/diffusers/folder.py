@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from emd_fast.denoiser import Condition
-from emd_fast.teachers.diffusers.networks import ARCHITECTURES, Architecture
+from emd_fast.diffusion.denoiser import Condition
+from emd_fast.teachers.diffusers.architectures import ARCHITECTURES, Architecture
 
 _NOT_FOR_TEXT = ("vae", "image_encoder", "feature_extractor", "safety_checker")
 _MAY_LACK = ("text_encoder_3", "tokenizer_3")  # of Stable Diffusion 3, the T5 that many folders leave out
-EXPORTED = "emd_fast.json"  # where `emd_fast.export` says what it wrote; it names the components too
+EXPORTED = "emd_fast.json"  # where `emd_fast.export.pipeline` says what it wrote; it names the components too
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 

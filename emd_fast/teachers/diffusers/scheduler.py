@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emd_fast.schedules import VP, RectifiedFlow, Schedule
+from emd_fast.diffusion.schedules import VP, RectifiedFlow, Schedule
 
 _FLOW = "FlowMatchEulerDiscreteScheduler"
 _CHAINS = (

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear
 
 from emd_fast import ops
-from emd_fast.packed import by_part
+from emd_fast.cache.qkv_rows import by_part
 from emd_fast.teachers.edm_networks.layers import (
     as_image,
     called,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear, silu
 
-from emd_fast.packed import by_part
+from emd_fast.cache.qkv_rows import by_part
 from emd_fast.teachers.edm_networks import skeleton
 from emd_fast.teachers.edm_networks.arguments import EDM2Arguments
 from emd_fast.teachers.edm_networks.layers import (

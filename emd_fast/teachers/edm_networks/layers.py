@@ -47,7 +47,7 @@ def projected(x: Tensor, heads: int, weight: Tensor, bias: Tensor | None = None)
     """q, k and v of the pixels of x (B, C, H, W): (B, H W, 3, heads, C / heads).
 
     Args:
-        weight, bias: (3C, C) and (3C,) or None, rows as `emd_fast.packed.by_part` has them.
+        weight, bias: (3C, C) and (3C,) or None, rows as `emd_fast.cache.qkv_rows.by_part` has them.
     """
     return linear(x.flatten(2).transpose(1, 2), weight, bias).unflatten(2, (3, heads, -1))
 

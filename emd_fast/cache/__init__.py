@@ -1,0 +1,1 @@
+"""What is computed once per E-step: conditioning, weights."""

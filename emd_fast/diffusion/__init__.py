@@ -1,0 +1,1 @@
+"""Networks as denoisers and scores: denoiser, noise schedules, sampler."""

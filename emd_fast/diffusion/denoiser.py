@@ -1,0 +1,308 @@
+"""Any network as an affine score: raw output F, denoised image D = c_skip x_t + c_out F, score s = a x_t + b F."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from emd_fast.cache.conditioning import same
+from emd_fast.cache.weights import autocast_dtype
+from emd_fast.diffusion.schedules import Schedule, check_times
+
+Pair = tuple[Tensor, Tensor]
+Condition = Any  # None, a tensor, or any pytree of tensors batched on dimension 0
+
+
+class _Form:
+    """One parametrization: (c_skip, c_out) and (a, b) of alpha and sigma. The closed form of (a, b) is the point: the
+    general one, (alpha D - x_t) / sigma^2, cancels in float32."""
+
+    def __init__(
+        self,
+        denoised: Callable[[Tensor, Tensor], Pair],
+        score: Callable[[Tensor, Tensor], Pair],
+        holds: Callable[[Tensor, Tensor], Tensor] | None = None,
+        needs: str = "",
+    ) -> None:
+        self.denoised, self.score, self.holds, self.needs = denoised, score, holds, needs
+
+
+def _edm(sd: float) -> _Form:
+    return _Form(
+        lambda alpha, sigma: (sd**2 / (sigma**2 + sd**2), sigma * sd * torch.rsqrt(sigma**2 + sd**2)),
+        lambda alpha, sigma: (-1 / (sigma**2 + sd**2), sd / sigma * torch.rsqrt(sigma**2 + sd**2)),
+        lambda alpha, sigma: alpha - 1,
+        "alpha = 1",
+    )
+
+
+_FORMS = {
+    "eps": _Form(
+        lambda alpha, sigma: (1 / alpha, -sigma / alpha),
+        lambda alpha, sigma: (torch.zeros_like(sigma), -1 / sigma),
+    ),
+    "x0": _Form(
+        lambda alpha, sigma: (torch.zeros_like(sigma), torch.ones_like(sigma)),
+        lambda alpha, sigma: (-1 / sigma**2, alpha / sigma**2),
+    ),
+    "v": _Form(
+        lambda alpha, sigma: (alpha, -sigma),
+        lambda alpha, sigma: (-torch.ones_like(sigma), -alpha / sigma),
+        lambda alpha, sigma: alpha**2 + sigma**2 - 1,
+        "alpha^2 + sigma^2 = 1",
+    ),
+    "flow": _Form(
+        lambda alpha, sigma: (torch.ones_like(sigma), -sigma),
+        lambda alpha, sigma: (-1 / sigma, -alpha / sigma),
+        lambda alpha, sigma: alpha + sigma - 1,
+        "alpha = 1 - t, sigma = t",
+    ),
+}
+PARAMETRIZATIONS = (*_FORMS, "edm")
+
+
+def _identity(t: Tensor) -> Tensor:
+    return t
+
+
+def column(values: Tensor, like: Tensor) -> Tensor:
+    """(B,) shaped to multiply (B, ...)."""
+    return values.reshape(-1, *[1] * (like.dim() - 1))
+
+
+class Denoiser(nn.Module):
+    """A network with the schedule and the parametrization that give its output a meaning.
+
+    The network is called `network(c_in(t) * x_t, c_noise(t), cond)`; `x_t` reaches it in the dtype of its parameters.
+
+    Args:
+        network: a module or function.
+        schedule: alpha, sigma and log-SNR of t.
+        parametrization: what the output is: "eps", "x0", "v", "flow" (eps - x) or "edm".
+        sigma_data: standard deviation of the data; needed for "edm" and for it alone.
+        c_in, c_noise: functions of t (B,); 1 and t by default, for "edm" 1 / sqrt(sigma^2 + sigma_data^2) and
+            log(sigma) / 4.
+        output: takes what the network returns to F, (B, ...) like x_t: an attribute, half of the channels, a sign.
+        sample_shape: shape of one sample, where the denoiser alone must say what to generate.
+        null_cond: the condition that means "none", for guidance: a pytree like cond, batched on dimension 0 with size
+            1 or B, or an int for labels.
+
+    Raises:
+        ValueError: an unknown parametrization, one that does not fit the schedule, or sigma_data missing or idle.
+    """
+
+    def __init__(
+        self,
+        network: Callable[..., Any],
+        schedule: Schedule,
+        parametrization: str,
+        *,
+        sigma_data: float | None = None,
+        c_in: Callable[[Tensor], Tensor] | None = None,
+        c_noise: Callable[[Tensor], Tensor] | None = None,
+        output: Callable[[Any], Tensor] | None = None,
+        sample_shape: Sequence[int] | None = None,
+        null_cond: Condition = None,
+    ) -> None:
+        super().__init__()
+        if parametrization not in PARAMETRIZATIONS:
+            raise ValueError(f"parametrization must be one of {', '.join(PARAMETRIZATIONS)}, got {parametrization!r}")
+        if (parametrization == "edm") != (sigma_data is not None):
+            raise ValueError("sigma_data is needed for parametrization 'edm', and for it alone")
+        if sigma_data is not None and not sigma_data > 0:
+            raise ValueError(f"sigma_data must be positive, got {sigma_data}")
+        if not isinstance(schedule, Schedule):
+            raise TypeError(f"schedule must have alpha, sigma, log_snr, t_from_log_snr, t_min, t_max: got {schedule!r}")
+        self.network = network
+        self.schedule = schedule
+        self.parametrization = parametrization
+        self.sigma_data = sigma_data
+        self.sample_shape = None if sample_shape is None else tuple(sample_shape)
+        self.null_cond = null_cond
+        # Where its weights came from, a path or a name: checkpoints say it, for people.
+        self.source: str | None = None
+        # Of the weights of its products, where they were rounded and nothing else (emd_fast.train.cast_weights).
+        self.rounded_to: torch.dtype | None = None
+        self._form = _edm(sigma_data) if sigma_data is not None else _FORMS[parametrization]
+        self._check_schedule()
+        if sigma_data is not None:
+            c_in = c_in or (lambda t: torch.rsqrt(schedule.sigma(t) ** 2 + sigma_data**2))
+            c_noise = c_noise or (lambda t: torch.log(schedule.sigma(t)) / 4)
+        self._c_in, self._c_noise, self._output = c_in, c_noise or _identity, output
+
+    @classmethod
+    def from_x0(cls, function: Callable[[Tensor, Tensor, Condition], Tensor], schedule: Schedule, **options: Any):
+        """The denoiser whose function (x_t, t, cond) already returns the denoised image D."""
+        return cls(function, schedule, "x0", **options)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Denoiser:
+        # Schedules have no state; with one that knows no other equality, a copy must still be of the same schedule.
+        memo[id(self.schedule)] = self.schedule
+        copied = memo[id(self)] = self.__class__.__new__(self.__class__)
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+    def _check_schedule(self) -> None:
+        if self._form.holds is None:
+            return
+        low, high = self.schedule.t_min, self.schedule.t_max
+        t = torch.linspace(low, high, 17, device="cpu")  # values, also where networks are made on the meta device
+        if self._form.holds(self.schedule.alpha(t), self.schedule.sigma(t)).abs().max() > 1e-4:
+            raise ValueError(
+                f"parametrization {self.parametrization!r} needs {self._form.needs}, which {self.schedule!r} has not"
+            )
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Condition = None) -> Tensor:
+        """F (B, ...), the raw output of the network for x_t (B, ...) at t (B,) float32."""
+        if x_t.dim() == 0 or t.shape != x_t.shape[:1]:
+            raise ValueError(f"t must have shape (B,) for x_t (B, ...), got {tuple(t.shape)} for {tuple(x_t.shape)}")
+        scaled = x_t if self._c_in is None else column(self._c_in(t), x_t) * x_t
+        with self._products(x_t):
+            returned = self.network(scaled.to(self._input_dtype(x_t)), same(self._c_noise, t), cond)
+        output = returned if self._output is None else self._output(returned)
+        if not isinstance(output, Tensor):
+            raise TypeError(
+                f"the network returned {type(output).__name__}, not a tensor; give Denoiser an `output` that takes "
+                "it to one, for instance output=lambda returned: returned.sample"
+            )
+        if output.shape != x_t.shape:
+            raise ValueError(
+                f"the network returned shape {tuple(output.shape)} for an input of shape {tuple(x_t.shape)}; give "
+                "Denoiser an `output` that takes it there, for instance output=lambda returned: returned[:, :3]"
+            )
+        return output
+
+    @property
+    def has_output(self) -> bool:
+        """Whether an `output` of the user's stands between the network and F."""
+        return self._output is not None
+
+    def network_inputs(self, t: Tensor) -> Pair:
+        """(c_in, c_noise), each (B,) float32: the scale of x_t and the noise level as the network gets them."""
+        return (torch.ones_like(t) if self._c_in is None else self._c_in(t)), self._c_noise(t)
+
+    def _products(self, x_t: Tensor) -> contextlib.AbstractContextManager[Any]:
+        """What a network needs around it whose products have weights of another dtype than the rest."""
+        if self.rounded_to is None or autocast_dtype(x_t.device.type) is not None:
+            return contextlib.nullcontext()
+        return torch.autocast(x_t.device.type, self.rounded_to)
+
+    def _input_dtype(self, x_t: Tensor) -> torch.dtype:
+        if isinstance(self.network, nn.Module):
+            for parameter in self.network.parameters():
+                if parameter.is_floating_point():
+                    return parameter.dtype
+        return x_t.dtype
+
+    def coefficients(self, t: Tensor) -> Pair:
+        """(c_skip, c_out), each (B,) float32."""
+        return self._form.denoised(self.schedule.alpha(t), self.schedule.sigma(t))
+
+    def score_coefficients(self, t: Tensor) -> Pair:
+        """(a, b), each (B,) float32."""
+        return self._form.score(self.schedule.alpha(t), self.schedule.sigma(t))
+
+    def guided(self, x_t: Tensor, t: Tensor, cond: Condition, guidance: float | Tensor | None) -> Tensor:
+        """F_u + guidance (F_c - F_u), float32; F_c alone when guidance is None."""
+        if guidance is None:
+            return self(x_t, t, cond).float()
+        conditional, unconditional = (F.float() for F in both(self, x_t, t, cond, None))
+        w = column(guidance, x_t) if isinstance(guidance, Tensor) else guidance
+        return unconditional + w * (conditional - unconditional)
+
+    def denoise(self, x_t: Tensor, t: Tensor, cond: Condition = None, guidance: float | Tensor | None = None) -> Tensor:
+        """D = c_skip x_t + c_out F, float32."""
+        c_skip, c_out = self.coefficients(t)
+        return column(c_skip, x_t) * x_t + column(c_out, x_t) * self.guided(x_t, t, cond, guidance)
+
+    def score(self, x_t: Tensor, t: Tensor, cond: Condition = None, guidance: float | Tensor | None = None) -> Tensor:
+        """s = a x_t + b F, float32: the gradient of the log density of x_t."""
+        a, b = self.score_coefficients(t)
+        return column(a, x_t) * x_t + column(b, x_t) * self.guided(x_t, t, cond, guidance)
+
+    def same_form(self, other: Denoiser) -> bool:
+        """Whether (a, b) are the same functions of t, so that the x terms of a score difference cancel."""
+        mine, its = ((d.schedule, d.parametrization, d.sigma_data) for d in (self, other))
+        return mine == its
+
+
+class Generator(nn.Module):
+    """A denoiser at one noise level as a one-step generator: generator(z, cond) = D(input_scale z; t_star).
+
+    Args:
+        denoiser: its network is the generator's.
+        t_star: the noise level, in the units of the schedule's t.
+        input_scale: scale of z; sigma(t_star) when None.
+    """
+
+    def __init__(self, denoiser: Denoiser, t_star: float, *, input_scale: float | None = None) -> None:
+        super().__init__()
+        t = check_times(denoiser.schedule, torch.tensor([t_star], dtype=torch.float32, device="cpu"))
+        self.denoiser = denoiser
+        self.t_star = t_star
+        self.input_scale = denoiser.schedule.sigma(t).item() if input_scale is None else input_scale
+        if not self.input_scale > 0:
+            raise ValueError(f"input_scale must be positive, got {self.input_scale}")
+        self.c_skip, self.c_out = (c.item() for c in denoiser.coefficients(t))
+
+    @property
+    def sample_shape(self) -> tuple[int, ...] | None:
+        return self.denoiser.sample_shape
+
+    def forward(self, z: Tensor, cond: Condition = None) -> Tensor:
+        """x (B, ...) for z (B, ...) ~ N(0, I)."""
+        x_t = self.input_scale * z
+        t = same(self._times, len(z), z.device)
+        return self.c_skip * x_t + self.c_out * self.denoiser(x_t, t, cond)
+
+    def _times(self, batch: int, device: torch.device) -> Tensor:
+        return torch.full((batch,), self.t_star, dtype=torch.float32, device=device)
+
+
+def base(network: Any) -> Denoiser:
+    """The Denoiser inside what may be wrapped by DDP or torch.compile."""
+    inner = network
+    while not isinstance(inner, Denoiser):
+        # Not `or`: the truth of a module is its len(), which a compiled one refuses to tell.
+        wrapped = getattr(inner, "module", None)
+        inner = getattr(inner, "_orig_mod", None) if wrapped is None else wrapped
+        if inner is None:
+            raise TypeError(f"expected an emd_fast.Denoiser, bare or wrapped, got {type(network).__name__}")
+    return inner
+
+
+def null_like(null_cond: Condition, cond: Condition, batch: int) -> Condition:
+    """null_cond, batched and typed like cond.
+
+    Raises:
+        ValueError: there is none, or it has another structure than cond.
+    """
+    if cond is None:
+        raise ValueError("guidance needs a condition: give cond, or leave guidance None")
+    if null_cond is None:
+        raise ValueError("guidance needs a null condition: give null_cond, here or to the Denoiser")
+    if isinstance(null_cond, int) and isinstance(cond, Tensor):
+        return torch.full_like(cond, null_cond)
+    leaves, structure = pytree.tree_flatten(cond)
+    null_leaves, null_structure = pytree.tree_flatten(null_cond)
+    if structure != null_structure:
+        raise ValueError(f"null_cond must have the structure of cond, {structure}, got {null_structure}")
+    matched = [null.to(leaf).expand(batch, *null.shape[1:]) for null, leaf in zip(null_leaves, leaves, strict=True)]
+    return pytree.tree_unflatten(matched, structure)
+
+
+def both(network: Any, x_t: Tensor, t: Tensor, cond: Condition, null_cond: Condition) -> Pair:
+    """F_c and F_u, from one pass of twice the batch."""
+    null_cond = base(network).null_cond if null_cond is None else null_cond
+    return network(torch.cat([x_t, x_t]), *same(_twice, t, cond, null_cond)).chunk(2)
+
+
+def _twice(t: Tensor, cond: Condition, null_cond: Condition) -> tuple[Tensor, Condition]:
+    null = null_like(null_cond, cond, len(t))
+    return torch.cat([t, t]), pytree.tree_map(lambda c, n: torch.cat([c, n]), cond, null)

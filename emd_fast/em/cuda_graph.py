@@ -1,0 +1,179 @@
+"""The E-step as one CUDA graph: the host starts one thing instead of thousands, which is what a small batch waits for.
+
+Not measured on a GPU so far.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from emd_fast import backends
+from emd_fast.diffusion.denoiser import Condition
+from emd_fast.distributed import is_sharded
+from emd_fast.em.e_step import EStep, GeneratorLike, unchecked_e_step
+from emd_fast.em.streams import branches
+from emd_fast.noise import Noise
+
+_logger = logging.getLogger("emd_fast")
+
+SMALL_BATCH = 16
+"""Up to this batch teacher and student run on streams of their own: neither fills a GPU alone."""
+
+
+@dataclass(frozen=True)
+class _Captured:
+    replay: Callable[[], None]
+    inputs: list[Tensor]
+    found: EStep
+    addresses: list[int]
+
+
+class GraphedEStep:
+    """`e_step` of fixed networks and settings, captured once for each shape and replayed; equal to it bit for bit.
+
+        sample = GraphedEStep(generator, teacher, student, steps=8, gamma_eps=0.1, gamma_z=0.01, noise=noise)
+        found = sample(z, eps, t, cond)
+
+    A replay reads the parameters, the noise (`noise.set` and `noise.advance` work as ever) and the arguments as they
+    are then. Where a graph cannot be, e_step runs as it is, and the reason is logged once: tensors that are not on a
+    GPU, parameters that FSDP2 has sharded (they have no fixed address), a network that is no module, or one that makes
+    the host wait. A parameter that was moved is noticed, and the graph captured anew.
+
+    Args:
+        generator, teacher, student, guidance, null_cond, steps, noise: as for e_step.
+        gamma_eps, gamma_z: as for e_step, or None, and then given with every call.
+        parallel: teacher and student side by side on two streams; for batches up to SMALL_BATCH when None.
+    """
+
+    def __init__(
+        self,
+        generator: GeneratorLike,
+        teacher: Any,
+        student: Any,
+        *,
+        steps: int,
+        noise: Noise,
+        gamma_eps: float | Tensor | None = None,
+        gamma_z: float | Tensor | None = None,
+        guidance: float | Tensor | None = None,
+        null_cond: Condition = None,
+        parallel: bool | None = None,
+    ) -> None:
+        self.networks: tuple[Any, Any, Any] = (generator, teacher, student)
+        self.noise = noise
+        self._step_sizes = (gamma_eps, gamma_z)
+        self._settings = {"steps": steps, "noise": noise, "guidance": guidance, "null_cond": null_cond}
+        self._parallel = parallel
+        self._captured: dict[Hashable, _Captured] = {}
+        self._refused: dict[Hashable, str] = {}
+
+    def __call__(
+        self,
+        z: Tensor,
+        eps: Tensor,
+        t: Tensor,
+        cond: Condition = None,
+        *,
+        gamma_eps: float | Tensor | None = None,
+        gamma_z: float | Tensor | None = None,
+    ) -> EStep:
+        """The posterior sample for z, eps, t and cond, in tensors of its own. Values are not checked."""
+        sizes = [
+            given if given is not None else own
+            for given, own in zip((gamma_eps, gamma_z), self._step_sizes, strict=True)
+        ]
+        if any(size is None for size in sizes):
+            raise ValueError("gamma_eps and gamma_z must be given, here or to GraphedEStep")
+        arguments = (z, eps, t, cond, *sizes)
+        if reason := self._why_not(z):
+            _say_once(reason)
+            return self._eager(*arguments)
+        leaves, structure = pytree.tree_flatten(arguments)
+        key = self._key(leaves, structure)
+        if key in self._refused:
+            return self._eager(*arguments)
+        captured = self._captured.get(key)
+        if captured is None or captured.addresses != self._addresses():
+            self._captured.pop(key, None)  # its memory first
+            try:
+                captured = self._captured[key] = self._capture(leaves, structure)
+            except RuntimeError as error:
+                torch.cuda.synchronize(z.device)
+                self._refused[key] = " ".join(str(error).split())[:200]
+                _say_once(f"it cannot be captured: {self._refused[key]}")
+                return self._eager(*arguments)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        torch._foreach_copy_(captured.inputs, [tensor.detach() for tensor in tensors])
+        captured.replay()
+        return EStep(*pytree.tree_map_only(Tensor, Tensor.clone, tuple(vars(captured.found).values())))
+
+    def _eager(self, z: Tensor, eps: Tensor, t: Tensor, cond: Condition, gamma_eps: Any, gamma_z: Any) -> EStep:
+        return unchecked_e_step(
+            *self.networks, z, eps, t, cond=cond, gamma_eps=gamma_eps, gamma_z=gamma_z, **self._settings
+        )
+
+    def _why_not(self, z: Tensor) -> str | None:
+        if z.device.type != "cuda":
+            return f"{z.device.type} tensors have no graphs"
+        for name, network in zip(("generator", "teacher", "student"), self.networks, strict=True):
+            if not isinstance(network, nn.Module):
+                return f"the {name} is no module, and where its parameters lie is not known"
+            if is_sharded(network):
+                return f"the {name} is sharded, and its parameters have no fixed address"
+        return None
+
+    def _key(self, leaves: list[Any], structure: Any) -> Hashable:
+        told = [(leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
+        modes = [module.training for network in self.networks for module in network.modules()]
+        return tuple(told), structure, autocast, tuple(modes), backends.active()
+
+    def _addresses(self) -> list[int]:
+        tensors = [t for network in self.networks for t in (*network.parameters(), *network.buffers())]
+        return [tensor.data_ptr() for tensor in (*tensors, self.noise.state)]
+
+    def _capture(self, leaves: list[Any], structure: Any) -> _Captured:
+        own = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        arguments = pytree.tree_unflatten(own, structure)
+        parallel = len(arguments[0]) <= SMALL_BATCH if self._parallel is None else self._parallel
+        replay, found = _graph(lambda: self._eager(*arguments), parallel, arguments[0].device)
+        return _Captured(replay, [leaf for leaf in own if isinstance(leaf, Tensor)], found, self._addresses())
+
+
+def _graph(run: Callable[[], EStep], parallel: bool, device: torch.device) -> tuple[Callable[[], None], EStep]:
+    """What replays `run`, and what a replay writes to."""
+    # The stream is one of this device, which need not be the current one, nor that of the first capture, whose stream
+    # PyTorch would take: elsewhere nothing would be recorded, and a replay would do nothing.
+    with torch.cuda.device(device):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        # Before a capture everything has run once: kernels are compiled, workspaces there.
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                run()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        # Weights that autocast has cast before are not those of a later replay; those cast inside belong to it.
+        torch.clear_autocast_cache()
+        # What other threads do meanwhile (a loader that pins memory, a library's monitor) is no part of the graph and
+        # no reason to give it up.
+        capture = torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local")
+        try:
+            with capture, branches(parallel):
+                found = run()
+        finally:
+            torch.clear_autocast_cache()
+    return graph.replay, found
+
+
+@functools.cache
+def _say_once(reason: str) -> None:
+    _logger.warning("the E-step runs without a CUDA graph: %s", reason)

@@ -1,0 +1,268 @@
+"""A distilled generator as something to hand on: a pipeline folder of diffusers, or one safetensors file.
+
+Either holds the network's weights and the few numbers that make it a generator,
+
+    x = c_skip u + c_out F(c_in u; c_noise),        u = input_scale z,
+
+so that `load` needs neither the teacher nor its schedule.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from emd_fast.diffusion.denoiser import Denoiser, Generator
+from emd_fast.export.one_step import Facts, OneStep
+from emd_fast.fusion.plan import fuse_known
+from emd_fast.io.files import write_whole
+from emd_fast.teachers.diffusers import DiffusersDenoiser
+from emd_fast.teachers.diffusers.architectures import ARCHITECTURES, Network
+from emd_fast.teachers.diffusers.folder import EXPORTED, Folder, need_diffusers, read_json
+from emd_fast.teachers.mlp import PointGenerator, TimeMLP
+from emd_fast.teachers.small_unet import SmallUNet
+from emd_fast.train.trainer import EMDTrainer
+
+_VERSION = 1
+
+
+class NotForStock(UserWarning):
+    """What was exported is for `load` alone: no pipeline of diffusers makes the same samples."""
+
+
+# Writing ----------------------------------------------------------------------------------------------------------
+
+
+def export(
+    trainer: EMDTrainer | str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    format: Literal["diffusers", "safetensors"] = "diffusers",
+    *,
+    ema: bool = True,
+    teacher: Denoiser | None = None,
+) -> Path:
+    """Writes the generator of a trainer.
+
+    Args:
+        trainer: or the path of a checkpoint that `trainer.save` wrote, with its `teacher`.
+        out: "diffusers": a folder, new or empty, with the layout of a pipeline; the teacher must have come from a
+            folder of diffusers. "safetensors": a file.
+        ema: the average of the generator's weights, or the weights themselves.
+
+    Returns:
+        The path of what was written. `load` reads it. Where stock diffusers cannot make the same samples the folder
+        has no model_index.json, so that it cannot make others, and a NotForStock warning says why.
+
+    Raises:
+        ValueError: a generator that the format cannot describe, or a folder that is not empty.
+    """
+    if format not in ("diffusers", "safetensors"):
+        raise ValueError(f"format must be 'diffusers' or 'safetensors', got {format!r}")
+    if not isinstance(trainer, EMDTrainer):
+        if teacher is None:
+            raise ValueError("a checkpoint holds no teacher: give export() the teacher that it was distilled from")
+        trainer = EMDTrainer.resume(Path(trainer), teacher, trains=False)
+    generator = trainer.ema.module if ema else trainer.generator
+    return (_write_folder if format == "diffusers" else _write_file)(
+        Path(out), generator, _facts(trainer, generator, ema)
+    )
+
+
+def _facts(trainer: EMDTrainer, generator: nn.Module, ema: bool) -> Facts:
+    scales: dict[str, Any] = dict.fromkeys(("c_skip", "c_out", "c_in", "c_noise", "input_scale"), 1.0)
+    if isinstance(generator, Generator):
+        t = torch.tensor([generator.t_star], dtype=torch.float32)
+        c_in, c_noise = (value.item() for value in generator.denoiser.network_inputs(t))
+        scales = {"c_skip": generator.c_skip, "c_out": generator.c_out, "c_in": c_in, "c_noise": c_noise}
+        scales["input_scale"] = generator.input_scale
+    return Facts(
+        **scales,
+        sample_shape=trainer.sample_shape,
+        latent_shape=trainer.latent_shape,
+        precision="bfloat16" if trainer.compute_dtype == torch.bfloat16 else "float32",
+        dtype=str(next(generator.parameters()).dtype).removeprefix("torch."),
+        seed=trainer.config.seed,
+        num_classes=trainer.config.num_classes,
+        steps=trainer.steps_done,
+        ema=ema,
+        t_star=generator.t_star if isinstance(generator, Generator) else None,
+    )
+
+
+def _write_folder(out: Path, generator: nn.Module, facts: Facts) -> Path:
+    from emd_fast.teachers.diffusers import stock
+
+    if not isinstance(generator, Generator) or not isinstance(generator.denoiser, DiffusersDenoiser):
+        raise ValueError("format 'diffusers' needs a teacher from a folder of diffusers; use format='safetensors'")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists already and is not empty: choose another folder")
+    denoiser = generator.denoiser
+    model: Any = denoiser.network.model
+    component = denoiser.folder.architecture.component
+    source = denoiser.folder
+    index = {name: value for name, value in source.index.items() if name != "scheduler"}
+    index |= {component: ["diffusers", source.model_class], "_diffusers_version": need_diffusers().__version__}
+
+    try:
+        pipeline, scheduler = stock.pipeline_class(denoiser), stock.scheduler(generator)
+        index |= {"_class_name": pipeline, "scheduler": ["diffusers", type(scheduler).__name__]}
+    except stock.NoStockPipeline as reason:
+        pipeline, scheduler = None, None
+        warnings.warn(
+            f"{out}: emd_fast.export.load reads it, stock diffusers does not: {reason}",
+            NotForStock,
+            stacklevel=3,
+        )
+
+    # Whole or not at all: a pipeline that lacks a component would be found out much later.
+    unfinished = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        model.save_pretrained(unfinished / component)
+        # Where the teacher lay is nobody's business.
+        config = read_json(unfinished / component / "config.json")
+        _write_json(unfinished / component / "config.json", {k: v for k, v in config.items() if k != "_name_or_path"})
+        for name in index:
+            if name not in (component, "scheduler") and source.has(name):
+                shutil.copytree(source.root / name, unfinished / name)
+        if scheduler is not None:
+            scheduler.save_pretrained(unfinished / "scheduler")
+            _write_json(unfinished / "model_index.json", index)
+        _write_json(unfinished / EXPORTED, {"version": _VERSION, "generator": asdict(facts), "pipeline": index})
+        if out.exists():
+            out.rmdir()
+        os.replace(unfinished, out)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return out
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def _write_file(out: Path, generator: nn.Module, facts: Facts) -> Path:
+    from safetensors.torch import save as encoded
+
+    network: Any = generator.denoiser.network if isinstance(generator, Generator) else generator
+    if isinstance(generator, Generator) and generator.denoiser.has_output and not isinstance(network, Network):
+        raise ValueError("this generator's Denoiser has an `output` of its own, which a file cannot hold")
+    if isinstance(network, Network):
+        model: Any = network.model
+        described = {
+            "class": type(model).__name__,
+            "config": {key: value for key, value in model.config.items() if not key.startswith("_")},
+        }
+    elif type(network).__name__ in _OWN:
+        described = {"class": type(network).__name__, "config": _OWN[type(network).__name__][1](network)}
+    else:
+        raise ValueError(
+            f"a {type(network).__name__} cannot be described in a file: {', '.join((*_OWN, *ARCHITECTURES))} can; save "
+            "its state_dict instead"
+        )
+    metadata = {"version": _VERSION, "generator": asdict(facts), "network": described}
+    weights = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
+    whole = encoded(weights, {"emd_fast": json.dumps(metadata)})
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(out, lambda file: file.write(whole))
+    return out
+
+
+def _points(network: Any) -> dict[str, Any]:
+    return {
+        "dimension": network.last.out_features,
+        "width": network.last.in_features,
+        "layers": len(network.hidden),
+        "seed": 0,  # of weights that the file replaces
+    }
+
+
+def _small_unet(network: Any) -> dict[str, Any]:
+    return {
+        "in_channels": network.first.in_channels,
+        "channels": network.first.out_channels,
+        "num_classes": network.num_classes,
+        "embedding": network.embedding.out_features,
+    }
+
+
+# The project's own networks: the class, and the arguments that make another one like a given one.
+_OWN: dict[str, tuple[type[nn.Module], Callable[[Any], dict[str, Any]]]] = {
+    "SmallUNet": (SmallUNet, _small_unet),
+    "TimeMLP": (TimeMLP, _points),
+    "PointGenerator": (PointGenerator, _points),
+}
+
+
+# Reading ----------------------------------------------------------------------------------------------------------
+
+
+def load(path: str | os.PathLike[str], *, device: torch.device | str = "cpu", fuse: bool = True) -> OneStep:
+    """The generator that `export` wrote, folder or file.
+
+    Args:
+        fuse: served by `emd_fast.fuse`, where it knows the network; one that it refuses stays as it is, with a warning.
+
+    Raises:
+        ValueError: nothing there that `export` wrote, or of a later version.
+    """
+    path = Path(path)
+    one_step = _read_folder(path) if path.is_dir() else _read_file(path)
+    for parameter in one_step.parameters():
+        # What safetensors maps need not be aligned, and PyTorch rounds differently then.
+        parameter.data = parameter.data.clone()
+    one_step.to(device).eval().requires_grad_(False)
+    if fuse:
+        try:
+            fuse_known(one_step)
+        except ValueError as error:
+            warnings.warn(f"{path} is not fused: {error}", stacklevel=2)
+    return one_step
+
+
+def _read_folder(path: Path) -> OneStep:
+    if not (path / EXPORTED).exists():
+        raise ValueError(f"{path} was not written by emd_fast.export.pipeline: it has no {EXPORTED}")
+    facts = _facts_in(path, read_json(path / EXPORTED))
+    folder = Folder(path)
+    return OneStep(Network(folder.load_model(getattr(torch, facts.dtype))), facts, folder=folder)
+
+
+def _read_file(path: Path) -> OneStep:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), "pt") as file:
+            metadata = json.loads((file.metadata() or {}).get("emd_fast", "{}"))
+            weights = {name: file.get_tensor(name) for name in file.keys()}
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from None
+    facts = _facts_in(path, metadata)
+    name, config = metadata["network"]["class"], metadata["network"]["config"]
+    network: nn.Module
+    if name in _OWN:
+        network = _OWN[name][0](**config)
+    elif name in ARCHITECTURES:
+        network = Network(getattr(need_diffusers(), name).from_config(config))
+    else:
+        raise ValueError(f"{path} holds a {name}, which this release cannot build")
+    network = network.to(getattr(torch, facts.dtype))
+    network.load_state_dict(weights)
+    return OneStep(network, facts, whole=isinstance(network, PointGenerator))
+
+
+def _facts_in(path: Path, metadata: Mapping[str, Any]) -> Facts:
+    if "generator" not in metadata:
+        raise ValueError(f"{path} was not written by emd_fast.export.pipeline")
+    if metadata.get("version") != _VERSION:
+        raise ValueError(f"{path} has format version {metadata.get('version')}, this release reads {_VERSION}")
+    return Facts(**metadata["generator"])

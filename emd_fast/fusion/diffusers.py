@@ -1,0 +1,259 @@
+"""The parts of diffusers' UNets: residual blocks, attention, transformers. diffusers itself is never imported."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from emd_fast.cache.conditioning import remember
+from emd_fast.fusion.attention import attention, check_head_dim
+from emd_fast.fusion.fused import Fused, has, is_a, kind_of
+from emd_fast.fusion.norm import SERVED, Norm
+from emd_fast.fusion.regional import run
+
+
+class ResnetBlock(Fused):
+    """ResnetBlock2D: the embedding's addition, or scale and shift, and both SiLUs are done by the norms."""
+
+    does = "norms, embedding and SiLUs by two kernels"
+
+    @classmethod
+    def recognises(cls, module: Any) -> bool:
+        return is_a(module, "ResnetBlock2D") and has(module, "norm1", "norm2", "nonlinearity", "time_embedding_norm")
+
+    @classmethod
+    def why_not(cls, module: Any) -> str | None:
+        if not is_a(module.nonlinearity, "SiLU"):
+            return f"its activation is {type(module.nonlinearity).__name__}, not SiLU"
+        if module.time_emb_proj is not None and module.time_embedding_norm not in ("default", "scale_shift"):
+            return f"time_embedding_norm is {module.time_embedding_norm!r}"
+        for name in ("norm1", "norm2"):
+            norm = getattr(module, name)
+            if not Norm.recognises(norm) or (why := Norm.why_not(norm)):
+                return f"{name} is {type(norm).__name__}" if not Norm.recognises(norm) else f"{name}: {why}"
+        return None
+
+    def forward(self, input_tensor: Tensor, temb: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+        projection: nn.Module | None = self.time_emb_proj
+        if (projection is None) != (temb is None) or kind_of(self.norm1) is not Norm or kind_of(self.norm2) is not Norm:
+            return super().forward(input_tensor, temb, *args, **kwargs)
+        embedded = None if projection is None else remember(projection, self._embed, temb)
+        return run(self, _residual_block, input_tensor, embedded)
+
+    def _embed(self, temb: Tensor) -> Tensor:
+        temb = temb if self.skip_time_act else self.nonlinearity(temb)
+        return self.time_emb_proj(temb)
+
+
+def _residual_block(block: Any, x: Tensor, embedded: Tensor | None) -> Tensor:
+    h = block.norm1(x, activation="silu")
+    resample = block.upsample if block.upsample is not None else block.downsample
+    if resample is not None:
+        x, h = resample(x), resample(h)
+    h = block.conv1(h)
+    if block.time_embedding_norm == "scale_shift" and embedded is not None:
+        scale, shift = embedded.chunk(2, dim=1)
+        h = block.norm2(h, scale=scale, shift=shift, activation="silu")
+    else:
+        h = block.norm2(h, add=embedded, activation="silu")
+    h = block.conv2(block.dropout(h))
+    if block.conv_shortcut is not None:
+        x = block.conv_shortcut(x)
+    return (x + h) / block.output_scale_factor
+
+
+class Processor:
+    """An attention processor of ours, and the one that was there before."""
+
+    def __init__(self, original: Any) -> None:
+        self.original = original
+
+
+class AttentionProcessor(Processor):
+    """What diffusers' Attention hands its work to: ops.attention on (B, tokens, heads, head_dim), nothing transposed.
+
+    The projections are called as the modules that they are, so LoRA in them is served. Keys and values of a condition
+    are computed once inside conditioning_cache. What ops.attention does not have (a mask, another dtype) goes to the
+    processor that was there before.
+    """
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        key_value: tuple[Tensor, Tensor] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        """(B, tokens, C) or (B, C, H, W), as `hidden_states` is; key_value: what `keys_and_values` gave, if it did."""
+        if attention_mask is not None or hidden_states.dtype not in SERVED:
+            return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
+        x = hidden_states if attn.spatial_norm is None else attn.spatial_norm(hidden_states, temb)
+        tokens = x
+        if x.ndim == 4:
+            # The norm before the tokens are made: on channels_last images that costs no copy.
+            tokens = (x if attn.group_norm is None else attn.group_norm(x)).flatten(2).transpose(1, 2)
+        elif attn.group_norm is not None:
+            tokens = attn.group_norm(x.transpose(1, 2)).transpose(1, 2)
+        query = attn.to_q(tokens)
+        if encoder_hidden_states is None:
+            key, value = attn.to_k(tokens), attn.to_v(tokens)
+        else:
+            key, value = key_value or keys_and_values(attn, encoder_hidden_states)
+        query, key, value = (part.unflatten(-1, (attn.heads, -1)) for part in (query, key, value))
+        query = query if attn.norm_q is None else attn.norm_q(query)
+        key = key if attn.norm_k is None else attn.norm_k(key)
+        # A norm of q or k may compute in float32.
+        mixed = attention(query, key.to(query.dtype), value.to(query.dtype), _scale(attn, self.original))
+        out = attn.to_out[1](attn.to_out[0](mixed.flatten(2)))
+        if hidden_states.ndim == 4:
+            out = out.transpose(1, 2).reshape(hidden_states.shape)
+        if attn.residual_connection:
+            out = out + hidden_states
+        return out / attn.rescale_output_factor
+
+
+class JointAttentionProcessor(Processor):
+    """The same for Stable Diffusion 3: tokens of image and text attend to all of them together."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """(B, tokens, C), and (B, text tokens, C) where there is text."""
+        if attention_mask is not None or hidden_states.dtype not in SERVED:
+            return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, *args, **kwargs)
+
+        def heads(tokens: Tensor, norm: Any = None) -> Tensor:
+            tokens = tokens.unflatten(-1, (attn.heads, -1))
+            return tokens if norm is None else norm(tokens)
+
+        text, count = encoder_hidden_states, hidden_states.shape[1]
+        query = heads(attn.to_q(hidden_states), attn.norm_q)
+        key = heads(attn.to_k(hidden_states), attn.norm_k)
+        value = heads(attn.to_v(hidden_states))
+        if text is not None:
+            query = torch.cat([query, heads(attn.add_q_proj(text), attn.norm_added_q)], dim=1)
+            key = torch.cat([key, heads(attn.add_k_proj(text), attn.norm_added_k)], dim=1)
+            value = torch.cat([value, heads(attn.add_v_proj(text))], dim=1)
+        mixed = attention(query, key.to(query.dtype), value.to(query.dtype)).flatten(2)
+        image = attn.to_out[1](attn.to_out[0](mixed[:, :count]))
+        if text is None:
+            return image
+        return image, mixed[:, count:] if attn.context_pre_only else attn.to_add_out(mixed[:, count:])
+
+
+# By the name of the class that each takes the place of.
+_PROCESSORS: dict[str, type[Processor]] = {
+    "AttnProcessor": AttentionProcessor,
+    "AttnProcessor2_0": AttentionProcessor,
+    "JointAttnProcessor2_0": JointAttentionProcessor,
+}
+
+
+def keys_and_values(attn: Any, encoder_hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+    """Those of a condition, (B, keys, heads head_dim) each, by an Attention of diffusers."""
+    if attn.norm_cross is not None:
+        encoder_hidden_states = remember(attn.norm_cross, attn.norm_encoder_hidden_states, encoder_hidden_states)
+    return (
+        remember(attn.to_k, attn.to_k, encoder_hidden_states),
+        remember(attn.to_v, attn.to_v, encoder_hidden_states),
+    )
+
+
+def _scale(attn: Any, original: Any) -> float | None:
+    """AttnProcessor2_0 always takes 1 / sqrt(head_dim), whatever scale the module has."""
+    return attn.scale if type(original).__name__ == "AttnProcessor" else None
+
+
+class Attention(Fused):
+    """An Attention of diffusers with one of its plain processors: it gets ours, and keeps its class."""
+
+    does = "attention by ops.attention, as its processor"
+
+    @classmethod
+    def recognises(cls, module: Any) -> bool:
+        return has(module, "processor", "set_processor", "to_q", "to_k", "heads")
+
+    @classmethod
+    def why_not(cls, module: Any) -> str | None:
+        if isinstance(module.processor, Processor):
+            return None
+        if not is_a(module, "Attention"):
+            return "attention of a kind that is not known"
+        if type(module.processor).__name__ not in _PROCESSORS:
+            return f"its processor is {type(module.processor).__name__}, which computes something of its own"
+        if module.to_k is None or module.inner_kv_dim != module.inner_dim:
+            return "it has fewer heads of keys than of queries"
+        return None
+
+    @classmethod
+    def check(cls, module: Any) -> None:
+        if cls.why_not(module) is None:
+            check_head_dim(module.inner_dim // module.heads)
+
+    @classmethod
+    def fuse(cls, module: Any, **state: Any) -> None:
+        module.set_processor(_PROCESSORS[type(module.processor).__name__](module.processor))
+
+    @classmethod
+    def unfuse(cls, module: Any) -> None:
+        module.set_processor(module.processor.original)
+
+
+class Transformer(Fused):
+    """Transformer2DModel on images: where they are in channels_last, as tokens are, so is the result."""
+
+    does = "no copies to another layout behind the last block, on channels_last images"
+
+    @classmethod
+    def recognises(cls, module: Any) -> bool:
+        return is_a(module, "Transformer2DModel") and has(module, "_get_output_for_continuous_inputs", "proj_out")
+
+    def _get_output_for_continuous_inputs(
+        self, hidden_states: Tensor, residual: Tensor, batch_size: int, height: int, width: int, inner_dim: int
+    ) -> Tensor:
+        if residual.is_contiguous():
+            return self._emd_fast_base._get_output_for_continuous_inputs(
+                self, hidden_states, residual, batch_size, height, width, inner_dim
+            )
+
+        def image(tokens: Tensor) -> Tensor:
+            return tokens.transpose(1, 2).unflatten(2, (height, width))
+
+        project = self.proj_out
+        linear = self.use_linear_projection
+        return (image(project(hidden_states)) if linear else project(image(hidden_states))) + residual
+
+
+class TransformerBlock(Fused):
+    """BasicTransformerBlock in compiled code: keys and values of the condition come in from outside."""
+
+    does = "repeated block, compiled"
+
+    @classmethod
+    def recognises(cls, module: Any) -> bool:
+        return False  # only where fuse() compiles: see takes_keys_and_values
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        condition = kwargs.get("encoder_hidden_states")
+        unmasked = kwargs.get("encoder_attention_mask") is None
+        if condition is not None and unmasked and isinstance(self.attn2.processor, AttentionProcessor):
+            given = kwargs.get("cross_attention_kwargs") or {}
+            kwargs["cross_attention_kwargs"] = {**given, "key_value": keys_and_values(self.attn2, condition)}
+        return run(self, self._emd_fast_base.forward, hidden_states, *args, **kwargs)
+
+
+def takes_keys_and_values(block: nn.Module) -> bool:
+    """Whether the block is one of which TransformerBlock can hand keys and values to the second attention alone."""
+    return is_a(block, "BasicTransformerBlock") and not block.only_cross_attention and block.attn2 is not None

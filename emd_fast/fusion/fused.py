@@ -1,0 +1,112 @@
+"""How a module becomes a fused one: it stays the same object and changes its class.
+
+A fused module has a subclass of its class, made here, whose forward is that of one of the kinds of this package. So
+parameters, buffers, hooks and names stay where they are, and isinstance and the class's name say what they said before
+(save_pretrained writes the name). A copy of a module has its class, hence deepcopy keeps what was fused and refers to
+nothing of the original, which a forward bound to an instance would. Pickles name the kind and the original class. FSDP2
+does the same to a class, and its subclass of ours works as ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import nn
+
+from emd_fast.cache.weights import PREPARED
+
+# Where a fused module keeps what its kind has to know: plain values, which copies and pickles take along.
+STATE = "_emd_fast"
+_SUBCLASSES: dict[tuple[type, type], Any] = {}
+
+
+class Fused:
+    """What all kinds have: which modules a kind is for, and how a module of it is copied. The forward is the kind's."""
+
+    does: ClassVar[str]
+    """One line for the report."""
+
+    if TYPE_CHECKING:  # it is a module besides, whose attributes are not known here
+        forward: Callable[..., Any]
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    @classmethod
+    def recognises(cls, module: Any) -> bool:
+        """Whether this kind is for the module."""
+        raise NotImplementedError
+
+    @classmethod
+    def why_not(cls, module: Any) -> str | None:
+        """None, or why a module that it recognises must stay as it is."""
+        return None
+
+    @classmethod
+    def note(cls, module: Any) -> str:
+        """What the report says of the module."""
+        return cls.does
+
+    @classmethod
+    def check(cls, module: Any) -> None:
+        """Raises ValueError for a module of which no version can be right."""
+
+    @classmethod
+    def fuse(cls, module: Any, **state: Any) -> None:
+        """Makes the module one of this kind."""
+        module.__dict__[STATE] = state
+        module.__class__ = _subclass(cls, type(module))
+
+    @classmethod
+    def unfuse(cls, module: Any) -> None:
+        """Makes the module what it was."""
+        module.__class__ = type(module)._emd_fast_base
+        del module.__dict__[STATE]
+
+    @classmethod
+    def probe(cls, module: Any) -> tuple[tuple[int, ...], ...] | None:
+        """Shapes of inputs to try it on, where only its structure says what the module computes."""
+        return None
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced: Any = super().__reduce_ex__(protocol)
+        state = {key: None if key == PREPARED else value for key, value in reduced[2].items()}
+        return _new, (self._emd_fast_kind, self._emd_fast_base), state, *reduced[3:]
+
+
+def _construct(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    return cls._emd_fast_base(*args, **kwargs)
+
+
+def _subclass(kind: Any, base: Any) -> Any:
+    """The one subclass of this kind and base, whatever asks for it."""
+    if (kind, base) in _SUBCLASSES:
+        return _SUBCLASSES[kind, base]
+    names = ("__module__", "__qualname__", "__doc__")
+    attributes: dict[str, Any] = {name: getattr(base, name) for name in names}
+    # Who builds another module of the class of this one, as LoRA does for a convolution, gets one that is not fused.
+    attributes |= {"_emd_fast_kind": kind, "_emd_fast_base": base, "__new__": _construct}
+    return _SUBCLASSES.setdefault((kind, base), type(base.__name__, (kind, base), attributes))
+
+
+def _new(kind: type, base: type) -> nn.Module:
+    subclass = _subclass(kind, base)
+    return object.__new__(subclass)  # type: ignore[no-any-return]
+
+
+def kind_of(module: nn.Module) -> type[Fused] | None:
+    """The kind of a fused module, None for any other."""
+    return getattr(type(module), "_emd_fast_kind", None)
+
+
+def is_a(module: nn.Module, name: str) -> bool:
+    """Whether it is of a class of this name and computes what that class does: no forward of its own in between."""
+    return "forward" not in vars(module) and any(
+        base.__name__ == name and type(module).forward is base.forward
+        for base in type(module).__mro__
+        if issubclass(base, nn.Module)
+    )
+
+
+def has(module: nn.Module, *names: str) -> bool:
+    return all(hasattr(module, name) for name in names)

@@ -1,0 +1,131 @@
+"""Whole networks, and the layers of theirs that see time and condition only: who takes part in conditioning_cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from emd_fast.cache.conditioning import one_pass, remember
+from emd_fast.fusion import edm, edm2, layers, layout
+from emd_fast.fusion.fused import STATE, Fused, has, is_a
+from emd_fast.fusion.layer_norm import LayerNorm
+
+# The layers of each network that turn time and condition into embeddings. The blocks remember their own projections.
+_DIFFUSERS = ("time_proj", "time_embedding", "class_embedding", "add_time_proj", "add_embedding", "encoder_hid_proj")
+_EDM = ("map_noise", "map_label", "map_augment", "map_layer0", "map_layer1")
+_EDM2 = ("emb_fourier", "emb_noise", "emb_label")
+_SMALL = ("noise_embedding", "class_embedding", "embedding", "modulation")
+_OWN_EDM = ("map_layer0", "map_layer1", "map_label", "map_noise", "map_augment")
+_OWN_EDM2 = ("emb_fourier", "emb_noise", "emb_label")
+
+
+def _layers(module: nn.Module) -> tuple[str, ...] | None:
+    if is_a(module, "UNet2DModel") or is_a(module, "UNet2DConditionModel"):
+        return _DIFFUSERS
+    if has(module, "enc", "dec", "_embed"):  # those of emd_fast.teachers
+        return _OWN_EDM if hasattr(module, "map_layer0") else _OWN_EDM2
+    if has(module, "enc", "dec", "map_noise", "map_layer0", "map_layer1"):
+        return _EDM
+    if has(module, "enc", "dec", "emb_fourier", "emb_noise", "out_conv"):
+        return _EDM2
+    if has(module, "noise_embedding", "modulation", "down_block", "up_block", "frequencies"):
+        return _SMALL
+    return None
+
+
+class Network(Fused):
+    """A UNet, or a preconditioner around one: all arguments but the first are time and condition."""
+
+    does = "inside conditioning_cache, what depends on time and condition alone is computed once"
+
+    @classmethod
+    def recognises(cls, module: Any) -> bool:
+        # EDM's and EDM2's preconditioners make a new tensor of their noise level in each pass, so theirs is the pass.
+        inside = getattr(module, "model" if hasattr(module, "round_sigma") else "unet", None)
+        if isinstance(inside, nn.Module) and hasattr(module, "sigma_data"):
+            return _layers(inside) is not None
+        return _layers(module) is not None
+
+    @classmethod
+    def why_not(cls, module: Any) -> str | None:
+        return "it has a forward of its own on the instance" if "forward" in vars(module) else None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        own = super().forward
+        name = "" if args else next(iter(kwargs.keys() & {"x", "sample"}), "")
+        x = args[0] if args else kwargs.get(name)
+        if not isinstance(x, Tensor):
+            return own(*args, **kwargs)
+        x = layout.of_images(x, self.__dict__[STATE].get("memory_format"))
+        args, kwargs = ((x, *args[1:]), kwargs) if args else (args, {**kwargs, name: x})
+        if torch.compiler.is_compiling() or _draws_conditions(self):
+            return own(*args, **kwargs)
+        others = {key: value for key, value in kwargs.items() if key != name}
+        with one_pass(self, (args[1:], others, tuple(x.shape), x.dtype, x.device)):
+            return own(*args, **kwargs)
+
+
+class OwnNetwork(Network):
+    """A UNet of emd_fast.teachers, whose embedding is a method of its own."""
+
+    @classmethod
+    def recognises(cls, module: Any) -> bool:
+        return _layers(module) is not None and hasattr(type(module), "_embed")
+
+    def _embed(self, *args: Any) -> Any:
+        # Any of its layers: all of them are watched, since each is remembered inside.
+        network: Any = self
+        first = next(name for name in _layers(network) or () if getattr(network, name, None) is not None)
+        return remember(getattr(network, first), super()._embed, *args)  # type: ignore[misc]
+
+
+def _draws_conditions(network: Any) -> bool:
+    """Whether two passes of the same condition may differ: dropped labels, dropout in an embedding."""
+    return network.training and any(
+        getattr(module, "label_dropout", 0) or (isinstance(module, nn.Dropout) and module.p)
+        for module in network.modules()
+    )
+
+
+class Conditioning(Fused):
+    """A layer that sees time and condition only."""
+
+    does = "computed once inside conditioning_cache"
+
+    @classmethod
+    def recognises(cls, module: Any) -> bool:
+        return False  # by the network that it belongs to: see conditioning_layers
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return remember(self, super().forward, *args, **kwargs)
+
+
+def conditioning_layers(network: nn.Module) -> Iterator[nn.Module]:
+    """Of every network inside that Network recognises."""
+    for module in network.modules():
+        for name in _layers(module) or ():
+            layer = getattr(module, name, None)
+            if isinstance(layer, nn.Module) and "forward" not in vars(layer):
+                yield layer
+
+
+_PLAIN: tuple[type[Fused], ...] = (layers.Convolution, layers.Layer, edm.OwnResampled, LayerNorm)
+_PLAIN_OF: dict[tuple[str, ...], tuple[type[Fused], ...]] = {
+    _EDM: (edm.Conv, edm.Linear),
+    _EDM2: (edm2.MPConv,),
+    _OWN_EDM2: (edm2.MPConv,),
+}
+
+
+def plain_layers(network: nn.Module) -> Iterator[tuple[nn.Module, type[Fused]]]:
+    """PyTorch's convolutions, linear layers and layer norms, in EDM's networks theirs, each with its kind."""
+    for root in network.modules():
+        own = _PLAIN_OF.get(_layers(root) or ())
+        for module in root.modules() if own else (root,):
+            for kind in own or _PLAIN:
+                if kind.recognises(module):
+                    yield module, kind
+                    break

@@ -1,0 +1,113 @@
+"""torch.compile of the blocks that a network repeats, one compilation for all blocks of one structure.
+
+What depends on time and condition alone is computed outside of the compiled code, where conditioning_cache keeps it.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+import types
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import nn
+
+from emd_fast.fusion.fused import STATE, Fused
+
+logger = logging.getLogger("emd_fast")
+
+
+def run(module: Any, body: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """body(module, *args, **kwargs), compiled where fuse() was asked for that."""
+    options = module.__dict__[STATE].get("compile")
+    if options is None or torch.compiler.is_compiling():
+        return body(module, *args, **kwargs)
+    compiled = _compiled(body, module.__dict__[STATE]["structure"], torch.is_grad_enabled(), options)
+    return compiled(module, *args, **kwargs)
+
+
+def frozen_options(options: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """Arguments of torch.compile as a value that can be looked up."""
+    return tuple(
+        (name, tuple(sorted(value.items())) if name == "options" and value else value)
+        for name, value in sorted(options.items())
+    )
+
+
+def structure(module: nn.Module) -> Hashable:
+    """Equal for blocks that can share compiled code. Plain values, so that it may be copied and pickled."""
+    kind = type(module)
+    tensors = (*module.named_parameters(), *module.named_buffers())
+    plain = sorted(
+        (k, v) for k, v in vars(module).items() if isinstance(v, (bool, int, float, str)) and k != "training"
+    )
+    return kind.__module__, kind.__qualname__, tuple(plain), tuple((name, tuple(t.shape)) for name, t in tensors)
+
+
+@functools.cache
+def _compiled(
+    body: Callable[..., Any], structure: Hashable, with_gradients: bool, options: tuple[tuple[str, Any], ...]
+) -> Callable[..., Any]:
+    from torch._dynamo.exc import FailOnRecompileLimitHit  # takes seconds, which a bare import must not
+
+    # Dynamo counts recompilations by code object, and stops at eight. A UNet has more sizes of block than that, so
+    # each structure gets a code object of its own; with_gradients is among the arguments for the same reason.
+    code = body.__code__.replace()
+    own = types.FunctionType(code, body.__globals__, body.__name__, body.__defaults__, body.__closure__)
+    own.__kwdefaults__ = body.__kwdefaults__
+    arguments: dict[str, Any] = {name: dict(value) if name == "options" else value for name, value in options}
+    compiled = torch.compile(own, **arguments)
+    first = True
+
+    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        nonlocal first
+        start = time.perf_counter()
+        try:
+            result = compiled(module, *args, **kwargs)
+        except FailOnRecompileLimitHit:
+            # Sizes are fixed, and pictures, evaluations and last batches bring others. What was compiled stays.
+            _say_once(type(module).__name__)
+            return body(module, *args, **kwargs)
+        if first:
+            first = False
+            seconds = time.perf_counter() - start
+            what = "with" if with_gradients else "without"
+            logger.info("compiled %s %s gradients in %.1f s", type(module).__name__, what, seconds)
+        return result
+
+    return call
+
+
+@functools.cache
+def _say_once(name: str) -> None:
+    logger.warning("%s has been compiled for as many sizes as torch.compile allows: others run without it", name)
+
+
+class Repeated(Fused):
+    """A block that a network repeats, of a kind that fuse() does not know otherwise: compiled as it is."""
+
+    does = "repeated block, compiled"
+
+    @classmethod
+    def recognises(cls, module: Any) -> bool:
+        return False  # by how often it is there: see repeated
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return run(self, self._emd_fast_base.forward, *args, **kwargs)
+
+
+def repeated(network: nn.Module) -> list[nn.Module]:
+    """The outermost modules of a class that a ModuleList of the network holds twice or more."""
+    found: dict[int, nn.Module] = {}
+    inside: set[int] = set()
+    for module in network.modules():  # outer ones first
+        if not isinstance(module, nn.ModuleList) or id(module) in inside:
+            continue
+        for block in module:
+            if sum(type(other) is type(block) for other in module) > 1 and any(True for _ in block.children()):
+                found[id(block)] = block
+                inside.update(id(part) for part in block.modules())
+    return list(found.values())

@@ -1,0 +1,1 @@
+"""Pictures, the report of a run, its log and its progress."""

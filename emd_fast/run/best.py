@@ -1,0 +1,87 @@
+"""A student judged while it trains, and the best of its checkpoints, kept besides the last few."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+
+from emd_fast import distributed
+from emd_fast.config import RunConfig
+from emd_fast.metrics.detector import DetectorError
+from emd_fast.metrics.reference import BadReference
+from emd_fast.reporting.progress import say
+from emd_fast.tasks import Task
+from emd_fast.train import checkpoint
+from emd_fast.train.checkpoint import CheckpointError
+from emd_fast.train.trainer import EMDTrainer
+
+
+class Best:
+    """The evaluations of a run, and `checkpoints/best` in its folder. All ranks make one, and make the same calls.
+
+    Judging draws its samples from the stream of shown ones, and leaves the training as it was, bit for bit. The figure
+    that decides is "frechet", the lower the better; it is kept with the checkpoint, and with what it depends on, so
+    that a resumed run goes on comparing, and never with a figure of another kind.
+    """
+
+    def __init__(self, trainer: EMDTrainer, task: Task, settings: RunConfig, folder: Path) -> None:
+        self.path = checkpoint.best_of(folder / "checkpoints")
+        self._trainer, self._task = trainer, task
+        self._every, self._background = settings.evaluation.every, settings.background_checkpoints
+        self._basis = {**task.basis(), "seed": settings.emd.seed}
+        self.frechet = self._standing()
+
+    def _standing(self) -> float:
+        """The figure of the checkpoint that is there, infinite where there is none to compare with."""
+        if not checkpoint.exists(self.path):
+            return math.inf
+        try:
+            notes = checkpoint.facts(self.path)["notes"]
+        except (CheckpointError, KeyError) as error:
+            say(f"the best checkpoint is left out, the next evaluation replaces it: {error}")
+            return math.inf
+        if notes["basis"] != self._basis:
+            say(f"{self.path} was judged by other files or samples: the next evaluation replaces it")
+            return math.inf
+        return notes["figures"]["frechet"]
+
+    def due(self) -> bool:
+        """Whether the step that was made last ends a stretch of `evaluation.every` images, or the run."""
+        config = self._trainer.config
+        images = self._trainer.steps_done * config.batch_size
+        return (
+            images // self._every > (images - config.batch_size) // self._every
+            or self._trainer.steps_done == config.steps
+        )
+
+    def judge(self) -> dict[str, float]:
+        """Judges the student as it is, and keeps it where it is better than all before. Returns a row for the log."""
+        began = time.monotonic()
+        try:
+            mine = self._task.judge(self._trainer)
+        except (BadReference, DetectorError):
+            raise
+        except ValueError as error:
+            # Samples that are not finite, on all ranks alike: whether that ends the run is not decided here.
+            say(f"the student of step {self._trainer.steps_done} cannot be judged: {error}")
+            mine = {"frechet": math.nan}
+        figures = distributed.on_main(lambda: mine)  # one decision for all ranks
+        if figures["frechet"] < self.frechet:
+            self.frechet = figures["frechet"]
+            notes = {"figures": figures, "basis": self._basis}
+            self._trainer.save(self.path, background=self._background, notes=notes)
+        row = {f"evaluation_{name}": value for name, value in figures.items()}
+        return {**row, "evaluation_seconds": time.monotonic() - began}
+
+
+def best_of_run(folder: Path) -> dict[str, float] | None:
+    """Step and figures of the best checkpoint of a run; None where there is none, or none that can be read."""
+    path = checkpoint.best_of(folder / "checkpoints")
+    if not checkpoint.exists(path):
+        return None
+    try:
+        facts = checkpoint.facts(path, verify=False)
+        return {"step": facts["step"], **facts["notes"]["figures"]}
+    except (CheckpointError, KeyError):
+        return None

@@ -1,0 +1,151 @@
+"""The training of a run: steps until the configured number is done, with log, checkpoints, evaluations and pictures."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from emd_fast import distributed
+from emd_fast.config import RunConfig, to_dict
+from emd_fast.reporting import journal, report
+from emd_fast.reporting.progress import Progress, say, summary
+from emd_fast.run.best import Best
+from emd_fast.run.plan import GIB
+from emd_fast.run.signals import Interrupted, stop_on_signals
+from emd_fast.tasks import Task
+from emd_fast.train import checkpoint, diagnostics, throughput
+from emd_fast.train.health import Diverged, check_health
+from emd_fast.train.trainer import EMDTrainer
+
+_SHOWN = 8  # images of each network in a picture
+
+
+def train(trainer: EMDTrainer, settings: RunConfig, folder: Path, sinks: tuple[str, ...], task: Task) -> float:
+    """Steps until the configured number is done. Returns the seconds that all legs of the run took."""
+    total, first = settings.emd.steps, trainer.steps_done
+    if not settings.emd.noise_cancellation:
+        say("warning: noise_cancellation is off; the gradient of the generator is much noisier so")
+    main = distributed.is_main()
+    rows = [row for row in journal.read(folder / "log.jsonl") if row["step"] <= first]
+    before = rows[-1]["seconds"] if rows else 0.0
+    distributed.barrier()  # the main rank rewrites the log that the others have just read
+    logs: list[journal.Journal] = []
+    distributed.on_main(lambda: logs.append(journal.Journal(folder, first, sinks, to_dict(settings))))
+    log = logs[0] if main else None
+    progress = Progress("distil", total, first)
+    checkpoint_folder = folder / "checkpoints"
+    if main:
+        checkpoint.clear_unfinished(checkpoint_folder)
+    agree, saved, stop = distributed.Agreement(), first if first else -1, 0
+    judged = Best(trainer, task, settings, folder) if settings.evaluation.every else None
+    flops = math.nan
+    began = time.monotonic()
+
+    def save() -> None:
+        nonlocal saved
+        done = trainer.steps_done
+        if done != saved:
+            trainer.save(
+                checkpoint.path_of(checkpoint_folder, done),
+                background=settings.background_checkpoints,
+                then=lambda: checkpoint.keep_last(checkpoint_folder, settings.keep_checkpoints, done),
+            )
+            saved = done
+
+    try:
+        with stop_on_signals() as stopped:
+            while trainer.steps_done < total:
+                stop = agree(stopped())
+                if stop:
+                    break
+                if main and math.isnan(flops) and _countable(trainer):
+                    metrics, flops = throughput.counted(trainer.step)
+                else:
+                    metrics = trainer.step()
+                done = trainer.steps_done
+                if done % settings.log_every == 0 or done == total:
+                    variance = trainer.gradient_variance() if settings.gradient_variance else {}
+                    numbers = _numbers(metrics | trainer.diagnostics() | variance)
+                    seconds = time.monotonic() - began
+                    row = {"step": done, **numbers, "seconds": before + seconds}
+                    row |= _speed(trainer, settings, (done - first) / seconds, flops)
+                    if log is not None:
+                        log.write(row)
+                    check_health(numbers, settings.emd, trainer.culprit)
+                    progress.update(done, summary(row))
+                if judged is not None and judged.due():
+                    figures = judged.judge()
+                    if log is not None:
+                        log.write({"step": done, **figures, "seconds": before + time.monotonic() - began})
+                if done % settings.save_every == 0 or done == total:
+                    save()
+                    _show(trainer, folder)
+            trainer.finish_saving()  # here, where a signal does not break it off
+            stop = max(stop, agree.final(stopped()))
+            if stop:
+                save()
+                trainer.finish_saving()
+                say(f"stopped at step {trainer.steps_done} of {total}, saved; the same command goes on from there")
+        if stop:  # on a rank that heard of the signal from another
+            raise Interrupted(stop)
+    except Diverged as error:
+        again = f"emd-fast replay {folder} --step {trainer.steps_done - 1} --sample 0"
+        if main:
+            report.write_stopped(folder, f"{error}. One sample of that step, Langevin step by step: `{again}`")
+        say(f"to look at one sample of that step: {again}")
+        raise
+    finally:
+        progress.close()
+        try:
+            trainer.finish_saving()
+        finally:
+            if log is not None:
+                log.close()
+    return before + time.monotonic() - began
+
+
+def _countable(trainer: EMDTrainer) -> bool:
+    """Whether the operations of the next step can be counted, and are those of every step: no warm-up of the student,
+    no CUDA graph, nothing compiled, as torchao's optimizer does with its step: nothing is compiled under a counter."""
+    warms_up = trainer.steps_done == 0 and trainer.config.student_warmup > 0
+    config = trainer.config
+    return not (warms_up or config.cuda_graph or config.compile or config.optimizer == "adamw_8bit")
+
+
+def _numbers(scalars: dict[str, Tensor]) -> dict[str, float]:
+    """The values, for which the host waits once; without the bins of log-SNR that have no sample."""
+    values = torch.stack([value.float() for value in scalars.values()]).tolist()
+    found = dict(zip(scalars, values, strict=True))
+    return {name: value for name, value in found.items() if not (diagnostics.is_bin(name) and math.isnan(value))}
+
+
+def _speed(trainer: EMDTrainer, settings: RunConfig, steps_per_second: float, flops: float) -> dict[str, float]:
+    """What the log says about the speed of the run so far; `flops` of a step on this device, or NaN."""
+    left = settings.emd.steps - trainer.steps_done
+    found = {
+        "images_per_second": steps_per_second * settings.emd.batch_size,
+        "eta_seconds": left / steps_per_second,
+        "memory_gib": throughput.peak_memory(trainer.device) / GIB,
+        **throughput.shares(trainer.laps.seconds()),
+    }
+    if not math.isnan(flops):
+        found["tflops"] = flops * steps_per_second / 1e12
+        if settings.peak_tflops:
+            found["mfu"] = found["tflops"] / settings.peak_tflops
+    return found
+
+
+def _show(trainer: EMDTrainer, folder: Path) -> None:
+    """samples/networks/: a row of images each of generator, teacher and student, where they are images."""
+    if len(trainer.sample_shape) != 3 or trainer.sample_shape[0] not in (1, 3):
+        return
+    rows = trainer.denoised(_SHOWN)
+    if distributed.is_main():
+        # A picture is no reason to stop: what is not finite is drawn at its limits.
+        images = torch.cat(list(rows.values())).nan_to_num()
+        path = folder / "samples" / "networks" / f"step-{trainer.steps_done:08d}.png"
+        report.save_grid(path, images, columns=_SHOWN)

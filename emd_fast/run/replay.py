@@ -1,0 +1,128 @@
+"""One sample's E-step of a run, computed again on one process, however many the run had.
+
+Noise belongs to the global index of a sample (docs/algorithm.md), so that nothing of the rest of the batch is needed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from emd_fast.config import ConfigError
+from emd_fast.em.e_step import EStep, LangevinStep
+from emd_fast.io.files import write_text, write_whole
+from emd_fast.reporting import report
+from emd_fast.run import distill as run
+from emd_fast.train.trainer import EMDTrainer
+
+_COLUMNS = ("drift", "z", "eps", "delta", "g(z)")
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What was found.
+
+    Args:
+        step, sample: which one it is.
+        weights: where its weights come from, in words.
+        rows: the RMS of drift, z and eps after each Langevin step, and of delta and g(z) that the step started from.
+        before, after: (1, ...) the generator's samples g(z_0) and g(z_K).
+        found: the E-step, of a batch of one.
+    """
+
+    step: int
+    sample: int
+    weights: str
+    rows: list[dict[str, float]]
+    before: Tensor
+    after: Tensor
+    found: EStep
+
+    def table(self) -> str:
+        """For people: a row for each Langevin step."""
+        found = self.found
+        facts = [f"{name} {getattr(found, name).item():.6g}" for name in ("t", "alpha", "sigma")]
+        cond = pytree.tree_map(lambda leaf: leaf[0].tolist() if isinstance(leaf, Tensor) else leaf, found.cond)
+        lines = [
+            f"step {self.step}, sample {self.sample}; weights: {self.weights}",
+            f"{', '.join(facts)}, condition {'none' if cond is None else cond}",
+            "RMS after each Langevin step; of delta and g(z), before it",
+            f"{'k':>5}" + "".join(f"{name:>13}" for name in _COLUMNS),
+        ]
+        for k, row in enumerate(self.rows):
+            lines.append(f"{k:>5}" + "".join(f"{row[name]:>13.6g}" for name in _COLUMNS))
+        return "\n".join(lines)
+
+    def write(self, folder: Path) -> list[Path]:
+        """The table, before and after as tensors, and as a picture where they are one: images of one or three channels
+        without NaN, or points."""
+        folder.mkdir(parents=True, exist_ok=True)
+        samples = {"before": self.before.cpu(), "after": self.after.cpu()}
+        paths = [folder / "replay.txt", folder / "samples.pt"]
+        write_text(paths[0], f"{self.table()}\n")
+        write_whole(paths[1], lambda file: torch.save(samples, file))
+        if self.before.dim() == 2 and self.before.shape[1] == 2:
+            paths.append(folder / "points.png")
+            report.scatter(paths[-1], samples)
+        for name, sample in samples.items():
+            if sample.dim() == 4 and sample.shape[1] in (1, 3) and bool(sample.isfinite().all()):
+                paths.append(folder / f"{name}.png")
+                report.save_grid(paths[-1], sample)
+        return paths
+
+
+def replay(folder: Path, step: int, sample: int, *, catch_up: bool = False) -> Replay:
+    """The E-step that one sample of a run has at a step.
+
+    Noise, time and condition are those of the run, bit for bit. The weights are those of the last checkpoint at or
+    before the step: those that step `step` starts from where there is a checkpoint of it. In the run, the student's
+    updates of the step come between; `catch_up` makes them too.
+
+    Args:
+        step: counted from 0, as the noise counts: the step that a checkpoint of `step` steps makes next.
+        sample: its index in the batch of all devices.
+        catch_up: first repeat what the run did since the checkpoint, on the whole batch, the student's updates of the
+            step included. The weights are then those that the run had, to the rounding of its sums over devices.
+
+    Raises:
+        ConfigError: a step or a sample that the run does not have. RunError: no run there, or no checkpoint at or
+        before the step. CheckpointError: none of them can be read.
+    """
+    settings = run.settings_of(folder)
+    for name, value, end in (("sample", sample, settings.emd.batch_size), ("step", step, 2**32)):
+        if not 0 <= value < end:
+            raise ConfigError(f"{name} must be in [0, {end}) in {folder}, got {value}")
+    _, _, trainer = run.open_run(folder, up_to=step, trains=True)
+    weights = f"the checkpoint of step {trainer.steps_done}"
+    if catch_up:
+        weights += f", and all that the run did from there to the E-step of step {step}"
+        while trainer.steps_done < step:
+            trainer.step()
+        trainer.update_student()
+    elif trainer.steps_done < step:
+        weights += f", {step - trainer.steps_done} steps earlier"
+    else:
+        weights += ", before the student's updates of the step"
+    rows: list[dict[str, float]] = []
+    before: list[Tensor] = []
+
+    def watch(now: LangevinStep) -> None:
+        values = (now.drift, now.z, now.eps, now.delta, now.x0)
+        rows.append({name: _rms(value) for name, value in zip(_COLUMNS, values, strict=True)})
+        before.append(now.x0)
+
+    found = trainer.sample_posterior(step=step, samples=range(sample, sample + 1), watch=watch)
+    return Replay(step, sample, weights, rows, before[0].float(), _generated(trainer, found), found)
+
+
+@torch.no_grad()
+def _generated(trainer: EMDTrainer, found: EStep) -> Tensor:
+    return trainer.generator(found.z, found.cond).float()
+
+
+def _rms(x: Tensor) -> float:
+    return x.double().square().mean().sqrt().item()
