@@ -1,7 +1,7 @@
-"""The bench: one file an op, which declares inputs, contenders and bytes; harness/ does everything else.
+"""Benchmarks: one file per op declares inputs, contenders and bytes; harness/ verifies and times them.
 
-emd-fast bench langevin_eps          contenders in turn in one process: the figures that are quoted
-pytest benchmarks                    the same contenders, already verified, one at a time under pytest-benchmark
+emd-fast bench langevin_eps    times all contenders interleaved in one process; the docs quote these
+pytest benchmarks              times the same verified contenders one by one with pytest-benchmark
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ OPS = (
     "group_norm",
     "attention",
 )
-"""What runs when no op is named."""
+"""Benchmarks that run when the command line names none."""
 
-AROUND = ("convolution", "residual_block")
-"""What lies around the norms of a network."""
+LAYERS = ("convolution", "residual_block")
+"""Layers that surround the fused norms of a network."""
 
-WHOLE = tuple(f"{what}:{network}" for what in ("unet", "e_step") for network in ("small", "adm", "sd15"))
+WHOLE_NETWORKS = tuple(f"{what}:{network}" for what in ("unet", "e_step") for network in ("small", "adm", "sd15"))
 """Forward passes and E-steps of whole networks."""
 
-LOOPS = tuple(name.replace("unet:", "loop:") for name in WHOLE if name.startswith("unet:"))
-"""Those networks in a loop that is not ours."""
+DISTILLATION_LOOPS = tuple(name.replace("unet:", "loop:") for name in WHOLE_NETWORKS if name.startswith("unet:"))
+"""Training steps of the same networks in a plain PyTorch loop."""
 
-NAMES = (*OPS, *AROUND, "training_step", *WHOLE, *LOOPS)
+NAMES = (*OPS, *LAYERS, "training_step", *WHOLE_NETWORKS, *DISTILLATION_LOOPS)
 
 
 def load(name: str) -> Bench:
-    """The declaration of one of NAMES."""
+    """Returns the declaration of one of NAMES."""
     module, _, network = name.partition(":")
     declared = importlib.import_module(f"benchmarks.{module}")
     bench: Bench = declared.bench(network) if network else declared.BENCH

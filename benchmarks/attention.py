@@ -1,6 +1,6 @@
-"""attention, and with its backward pass, beside xformers and flash-attention where they are installed.
+"""attention, forward and with backward, compared with xformers and flash-attention if installed.
 
-A fifth number of the shape is the number of keys, where it differs from that of the tokens.
+An optional fifth size of the shape is the number of keys. It defaults to the number of tokens.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from benchmarks.harness.declare import BOTH, DTYPES, Bench, Case, Draw, Function, Inputs, Traffic
+from benchmarks.harness.declare import BOTH, DTYPES, Bench, Case, Function, Inputs, RandomTensors, Traffic
 from emd_fast import ops
 from emd_fast.ops.attention import BACKENDS
 
-# What the networks of ADM (ImageNet-64) and Stable Diffusion 1.5 ask for.
+# Shapes that ADM (ImageNet-64) and Stable Diffusion 1.5 use.
 ADM = ((16, 1024, 6, 64), (16, 256, 9, 64), (16, 64, 12, 64))
 SD15 = (
     *((16, tokens, 8, head_dim) for tokens, head_dim in ((4096, 40), (1024, 80), (256, 160), (64, 160))),
@@ -26,15 +26,15 @@ SD15 = (
 
 
 def sizes(case: Case) -> tuple[int, int, int, int, int]:
-    """B, tokens, heads, head_dim, keys."""
+    """Returns (B, tokens, heads, head_dim, keys)."""
     batch, tokens, heads, head_dim, *rest = case.shape
     return batch, tokens, heads, head_dim, rest[0] if rest else tokens
 
 
-def inputs(draw: Draw) -> Inputs:
-    batch, tokens, heads, head_dim, keys = sizes(draw.case)
-    dtype = DTYPES[draw.case.dtype]
-    q, k, v, cotangent = (draw.normal(batch, n, heads, head_dim).to(dtype) for n in (tokens, keys, keys, tokens))
+def inputs(random: RandomTensors) -> Inputs:
+    batch, tokens, heads, head_dim, keys = sizes(random.case)
+    dtype = DTYPES[random.case.dtype]
+    q, k, v, cotangent = (random.normal(batch, n, heads, head_dim).to(dtype) for n in (tokens, keys, keys, tokens))
     return Inputs({"q": q, "k": k, "v": v}, cotangent)
 
 
@@ -60,12 +60,13 @@ def traffic(case: Case) -> Traffic:
 
 def flops(case: Case) -> float:
     batch, tokens, heads, head_dim, keys = sizes(case)
-    product = 2 * batch * heads * tokens * keys * head_dim
-    return (2 + 5) * product if case.passes == BOTH else 2 * product  # backward: five, one of them recomputed
+    matmul = 2 * batch * heads * tokens * keys * head_dim
+    # The backward pass has five matmuls; one of them recomputes the logits.
+    return (2 + 5) * matmul if case.passes == BOTH else 2 * matmul
 
 
-def served(bench: Bench, device: torch.device) -> dict[str, Function | str]:
-    """Attention chooses among backends of its own: each is asked."""
+def implementations(bench: Bench, device: torch.device) -> dict[str, Function | str]:
+    """Tries every attention backend once; a backend that cannot run gives the reason."""
     asked = torch.zeros(1, 16, 1, 16, device=device, dtype=torch.bfloat16)
     found: dict[str, Function | str] = {}
     for name in BACKENDS:
@@ -111,6 +112,6 @@ BENCH = Bench(
     gradients=("q", "k", "v"),
     flops=flops,
     peers=peers,
-    served=served,
+    implementations=implementations,
     layouts=False,
 )

@@ -1,4 +1,4 @@
-"""Options of `pytest benchmarks`, and the contenders that it runs through."""
+"""Options and parametrization of `pytest benchmarks`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 
 import benchmarks
 from benchmarks.harness import command
-from benchmarks.harness.contenders import entrants
+from benchmarks.harness.contenders import contenders_of
 from benchmarks.harness.declare import DTYPES, LAYOUTS
 from emd_fast.config import ConfigError
 
@@ -22,7 +22,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """One benchmark for each op, pass and contender; building contenders computes nothing."""
+    """Creates one benchmark per op, pass and contender. Building contenders computes nothing."""
     option = metafunc.config.getoption
     device = command.device_named(option("--device"))
     shape = tuple(int(size) for size in option("--shape").split(",")) if option("--shape") else None
@@ -32,9 +32,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         try:
             cases = bench.cases([shape or bench.shapes[device.type][0]], option("--dtype"), option("--layout"), device)
         except ConfigError:
-            continue  # this op has no such case
+            continue  # the op does not support this shape or layout
         for case in cases:
-            contenders, _ = entrants(bench, case)
+            contenders, _ = contenders_of(bench, case)
             found += [
                 pytest.param(bench, case, contender, id=f"{name}-{case.passes}-{contender.name}".replace(" ", "_"))
                 for contender in contenders

@@ -1,7 +1,7 @@
-"""A convolution with frozen weights and its backward pass to the input, by each engine and in each memory format.
+"""Convolution with frozen weights and its backward pass to the input, per engine and memory format.
 
-ADM and Stable Diffusion 1.5 spend most of their arithmetic in these. `--layout nhwc` is what fuse() asks for on a GPU,
-and what our own loops take on a CPU.
+ADM and Stable Diffusion 1.5 spend most of their FLOPs in these convolutions. fuse() uses
+`--layout nhwc` on a GPU. The CPU kernels of emd_fast require it as well.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d
 
-from benchmarks.harness.declare import DTYPES, LAYOUTS, Bench, Case, Draw, Function, Inputs
+from benchmarks.harness.declare import DTYPES, LAYOUTS, Bench, Case, Function, Inputs, RandomTensors
 from emd_fast.fusion.convolution import convolution
 
-# 3x3, as many channels out as in: the convolution that each resolution has most of.
+# 3x3 with equal input and output channels: the most frequent convolution at each resolution.
 ADM = ((16, 192, 64, 64), (16, 384, 32, 32), (16, 576, 16, 16), (16, 768, 8, 8))
 CPU = ((128, 16, 8, 8), (128, 32, 4, 4), (16, 128, 16, 16), (4, 192, 32, 32))
 SD15 = ((16, 320, 64, 64), (16, 640, 32, 32), (16, 1280, 16, 16), (16, 1280, 8, 8))
 
 
-def inputs(draw: Draw) -> Inputs:
-    channels, dtype = draw.case.shape[1], DTYPES[draw.case.dtype]
-    weight = draw.normal(channels, channels, 3, 3) / (9 * channels) ** 0.5
-    weight = weight.to(dtype, memory_format=LAYOUTS[draw.case.layout])
-    return Inputs({"x": draw.network(), "weight": weight, "cotangent": draw.network()})
+def inputs(random: RandomTensors) -> Inputs:
+    channels, dtype = random.case.shape[1], DTYPES[random.case.dtype]
+    weight = random.normal(channels, channels, 3, 3) / (9 * channels) ** 0.5
+    weight = weight.to(dtype, memory_format=LAYOUTS[random.case.layout])
+    return Inputs({"x": random.network(), "weight": weight, "cotangent": random.network()})
 
 
 def eager(x: Tensor, weight: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor]:
@@ -38,7 +38,7 @@ def eager(x: Tensor, weight: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor]
 
 
 def fused(x: Tensor, weight: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor]:
-    """As the layers of a fused network."""
+    """Computes the convolution as a layer of a fused network does."""
     with torch.enable_grad():
         latent = x.detach().requires_grad_()
         y = convolution(latent, weight, padding=(1, 1))
@@ -47,8 +47,11 @@ def fused(x: Tensor, weight: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor]
 
 
 def measured(function: Function) -> Function:
-    """With the engine that cuDNN finds fastest for each shape, by trying all at the first call. Two processes may find
-    different ones, and with them other last digits."""
+    """Runs with torch.backends.cudnn.benchmark.
+
+    cuDNN then tries its engines at the first call of each shape and keeps the fastest. Two processes
+    may choose different engines and get results that differ in the last digits.
+    """
 
     def run(**arguments: Any) -> Any:
         with torch.backends.cudnn.flags(enabled=True, benchmark=True):
@@ -57,7 +60,7 @@ def measured(function: Function) -> Function:
     return run
 
 
-def served(bench: Bench, device: torch.device) -> dict[str, Function | str]:
+def implementations(bench: Bench, device: torch.device) -> dict[str, Function | str]:
     return {"fused": fused, "fused, cudnn.benchmark": measured(fused) if device.type == "cuda" else "cuDNN needs a GPU"}
 
 
@@ -83,9 +86,9 @@ BENCH = Bench(
     axes=("B", "C", "H", "W"),
     flops=flops,
     peers=peers,
-    served=served,
+    implementations=implementations,
     rotates=False,
-    captures=False,  # engines are tried out at the first call
+    captures=False,  # cuDNN tries engines at the first call, which a capture does not allow
     dtype={"cpu": "fp32", "cuda": "bf16"},
-    roundings=64,  # sums of 9 C products
+    roundings=64,  # each result is a sum of 9 C terms
 )

@@ -1,4 +1,4 @@
-"""A whole E-step of K Langevin steps: plain PyTorch, that with everything PyTorch has to make it fast, and ours."""
+"""Whole E-step of K Langevin steps: plain PyTorch, tuned PyTorch (torch.compile), and emd_fast."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import emd_fast
-from benchmarks.harness.declare import Arguments, Bench, Case, Draw, Function, Inputs
+from benchmarks.harness.declare import Arguments, Bench, Case, Function, Inputs, RandomTensors
 from benchmarks.networks import VARIANTS, Networks, flops, networks
 from emd_fast import Noise
 from emd_fast.backends import reference
@@ -23,26 +23,26 @@ STEPS = 8
 
 
 def bench(kind: str) -> Bench:
-    """e_step:small, e_step:sd15."""
+    """Returns the benchmark e_step:NETWORK."""
 
-    def inputs(draw: Draw) -> Inputs:
-        case = draw.case
+    def inputs(random: RandomTensors) -> Inputs:
+        case = random.case
         made = networks(kind, case.device, case.dtype == "bf16")
         batch, steps = case.shape[0], case.shape[1] if len(case.shape) > 1 else STEPS
         return Inputs(
             {
                 "networks": made,
-                "z": draw.normal(batch, *made.kind.sample_shape),
-                "eps": draw.normal(batch, *made.kind.sample_shape),
-                "t": draw.between(0.5, 2.0, batch),
+                "z": random.normal(batch, *made.kind.sample_shape),
+                "eps": random.normal(batch, *made.kind.sample_shape),
+                "t": random.uniform(0.5, 2.0, batch),
                 "cond": made.kind.condition(batch, case.device),
                 "steps": steps,
-                "noise": Noise(draw.seed, device=case.device),
+                "noise": Noise(random.seed, device=case.device),
             }
         )
 
     def work(case: Case) -> float:
-        # Three forward passes and one backward pass to the input, which costs what a forward pass does.
+        # Three forward passes and one backward pass to the input, which costs as much as a forward pass.
         return 4 * (case.shape[1] if len(case.shape) > 1 else STEPS) * case.shape[0] * flops(kind, case.device)
 
     return Bench(
@@ -58,10 +58,10 @@ def bench(kind: str) -> Bench:
         flops=work,
         peers=peers,
         peers_draw="own",
-        served=served,
+        implementations=implementations,
         layouts=False,
         rotates=False,
-        captures=False,  # one of ours is a graph itself, and so is the tuned baseline
+        captures=False,  # one contender of emd_fast and the tuned baseline are CUDA graphs themselves
         compiles=False,
         dtype={"cpu": "fp32", "cuda": "bf16"},
         roundings=100,
@@ -80,7 +80,7 @@ def plain(networks: Networks, n: Tensor | None = None, m: Tensor | None = None, 
     x = arguments["z"]
     with networks.precision(x):
         chain: Any = _chain
-        result: tuple[Tensor, ...] = chain(*networks.like(x), n=n, m=m, **arguments)
+        result: tuple[Tensor, ...] = chain(*networks.in_dtype_of(x), n=n, m=m, **arguments)
     return result
 
 
@@ -101,7 +101,7 @@ def _chain(
     n: Tensor | None = None,
     m: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """The formulas as a user of PyTorch would write them."""
+    """Computes the E-step as a user of PyTorch would write it."""
     t = t.float()
     alpha, sigma = (column(v, eps) for v in (teacher.schedule.alpha(t), teacher.schedule.sigma(t)))
     difference, drift = ScoreDifference(teacher, student, t, cond, None, None), torch.zeros_like(eps)
@@ -121,7 +121,7 @@ def _chain(
     return z.detach(), eps, drift
 
 
-def served(bench: Bench, device: torch.device) -> dict[str, Function | str]:
+def implementations(bench: Bench, device: torch.device) -> dict[str, Function | str]:
     settings: dict[str, Any] = {"gamma_eps": GAMMA_EPS, "gamma_z": GAMMA_Z}
 
     def of(variant: str) -> Function:
@@ -138,14 +138,14 @@ def served(bench: Bench, device: torch.device) -> dict[str, Function | str]:
             def make() -> GraphedEStep:
                 return GraphedEStep(*networks.fused(variant), steps=steps, noise=noise, **settings)
 
-            sample: Any = networks.made(f"{variant} {steps} {id(noise)}", make)
+            sample: Any = networks.cached(f"{variant} {steps} {id(noise)}", make)
             with networks.precision(arguments["z"]):
                 found = sample(**arguments)
             return found.z, found.eps, found.drift
 
         return run
 
-    none = "graphs need a GPU"
+    none = "CUDA graphs need a GPU"
     return {
         **{variant: of(variant) for variant in VARIANTS},
         **{f"{variant}, graph": graphed(variant) if device.type == "cuda" else none for variant in VARIANTS},
@@ -157,7 +157,7 @@ def peers(case: Case) -> dict[str, Function]:
 
 
 def compiled(networks: Networks, n: Tensor | None = None, m: Tensor | None = None, **arguments: Any) -> Any:
-    """torch.compile in its default mode, nothing else."""
+    """Compiles the three networks by torch.compile in its default mode."""
 
     def make() -> tuple[Any, ...]:
         copies: Any = copy.deepcopy(networks.plain)
@@ -165,11 +165,11 @@ def compiled(networks: Networks, n: Tensor | None = None, m: Tensor | None = Non
 
     with networks.precision(arguments["z"]):
         chain: Any = _chain
-        return chain(*networks.made("torch.compile e_step", make), n=n, m=m, **arguments)
+        return chain(*networks.cached("torch.compile e_step", make), n=n, m=m, **arguments)
 
 
 def tuned(networks: Networks, n: Tensor | None = None, m: Tensor | None = None, **arguments: Any) -> tuple[Tensor, ...]:
-    """torch.compile at its best (with its CUDA graphs), channels_last, weights in the dtype of the products."""
+    """Uses torch.compile in mode max-autotune (with CUDA graphs), channels_last and bf16 weights."""
 
     def make() -> tuple[Any, ...]:
         copies: Any = copy.deepcopy(networks.plain)
@@ -179,14 +179,15 @@ def tuned(networks: Networks, n: Tensor | None = None, m: Tensor | None = None, 
                 network.to(torch.bfloat16)
         return tuple(_bare_compiled(network, mode="max-autotune") for network in copies)
 
-    made: Any = networks.made("tuned", make)  # has no precision of its own: everything is in the weights' dtype
+    # No autocast here: all computation is in the dtype of the weights.
+    made: Any = networks.cached("tuned", make)
     chain: Any = _chain
     result: tuple[Tensor, ...] = chain(*made, n=n, m=m, **arguments)
     return result
 
 
 def _bare_compiled(network: Any, **options: Any) -> Any:
-    # The UNet itself: what is around it is a handful of operations.
+    # Only the UNet is compiled. The preconditioning around it is a handful of operations.
     denoiser = getattr(network, "denoiser", network)
     denoiser.network.compile(dynamic=False, **options)
     return network

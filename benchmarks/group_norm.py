@@ -1,4 +1,4 @@
-"""group_norm with SiLU, and with its backward pass, beside apex and Liger where they are installed."""
+"""group_norm with SiLU, forward and with backward, compared with apex and Liger if installed."""
 
 from __future__ import annotations
 
@@ -11,28 +11,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness.declare import BOTH, DTYPES, Bench, Case, Draw, Function, Inputs, Traffic
+from benchmarks.harness.declare import BOTH, DTYPES, Bench, Case, Function, Inputs, RandomTensors, Traffic
 from emd_fast import ops
 from emd_fast.backends import reference
 
 GROUPS = 32
-# Every number of channels that each network normalises, at the largest resolution where it does; concatenations too.
+# All channel counts that each network normalises (concatenations included), each at the largest
+# resolution where it occurs.
 _ADM = ((192, 64), (384, 64), (576, 64), (384, 32), (768, 32), (960, 32), (576, 16), (1152, 16), (1344, 16), (768, 8))
 _SD15 = ((320, 64), (640, 64), (960, 64), (640, 32), (1280, 32), (1920, 32), (1280, 16), (2560, 16), (1280, 8))
 ADM = tuple((64, channels, size, size) for channels, size in (*_ADM, (1536, 8)))
 SD15 = tuple((16, channels, size, size) for channels, size in _SD15)
 
 
-def inputs(draw: Draw) -> Inputs:
-    dtype, channels = DTYPES[draw.case.dtype], draw.case.shape[1]
+def inputs(random: RandomTensors) -> Inputs:
+    dtype, channels = DTYPES[random.case.dtype], random.case.shape[1]
     arguments = {
-        "x": draw.network(),
+        "x": random.network(),
         "num_groups": math.gcd(GROUPS, channels),
-        "weight": draw.between(0.5, 1.5, channels).to(dtype),
-        "bias": draw.normal(channels).to(dtype),
+        "weight": random.uniform(0.5, 1.5, channels).to(dtype),
+        "bias": random.normal(channels).to(dtype),
         "activation": "silu",
     }
-    return Inputs(arguments, draw.network())
+    return Inputs(arguments, random.network())
 
 
 def eager(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, *, activation: str) -> Tensor:
@@ -45,7 +46,7 @@ def exact(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, *, activatio
 
 def traffic(case: Case) -> Traffic:
     once = case.width * case.elements
-    # Backward reads the gradient and x again; a second reading of x within a pass can be served by a cache.
+    # The backward pass reads the gradient and x. A second read of x within a pass can hit the cache.
     return Traffic(3 * once, 2 * once) if case.passes == BOTH else Traffic(once, once)
 
 

@@ -1,4 +1,7 @@
-"""langevin_eps: two network outputs, x left out, as where teacher and student have one parametrization."""
+"""langevin_eps with two network outputs and x=None.
+
+This is the case where teacher and fake score share one parametrization.
+"""
 
 from __future__ import annotations
 
@@ -7,25 +10,25 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from benchmarks.harness.declare import EMD_SHAPES, Arguments, Bench, Case, Draw, Inputs, Traffic
+from benchmarks.harness.declare import EMD_SHAPES, Arguments, Bench, Case, Inputs, RandomTensors, Traffic
 from emd_fast import Noise, ops
 from emd_fast.backends import reference
 from emd_fast.backends.reference.common import per_sample
 from emd_fast.noise import Stream
 
 
-def inputs(draw: Draw) -> Inputs:
+def inputs(random: RandomTensors) -> Inputs:
     return Inputs(
         {
-            "eps": draw.state(),
-            "drift": draw.state(),
+            "eps": random.state(),
+            "drift": random.state(),
             "x": None,
-            "outputs": [draw.network(), draw.network()],
-            "coefs": draw.normal(draw.case.shape[0], 2),
-            "alpha": draw.per_sample(),
-            "sigma": draw.per_sample(),
+            "outputs": [random.network(), random.network()],
+            "coefs": random.normal(random.case.shape[0], 2),
+            "alpha": random.per_sample(),
+            "sigma": random.per_sample(),
             "step_size": 0.16,
-            "noise": Noise(draw.seed, device=draw.case.device),
+            "noise": Noise(random.seed, device=random.case.device),
         }
     )
 

@@ -1,4 +1,4 @@
-"""The three ops of one Langevin step as em/e_step.py calls them, without the networks between them."""
+"""The three ops of one Langevin step as em/e_step.py calls them, without the networks."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 
 from benchmarks import langevin_eps, langevin_z
-from benchmarks.harness.declare import EMD_SHAPES, Arguments, Bench, Case, Draw, Inputs, Traffic
+from benchmarks.harness.declare import EMD_SHAPES, Arguments, Bench, Case, Inputs, RandomTensors, Traffic
 from emd_fast import Noise, ops
 from emd_fast.backends import reference
 from emd_fast.backends.reference.common import per_sample
 
 
-def inputs(draw: Draw) -> Inputs:
-    of_eps = langevin_eps.inputs(draw).arguments
+def inputs(random: RandomTensors) -> Inputs:
+    of_eps = langevin_eps.inputs(random).arguments
     gamma_eps, _ = of_eps.pop("step_size"), of_eps.pop("x")
-    more = {"x0": draw.network(), "z": draw.state(), "z_grad": draw.network()}
+    more = {"x0": random.network(), "z": random.state(), "z_grad": random.network()}
     return Inputs({**of_eps, **more, "gamma_eps": gamma_eps, "gamma_z": 0.01})
 
 
@@ -36,7 +36,7 @@ def op(
     gamma_z: float,
     noise: Noise,
 ) -> tuple[Tensor, Tensor]:
-    """Updates eps, drift and z in place; returns x_t, float32, and the cotangent."""
+    """Updates eps, drift and z in place; returns x_t (float32) and the cotangent."""
     x_t = ops.perturb(x0, alpha, sigma, eps=eps, dtype=torch.float32)
     cotangent = ops.langevin_eps(
         eps, drift, None, outputs, coefs, alpha, sigma, step_size=gamma_eps, noise=noise, cotangent_dtype=x0.dtype
@@ -98,7 +98,7 @@ def noises(arguments: Arguments) -> dict[str, Tensor]:
 
 def traffic(case: Case) -> Traffic:
     parts = langevin_eps.traffic(case), langevin_z.traffic(case)
-    # perturb is given eps here: it reads x0 and eps and writes x_t in float32.
+    # perturb takes eps here: it reads x0 and eps and writes x_t in float32.
     return Traffic(
         sum(part.read for part in parts) + (4 + case.width) * case.elements,
         sum(part.written for part in parts) + 4 * case.elements,

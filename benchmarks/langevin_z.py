@@ -1,19 +1,19 @@
-"""langevin_z: the Langevin step on the latent, z_grad as a network's backward pass returns it."""
+"""langevin_z: Langevin step on the latent, with z_grad in the dtype of a network's backward pass."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness.declare import EMD_SHAPES, Arguments, Bench, Case, Draw, Inputs, Traffic
+from benchmarks.harness.declare import EMD_SHAPES, Arguments, Bench, Case, Inputs, RandomTensors, Traffic
 from emd_fast import Noise, ops
 from emd_fast.backends import reference
 from emd_fast.noise import Stream
 
 
-def inputs(draw: Draw) -> Inputs:
-    noise = Noise(draw.seed, device=draw.case.device)
-    return Inputs({"z": draw.state(), "z_grad": draw.network(), "step_size": 0.01, "noise": noise})
+def inputs(random: RandomTensors) -> Inputs:
+    noise = Noise(random.seed, device=random.case.device)
+    return Inputs({"z": random.state(), "z_grad": random.network(), "step_size": 0.01, "noise": noise})
 
 
 def eager(z: Tensor, z_grad: Tensor, *, step_size: float, noise: Noise, m: Tensor | None = None) -> Tensor:

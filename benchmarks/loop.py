@@ -1,8 +1,9 @@
-"""fuse() in a loop that is not ours: one step of distribution matching (arXiv 2311.18828) in plain PyTorch.
+"""fuse() in a plain PyTorch loop: one step of distribution matching distillation (arXiv 2311.18828).
 
-The generator makes images, teacher and fake score denoise them at a random noise level, their difference is the
-gradient of the images, and the fake score learns to denoise them. The fused contenders are the same lines with one line
-more for each network. Learning rates are 0, so that every call finds the same weights.
+The generator makes images. Teacher and fake score denoise them at a random noise level. The difference
+of the two is the gradient of the images. The fake score is then trained to denoise the images. The
+fused contenders differ by one call of fuse() per network. The learning rates are 0, so every call
+finds the same weights.
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ import torch
 from torch import Tensor
 
 import emd_fast
-from benchmarks.harness.declare import Bench, Draw, Function, Inputs
+from benchmarks.harness.declare import Bench, Function, Inputs, RandomTensors
 from benchmarks.networks import VARIANTS, Networks, flops, networks
 
 
 class Loop:
-    """The networks, and the optimizers of the two that train."""
+    """Three networks and the optimizers of the generator and the fake score."""
 
     def __init__(self, made: Networks, x: Tensor, variant: str | None) -> None:
-        self.generator, self.teacher, self.fake = copy.deepcopy(made.like(x))
+        self.generator, self.teacher, self.fake = copy.deepcopy(made.in_dtype_of(x))
         if variant is not None:
             for network in (self.generator, self.teacher, self.fake):
                 emd_fast.fuse(network, **VARIANTS[variant])
@@ -32,9 +33,9 @@ class Loop:
 
 
 def step(networks: Networks, z: Tensor, eps: Tensor, t: Tensor, cond: Any, variant: str | None = None) -> Any:
-    """The gradient of the images, the loss of the fake score, and norms of both networks' gradients."""
+    """Returns the gradient of the images, the fake-score loss and the norms of both gradients."""
     key = f"loop {variant} {z.dtype == torch.float64}"
-    loop: Loop = networks.made(key, lambda: Loop(networks, z, variant))
+    loop: Loop = networks.cached(key, lambda: Loop(networks, z, variant))
     t, of_generator, of_fake = t.float(), *loop.optimizers
     sigma = t[:, None, None, None]
     with torch.enable_grad():
@@ -64,14 +65,14 @@ def _norm(network: torch.nn.Module) -> Tensor:
 
 
 def bench(kind: str) -> Bench:
-    """loop:small, loop:sd15."""
+    """Returns the benchmark loop:NETWORK."""
 
-    def inputs(draw: Draw) -> Inputs:
-        case = draw.case
+    def inputs(random: RandomTensors) -> Inputs:
+        case = random.case
         made = networks(kind, case.device, case.dtype == "bf16")
         batch = case.shape[0]
-        arguments = {name: draw.normal(batch, *made.kind.sample_shape) for name in ("z", "eps")}
-        t, cond = draw.between(0.5, 2.0, batch), made.kind.condition(batch, case.device)
+        arguments = {name: random.normal(batch, *made.kind.sample_shape) for name in ("z", "eps")}
+        t, cond = random.uniform(0.5, 2.0, batch), made.kind.condition(batch, case.device)
         return Inputs({"networks": made, **arguments, "t": t, "cond": cond})
 
     return Bench(
@@ -83,9 +84,9 @@ def bench(kind: str) -> Bench:
         traffic=None,
         shapes={"cpu": ((32,),), "cuda": ((8,),)},
         axes=("B",),
-        # Two passes without a gradient, and two with one, whose backward pass costs two.
+        # Two forward passes without gradient, and two with; a backward pass counts as two passes.
         flops=lambda case: 8 * case.shape[0] * flops(kind, case.device),
-        served=served,
+        implementations=implementations,
         layouts=False,
         rotates=False,
         captures=False,
@@ -95,7 +96,7 @@ def bench(kind: str) -> Bench:
     )
 
 
-def served(bench: Bench, device: torch.device) -> dict[str, Function | str]:
+def implementations(bench: Bench, device: torch.device) -> dict[str, Function | str]:
     def of(variant: str) -> Function:
         def run(**arguments: Any) -> Any:
             return step(**arguments, variant=variant)

@@ -1,21 +1,21 @@
-"""m_step_loss, and with its backward pass: the regression that a user would write, against its closed form."""
+"""m_step_loss, forward and with backward: the closed form compared with the plain regression."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness.declare import BOTH, EMD_SHAPES, Bench, Case, Draw, Inputs, Traffic
+from benchmarks.harness.declare import BOTH, EMD_SHAPES, Bench, Case, Inputs, RandomTensors, Traffic
 from emd_fast import ops
 from emd_fast.backends import reference
 from emd_fast.backends.reference.common import mean_per_sample, per_sample
 
 
-def inputs(draw: Draw) -> Inputs:
-    arguments = {"generated": draw.network(), "drift": draw.state()}
-    arguments |= {name: draw.per_sample() for name in ("alpha", "sigma", "weight")}
-    elements = draw.case.elements / draw.case.shape[0]
-    return Inputs(arguments, elements * draw.per_sample())  # so that gradients are of the order of 1
+def inputs(random: RandomTensors) -> Inputs:
+    arguments = {"generated": random.network(), "drift": random.state()}
+    arguments |= {name: random.per_sample() for name in ("alpha", "sigma", "weight")}
+    elements = random.case.elements / random.case.shape[0]
+    return Inputs(arguments, elements * random.per_sample())  # scales gradients to the order of 1
 
 
 def eager(generated: Tensor, drift: Tensor, alpha: Tensor, sigma: Tensor, weight: Tensor) -> Tensor:
@@ -27,7 +27,8 @@ def eager(generated: Tensor, drift: Tensor, alpha: Tensor, sigma: Tensor, weight
 def exact(generated: Tensor, drift: Tensor, alpha: Tensor, sigma: Tensor, weight: Tensor) -> Tensor:
     loss = reference.m_step_loss(generated, drift, alpha, sigma, weight)
     slope = reference.m_step_loss_backward(torch.ones_like(loss), drift, alpha, sigma, weight, drift.dtype)
-    # The reference has the gradient in closed form: a term of no value and of this slope hands it to autograd.
+    # The reference computes the gradient in closed form. A term of value 0 with this slope gives
+    # the gradient to autograd.
     along = (generated * slope).flatten(1).sum(1)
     return loss + along - along.detach()
 

@@ -1,4 +1,4 @@
-"""The networks of whole passes and E-steps, built from their configurations with random weights."""
+"""Networks of the whole-network benchmarks, built from their configurations with random weights."""
 
 from __future__ import annotations
 
@@ -18,12 +18,18 @@ from emd_fast import Denoiser, Generator, schedules
 from emd_fast.config import ConfigError
 
 VARIANTS: dict[str, dict[str, Any]] = {"fused": {}, "fused, compiled": {"compile": True}}
-"""What fuse() is asked for."""
+"""Arguments of fuse() by contender."""
 
 
 @dataclass(frozen=True)
-class Kind:
-    """A network, and what it is given: images, and class labels (their number) or text (tokens, channels)."""
+class NetworkSpec:
+    """How to build a network, and its inputs.
+
+    Attributes:
+        sample_shape: (C, H, W) of a sample.
+        classes: the number of class labels; 0 for none.
+        text: (tokens, channels) of a text embedding; None for none.
+    """
 
     build: Callable[[], nn.Module]
     sample_shape: tuple[int, ...]
@@ -59,7 +65,7 @@ def _adm() -> nn.Module:
 
 
 class _Sample(nn.Module):
-    """network(x, t, text), for a network of diffusers."""
+    """Adapts a diffusers network to the call network(x, t, text)."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -69,15 +75,15 @@ class _Sample(nn.Module):
         return self.network(x, t, cond).sample
 
 
-KINDS = {
-    "small": Kind(_small, (1, 8, 8), classes=10),
-    "adm": Kind(_adm, (3, 64, 64), classes=1000),
-    "sd15": Kind(_sd15, (4, 64, 64), text=(77, 768)),
+NETWORKS = {
+    "small": NetworkSpec(_small, (1, 8, 8), classes=10),
+    "adm": NetworkSpec(_adm, (3, 64, 64), classes=1000),
+    "sd15": NetworkSpec(_sd15, (4, 64, 64), text=(77, 768)),
 }
 
 
-def denoiser(kind: Kind, seed: int, device: torch.device) -> Denoiser:
-    """A network of this kind, every weight random: fresh UNets return exactly 0."""
+def denoiser(kind: NetworkSpec, seed: int, device: torch.device) -> Denoiser:
+    """Builds a denoiser with random weights everywhere, since freshly initialised UNets return 0."""
     torch.manual_seed(seed)
     with device:
         network = kind.build()
@@ -90,21 +96,21 @@ def denoiser(kind: Kind, seed: int, device: torch.device) -> Denoiser:
 
 
 class Networks:
-    """Generator, teacher and student of one kind, every weight random, and what was made of them."""
+    """Generator, teacher and fake score with random weights, and a cache of fused copies."""
 
     def __init__(self, kind: str, device: torch.device, autocast: bool) -> None:
-        self.kind, self.device, self.autocast = KINDS[kind], device, autocast
-        teacher, student, generator = (denoiser(self.kind, seed, device) for seed in range(3))
-        self.plain = (Generator(generator, 2.0).to(device).eval(), teacher, student)
+        self.kind, self.device, self.autocast = NETWORKS[kind], device, autocast
+        teacher, fake_score, generator = (denoiser(self.kind, seed, device) for seed in range(3))
+        self.plain = (Generator(generator, 2.0).to(device).eval(), teacher, fake_score)
         for network in self.plain[1:]:
             network.requires_grad_(False)
-        self._made: dict[str, Any] = {}
+        self._cache: dict[str, Any] = {}
 
-    def made(self, name: str, make: Callable[[], Any]) -> Any:
-        """What `make` returned at the first call."""
-        if name not in self._made:
-            self._made[name] = make()
-        return self._made[name]
+    def cached(self, name: str, make: Callable[[], Any]) -> Any:
+        """Returns the result of `make`, which is called once per name."""
+        if name not in self._cache:
+            self._cache[name] = make()
+        return self._cache[name]
 
     def fused(self, variant: str) -> tuple[Any, Any, Any]:
         def make() -> tuple[Any, ...]:
@@ -113,14 +119,14 @@ class Networks:
                 emd_fast.fuse(network, **VARIANTS[variant])
             return copies
 
-        made: tuple[Any, Any, Any] = self.made(variant, make)
+        made: tuple[Any, Any, Any] = self.cached(variant, make)
         return made
 
-    def like(self, x: Tensor) -> tuple[Any, Any, Any]:
-        """The networks as they are; in float64 for inputs of float64."""
+    def in_dtype_of(self, x: Tensor) -> tuple[Any, Any, Any]:
+        """Returns the unfused networks; copies in float64 if x is float64."""
         if x.dtype != torch.float64:
             return self.plain
-        made: tuple[Any, Any, Any] = self.made("double", lambda: tuple(n.double() for n in copy.deepcopy(self.plain)))
+        made: tuple[Any, Any, Any] = self.cached("double", lambda: tuple(n.double() for n in copy.deepcopy(self.plain)))
         return made
 
     @contextlib.contextmanager
@@ -131,14 +137,14 @@ class Networks:
 
 @functools.cache
 def networks(kind: str, device: torch.device, autocast: bool) -> Networks:
-    if kind not in KINDS:
-        raise ConfigError(f"the network must be one of {', '.join(KINDS)}, got {kind!r}")
+    if kind not in NETWORKS:
+        raise ConfigError(f"the network must be one of {', '.join(NETWORKS)}, got {kind!r}")
     return Networks(kind, device, autocast)
 
 
 @functools.cache
 def flops(kind: str, device: torch.device) -> float:
-    """Of one pass of one sample."""
+    """Returns the FLOPs of one forward pass of one sample."""
     made = networks(kind, device, False)
     x = torch.randn(1, *made.kind.sample_shape, device=device)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:

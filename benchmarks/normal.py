@@ -1,4 +1,4 @@
-"""normal: the numbers of the noise contract, against torch.randn."""
+"""normal: normal numbers of the noise contract, compared with torch.randn."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness.declare import DTYPES, EMD_SHAPES, Bench, Case, Draw, Inputs, Traffic
+from benchmarks.harness.declare import DTYPES, EMD_SHAPES, Bench, Case, Inputs, RandomTensors, Traffic
 from emd_fast import Noise, ops
 from emd_fast.backends import reference
 
 
-def inputs(draw: Draw) -> Inputs:
-    case = draw.case
-    noise = Noise(draw.seed, device=case.device)
+def inputs(random: RandomTensors) -> Inputs:
+    case = random.case
+    noise = Noise(random.seed, device=case.device)
     return Inputs({"size": case.shape, "noise": noise, "stream": 20, "dtype": DTYPES[case.dtype]})
 
 

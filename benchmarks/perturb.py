@@ -1,4 +1,4 @@
-"""perturb: alpha x0 + sigma eps with eps drawn inside; x0 and the result in the dtype of the networks."""
+"""perturb: alpha x0 + sigma eps with eps drawn in the kernel; x0 and result in the network dtype."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness.declare import EMD_SHAPES, Arguments, Bench, Case, Draw, Inputs, Traffic
+from benchmarks.harness.declare import EMD_SHAPES, Arguments, Bench, Case, Inputs, RandomTensors, Traffic
 from emd_fast import Noise, ops
 from emd_fast.backends import reference
 from emd_fast.backends.reference.common import per_sample
 from emd_fast.noise import Stream
 
 
-def inputs(draw: Draw) -> Inputs:
+def inputs(random: RandomTensors) -> Inputs:
     return Inputs(
         {
-            "x0": draw.network(),
-            "alpha": draw.per_sample(),
-            "sigma": draw.per_sample(),
-            "noise": Noise(draw.seed, device=draw.case.device),
+            "x0": random.network(),
+            "alpha": random.per_sample(),
+            "sigma": random.per_sample(),
+            "noise": Noise(random.seed, device=random.case.device),
             "stream": Stream.STUDENT_EPS,
         }
     )

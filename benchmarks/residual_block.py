@@ -1,7 +1,7 @@
-"""A residual block with frozen weights, and its backward pass to the input: what an op that the compiler cannot look
-into wins inside must not be lost around it.
+"""Residual block with frozen weights and its backward pass to the input.
 
-x + conv(silu(shift + (1 + scale) norm(conv(silu(norm(x)))))), as ADM has it.
+The compiler cannot fuse across a custom op. This benchmark shows whether the op saves more than that
+costs. The block is the one of ADM: x + conv(silu(shift + (1 + scale) norm(conv(silu(norm(x)))))).
 """
 
 from __future__ import annotations
@@ -13,31 +13,31 @@ from torch import Tensor
 from torch.nn.functional import conv2d, group_norm, silu
 
 from benchmarks.convolution import ADM, SD15
-from benchmarks.harness.declare import DTYPES, FORWARD, LAYOUTS, Bench, Case, Draw, Function, Inputs
+from benchmarks.harness.declare import DTYPES, FORWARD, LAYOUTS, Bench, Case, Function, Inputs, RandomTensors
 from emd_fast import ops
 from emd_fast.fusion.convolution import convolution
 
 GROUPS = 32
 
 
-def inputs(draw: Draw) -> Inputs:
-    case, (batch, channels) = draw.case, draw.case.shape[:2]
+def inputs(random: RandomTensors) -> Inputs:
+    case, (batch, channels) = random.case, random.case.shape[:2]
     dtype = DTYPES[case.dtype]
 
     def filters() -> Tensor:
-        drawn = draw.normal(channels, channels, 3, 3) / (9 * channels) ** 0.5
+        drawn = random.normal(channels, channels, 3, 3) / (9 * channels) ** 0.5
         return drawn.to(dtype, memory_format=LAYOUTS[case.layout])
 
     arguments = {
-        "x": draw.network(),
+        "x": random.network(),
         "first": filters(),
         "second": filters(),
-        "weight": draw.between(0.5, 1.5, channels).to(dtype),
-        "bias": draw.normal(channels).to(dtype),
-        "scale": draw.normal(batch, channels).to(dtype),
-        "shift": draw.normal(batch, channels).to(dtype),
+        "weight": random.uniform(0.5, 1.5, channels).to(dtype),
+        "bias": random.normal(channels).to(dtype),
+        "scale": random.normal(batch, channels).to(dtype),
+        "shift": random.normal(batch, channels).to(dtype),
     }
-    return Inputs(arguments, draw.network())
+    return Inputs(arguments, random.network())
 
 
 def eager(
@@ -58,7 +58,7 @@ def fused(
     return x + convolution(h, second, padding=(1, 1))
 
 
-def served(bench: Bench, device: torch.device) -> dict[str, Function | str]:
+def implementations(bench: Bench, device: torch.device) -> dict[str, Function | str]:
     return {"fused": fused, "fused, compiled": torch.compile(fused, dynamic=False)}
 
 
@@ -78,7 +78,7 @@ BENCH = Bench(
     axes=("B", "C", "H", "W"),
     gradients=("x",),
     flops=flops,
-    served=served,
+    implementations=implementations,
     rotates=False,
     dtype={"cpu": "fp32", "cuda": "bf16"},
     roundings=32,

@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
-# What is to be done on a machine with a GPU, and without a network: builds, tests, measures. Nothing is installed, and
-# nothing is set on the device. Every part ends within eight minutes; one that fails does not stop the others.
+# Builds, tests and measures on a machine with a GPU; needs no internet connection. Installs nothing and changes no
+# setting of the device. Every part ends within eight minutes. A part that fails does not stop the others.
 set -uo pipefail
 
 usage() {
     cat >&2 <<'TEXT'
 usage: benchmarks/run_gpu.sh FOLDER PART...
-  build     the extension in place, with CUDA kernels; without them, loudly, where that fails
-  test      the tests of the ops, on CUDA tensors too
-  ops       emd-fast bench over the ops of the E-step and the losses, cold and warm
-  sanitize  compute-sanitizer, memcheck and racecheck, over tests/test_cuda.py
-  unet      emd-fast bench over group_norm and attention, in every shape that ADM-64 and Stable Diffusion 1.5 have
-  blocks    the same over convolutions, in both memory formats, and whole residual blocks
-  unet-adm, unet-sd15        the frozen forward pass, and a loop that is not ours
-  e_step-adm, e_step-sd15    the E-step at K = 1, 8, 16; SHAPE=B,K in the environment is one of them, or another
+  build     builds the extension in place with CUDA kernels; if that fails, with CPU kernels only
+  test      tests of the ops, including those on CUDA tensors
+  ops       emd-fast bench of the E-step ops and the losses, cold and warm
+  sanitize  compute-sanitizer (memcheck and racecheck) on tests/test_cuda.py
+  unet      emd-fast bench of group_norm and attention at all shapes of ADM-64 and Stable Diffusion 1.5
+  blocks    emd-fast bench of convolutions in both memory formats, and of residual blocks
+  unet-adm, unet-sd15        frozen forward pass, and a training step in a plain PyTorch loop
+  e_step-adm, e_step-sd15    E-step at K = 1, 8, 16; the variable SHAPE=B,K selects one shape instead
   train     50 steps of ADM-64 and of Stable Diffusion 1.5, random weights: images/s, MFU, peak memory
-FOLDER gets run.log, and PART.json of each part that measures (ops: ops-warm.json, ops.md and ops.png too).
+Writes to FOLDER: run.log, and PART.json for each part that measures (ops: also ops-warm.json, ops.md, ops.png).
 TEXT
     exit 2
 }
@@ -37,10 +37,10 @@ mkdir -p "$folder" || exit 1
 folder=$(cd "$folder" && pwd) || exit 1
 cd "$(dirname "$0")/.." || exit 1
 python=${PYTHON:-python3}
-export PYTHONPATH=. PYTHONUNBUFFERED=1
+export PYTHONPATH=".${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 log=$folder/run.log
 
-# What PyTorch does not see, nothing here can use.
+# All parts use the GPU through PyTorch.
 if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
     echo "run_gpu.sh: no GPU is here ($python sees none through torch.cuda): nothing was run" | tee -a "$log" >&2
     exit 1
@@ -49,7 +49,7 @@ fi
 seconds_a_part=470
 deadline=0
 
-# Runs a command within what is left of the part, or within the number of seconds given as --at-most.
+# Runs a command with the remaining time of the part as its limit; --at-most SECONDS lowers the limit.
 step() {
     local left=$((deadline - SECONDS))
     if [ "$1" = --at-most ]; then
@@ -61,7 +61,7 @@ step() {
         return 1
     fi
     echo "+ $*"
-    # Interrupted, as from a keyboard, pytest still says what has failed until then.
+    # SIGINT lets pytest print the failures so far.
     timeout --signal=INT --kill-after=10 "$left" "$@"
     local code=$?
     [ $code -eq 124 ] && echo "stopped after $left s: $*"
@@ -89,7 +89,7 @@ tests() {
             echo "there is no tests/test_$op.py"
         fi
     done
-    # A kernel that Triton compiles takes a second or two of one core, and there are hundreds of them.
+    # Triton compiles hundreds of kernels, one or two seconds each on one core.
     local workers=()
     "$python" -c 'import xdist' 2>/dev/null && workers=(-n 8)
     step "$python" -m pytest -q -p no:cacheprovider "${workers[@]}" "${files[@]}"
@@ -113,10 +113,10 @@ sanitize() {
         echo "there is no tests/test_cuda.py"
         return 1
     fi
-    # Of Triton's kernels two shapes: the sanitizer makes every launch a hundred times as long.
+    # Only two shapes of the Triton kernels: the sanitizer slows every launch by a factor of about 100.
     local chosen="[cuda-shape or [triton-shape3 or [triton-shape6 or group_norm[shape3"
     for tool in memcheck racecheck; do
-        # Without PyTorch's cache every tensor is an allocation of its own, whose ends are seen.
+        # Without PyTorch's caching allocator every tensor is a separate allocation, whose bounds memcheck checks.
         PYTORCH_NO_CUDA_MEMORY_CACHING=1 step --at-most 230 compute-sanitizer --tool "$tool" --error-exitcode 1 \
             "$python" -m pytest -q -p no:cacheprovider -k "$chosen" tests/test_cuda.py || failed=1
     done
@@ -138,12 +138,12 @@ forward() {
 }
 
 e_step() {
-    # Most of the time is compilation: one shape a call where three are too many.
+    # Compilation takes most of the time. SHAPE selects one shape if three take too long.
     bench "e_step:$1" ${SHAPE:+--shape "$SHAPE"} --rounds 10 --json "$folder/e_step-$1.json"
 }
 
 train() {
-    # A little less than the part has: the steps end by themselves, and what was seen of them is written.
+    # 30 s less than the limit of the part, so that training ends by itself and writes its results.
     step "$python" -m benchmarks.train adm sd15 --device cuda --seconds $((seconds_a_part - 30)) --json "$folder/train.json"
 }
 
@@ -153,7 +153,7 @@ for part in "$@"; do
     began=$SECONDS
     deadline=$((SECONDS + seconds_a_part))
     case $part in
-        test) name=(tests) ;; # test is a command of the shell
+        test) name=(tests) ;; # `test` is a shell builtin
         unet-*) name=(forward "${part#unet-}") ;;
         e_step-*) name=(e_step "${part#e_step-}") ;;
         *) name=("$part") ;;

@@ -1,20 +1,20 @@
-"""score_matching_loss, and with its backward pass."""
+"""score_matching_loss, forward and with backward."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from benchmarks.harness.declare import BOTH, EMD_SHAPES, Bench, Case, Draw, Inputs, Traffic
+from benchmarks.harness.declare import BOTH, EMD_SHAPES, Bench, Case, Inputs, RandomTensors, Traffic
 from emd_fast import ops
 from emd_fast.backends import reference
 from emd_fast.backends.reference.common import mean_per_sample, per_sample
 
 
-def inputs(draw: Draw) -> Inputs:
-    arguments = {name: draw.network() for name in ("output", "x0", "x_t")}
-    arguments |= {name: draw.per_sample() for name in ("c_skip", "c_out", "weight")}
-    elements = draw.case.elements / draw.case.shape[0]
-    return Inputs(arguments, elements * draw.per_sample())  # so that gradients are of the order of 1
+def inputs(random: RandomTensors) -> Inputs:
+    arguments = {name: random.network() for name in ("output", "x0", "x_t")}
+    arguments |= {name: random.per_sample() for name in ("c_skip", "c_out", "weight")}
+    elements = random.case.elements / random.case.shape[0]
+    return Inputs(arguments, elements * random.per_sample())  # scales gradients to the order of 1
 
 
 def eager(output: Tensor, x0: Tensor, x_t: Tensor, c_skip: Tensor, c_out: Tensor, weight: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""Every contender of every op under pytest-benchmark, one after the other: `pytest benchmarks -k langevin_eps`.
+"""Every contender of every op under pytest-benchmark: `pytest benchmarks -k langevin_eps`.
 
-Launches are part of the time on a GPU here, and a machine that drifts favours whom it pleases: ratios are those of
-`emd-fast bench`.
+Contenders run one after the other, so a machine whose speed drifts distorts their ratios. GPU times
+include launches. Use `emd-fast bench` for ratios.
 """
 
 from __future__ import annotations
@@ -11,24 +11,31 @@ import itertools
 import pytest
 import torch
 
-from benchmarks.harness.declare import Draw
-from benchmarks.harness.verify import Judge, called, ready
+from benchmarks.harness.declare import RandomTensors
+from benchmarks.harness.verify import Verifier, call, with_gradients
 
 SETS = 4
 
 
 def test_speed(benchmark, bench, case, contender):
-    verdict = Judge(bench, case).verdict(contender)
-    if verdict.problem:
-        (pytest.fail if verdict.wrong else pytest.skip)(verdict.problem)
-    turn = itertools.cycle([ready(bench, case, bench.inputs(Draw(case, seed))) for seed in range(SETS)])
+    verification = Verifier(bench, case).verify(contender)
+    if verification.problem:
+        (pytest.fail if verification.wrong else pytest.skip)(verification.problem)
+    turn = itertools.cycle(
+        [with_gradients(bench, case, bench.inputs(RandomTensors(case, seed))) for seed in range(SETS)]
+    )
 
     def run() -> None:
-        called(bench, case, contender, next(turn))
+        call(bench, case, contender, next(turn))
         if case.device.type == "cuda":
             torch.cuda.synchronize()
 
     benchmark.group = f"{bench.name} {case.passes}"
-    benchmark.extra_info |= {"shape": case.shape, "dtype": case.dtype, "layout": case.layout, "error": verdict.error}
+    benchmark.extra_info |= {
+        "shape": case.shape,
+        "dtype": case.dtype,
+        "layout": case.layout,
+        "error": verification.error,
+    }
     benchmark.extra_info |= {"bytes": bench.traffic(case).total}
     benchmark(run)

@@ -1,9 +1,10 @@
-"""Training of a whole network with random weights, by EMDTrainer as users run it.
+"""Training throughput of whole networks with random weights under EMDTrainer.
 
     python -m benchmarks.train adm sd15 --seconds 440 --json train.json
 
-For each network: images a second, the share of this device's own rate of matrix products (MFU), peak memory, and where
-the time goes. The micro-batch is the largest that `emd_fast.run.plan` finds room for.
+Reports for each network: images per second, MFU (relative to a large matmul on the same device), peak
+memory, and the share of time of each phase. The micro-batch is the largest that fits according to
+`emd_fast.run.plan`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from torch.autograd.graph import saved_tensors_hooks
 import emd_fast
 from benchmarks.harness import ceiling, machine
 from benchmarks.harness.command import device_named
-from benchmarks.networks import KINDS, Kind, denoiser
+from benchmarks.networks import NETWORKS, NetworkSpec, denoiser
 from emd_fast import Denoiser, EMDConfig, EMDTrainer
 from emd_fast.config import ConfigError
 from emd_fast.io.files import write_text
@@ -38,21 +39,23 @@ from emd_fast.train import throughput
 
 SCHEMA = 1
 BATCHES = {"small": 128, "adm": 64, "sd15": 16}
-_ROOM = 0.8  # of the memory: what a plan does not know of is the workspace of convolutions and what lies between them
-_PROMPTS = 64  # conditions to draw from, of a network that takes text
-_LINES = 5  # about the steps of one network
+_MEMORY_SHARE = 0.8  # a plan does not count convolution workspaces and allocator fragmentation
+_PROMPTS = 64  # text conditions to draw from
+_LINES = 5  # progress lines per network
 
 
 @dataclass(frozen=True)
-class Trained:
-    """What was seen of one network, or why nothing was. Seconds and rates are of one step, at the median.
+class TrainingResult:
+    """Measurements of one network, or the reason why there are none (`why`).
 
     Attributes:
-        planned_bytes, peak_bytes: what `emd_fast.run.plan` foresaw; the most that was held.
-        flops: of one step, as `emd_fast.train.throughput` counts them;
-        mfu: their rate over that of a large matrix product.
-        shares: of the time, by the parts of a step.
-        skipped: updates with a gradient that was not finite.
+        seconds: the median time of a step; all rates derive from it.
+        planned_bytes: memory that `emd_fast.run.plan` predicted.
+        peak_bytes: peak memory.
+        flops: of one step, as `emd_fast.train.throughput` counts them.
+        mfu: the FLOP rate relative to that of a large matmul.
+        shares: fraction of the time by phase of a step.
+        skipped: updates skipped because of a gradient that is not finite.
     """
 
     network: str
@@ -90,34 +93,35 @@ class Trained:
         return (
             f"{self.network}: {self.parameters / 1e6:.1f} million parameters, {self.compute_dtype}"
             f"{', fused' if self.fused else ''}, batch {self.batch} by {self.micro_batch}, K = {self.langevin_steps}, "
-            f"{self.student_updates} student updates: {self.steps} steps{cut}, {self.seconds:.3g} s a step, "
+            f"{self.student_updates} fake-score updates: {self.steps} steps{cut}, {self.seconds:.3g} s a step, "
             f"{summary(row)}; planned {self.planned_bytes / GIB:.3g} GiB"
         )
 
 
-def train(name: str, options: argparse.Namespace, device: torch.device, rate: float, deadline: float) -> Trained:
-    """Steps of one network until they are done or the time is up.
+def train(name: str, options: argparse.Namespace, device: torch.device, rate: float, deadline: float) -> TrainingResult:
+    """Trains one network until all steps are done or the time is up.
 
     Args:
-        rate: operations a second of a large matrix product here; deadline: of time.monotonic.
+        rate: FLOP/s of a large matmul on this device.
+        deadline: a value of time.monotonic().
     """
     micro = options.micro_batch
     while True:
         try:
             return _train(name, micro, options, device, rate, deadline)
         except ConfigError as error:
-            return Trained(name, why=str(error))
-        except _TooMuch as error:
+            return TrainingResult(name, why=str(error))
+        except _OutOfMemory as error:
             micro = error.micro_batch // 2
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
         if not micro:
-            return Trained(name, why="out of memory with one sample at a time")
+            return TrainingResult(name, why="out of memory with one sample at a time")
         print(f"{name}: out of memory; again with micro-batches of {micro}", flush=True)
 
 
-class _TooMuch(Exception):
+class _OutOfMemory(Exception):
     def __init__(self, micro_batch: int) -> None:
         super().__init__()
         self.micro_batch = micro_batch
@@ -125,26 +129,26 @@ class _TooMuch(Exception):
 
 def _train(
     name: str, micro: int, options: argparse.Namespace, device: torch.device, rate: float, deadline: float
-) -> Trained:
-    kind = KINDS[name]
+) -> TrainingResult:
+    kind = NETWORKS[name]
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     teacher = denoiser(kind, 0, device)
     if options.fuse:
         emd_fast.fuse(teacher)
-    config, planned = _planned(name, kind, teacher, micro, options, device)
+    config, planned = _configured(name, kind, teacher, micro, options, device)
     try:
         trainer = EMDTrainer(teacher, config, prompts=_prompts(kind))
-        # The first step is not timed: kernels are chosen and compiled in it, and its operations counted.
+        # The first step is not timed: it compiles kernels and counts FLOPs.
         _, flops = throughput.counted(trainer.step)
         seconds, laps = _steps(name, trainer, options.steps, deadline)
     except torch.OutOfMemoryError:
-        # The error itself would hold the frames, and these the networks.
-        raise _TooMuch(config.micro_batch_size) from None
+        # A chained error would keep the frames alive, and with them the networks.
+        raise _OutOfMemory(config.micro_batch_size) from None
     if not seconds:
-        return Trained(name, why="the time was up before its first timed step")
+        return TrainingResult(name, why="the time was up before its first timed step")
     step = statistics.median(seconds)
-    return Trained(
+    return TrainingResult(
         network=name,
         parameters=sum(p.numel() for p in teacher.parameters()),
         batch=config.batch_size,
@@ -167,14 +171,15 @@ def _train(
     )
 
 
-def _planned(
-    name: str, kind: Kind, teacher: Denoiser, micro: int, options: argparse.Namespace, device: torch.device
+def _configured(
+    name: str, kind: NetworkSpec, teacher: Denoiser, micro: int, options: argparse.Namespace, device: torch.device
 ) -> tuple[EMDConfig, float]:
-    """The configuration with the largest micro-batch (batch, a half, a quarter ...) that there is room for, or with the
-    one that was asked for; and the bytes that it needs.
+    """Returns the configuration and the bytes that it needs.
+
+    The micro-batch is `micro` if given, otherwise the largest of batch, batch / 2, ... that fits.
 
     Raises:
-        ConfigError: not even one sample at a time fits.
+        ConfigError: even a micro-batch of one sample does not fit.
     """
     batch = options.batch or BATCHES[name]
     sizes, each, room = Sizes.of(teacher, teacher, teacher), activations(teacher, kind, device), available(device)
@@ -193,15 +198,15 @@ def _planned(
             student_lr=1e-5,
         )
         made = plan(sizes, config, devices=1, reduced=True, activations=each)
-        if micro or made.chosen.total <= _ROOM * room:
+        if micro or made.chosen.total <= _MEMORY_SHARE * room:
             return config, made.chosen.total
         if size == 1:
-            made.check(_ROOM * room)
+            made.check(_MEMORY_SHARE * room)
         size //= 2
 
 
-def activations(network: Denoiser, kind: Kind, device: torch.device) -> float:
-    """Bytes that one more sample makes a pass keep for the gradient of the weights, in bfloat16."""
+def activations(network: Denoiser, kind: NetworkSpec, device: torch.device) -> float:
+    """Returns the activation bytes per sample that a bf16 pass saves for the weight gradient."""
 
     def kept(samples: int) -> int:
         storages: dict[int, int] = {}
@@ -213,26 +218,26 @@ def activations(network: Denoiser, kind: Kind, device: torch.device) -> float:
         x, t = torch.randn(samples, *kind.sample_shape, device=device), torch.ones(samples, device=device)
         with saved_tensors_hooks(note, lambda x: x), torch.autocast(device.type, torch.bfloat16):
             output = network(x, t, kind.condition(samples, device))
-        assert output.requires_grad  # and it is held until here, so that no address is given away twice
+        assert output.requires_grad  # holding the output keeps all storages alive, so addresses are unique
         return sum(storages.values())
 
     return float(kept(2) - kept(1))
 
 
-def _prompts(kind: Kind) -> Tensor | None:
+def _prompts(kind: NetworkSpec) -> Tensor | None:
     return kind.condition(_PROMPTS, torch.device("cpu")) if kind.text else None
 
 
 def _steps(name: str, trainer: EMDTrainer, steps: int, deadline: float) -> tuple[list[float], dict[str, float]]:
-    """Seconds of each step, as many as there is time for, and those of their parts in all."""
+    """Runs steps until the deadline; returns seconds per step and total seconds by phase."""
     seconds: list[float] = []
     parts: dict[str, float] = {}
     every = -(-steps // _LINES)
-    _finished(trainer)
+    _synchronize(trainer)
     began = time.monotonic()
     while len(seconds) < steps and time.monotonic() + max(seconds, default=0.0) < deadline:
         metrics = trainer.step()
-        _finished(trainer)
+        _synchronize(trainer)
         now = time.monotonic()
         seconds.append(now - began)
         began = now
@@ -244,13 +249,13 @@ def _steps(name: str, trainer: EMDTrainer, steps: int, deadline: float) -> tuple
     return seconds, parts
 
 
-def _finished(trainer: EMDTrainer) -> None:
+def _synchronize(trainer: EMDTrainer) -> None:
     if trainer.device.type == "cuda":
         torch.cuda.synchronize(trainer.device)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns the exit code: 1 where a network was not trained."""
+    """Runs the command. Returns the exit code: 1 if a network was not trained."""
     options = _parser().parse_args(arguments)
     try:
         device = device_named(options.device)
@@ -261,22 +266,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     end = time.monotonic() + options.seconds
     before = machine.clocks(device)
-    rate = ceiling.multiplied(device, torch.bfloat16, rounds=20)
-    print(f"{machine.hardware(device).get('gpu', 'CPU')}: {rate / 1e12:.4g} TFLOP/s in a large bfloat16 product")
-    found: list[Trained] = []
+    rate = ceiling.matmul_rate(device, torch.bfloat16, rounds=20)
+    print(f"{machine.hardware(device).get('gpu', 'CPU')}: {rate / 1e12:.4g} TFLOP/s in a large bfloat16 matmul")
+    found: list[TrainingResult] = []
     for left, name in zip(range(len(options.networks), 0, -1), options.networks, strict=True):
         now = time.monotonic()
         found.append(train(name, options, device, rate, now + (end - now) / left))
         print(found[-1].line(), flush=True)
-        if options.json:  # after every network: a run that is cut short leaves what it has
+        if options.json:  # written after every network, so an interrupted run keeps its results
             _write(options, device, rate, before, found)
     return 1 if any(one.why for one in found) else 0
 
 
 def _write(
-    options: argparse.Namespace, device: torch.device, rate: float, before: dict[str, str] | None, found: list[Trained]
+    options: argparse.Namespace,
+    device: torch.device,
+    rate: float,
+    before: dict[str, str] | None,
+    found: list[TrainingResult],
 ) -> None:
-    """The head is that of `emd-fast bench --json`."""
+    """Writes the results under the header fields of `emd-fast bench --json`."""
     facts: dict[str, Any] = {
         "when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "hardware": machine.hardware(device),
@@ -291,10 +300,10 @@ def _write(
     write_text(options.json, f"{json.dumps(facts, indent=1)}\n")
 
 
-def read(path: Path) -> list[Trained]:
-    """The networks of a file of --json; none where it is no such file."""
+def read(path: Path) -> list[TrainingResult]:
+    """Returns the results in a --json file; an empty list for any other file."""
     try:
-        return [Trained(**one) for one in json.loads(path.read_text())["training"]]
+        return [TrainingResult(**one) for one in json.loads(path.read_text())["training"]]
     except (OSError, ValueError, KeyError, TypeError):
         return []
 
@@ -307,15 +316,15 @@ def _parser() -> argparse.ArgumentParser:
         return value
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.train", description=__doc__.splitlines()[0])
-    parser.add_argument("networks", nargs="+", choices=tuple(KINDS), metavar="NETWORK", help=", ".join(KINDS))
+    parser.add_argument("networks", nargs="+", choices=tuple(NETWORKS), metavar="NETWORK", help=", ".join(NETWORKS))
     parser.add_argument("--steps", type=count, default=50, help="timed steps of each network (default 50)")
-    parser.add_argument("--batch", type=count, help="samples in a step (default: by network)")
-    parser.add_argument("--micro-batch", type=count, default=0, help="samples at a time (default: what fits)")
+    parser.add_argument("--batch", type=count, help="samples per step (default: by network)")
+    parser.add_argument("--micro-batch", type=count, default=0, help="samples per micro-batch (default: what fits)")
     parser.add_argument("--langevin-steps", type=count, default=8, help="K (default 8)")
-    parser.add_argument("--seconds", type=float, default=440.0, help="for everything; steps end when they are over")
-    parser.add_argument("--no-fuse", dest="fuse", action="store_false", help="the networks as they are")
-    parser.add_argument("--device", help="cpu, cuda or cuda:N; a GPU where there is one")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="everything about the run")
+    parser.add_argument("--seconds", type=float, default=440.0, help="time limit for all networks (default 440)")
+    parser.add_argument("--no-fuse", dest="fuse", action="store_false", help="do not fuse the networks")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU if present)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all results to FILE")
     return parser
 
 

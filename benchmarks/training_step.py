@@ -1,8 +1,8 @@
-"""A whole training step over the bare passes of its networks: digits, K = 8.
+"""Whole training step of digits (K = 8), compared with the bare passes of its networks.
 
-The bare passes are the same calls of the same networks, forward and backward, with nothing between them: no noise, no
-update of (eps, z), no loss, no optimizer, no average. Verified is that both call each network as often as the algorithm
-says.
+The bare passes call the same networks, forward and backward, and compute nothing else: no noise, no
+Langevin update, no loss, no optimizer, no average. The check verifies that both sides call each
+network as often as the algorithm prescribes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from benchmarks.harness.declare import Bench, Draw, Function, Inputs
+from benchmarks.harness.declare import Bench, Function, Inputs, RandomTensors
 from emd_fast import EMDTrainer, config
 from emd_fast.em.e_step import frozen
 from emd_fast.tasks import digits_teacher as digits
@@ -22,8 +22,8 @@ from emd_fast.tasks import digits_teacher as digits
 STEPS = 8
 
 
-def inputs(draw: Draw) -> Inputs:
-    case, recipe = draw.case, config.load("digits")
+def inputs(random: RandomTensors) -> Inputs:
+    case, recipe = random.case, config.load("digits")
     precision: Literal["float32", "bfloat16"] = "float32" if case.dtype == "fp32" else "bfloat16"
     if case.dtype == "fp16":
         raise config.ConfigError(f"training_step takes --dtype fp32 or bf16, got {case.dtype}")
@@ -31,17 +31,17 @@ def inputs(draw: Draw) -> Inputs:
         recipe.emd, langevin_steps=STEPS, batch_size=case.shape[0], student_warmup=0, precision=precision
     )
     teacher = digits.denoiser(digits.network(recipe.teacher)).to(case.device)
-    with torch.no_grad():  # its last layer starts at zero
+    with torch.no_grad():  # the last layer is initialised to zero
         for parameter in teacher.parameters():
-            parameter.add_(0.02 * draw.normal(*parameter.shape))
+            parameter.add_(0.02 * random.normal(*parameter.shape))
     trainer = EMDTrainer(teacher, settings)
     shape = (case.shape[0], *digits.SHAPE)
     return Inputs(
         {
             "trainer": trainer,
             "calls": Calls(trainer),
-            "x": draw.normal(*shape),
-            "cotangent": draw.normal(*shape),
+            "x": random.normal(*shape),
+            "cotangent": random.normal(*shape),
             "t": torch.ones(shape[0], device=case.device),
             "cond": torch.arange(shape[0], device=case.device) % digits.CLASSES,
         }
@@ -49,7 +49,7 @@ def inputs(draw: Draw) -> Inputs:
 
 
 class Calls:
-    """How often generator, teacher and student have been called."""
+    """Counts the calls of generator, teacher and fake score."""
 
     def __init__(self, trainer: EMDTrainer) -> None:
         networks = (trainer.generator, trainer.teacher, trainer.student)
@@ -61,7 +61,7 @@ class Calls:
         self._counts[i] += 1
 
     def taken(self) -> Tensor:
-        """(3,), since it was last asked."""
+        """Returns the counts since the last call, shape (3,)."""
         counts, self._counts = self._counts, [0] * len(self._counts)
         return torch.tensor(counts, dtype=torch.float32)
 
@@ -97,7 +97,7 @@ def exact(trainer: EMDTrainer, **arguments: Any) -> Tensor:
     return torch.tensor([updates + steps + 1, steps, updates + steps], dtype=torch.float64)
 
 
-def served(bench: Bench, device: torch.device) -> dict[str, Function | str]:
+def implementations(bench: Bench, device: torch.device) -> dict[str, Function | str]:
     return {"training step": step}
 
 
@@ -110,7 +110,7 @@ BENCH = Bench(
     traffic=None,
     shapes={"cpu": ((128,),), "cuda": ((128,),)},
     axes=("B",),
-    served=served,
+    implementations=implementations,
     layouts=False,
     rotates=False,
     captures=False,

@@ -1,4 +1,4 @@
-"""The forward pass of a frozen teacher: as it is, fused, and by torch.compile."""
+"""Forward pass of a frozen teacher: eager, fused, and compiled by torch.compile."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness.declare import Bench, Case, Draw, Function, Inputs
+from benchmarks.harness.declare import Bench, Case, Function, Inputs, RandomTensors
 from benchmarks.networks import VARIANTS, Networks, flops, networks
 
 
 def bench(kind: str) -> Bench:
-    """unet:small, unet:sd15."""
+    """Returns the benchmark unet:NETWORK."""
 
-    def inputs(draw: Draw) -> Inputs:
-        case = draw.case
+    def inputs(random: RandomTensors) -> Inputs:
+        case = random.case
         made = networks(kind, case.device, case.dtype == "bf16")
         batch = case.shape[0]
         return Inputs(
             {
                 "networks": made,
-                "x": draw.normal(batch, *made.kind.sample_shape),
-                "t": draw.between(0.5, 2.0, batch),
+                "x": random.normal(batch, *made.kind.sample_shape),
+                "t": random.uniform(0.5, 2.0, batch),
                 "cond": made.kind.condition(batch, case.device),
             }
         )
@@ -38,7 +38,7 @@ def bench(kind: str) -> Bench:
         axes=("B",),
         flops=lambda case: case.shape[0] * flops(kind, case.device),
         peers=peers,
-        served=served,
+        implementations=implementations,
         layouts=False,
         rotates=False,
         compiles=False,
@@ -48,7 +48,7 @@ def bench(kind: str) -> Bench:
 
 
 def eager(networks: Networks, x: Tensor, t: Tensor, cond: Any) -> Tensor:
-    return _pass(networks, networks.like(x)[1], x, t, cond)
+    return _pass(networks, networks.in_dtype_of(x)[1], x, t, cond)
 
 
 def _pass(networks: Networks, network: Any, x: Tensor, t: Tensor, cond: Any) -> Tensor:
@@ -57,7 +57,7 @@ def _pass(networks: Networks, network: Any, x: Tensor, t: Tensor, cond: Any) -> 
     return output.to(x.dtype)
 
 
-def served(bench: Bench, device: torch.device) -> dict[str, Function | str]:
+def implementations(bench: Bench, device: torch.device) -> dict[str, Function | str]:
     def of(variant: str) -> Function:
         return lambda networks, x, t, cond: _pass(networks, networks.fused(variant)[1], x, t, cond)
 
@@ -66,7 +66,7 @@ def served(bench: Bench, device: torch.device) -> dict[str, Function | str]:
 
 def peers(case: Case) -> dict[str, Function]:
     def compiled(networks: Networks, x: Tensor, t: Tensor, cond: Any) -> Tensor:
-        network = networks.made("torch.compile", lambda: torch.compile(networks.plain[1], dynamic=False))
+        network = networks.cached("torch.compile", lambda: torch.compile(networks.plain[1], dynamic=False))
         return _pass(networks, network, x, t, cond)
 
     return {"torch.compile": compiled}

@@ -1,4 +1,4 @@
-"""uniform: the numbers of the noise contract, against torch.rand."""
+"""uniform: uniform numbers of the noise contract, compared with torch.rand."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness.declare import EMD_SHAPES, Bench, Case, Draw, Inputs, Traffic
+from benchmarks.harness.declare import EMD_SHAPES, Bench, Case, Inputs, RandomTensors, Traffic
 from emd_fast import Noise, ops
 from emd_fast.backends import reference
 
 
-def inputs(draw: Draw) -> Inputs:
-    return Inputs({"size": draw.case.shape, "noise": Noise(draw.seed, device=draw.case.device), "stream": 20})
+def inputs(random: RandomTensors) -> Inputs:
+    return Inputs({"size": random.case.shape, "noise": Noise(random.seed, device=random.case.device), "stream": 20})
 
 
 def eager(size: tuple[int, ...], noise: Noise, **where: Any) -> Tensor:

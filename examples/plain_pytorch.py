@@ -1,7 +1,7 @@
-"""EM Distillation in a training loop of your own: three calls of emd_fast, everything else is PyTorch.
+"""EM Distillation in a plain PyTorch training loop: three calls of emd_fast per step.
 
-The teacher is a ring of eight modes with exact scores, so that this runs anywhere in seconds. Any emd_fast.Denoiser
-takes its place, with a generator and a student that are copies of it.
+The teacher is a ring of eight modes with an exact score, so the example runs in seconds on a CPU. Any
+emd_fast.Denoiser can replace it; generator and fake score then start as copies of the teacher.
 """
 
 import math
@@ -23,18 +23,18 @@ def to_nearest_mode(points: torch.Tensor) -> float:
 
 
 def times() -> torch.Tensor:
-    """sigma, log-uniform in [0.1, 3]."""
+    """Draws sigma (BATCH,), log-uniform in [0.1, 3]."""
     return torch.exp(torch.empty(BATCH).uniform_(math.log(0.1), math.log(3.0)))
 
 
 def main(steps: int = 600) -> tuple[float, float]:
-    """Distils; returns the mean distance of samples to the nearest mode before and after."""
+    """Distils. Returns the mean distance of samples to the nearest mode, before and after."""
     torch.manual_seed(0)
     teacher = gaussian_mixture(torch.full((8,), 1 / 8), MODES, 0.15**2 * torch.eye(2).expand(8, 2, 2), schedules.EDM())
-    student = Denoiser(TimeMLP(2, 96, 3, seed=1), schedules.EDM(), "edm", sigma_data=math.sqrt(2))
+    fake_score = Denoiser(TimeMLP(2, 96, 3, seed=1), schedules.EDM(), "edm", sigma_data=math.sqrt(2))
     generator = PointGenerator(2, 64, 2, seed=0)
-    optimizer_g = torch.optim.AdamW(generator.parameters(), lr=1e-3, betas=(0.0, 0.99))
-    optimizer_s = torch.optim.AdamW(student.parameters(), lr=2e-3, betas=(0.0, 0.99))
+    generator_optimizer = torch.optim.AdamW(generator.parameters(), lr=1e-3, betas=(0.0, 0.99))
+    fake_score_optimizer = torch.optim.AdamW(fake_score.parameters(), lr=2e-3, betas=(0.0, 0.99))
     noise = Noise(seed=0)
     shown = torch.randn(1000, 2)
     before = to_nearest_mode(generator(shown).detach())
@@ -42,23 +42,25 @@ def main(steps: int = 600) -> tuple[float, float]:
     for step in range(steps):
         noise.set(step=step)
 
-        for _ in range(2):  # the student follows the generator
+        for _ in range(2):  # the fake score follows the generator
             t, x0 = times(), generator(torch.randn(BATCH, 2)).detach()
             x_t = ops.perturb(x0, torch.ones_like(t), t, eps=torch.randn_like(x0))
-            c_skip, c_out = student.coefficients(t)
-            loss = ops.score_matching_loss(student(x_t, t), x0, x_t, c_skip, c_out, 1 / c_out**2).mean()
-            optimizer_s.zero_grad()
+            c_skip, c_out = fake_score.coefficients(t)
+            loss = ops.score_matching_loss(fake_score(x_t, t), x0, x_t, c_skip, c_out, 1 / c_out**2).mean()
+            fake_score_optimizer.zero_grad()
             loss.backward()
-            optimizer_s.step()
+            fake_score_optimizer.step()
 
         z, eps = torch.randn(2, BATCH, 2)
-        found = e_step(generator, teacher, student, z, eps, times(), steps=4, gamma_eps=0.16, gamma_z=1e-3, noise=noise)
+        found = e_step(
+            generator, teacher, fake_score, z, eps, times(), steps=4, gamma_eps=0.16, gamma_z=1e-3, noise=noise
+        )
 
         generated = generator(found.z)
         loss = ops.m_step_loss(generated, found.drift, found.alpha, found.sigma, found.sigma**2).mean()
-        optimizer_g.zero_grad()
+        generator_optimizer.zero_grad()
         loss.backward()
-        optimizer_g.step()
+        generator_optimizer.step()
 
     return before, to_nearest_mode(generator(shown).detach())
 

@@ -13,9 +13,9 @@ import torch
 
 import benchmarks
 from benchmarks.harness import clock
-from benchmarks.harness.contenders import Contender, entrants
-from benchmarks.harness.declare import BOTH, FORWARD, Case, Draw
-from benchmarks.harness.verify import Judge
+from benchmarks.harness.contenders import Contender, contenders_of
+from benchmarks.harness.declare import BOTH, FORWARD, Case, RandomTensors
+from benchmarks.harness.verify import Verifier
 from emd_fast.config import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,36 +43,36 @@ def test_every_contender_is_verified(name, dtype, passes):
     layouts = (None, "nhwc") if benchmarks.load(name).layouts else (None,)
     for layout in layouts:
         bench, case = tiny(name, dtype, layout, passes)
-        contenders, absent = entrants(bench, case, skip=COMPILED)
+        contenders, absent = contenders_of(bench, case, skip=COMPILED)
         assert {"emd_fast reference", "eager"} <= {c.name for c in contenders}
         assert all(absent.values()), "a backend that is missing says why"
-        judge = Judge(bench, case)
+        verifier = Verifier(bench, case)
         for contender in contenders:
-            verdict = judge.verdict(contender)
-            assert verdict.problem is None, f"{contender.name}: {verdict.problem}"
-            assert verdict.error is not None and verdict.error <= verdict.bound
+            verification = verifier.verify(contender)
+            assert verification.problem is None, f"{contender.name}: {verification.problem}"
+            assert verification.error is not None and verification.error <= verification.bound
 
 
 def test_the_training_step_and_the_bare_passes_make_the_same_calls():
     bench, case = tiny("training_step", "fp32")
-    judge = Judge(bench, case)
-    ours, bare = entrants(bench, case)[0]
+    verifier = Verifier(bench, case)
+    ours, bare = contenders_of(bench, case)[0]
     assert (ours.ours, bare.ours) == (True, False)
-    assert judge.verdict(ours).error == judge.verdict(bare).error == 0
+    assert verifier.verify(ours).error == verifier.verify(bare).error == 0
 
     def half(trainer, calls, **arguments):
         bare.function(trainer, calls, **arguments)
         return calls.taken() + 1
 
-    assert judge.verdict(dataclasses.replace(bare, function=half)).wrong
+    assert verifier.verify(dataclasses.replace(bare, function=half)).wrong
 
 
 @pytest.mark.slow
 def test_compiled_eager_code_is_verified():
     for passes in (FORWARD, BOTH):
         bench, case = tiny("m_step_loss", passes=passes)
-        (compiled,) = (c for c in entrants(bench, case)[0] if c.name in COMPILED)
-        assert Judge(bench, case).verdict(compiled).problem is None
+        (compiled,) = (c for c in contenders_of(bench, case)[0] if c.name in COMPILED)
+        assert Verifier(bench, case).verify(compiled).problem is None
 
 
 def spoiled(name, change):
@@ -115,32 +115,32 @@ WRONG = {
 def test_a_wrong_contender_is_caught(what):
     name, change, said = WRONG[what]
     bench, case = tiny(name)
-    verdict = Judge(bench, case).verdict(Contender("theirs", spoiled(name, change)))
-    assert verdict.wrong and said in verdict.problem
+    verification = Verifier(bench, case).verify(Contender("theirs", spoiled(name, change)))
+    assert verification.wrong and said in verification.problem
 
 
 def test_a_wrong_gradient_is_caught():
     bench, case = tiny("score_matching_loss", "fp32", passes=BOTH)
-    judge = Judge(bench, case)
+    verifier = Verifier(bench, case)
 
     def wrong(**arguments):
         loss = bench.op(**arguments)
         return loss.detach() + 1.001 * (loss - loss.detach())  # the value is right
 
-    verdict = judge.verdict(Contender("theirs", wrong))
-    assert verdict.wrong and verdict.problem.startswith("gradient of output")
+    verification = verifier.verify(Contender("theirs", wrong))
+    assert verification.wrong and verification.problem.startswith("gradient of output")
     forward, case = tiny("score_matching_loss", "fp32")
-    assert Judge(forward, case).verdict(Contender("theirs", wrong)).problem is None
+    assert Verifier(forward, case).verify(Contender("theirs", wrong)).problem is None
 
 
 def test_ours_is_held_to_twice_the_error_of_eager():
     bench, case = tiny("perturb", "fp32")
-    judge = Judge(bench, case)
+    verifier = Verifier(bench, case)
 
     def sloppy(**arguments):
         return bench.op(**arguments) + 3e-5
 
-    assert judge.verdict(Contender("ours", sloppy, ours=True)).wrong
+    assert verifier.verify(Contender("ours", sloppy, ours=True)).wrong
 
 
 def test_one_that_cannot_run_is_not_called_wrong():
@@ -148,8 +148,8 @@ def test_one_that_cannot_run_is_not_called_wrong():
         raise RuntimeError("no kernel\nfor this")
 
     bench, case = tiny("perturb")
-    verdict = Judge(bench, case).verdict(Contender("theirs", refuses))
-    assert not verdict.wrong and verdict.problem == "cannot run: RuntimeError: no kernel for this"
+    verification = Verifier(bench, case).verify(Contender("theirs", refuses))
+    assert not verification.wrong and verification.problem == "cannot run: RuntimeError: no kernel for this"
 
 
 @pytest.mark.parametrize("name", ["langevin_eps", "perturb", "langevin_step", "m_step_loss", "group_norm"])
@@ -161,11 +161,11 @@ def test_an_eager_formula_that_is_not_the_op_is_caught(name):
         return (out[0] + 1e-4, *out[1:]) if isinstance(out, tuple) else out + 1e-4
 
     changed = dataclasses.replace(bench, eager=wrong)
-    judge = Judge(changed, case)
-    eager = next(c for c in entrants(changed, case, skip=COMPILED)[0] if c.name == "eager")
-    assert judge.verdict(eager).wrong
-    ours = next(c for c in entrants(bench, case, skip=COMPILED)[0] if c.name == "emd_fast reference")
-    assert judge.verdict(ours).problem is None, "what is wrong with eager is not held against us"
+    verifier = Verifier(changed, case)
+    eager = next(c for c in contenders_of(changed, case, skip=COMPILED)[0] if c.name == "eager")
+    assert verifier.verify(eager).wrong
+    ours = next(c for c in contenders_of(bench, case, skip=COMPILED)[0] if c.name == "emd_fast reference")
+    assert verifier.verify(ours).problem is None, "what is wrong with eager is not held against us"
 
 
 @pytest.mark.parametrize("name", ["uniform", "normal"])
@@ -175,7 +175,7 @@ def test_numbers_of_another_distribution_are_caught(name):
     def wrong(**arguments):
         return 0.5 * bench.eager(**arguments)
 
-    assert Judge(bench, case).verdict(Contender("theirs", wrong, draws="own")).wrong
+    assert Verifier(bench, case).verify(Contender("theirs", wrong, draws="own")).wrong
 
 
 def test_bytes_are_those_of_the_docs():
@@ -206,7 +206,7 @@ def test_the_docs_have_the_signatures():
     assert set(documented) == set(benchmarks.OPS)
     for name, words in documented.items():
         bench, case = tiny(name)
-        assert set(words.split(", ")) == bench.inputs(Draw(case, 0)).arguments.keys(), name
+        assert set(words.split(", ")) == bench.inputs(RandomTensors(case, 0)).arguments.keys(), name
 
 
 def test_attention_counts_its_keys():
@@ -251,7 +251,7 @@ def test_contenders_take_turns_and_nobody_finds_the_set_of_another(monkeypatch):
     monkeypatch.setattr(clock, "_calls", lambda block, each: 1)
     log = []
     calls = {name: [lambda name=name, i=i: log.append((name, i)) for i in range(4)] for name in "ABC"}
-    taken, failed, peaks = clock.readings(calls, CPU, rounds=4)
+    taken, failed, peaks = clock.measure(calls, CPU, rounds=4)
     assert not failed and not peaks and {name: len(times) for name, times in taken.items()} == {"A": 4, "B": 4, "C": 4}
     rounds = log[-24:]  # each turn is a call that is not timed and one that is
     assert [name for name, _ in rounds] == list("AABBCC") * 4
@@ -268,10 +268,10 @@ def test_a_timing_is_the_median_and_the_quartiles():
 
 
 def test_noise_is_what_separates_two_runs_of_the_same():
-    assert clock.noise([1.0] * 9, [1.0] * 9) == 0
-    assert clock.noise([1.0] * 9, [1.1] * 9) == pytest.approx(0.1)
+    assert clock.timing_noise([1.0] * 9, [1.0] * 9) == 0
+    assert clock.timing_noise([1.0] * 9, [1.1] * 9) == pytest.approx(0.1)
     # The same median by luck, though no reading is like another.
-    assert clock.noise([1.0, 2.0, 3.0], [3.0, 2.0, 1.0]) > 0.3
+    assert clock.timing_noise([1.0, 2.0, 3.0], [3.0, 2.0, 1.0]) > 0.3
 
 
 def test_pytest_runs_every_op(tmp_path):

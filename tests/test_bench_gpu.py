@@ -97,7 +97,7 @@ def gpu(monkeypatch):
 @pytest.mark.parametrize("graph", [True, False])
 def test_the_time_of_a_call_on_a_gpu(gpu, graph):
     slow, fast = [[lambda s=s: gpu.kernel(s)] * 3 for s in (1e-3, 1e-5)]
-    taken, failed, _ = clock.readings({"slow": slow, "fast": fast, "slow again": slow}, GPU, rounds=5, graph=graph)
+    taken, failed, _ = clock.measure({"slow": slow, "fast": fast, "slow again": slow}, GPU, rounds=5, graph=graph)
     assert not failed
     assert taken["slow"] == pytest.approx([1e-3] * 5) == taken["slow again"]
     assert taken["fast"] == pytest.approx([1e-5] * 5)
@@ -110,7 +110,7 @@ def test_a_contender_that_cannot_be_captured_is_reported(gpu):
         if gpu.capturing is not None:
             raise RuntimeError("operation not permitted when stream is capturing")
 
-    taken, failed, peaks = clock.readings({"bad": [waits], "good": [lambda: gpu.kernel(1e-3)]}, GPU, rounds=2)
+    taken, failed, peaks = clock.measure({"bad": [waits], "good": [lambda: gpu.kernel(1e-3)]}, GPU, rounds=2)
     assert list(taken) == ["good"] and "cannot be captured: operation not permitted" in failed["bad"]
     assert "--no-graph" in failed["bad"] and list(peaks) == ["good"]
 
@@ -128,15 +128,15 @@ def test_the_memory_of_a_call_on_a_gpu(gpu, graph):
 
     calls = {"large": [lambda: keeps(50, 700)], "small": [lambda: keeps(20, 30)]}
     calls["large again"] = calls["large"]
-    assert clock.readings(calls, GPU, rounds=2, graph=graph).peaks == {"large": 700, "small": 30}
+    assert clock.measure(calls, GPU, rounds=2, graph=graph).peaks == {"large": 700, "small": 30}
 
 
 def test_nothing_waits_for_the_gpu_between_readings(gpu):
     calls = {name: [lambda: gpu.kernel(1e-2)] for name in "AB"}
-    clock.readings(calls, GPU, rounds=2)
+    clock.measure(calls, GPU, rounds=2)
     few = gpu.waits
     gpu.waits = 0
-    clock.readings(calls, GPU, rounds=50)
+    clock.measure(calls, GPU, rounds=50)
     assert gpu.waits == few
 
 
@@ -190,15 +190,15 @@ def test_kernels_without_noise_hold_no_philox(monkeypatch):
     z, noise = torch.zeros(4, 3, 64, 64), Noise(0).state
     arguments = (z, z, 0.1, None, noise, 0)
     (drawing,) = launches(monkeypatch, "langevin_z", *arguments)
-    twin = noiseless._twin("langevin_z")
-    monkeypatch.setattr("emd_fast.backends.triton.implementation", lambda op: getattr(twin, op))
+    noiseless_module = noiseless._noiseless_module("langevin_z")
+    monkeypatch.setattr("emd_fast.backends.triton.implementation", lambda op: getattr(noiseless_module, op))
     (silent,) = launches(monkeypatch, "langevin_z", *arguments)
     with_noise, without = (compiled(launch, 90).count(r"mul\.wide\.u32") for launch in (drawing, silent))
     assert with_noise >= 20 and without == 0
 
 
 def test_the_ops_keep_their_noise(monkeypatch):
-    """Outside of a call of the twin nothing has changed."""
+    """Outside of a call of the noiseless module nothing has changed."""
     chosen, philox = backends.implementation, sys.modules.get("emd_fast.backends.triton.philox")
     noiseless.without_noise(benchmarks.load("langevin_z"))
     philox = philox or sys.modules["emd_fast.backends.triton.philox"]

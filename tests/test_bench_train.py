@@ -71,7 +71,7 @@ def test_a_network_is_trained_and_its_rates_are_printed_and_written(tmp_path, ca
 
 def test_a_network_that_takes_text(monkeypatch, capsys):
     pytest.importorskip("diffusers")
-    monkeypatch.setitem(train.KINDS, "sd15", networks.Kind(text_unet, (4, 8, 8), text=(5, 12)))
+    monkeypatch.setitem(train.NETWORKS, "sd15", networks.NetworkSpec(text_unet, (4, 8, 8), text=(5, 12)))
     assert train.main(["sd15", "--device", "cpu", "--batch", "2", "--langevin-steps", "1", "--steps", "1"]) == 0
     assert "million parameters, bfloat16, fused, batch 2 by 2, K = 1" in capsys.readouterr().out
 
@@ -94,7 +94,7 @@ def test_steps_end_when_the_time_is_up(monkeypatch, capsys):
     )
     seconds, parts = train._steps("x", trainer, 100, deadline=20.0)
     assert 5 < len(seconds) < 20 and parts == {"student": len(seconds) / 4, "e_step": len(seconds) / 2}
-    one = train.Trained("x", steps=len(seconds), wanted=100)
+    one = train.TrainingResult("x", steps=len(seconds), wanted=100)
     assert f"{len(seconds)} steps (the time was up; 100 were asked for)" in one.line()
 
 
@@ -109,16 +109,16 @@ def options(**changes):
 
 
 def test_the_micro_batch_is_the_largest_that_there_is_room_for(monkeypatch):
-    kind, cpu = train.KINDS["small"], torch.device("cpu")
+    kind, cpu = train.NETWORKS["small"], torch.device("cpu")
     teacher = networks.denoiser(kind, 0, cpu)
     each = train.activations(teacher, kind, cpu)
     # At least what the convolutions keep of their inputs in bfloat16: a pass of this network has some 20 of them.
     assert 20 * 16 * 8 * 8 * 2 < each < 200 * 64 * 8 * 8 * 4
-    planned = functools.partial(train._planned, "small", kind, teacher, device=cpu)
+    planned = functools.partial(train._configured, "small", kind, teacher, device=cpu)
     config, alone = planned(1, options())
     assert config.micro_batch_size == 1
     for room, size in ((alone, 1), (alone + 3.5 * each, 4), (alone + 100 * each, 16)):
-        monkeypatch.setattr(train, "available", lambda device, room=room: room / train._ROOM + 1)
+        monkeypatch.setattr(train, "available", lambda device, room=room: room / train._MEMORY_SHARE + 1)
         config, need = planned(0, options())
         assert config.micro_batch_size == size and need == pytest.approx(alone + (size - 1) * each)
     monkeypatch.setattr(train, "available", lambda device: alone)

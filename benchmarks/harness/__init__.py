@@ -1,1 +1,4 @@
-"""What all benchmarks share: declare, contenders, verify, clock, record, then show and compare; command joins them."""
+"""Benchmark harness. command.py runs the parts in this order:
+
+declare (inputs), contenders, verify, clock (timing), record (JSON), show (tables), compare.
+"""

@@ -1,4 +1,4 @@
-"""What this device gives today: the copy of something much larger than its caches, and the product of two matrices."""
+"""Measured ceilings of a device: bandwidth of a large copy and FLOP rate of a large matmul."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ import torch
 
 from benchmarks.harness import clock, machine
 
-_LEAST = {"cpu": 2**28, "cuda": 2**30}  # bytes of the source
-_SIDE = {"cpu": 512, "cuda": 8192}  # of the matrices
+_LEAST = {"cpu": 2**28, "cuda": 2**30}  # minimum bytes of the copied tensor
+_SIDE = {"cpu": 512, "cuda": 8192}  # matrices are square
 
 
-def copied(device: torch.device, rounds: int) -> tuple[clock.Timing, int]:
-    """The time of a copy, and the bytes that it reads and writes."""
+def copy_time(device: torch.device, rounds: int) -> tuple[clock.Timing, int]:
+    """Returns the time of a large copy and the bytes that it reads and writes."""
     size = max(_LEAST[device.type], 4 * machine.cache_bytes(device))
     if device.type == "cuda":
         size = min(size, torch.cuda.mem_get_info(device)[0] // 8)
     source = torch.ones(size // 4, device=device)
     target = torch.zeros_like(source)
-    taken = clock.readings({"copy": [lambda: target.copy_(source)]}, device, rounds).seconds
+    taken = clock.measure({"copy": [lambda: target.copy_(source)]}, device, rounds).seconds
     return clock.Timing.of(taken["copy"]), 2 * source.numel() * source.element_size()
 
 
 @functools.cache
-def multiplied(device: torch.device, dtype: torch.dtype, rounds: int) -> float:
-    """FLOP/s of the product of two dense matrices of random numbers."""
+def matmul_rate(device: torch.device, dtype: torch.dtype, rounds: int) -> float:
+    """Returns the FLOP/s of a dense matmul of random matrices."""
     side = _SIDE[device.type]
     generator = torch.Generator(device).manual_seed(0)
     a, b = (torch.randn(side, side, device=device, generator=generator).to(dtype) for _ in range(2))
     target = torch.empty_like(a)
-    taken = clock.readings({"product": [lambda: torch.mm(a, b, out=target)]}, device, rounds).seconds
+    taken = clock.measure({"product": [lambda: torch.mm(a, b, out=target)]}, device, rounds).seconds
     return 2 * side**3 / clock.Timing.of(taken["product"]).median

@@ -1,7 +1,7 @@
-"""Contenders timed in turn, A B C A B C, so that a machine whose speed drifts slows all of them alike.
+"""Interleaved timing of contenders (A B C A B C), so that drift of the machine affects all alike.
 
-On the CPU: perf_counter around blocks of calls. On a GPU: CUDA events around the replay of a graph of calls, so that
-the host and the gaps between launches do not count; or, with graph=False, around the calls themselves.
+On a CPU, perf_counter measures blocks of calls. On a GPU, CUDA events measure the replay of a CUDA
+graph of calls, which excludes launch overhead. With graph=False the events measure the calls.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 import torch
 
-WARMUP = 3  # passes over the sets: compilation, caches, workspaces
-_CPU_BLOCK, _GPU_BLOCK = 1e-3, 2e-3  # seconds that one reading should take at least
+WARMUP = 3  # passes over the input sets: compilation, caches, workspaces
+_CPU_BLOCK, _GPU_BLOCK = 1e-3, 2e-3  # minimum seconds of one reading
 _MOST_CALLS = 4096
 
 Call = Callable[[], object]
@@ -27,7 +27,7 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds a call: the median, the quartiles, and how many readings there were."""
+    """Seconds per call: median, quartiles and number of readings."""
 
     median: float
     q1: float
@@ -40,28 +40,35 @@ class Timing:
         return cls(statistics.median(readings), quartiles[0], quartiles[2], len(readings))
 
 
-class Readings(NamedTuple):
-    """By contender: seconds of a call, one a round; why there are none; and on a GPU the bytes that its first calls
-    took beyond what was allocated before them, at the most: activations and results, whether PyTorch's allocator
-    gave them to a call or to a graph of calls. What its check has made before, weights above all, is not among them."""
+class Measurements(NamedTuple):
+    """Timings by contender.
+
+    Attributes:
+        seconds: seconds per call, one value per round.
+        failed: the reason why a contender has no timing.
+        peaks: on a GPU, peak bytes of the first calls beyond what was allocated before them. They
+            include activations and results, and exclude weights, which exist already.
+    """
 
     seconds: dict[str, list[float]]
     failed: dict[str, str]
     peaks: dict[str, int]
 
 
-def readings(
+def measure(
     contenders: Mapping[str, Sequence[Call]], device: torch.device, rounds: int, graph: bool = True
-) -> Readings:
-    """Seconds a call, one reading a round, of each contender; why some could not be timed; what memory they took.
+) -> Measurements:
+    """Times every contender once per round.
 
     Args:
-        contenders: for each the same call on several sets of inputs, as many for all, which are taken in turn.
+        contenders: by name, the same call on several sets of inputs, equally many for all.
+            Consecutive calls use consecutive sets.
+        graph: on a GPU, time CUDA graphs instead of calls.
     """
     take = _on_gpu if device.type == "cuda" else _on_cpu
     collecting = gc.isenabled()
     gc.collect()
-    gc.disable()  # a collection would fall into somebody's reading
+    gc.disable()  # a collection would distort one reading
     try:
         return take(contenders, device, rounds, graph)
     finally:
@@ -69,7 +76,7 @@ def readings(
             gc.enable()
 
 
-def _on_cpu(contenders: Mapping[str, Sequence[Call]], device: torch.device, rounds: int, graph: bool) -> Readings:
+def _on_cpu(contenders: Mapping[str, Sequence[Call]], device: torch.device, rounds: int, graph: bool) -> Measurements:
     calls = {}
     for name, sets in contenders.items():
         for call in itertools.chain.from_iterable([sets] * WARMUP):
@@ -80,26 +87,27 @@ def _on_cpu(contenders: Mapping[str, Sequence[Call]], device: torch.device, roun
         each = (time.perf_counter() - began) / len(sets)
         calls[name] = _calls(_CPU_BLOCK, each)
     taken: dict[str, list[float]] = {name: [] for name in contenders}
-    # One turn for all: a set that one contender has just left in the cache must not be the next one's.
+    # All contenders share one cycle over the sets, so that none finds its inputs in the cache because
+    # the previous contender has just used them.
     turn = itertools.cycle(range(min(len(sets) for sets in contenders.values()))) if contenders else iter(())
     for _ in range(rounds):
         for name, sets in contenders.items():
-            # The first call is not timed: it finds the allocator and the code as the one before has left them.
+            # The first call is not timed: allocator and caches are in the state of the previous contender.
             first, *block = (sets[i] for i in itertools.islice(turn, 1 + calls[name]))
             first()
             began = time.perf_counter()
             for call in block:
                 call()
             taken[name].append((time.perf_counter() - began) / len(block))
-    return Readings(taken, {}, {})
+    return Measurements(taken, {}, {})
 
 
-def _on_gpu(contenders: Mapping[str, Sequence[Call]], device: torch.device, rounds: int, graph: bool) -> Readings:
+def _on_gpu(contenders: Mapping[str, Sequence[Call]], device: torch.device, rounds: int, graph: bool) -> Measurements:
     with torch.cuda.device(device):
         runs: dict[str, tuple[Call, int]] = {}
         failed: dict[str, str] = {}
         peaks: dict[str, int] = {}
-        captured: dict[int, tuple[Call, int]] = {}  # the same calls under two names share a graph
+        captured: dict[int, tuple[Call, int]] = {}  # two names of the same calls share a graph
         for name, sets in contenders.items():
             try:
                 if id(sets) not in captured:
@@ -114,7 +122,8 @@ def _on_gpu(contenders: Mapping[str, Sequence[Call]], device: torch.device, roun
         events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in runs}
         for run, _ in runs.values():
             run()
-        # Nothing waits for the GPU before the last round: it always has work queued, so that no launch is timed.
+        # The host does not synchronise before the last round. The GPU always has queued work, so the
+        # readings contain no launch latency.
         for _ in range(rounds):
             for name, (run, _) in runs.items():
                 start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -127,11 +136,11 @@ def _on_gpu(contenders: Mapping[str, Sequence[Call]], device: torch.device, roun
             name: [start.elapsed_time(end) / 1e3 / runs[name][1] for start, end in pairs]
             for name, pairs in events.items()
         }
-    return Readings(taken, failed, peaks)
+    return Measurements(taken, failed, peaks)
 
 
 def _replay(sets: Sequence[Call]) -> tuple[Call, int]:
-    """A graph of enough calls, and how many."""
+    """Returns the replay of a CUDA graph of sufficiently many calls, and their number."""
     once = _graph(sets, 1)
     each = _seconds(once.replay) / len(sets)
     repeats = math.ceil(_calls(_GPU_BLOCK, each) / len(sets))
@@ -140,7 +149,7 @@ def _replay(sets: Sequence[Call]) -> tuple[Call, int]:
 
 
 def _graph(sets: Sequence[Call], repeats: int) -> torch.cuda.CUDAGraph:
-    # Capturing needs what the first call allocates and compiles to be there, made on a stream other than the default.
+    # Allocation and compilation must precede the capture, on a stream other than the default one.
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -148,7 +157,8 @@ def _graph(sets: Sequence[Call], repeats: int) -> torch.cuda.CUDAGraph:
             call()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    # The results of one pass over the sets are kept, so that no call writes to what the last one left in the cache.
+    # Keeping the results of one pass over the sets gives every call fresh output memory that is not
+    # in the cache.
     kept: collections.deque[object] = collections.deque(maxlen=len(sets))
     with torch.cuda.graph(graph):
         for call in itertools.chain.from_iterable([sets] * repeats):
@@ -167,7 +177,7 @@ def _launches(sets: Sequence[Call]) -> tuple[Call, int]:
 
 
 def _seconds(run: Call) -> float:
-    """Of one run on the GPU, the least of three."""
+    """Returns the seconds of one run on the GPU, the minimum of three."""
     least = math.inf
     for _ in range(3):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -183,11 +193,12 @@ def _calls(block: float, each: float) -> int:
     return max(1, min(_MOST_CALLS, math.ceil(block / max(each, 1e-9))))
 
 
-def noise(first: Sequence[float], second: Sequence[float]) -> float:
-    """How far apart two medians of the same contender lie by chance, as a share: from its readings under two names.
+def timing_noise(first: Sequence[float], second: Sequence[float]) -> float:
+    """Relative noise of a median, estimated from two series of readings of the same contender.
 
-    The larger of what was seen between the two medians and what the spread of their differences, round by round,
-    makes of a median: two medians may be near each other by luck.
+    Returns the larger of two numbers: the observed difference of the two medians, and the standard
+    error of the median of the differences per round. The second one covers the case that the two
+    medians agree by chance.
     """
     seen = abs(statistics.median(second) / statistics.median(first) - 1)
     differences = [b / a - 1 for a, b in zip(first, second, strict=True)]

@@ -1,4 +1,4 @@
-"""What `emd-fast bench` does with its options (emd_fast/cli/options.py has them)."""
+"""Implementation of `emd-fast bench`. The command line declares its options."""
 
 from __future__ import annotations
 
@@ -16,23 +16,24 @@ import torch
 
 import benchmarks
 from benchmarks.harness import ceiling, clock, compare, machine, ncu, record, show
-from benchmarks.harness.contenders import Contender, entrants
-from benchmarks.harness.declare import DTYPES, Bench, Case, Draw, Inputs
+from benchmarks.harness.contenders import Contender, contenders_of
+from benchmarks.harness.declare import DTYPES, Bench, Case, Inputs, RandomTensors
 from benchmarks.harness.record import ABSENT, TIMED, WRONG, Record, Result, Row
-from benchmarks.harness.verify import Judge, Verdict, called, ready
+from benchmarks.harness.verify import Verification, Verifier, call, with_gradients
 from emd_fast.config import ConfigError
 from emd_fast.io.files import write_text
 
-AGAIN = " again"  # the second name of ours, whose distance from the first is the noise
+AGAIN = " again"  # emd_fast is timed under two names; their difference estimates the timing noise
 _MOST_SETS = 512
-_CACHES = 4  # sets of inputs together, over the last cache
+_CACHES = 4  # all input sets together, relative to the last-level cache
 
 
 def run(options: argparse.Namespace) -> int:
-    """Returns the exit code: 1 where ours is wrong or has become slower.
+    """Runs the command. Returns the exit code: 1 if emd_fast is wrong or has become slower.
 
     Raises:
-        ConfigError: options that make no sense. RuntimeError: a backend or a tool that is not there.
+        ConfigError: invalid options.
+        RuntimeError: a backend or a tool that is not available.
     """
     if options.ncu:
         return _profile(options)
@@ -69,7 +70,7 @@ def _measured(
     options: argparse.Namespace, device: torch.device, work: list[tuple[Bench, Case]], settings: dict[str, object]
 ) -> Record:
     before = machine.clocks(device)
-    copy, copied = ceiling.copied(device, max(5, min(options.rounds, 20)))
+    copy, copied = ceiling.copy_time(device, max(5, min(options.rounds, 20)))
     done = Record(
         when=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         hardware=machine.hardware(device),
@@ -85,9 +86,9 @@ def _measured(
         print(show.terminal(result) + "\n", flush=True)
         clocks = {"before": before, "after": machine.clocks(device)}
         done = dataclasses.replace(done, results=(*done.results, result), clocks=clocks)
-        _save(options, done)  # after every case: a run that is cut short leaves what it has
+        _save(options, done)  # after every case, so an interrupted run keeps its results
     if options.plot and any(row.status == TIMED for result in done.results for row in result.rows):
-        show.plot(options.plot, done)  # once: a panel a case takes longer to draw than the case to measure
+        show.plot(options.plot, done)  # once at the end, since drawing takes longer than measuring a case
     print("\n".join(show.facts(done)))
     return done
 
@@ -101,38 +102,41 @@ def _save(options: argparse.Namespace, done: Record) -> None:
 
 def _result(options: argparse.Namespace, bench: Bench, case: Case, bandwidth: float) -> Result:
     torch.compiler.reset()
-    contenders, absent = entrants(bench, case, options.backend, options.against, options.skip)
-    judge = Judge(bench, case)
-    verdicts = {contender.name: judge.verdict(contender) for contender in contenders}
-    del judge
-    sound = [contender for contender in contenders if verdicts[contender.name].problem is None]
+    contenders, absent = contenders_of(bench, case, options.backend, options.against, options.skip)
+    verifier = Verifier(bench, case)
+    verifications = {contender.name: verifier.verify(contender) for contender in contenders}
+    del verifier
+    sound = [contender for contender in contenders if verifications[contender.name].problem is None]
 
     moved = bench.traffic(case).total if bench.traffic else None
     sets = _sets(bench, case, moved, options.warm)
-    inputs = [ready(bench, case, bench.inputs(Draw(case, seed))) for seed in range(sets)]
+    inputs = [with_gradients(bench, case, bench.inputs(RandomTensors(case, seed))) for seed in range(sets)]
     calls = {c.name: [_call(bench, case, c, one) for one in inputs] for c in sound}
     again = {c.name + AGAIN: calls[c.name] for c in sound if c.ours}
-    seconds, failed, peaks = clock.readings(
-        calls | again, case.device, options.rounds, options.graph and bench.captures
-    )
+    seconds, failed, peaks = clock.measure(calls | again, case.device, options.rounds, options.graph and bench.captures)
 
     rows = []
     flops = bench.flops(case) if bench.flops else None
     arithmetic = None
     if flops is not None and moved is None:
-        arithmetic = ceiling.multiplied(case.device, DTYPES[case.dtype], max(5, min(options.rounds, 20)))
+        arithmetic = ceiling.matmul_rate(case.device, DTYPES[case.dtype], max(5, min(options.rounds, 20)))
     for contender in contenders:
-        name, verdict = contender.name, verdicts[contender.name]
+        name, verification = contender.name, verifications[contender.name]
         row = Row(
-            name, contender.ours, WRONG if verdict.wrong else ABSENT, verdict.problem, verdict.error, verdict.bound
+            name,
+            contender.ours,
+            WRONG if verification.wrong else ABSENT,
+            verification.problem,
+            verification.error,
+            verification.bound,
         )
         if name in seconds:
-            noise = clock.noise(seconds[name], seconds[name + AGAIN]) if name + AGAIN in seconds else None
+            noise = clock.timing_noise(seconds[name], seconds[name + AGAIN]) if name + AGAIN in seconds else None
             timing = clock.Timing.of(seconds[name])
-            row = _timed(contender.ours, name, verdict, timing, noise, moved, flops, bandwidth, arithmetic)
+            row = _timed(contender.ours, name, verification, timing, noise, moved, flops, bandwidth, arithmetic)
             row = dataclasses.replace(row, peak_bytes=peaks.get(name))
         elif name in failed:
-            row = Row(name, contender.ours, ABSENT, failed[name], verdict.error, verdict.bound)
+            row = Row(name, contender.ours, ABSENT, failed[name], verification.error, verification.bound)
         rows.append(row)
     rows += [Row(name, True, ABSENT, reason) for name, reason in absent.items()]
     cold = moved is not None and sets * moved >= 2 * machine.cache_bytes(case.device)
@@ -152,13 +156,13 @@ def _result(options: argparse.Namespace, bench: Bench, case: Case, bandwidth: fl
 
 
 def _call(bench: Bench, case: Case, contender: Contender, inputs: Inputs) -> clock.Call:
-    return lambda: called(bench, case, contender, inputs)
+    return lambda: call(bench, case, contender, inputs)
 
 
 def _timed(
     ours: bool,
     name: str,
-    verdict: Verdict,
+    verification: Verification,
     timing: clock.Timing,
     noise: float | None,
     moved: float | None,
@@ -174,8 +178,8 @@ def _timed(
         contender=name,
         ours=ours,
         status=TIMED,
-        error=verdict.error,
-        bound=verdict.bound,
+        error=verification.error,
+        bound=verification.bound,
         median=timing.median,
         q1=timing.q1,
         q3=timing.q3,
@@ -188,7 +192,7 @@ def _timed(
 
 
 def _fails(row: Row) -> bool:
-    """Ours, wrong or unable to run though its backend is here."""
+    """Whether an emd_fast contender is wrong, or cannot run although its backend is available."""
     return row.ours and row.status != TIMED and (row.status == WRONG or (row.why or "").startswith("cannot run"))
 
 
@@ -196,13 +200,13 @@ def _sets(bench: Bench, case: Case, moved: float | None, warm: bool) -> int:
     if warm or not bench.rotates or not moved:
         return 1
     wanted = math.ceil(_CACHES * machine.cache_bytes(case.device) / moved)
-    if case.device.type == "cuda":  # what a set holds is about what it moves; contenders need room besides
+    if case.device.type == "cuda":  # a set holds about the bytes that it moves; contenders need memory too
         wanted = min(wanted, int(torch.cuda.mem_get_info(case.device)[0] / 4 / moved))
     return max(1, min(_MOST_SETS, max(2, wanted)))
 
 
 def _work(options: argparse.Namespace, device: torch.device) -> list[tuple[Bench, Case]]:
-    """What to run. Where no op is named, those are left out that the shape or the layout does not fit."""
+    """Returns the cases to run. Without named ops, ops that do not fit shape or layout are left out."""
     for name in options.ops:
         if name not in benchmarks.NAMES:
             near = difflib.get_close_matches(name, benchmarks.NAMES, 1)
@@ -221,7 +225,7 @@ def _work(options: argparse.Namespace, device: torch.device) -> list[tuple[Bench
             print(f"note: left out: {error}")
             continue
         for wanted in options.backend:
-            if not options.ops and isinstance(bench.served(bench, device).get(wanted, ""), str):
+            if not options.ops and isinstance(bench.implementations(bench, device).get(wanted, ""), str):
                 print(f"note: left out: {name} has no backend {wanted!r} here")
                 break
         else:
@@ -232,10 +236,10 @@ def _work(options: argparse.Namespace, device: torch.device) -> list[tuple[Bench
 
 
 def _known(options: argparse.Namespace, work: list[tuple[Bench, Case]]) -> None:
-    """Every contender that --against and --skip name, before anything is measured."""
+    """Checks the contenders that --against and --skip name, before anything is measured."""
     names: set[str] = set()
     for bench, case in work:
-        found, absent = entrants(bench, case, options.backend, options.against)
+        found, absent = contenders_of(bench, case, options.backend, options.against)
         names |= {contender.name for contender in found} | absent.keys()
     for name in options.skip:
         if name not in names:
@@ -243,10 +247,11 @@ def _known(options: argparse.Namespace, work: list[tuple[Bench, Case]]) -> None:
 
 
 def device_named(name: str | None) -> torch.device:
-    """A GPU where there is one, when None.
+    """Returns the device; for None a GPU if present, otherwise the CPU.
 
     Raises:
-        ConfigError: another word. RuntimeError: a GPU that is not there.
+        ConfigError: another name than cpu, cuda or cuda:N.
+        RuntimeError: no GPU is present.
     """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -274,7 +279,7 @@ def _threads(wanted: int | None) -> Iterator[None]:
 
 
 def _older(path: Path | None, hardware: dict[str, object], settings: dict[str, object]) -> Record | None:
-    """Read, and refused, before anything is measured."""
+    """Reads the file of --compare and checks that it is comparable, before anything is measured."""
     if path is None:
         return None
     old = record.read(path)
@@ -292,7 +297,7 @@ def _writable(options: argparse.Namespace) -> None:
 
 
 def _profile(options: argparse.Namespace) -> int:
-    """The command is that of a CUDA device, whatever is here: it can be printed anywhere."""
+    """Builds the command for a CUDA device; printing it needs no GPU."""
     if len(options.ops) != 1:
         raise ConfigError(f"--ncu takes one op, got {len(options.ops)}")
     ((bench, case), *_) = _work(argparse.Namespace(**{**vars(options), "backend": []}), torch.device("cuda"))
@@ -303,7 +308,7 @@ def _one_call(options: argparse.Namespace, work: list[tuple[Bench, Case]]) -> in
     ((bench, case), *_) = work
     if case.device.type != "cuda":
         raise RuntimeError("--one-call: no CUDA GPU is here")
-    ours = [c for c in entrants(bench, case, options.backend)[0] if c.ours]
+    ours = [c for c in contenders_of(bench, case, options.backend)[0] if c.ours]
     if not ours:
         raise RuntimeError(f"--one-call: {bench.name} has no backend here")
     ncu.one_call(bench, case, ours[-1])

@@ -1,4 +1,4 @@
-"""A run against an older one of the same machine: one regression beyond the noise is enough."""
+"""Comparison with an older run on the same machine; one regression beyond the noise fails."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 from benchmarks.harness.record import TIMED, Record, Result, Row
 
 SIGMAS = 4
-FLOOR = 0.02  # of the median: what a clock, a graph and a page more or less make of it
-_LOUD = 0.25  # a margin beyond which "no regression" says little
+FLOOR = 0.02  # relative; the smallest change that counts
+_LOUD = 0.25  # margins above this are reported, since they hide real regressions
 _SETTINGS = ("device", "threads", "warm", "graph")
 
 
 def refusal(old: Record, hardware: Mapping[str, Any], settings: Mapping[str, Any]) -> str | None:
-    """Why `old` says nothing about a run here with these settings; None where it does."""
+    """Returns why `old` cannot be compared with a run on this machine; None if it can."""
     differences = [
         f"{name} was {then.get(name)!r} and is {now.get(name)!r}"
         for then, now, names in (
@@ -29,12 +29,12 @@ def refusal(old: Record, hardware: Mapping[str, Any], settings: Mapping[str, Any
 
 
 def margin(old: Row, new: Row) -> float:
-    """By how much the new median may exceed the old one, as a share: SIGMAS times the noise of their difference."""
+    """Returns the allowed relative increase of the median: SIGMAS times the combined noise."""
     return max(FLOOR, SIGMAS * math.hypot(old.noise or 0.0, new.noise or 0.0))
 
 
 def regressions(old: Record, new: Record) -> tuple[list[str], list[str]]:
-    """Ours that have become slower, or that were timed and are no longer; and what else there is to say."""
+    """Returns regressions (slower, or no longer timed) of emd_fast contenders, and notes."""
     before = {result.key: result for result in old.results}
     found, notes = [], []
     for name in sorted(old.software.keys() | new.software.keys()):

@@ -1,4 +1,4 @@
-"""Who takes part in a case: ours on each backend, eager PyTorch, torch.compile, peers, a function of the user's."""
+"""Contenders of a case: emd_fast per backend, eager PyTorch, torch.compile, peers, user functions."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ OURS = "emd_fast"
 
 @dataclass(frozen=True)
 class Contender:
-    """One that computes the op.
+    """An implementation of the op.
 
     Attributes:
-        in_place: updates what the op updates, and returns what the op returns; otherwise returns both, in that order.
-        draws: whose noise it adds: that of the contract, its "own", or none.
+        ours: whether it is an implementation of emd_fast.
+        in_place: True if it updates the same arguments as the op and returns what the op returns.
+            False if it returns both, updated arguments first.
+        draws: the noise that it uses: "contract", "own" (its own generator) or "none".
     """
 
     name: str
@@ -32,35 +34,36 @@ class Contender:
     draws: str = "contract"
 
 
-def entrants(
+def contenders_of(
     bench: Bench, case: Case, backends: Sequence[str] = (), against: Sequence[str] = (), skip: Sequence[str] = ()
 ) -> tuple[list[Contender], dict[str, str]]:
-    """The contenders of a case, and why those that are missing are.
+    """Returns the contenders of a case, and for each absent one the reason.
 
     Args:
-        backends: of ours, these alone; all that serve here when empty.
-        against: "module:function".
-        skip: names to leave out.
+        backends: the emd_fast backends to include; all available ones when empty.
+        against: user functions as "module:function".
+        skip: names of contenders to leave out.
 
     Raises:
-        ConfigError: `against` names nothing. RuntimeError: a backend of `backends` cannot serve.
+        ConfigError: a name in `against` cannot be imported.
+        RuntimeError: a backend of `backends` is not available.
     """
     found, absent = [], {}
-    served = bench.served(bench, case.device)
+    implementations = bench.implementations(bench, case.device)
     for name in backends:
-        if isinstance(reason := served.get(name, "it does not have this op"), str):
+        if isinstance(reason := implementations.get(name, "it does not have this op"), str):
             raise RuntimeError(f"backend {name!r} cannot run {bench.name} on {case.device.type} tensors: {reason}")
-    for name, function in served.items():
+    for name, function in implementations.items():
         if isinstance(function, str):
             absent[f"{OURS} {name}"] = function
         elif not backends or name in backends:
             found.append(Contender(f"{OURS} {name}", function, ours=True))
-    triton = callable(served.get("triton")) and (not backends or "triton" in backends)
+    triton = callable(implementations.get("triton")) and (not backends or "triton" in backends)
     if triton and NOISELESS.issuperset(bench.ops or (bench.name,)):
         found.append(Contender(f"{OURS} triton, no noise", without_noise(bench), draws="none"))
     found.append(Contender(bench.eager_name, bench.eager, in_place=False, draws="own"))
     if bench.compiles:
-        # A shape that varies would be compiled for all shapes: each case gets code of its own.
+        # dynamic=False compiles for the shape of the case instead of for varying shapes.
         compiled = torch.compile(bench.eager, dynamic=False)
         found.append(Contender("torch.compile", compiled, in_place=False, draws="own"))
     found += [Contender(name, function, draws=bench.peers_draw) for name, function in bench.peers(case).items()]
@@ -69,17 +72,17 @@ def entrants(
 
 
 def imported(name: str) -> Function:
-    """The function that "module:function" names.
+    """Imports "module:function".
 
     Raises:
-        ConfigError: it is not there, or cannot be called.
+        ConfigError: the import fails, or the object is not callable.
     """
     module, colon, attribute = name.partition(":")
     if not (module and colon and attribute):
         raise ConfigError(f"--against takes module:function, got {name!r}")
     try:
         function = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # a module of the user's may raise anything
+    except Exception as error:  # a user module may raise anything
         raise ConfigError(f"--against {name}: {type(error).__name__}: {' '.join(str(error).split())}") from None
     if not callable(function):
         raise ConfigError(f"--against {name} is not a function but {type(function).__name__}")

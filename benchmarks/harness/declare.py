@@ -1,4 +1,4 @@
-"""What the file of an op declares."""
+"""Declaration of a benchmark: cases, random inputs, contenders, bytes and FLOPs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Function = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Case:
-    """One line of a result: what is run on what. `dtype` is that of network tensors; state is float32 always."""
+    """One benchmark case. `dtype` is that of network tensors; state tensors are always float32."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -37,45 +37,45 @@ class Case:
 
     @property
     def width(self) -> int:
-        """Bytes of a network tensor's element."""
+        """Bytes per element of a network tensor."""
         return DTYPES[self.dtype].itemsize
 
 
-class Draw:
-    """Random inputs of a case, the same for the same seed on one device."""
+class RandomTensors:
+    """Random input tensors of a case, reproducible by seed on one device."""
 
     def __init__(self, case: Case, seed: int) -> None:
         self.case, self.seed = case, seed
         self._generator = torch.Generator(case.device).manual_seed(seed)
 
     def normal(self, *shape: int) -> Tensor:
-        """float32, contiguous."""
+        """Standard normal numbers, float32, contiguous."""
         return torch.randn(shape, generator=self._generator, device=self.case.device)
 
-    def between(self, low: float, high: float, *shape: int) -> Tensor:
+    def uniform(self, low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(shape, generator=self._generator, device=self.case.device)
 
     def state(self) -> Tensor:
-        """What an op updates in place: float32, contiguous."""
+        """A tensor that an op updates in place: shape of the case, float32, contiguous."""
         return self.normal(*self.case.shape)
 
     def network(self) -> Tensor:
-        """What a network returns: the dtype and layout of the case."""
+        """A network output: shape, dtype and layout of the case."""
         return self.normal(*self.case.shape).to(DTYPES[self.case.dtype], memory_format=LAYOUTS[self.case.layout])
 
     def per_sample(self, low: float = 0.3, high: float = 1.0) -> Tensor:
-        return self.between(low, high, self.case.shape[0])
+        return self.uniform(low, high, self.case.shape[0])
 
 
 class Inputs(NamedTuple):
-    """The op's arguments by keyword, and what its backward pass is given."""
+    """Keyword arguments of the op, and the output gradient of its backward pass."""
 
     arguments: Arguments
     cotangent: Tensor | None = None
 
 
 class Traffic(NamedTuple):
-    """Bytes that cannot be avoided, as in docs/kernels.md."""
+    """Minimum bytes of memory traffic, as in docs/ops.md."""
 
     read: float
     written: float
@@ -85,8 +85,8 @@ class Traffic(NamedTuple):
         return self.read + self.written
 
 
-def _served(bench: Bench, device: torch.device) -> dict[str, Function | str]:
-    """Each backend: the op on it, or why it cannot serve here."""
+def _implementations(bench: Bench, device: torch.device) -> dict[str, Function | str]:
+    """Returns by backend the op on that backend, or the reason why it is not available."""
 
     def on(backend: str) -> Function:
         def call(**arguments: Any) -> Any:
@@ -95,47 +95,49 @@ def _served(bench: Bench, device: torch.device) -> dict[str, Function | str]:
 
         return call
 
-    served: dict[str, Function | str] = {}
+    implementations: dict[str, Function | str] = {}
     for name in backends.NAMES:
         if name != "auto":
             reasons = [backends.why_not(op, name, device.type) for op in bench.ops or (bench.name,)]
-            served[name] = next((reason for reason in reasons if reason), None) or on(name)
-    return served
+            implementations[name] = next((reason for reason in reasons if reason), None) or on(name)
+    return implementations
 
 
 @dataclass(frozen=True)
 class Bench:
-    """One op and who else computes it. Every function here takes the op's own arguments by keyword.
+    """Declaration of a benchmark. All functions take the arguments of the op by keyword.
 
     Attributes:
-        op: ours, as the public function has it.
-        inputs: random arguments.
-        eager: what a user of PyTorch would write, out of place: returns what the op writes, then what it returns. It
-            draws its noise by torch.randn_like, unless it is given by the keywords of `noises`.
-        exact: the reference backend on float64 arguments; returns as `eager` does.
-        traffic: the bytes model; None where bytes say nothing.
-        shapes: by device type, what is run when no shape is given; `axes` names the dimensions, those in brackets may
-            be left out.
+        op: the public function of emd_fast.
+        inputs: makes random arguments.
+        eager: plain PyTorch, out of place. It returns updated arguments, then results. It draws noise
+            by torch.randn_like unless the keywords of `noises` pass it.
+        exact: the reference backend on float64 arguments; returns the same as `eager`.
+        traffic: the minimum memory traffic; None if bytes are not the limit.
+        shapes: default shapes by device type.
+        axes: names of the dimensions; those in brackets are optional.
         written: the arguments that the op updates in place.
-        noises: the contract's noise for these arguments, by the keyword under which `eager` takes it.
-        moments: for an op that returns nothing but noise: mean and standard deviation of a number, and of its square.
-            PyTorch's own numbers are judged by these.
-        gradients: the arguments that the backward pass differentiates in; none: there is no backward pass.
-        flops: of the case, for an op that is bound by arithmetic.
-        peers: other libraries that have the op and are installed.
-        peers_draw: whose noise they add, as `Contender.draws` has it.
-        ops: the names of the ops inside, where it is not one op of its name.
-        served: see `_served`.
-        layouts: whether NCHW and NHWC differ for it.
-        rotates, captures, compiles: whether several sets of inputs, CUDA graphs and torch.compile make sense.
-        eager_name: what to call the eager contender.
-        dtype: by device type, what is run when none is given.
-        roundings: how many a result of somebody else's may be off by: more for a whole network than for an op.
+        noises: computes the noise of the contract, by the keyword under which `eager` takes it.
+        moments: for an op that returns only noise, (mean, standard deviation) of a number and of its
+            square. Contenders with their own generator are checked against these.
+        gradients: the arguments that the backward pass differentiates; empty for no backward pass.
+        flops: FLOPs of a case, for ops that are bound by arithmetic.
+        peers: implementations of other installed libraries.
+        peers_draw: the noise that peers use, as in `Contender.draws`.
+        ops: the names of the ops inside, if it is not one op of the same name.
+        implementations: emd_fast implementations by name; see `_implementations`.
+        layouts: whether NCHW and NHWC differ.
+        rotates: whether calls rotate over several sets of inputs.
+        captures: whether CUDA graphs apply.
+        compiles: whether torch.compile takes part.
+        eager_name: the name of the eager contender.
+        dtype: default dtype by device type.
+        roundings: allowed error of contenders other than emd_fast, in roundings of the result dtype.
     """
 
     name: str
     op: Function
-    inputs: Callable[[Draw], Inputs]
+    inputs: Callable[[RandomTensors], Inputs]
     eager: Function
     exact: Function
     traffic: Callable[[Case], Traffic] | None
@@ -149,7 +151,7 @@ class Bench:
     peers: Callable[[Case], Mapping[str, Function]] = field(default=lambda case: {})
     peers_draw: str = "contract"
     ops: tuple[str, ...] = ()
-    served: Callable[[Bench, torch.device], Mapping[str, Function | str]] = _served
+    implementations: Callable[[Bench, torch.device], Mapping[str, Function | str]] = _implementations
     layouts: bool = True
     rotates: bool = True
     captures: bool = True
@@ -161,10 +163,10 @@ class Bench:
     def cases(
         self, shapes: list[tuple[int, ...]] | None, dtype: str | None, layout: str | None, device: torch.device
     ) -> list[Case]:
-        """Every case of these shapes, forward and (where there is one) with the backward pass.
+        """Returns the cases of these shapes, forward and, if differentiable, with backward.
 
         Raises:
-            ConfigError: a shape of the wrong rank, a layout that does not apply.
+            ConfigError: a shape of the wrong rank, or a layout that does not apply.
         """
         least, most = sum(not axis.startswith("[") for axis in self.axes), len(self.axes)
         shapes = shapes or list(self.shapes[device.type])
@@ -180,4 +182,4 @@ class Bench:
 
 
 EMD_SHAPES = {"cpu": ((128, 3, 64, 64),), "cuda": ((1024, 4, 128, 128), (64, 3, 64, 64))}
-"""For the ops of the E-step and the losses: beyond the caches, and a batch of small images."""
+"""Default shapes of E-step ops and losses: one larger than the caches, one of small images."""

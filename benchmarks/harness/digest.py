@@ -1,4 +1,4 @@
-"""A line for each case of files of `emd-fast bench --json`, and for each network of `benchmarks.train --json`:
+"""One-line summaries of result files of `emd-fast bench --json` and `benchmarks.train --json`:
 
 python -m benchmarks.harness.digest FILE...
 """

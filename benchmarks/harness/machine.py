@@ -1,4 +1,4 @@
-"""What was measured on: hardware, software, clocks, the commit. Everything is read, nothing is set."""
+"""Facts about the machine: hardware, software, clocks, commit. Reads only; changes no setting."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _CLOCKS = (
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
-    """What makes two machines the same for a comparison."""
+    """Returns the facts that must be equal for two runs to be comparable."""
     facts: dict[str, Any] = {
         "cpu": _cpu_model(),
         "cores": _cores(),
@@ -60,19 +60,19 @@ def software(device: torch.device) -> dict[str, Any]:
 
 
 def clocks(device: torch.device) -> dict[str, str] | None:
-    """What nvidia-smi says of the GPU now; None where it says nothing."""
+    """Returns clocks, power and temperature of the GPU by nvidia-smi; None if unavailable."""
     return _nvidia_smi(device, _CLOCKS)
 
 
 def commit() -> dict[str, Any]:
-    """{"commit": None, "dirty": None} outside of a git checkout."""
+    """Returns commit and dirty flag; both None outside of a git checkout."""
     head = _output("git", "-C", str(_ROOT), "rev-parse", "HEAD")
     changes = _output("git", "-C", str(_ROOT), "status", "--porcelain")
     return {"commit": head, "dirty": None if changes is None else bool(changes)}
 
 
 def cache_bytes(device: torch.device) -> int:
-    """Of the last cache before memory."""
+    """Returns the size of the last-level cache."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).L2_cache_size)
     return _cpu_cache() or 2**25
@@ -88,7 +88,7 @@ def _cpu_model() -> str:
 
 
 def _cores() -> int | None:
-    """Physical ones, where Linux tells."""
+    """Returns the number of physical cores if known, otherwise of CPUs."""
     siblings = {
         path.read_text().strip()
         for path in _SYSTEM_CPUS.glob("cpu[0-9]*/topology/thread_siblings_list")
@@ -98,7 +98,7 @@ def _cores() -> int | None:
 
 
 def _cpu_cache() -> int:
-    """Bytes of the largest cache of one CPU; 0 where Linux does not tell."""
+    """Returns the bytes of the largest cache of one CPU; 0 if unknown."""
     units = {"K": 2**10, "M": 2**20, "G": 2**30}
     sizes = [path.read_text().strip() for path in _SYSTEM_CPUS.glob("cpu0/cache/index*/size")]
     return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units), default=0)
@@ -116,7 +116,7 @@ def _version(package: str) -> str | None:
 def _nvidia_smi(device: torch.device, fields: tuple[str, ...]) -> dict[str, str] | None:
     if device.type != "cuda":
         return None
-    # By its identity: nvidia-smi does not know what CUDA_VISIBLE_DEVICES hides.
+    # Selected by UUID, since nvidia-smi ignores CUDA_VISIBLE_DEVICES.
     identity = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
     line = _output("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", f"--id={identity}")
     return None if line is None else dict(zip(fields, (value.strip() for value in line.split(",")), strict=False))

@@ -1,4 +1,4 @@
-"""Nsight Compute on one call of an op."""
+"""Profiles one call of an op with Nsight Compute."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.harness import verify
 from benchmarks.harness.contenders import Contender
-from benchmarks.harness.declare import Bench, Case, Draw
+from benchmarks.harness.declare import Bench, Case, RandomTensors
 
 SECTIONS = (
     "SpeedOfLight",
@@ -27,21 +27,21 @@ SECTIONS = (
 
 
 def command(bench: Bench, case: Case, backends: Sequence[str]) -> list[str]:
-    """`ncu` on the process that makes the call; what it does before the call is not profiled."""
+    """Returns the `ncu` command. It profiles one call and nothing before it."""
     words = ["bench", bench.name, "--shape", ",".join(map(str, case.shape)), "--dtype", case.dtype]
     words += ["--layout", case.layout] if bench.layouts else []
     words += [word for name in backends for word in ("--backend", name)]
     sections = [word for section in SECTIONS for word in ("--section", section)]
-    # Clocks stay as they are: to lock them would be to set something on the device.
+    # Clocks are not locked, since that would change a setting of the device.
     tool = ["ncu", "--profile-from-start", "off", "--clock-control", "none", *sections]
     return [*tool, sys.executable, "-m", "emd_fast", *words, "--device", "cuda", "--one-call"]
 
 
 def run(words: Sequence[str]) -> int:
-    """Prints the command, and runs it where that is possible.
+    """Prints the command and runs it.
 
     Raises:
-        RuntimeError: what is missing.
+        RuntimeError: ncu or a GPU is missing.
     """
     print(shlex.join(words), flush=True)
     missing = [] if shutil.which(words[0]) else [f"{words[0]} is not on the PATH"]
@@ -52,12 +52,12 @@ def run(words: Sequence[str]) -> int:
 
 
 def one_call(bench: Bench, case: Case, contender: Contender) -> None:
-    """One call between cudaProfilerStart and cudaProfilerStop, after some that compile and warm up."""
-    inputs = verify.ready(bench, case, bench.inputs(Draw(case, 0)))
+    """Makes one call between cudaProfilerStart and cudaProfilerStop, after three warm-up calls."""
+    inputs = verify.with_gradients(bench, case, bench.inputs(RandomTensors(case, 0)))
     for _ in range(3):
-        verify.called(bench, case, contender, inputs)
+        verify.call(bench, case, contender, inputs)
     torch.cuda.synchronize()
     torch.cuda.profiler.start()
-    verify.called(bench, case, contender, inputs)
+    verify.call(bench, case, contender, inputs)
     torch.cuda.synchronize()
     torch.cuda.profiler.stop()

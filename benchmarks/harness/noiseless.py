@@ -1,4 +1,4 @@
-"""Our Triton kernels with the noise compiled out: what an op would cost if random numbers were free."""
+"""Triton kernels with noise generation compiled out, to measure the cost of random numbers."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ OPS = frozenset({"perturb", "langevin_eps", "langevin_z"})
 
 
 def without_noise(bench: Bench) -> Function:
-    """The op of `bench` on the Triton backend, its kernels compiled with numbers that are all 0."""
-    twins = {op: getattr(_twin(op), op) for op in bench.ops or (bench.name,)}
+    """Returns the op on the Triton backend, its kernels compiled with noise that is 0."""
+    functions = {op: getattr(_noiseless_module(op), op) for op in bench.ops or (bench.name,)}
     chosen = backends.implementation
 
     def implementation(op: str, backend: str, device_type: str) -> Callable[..., Any]:
-        return twins.get(op) or chosen(op, backend, device_type)
+        return functions.get(op) or chosen(op, backend, device_type)
 
     def call(**arguments: Any) -> Any:
-        # The op asks for its implementation at every call: the checks and the dispatch stay those of the op.
+        # The op looks its implementation up at every call, so checks and dispatch remain those of the op.
         with mock.patch.object(backends, "implementation", implementation), backends.use_backend("triton"):
             return bench.op(**arguments)
 
@@ -34,11 +34,11 @@ def without_noise(bench: Bench) -> Function:
 
 
 @functools.cache
-def _twin(op: str) -> ModuleType:
-    """The Triton module of the op, loaded a second time while `normals` gives nothing but zeros.
+def _noiseless_module(op: str) -> ModuleType:
+    """Loads a second copy of the op's Triton module in which `normals` returns zeros.
 
-    A kernel finds the functions that it calls among the globals of its module, so that the twin is compiled with the
-    zeros, and under a key of its own in Triton's cache.
+    A kernel resolves the functions that it calls in the globals of its module. The copy is therefore
+    compiled with zeros, under a separate key in Triton's cache.
     """
     zeros = importlib.import_module("benchmarks.harness.zeros").zeros
     spec = importlib.util.find_spec(f"emd_fast.backends.triton.{op}")

@@ -1,4 +1,4 @@
-"""One run as one JSON file: what was measured, on what, with what, how."""
+"""JSON file of one run: results, hardware, software and settings."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ TIMED, WRONG, ABSENT = "timed", "wrong", "absent"
 
 @dataclass(frozen=True)
 class Row:
-    """A contender of a case. Seconds are of one call; `why` says why there are none.
+    """Result of one contender in one case. Times are seconds per call.
 
     Attributes:
-        error, bound: of the result nearest to its bound, against float64.
-        noise: how far two medians of it lie apart by chance, as a share (ours alone).
-        share: of the copy ceiling, by the bytes that cannot be avoided; where there is no such number, of the rate of a
-            dense product of matrices of the case's dtype, measured in the same run.
-        peak_bytes: of GPU memory that its calls took beyond what was there before, at the most (clock.Readings).
+        why: the reason if there is no timing.
+        error, bound: error against float64 and its bound, of the result nearest to its bound.
+        noise: relative noise of the median (emd_fast only).
+        share: minimum bytes per second relative to the copy ceiling. Without a bytes model: FLOP/s
+            relative to a dense matmul of the same dtype in the same run.
+        peak_bytes: peak GPU memory of the calls (clock.Measurements).
     """
 
     contender: str
@@ -46,8 +47,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Result:
-    """A case. `sets`: of inputs, taken in turn; `cold`: together they are at least twice the last cache;
-    `yardstick`: the contender that speed-ups are over."""
+    """Results of one case.
+
+    Attributes:
+        sets: the number of input sets over which calls rotate.
+        cold: whether all sets together are at least twice the last-level cache.
+        yardstick: the contender that speed-ups are relative to.
+    """
 
     op: str
     passes: str
@@ -72,7 +78,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Record:
-    """A run. `ceiling`: bytes per second, read and written, of a large copy in the same run."""
+    """One run. `ceiling` has the bytes per second (read and written) of a large copy in the run."""
 
     when: str
     hardware: dict[str, Any]
@@ -90,7 +96,11 @@ def write(path: Path, record: Record) -> None:
 
 
 def read(path: Path) -> Record:
-    """Raises ConfigError: not a file of this schema."""
+    """Reads a file.
+
+    Raises:
+        ConfigError: the file cannot be read or has another schema.
+    """
     try:
         fields = json.loads(path.read_text())
         schema = fields["schema"]

@@ -1,4 +1,4 @@
-"""A run for people: a table on the terminal, the same in Markdown, a picture."""
+"""Tables for terminal and Markdown, and a bar chart."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _HEADER = (
 
 
 def terminal(result: Result) -> str:
-    """The table of a case, columns aligned."""
+    """Returns the table of a case with aligned columns."""
     rows = _cells(result)
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [f"{result.title} ({_sets(result)})"]
@@ -37,7 +37,7 @@ def terminal(result: Result) -> str:
 
 
 def facts(record: Record) -> list[str]:
-    """What was measured on, line by line."""
+    """Returns lines about machine, versions and settings."""
     hardware, software, settings = record.hardware, record.software, record.settings
     where = f"{hardware['cpu']}, {hardware['cores']} cores, {settings['threads']} threads"
     if "gpu" in hardware:
@@ -60,7 +60,7 @@ def facts(record: Record) -> list[str]:
 
 
 def markdown(record: Record) -> str:
-    """Facts and tables."""
+    """Returns facts and tables in Markdown."""
     parts = ["\n".join(f"- {line}" for line in facts(record))]
     for result in record.results:
         header, *rows = _cells(result)
@@ -72,7 +72,7 @@ def markdown(record: Record) -> str:
 
 
 def plot(path: Path, record: Record) -> None:
-    """Medians with their quartiles as bars, and what the copy ceiling allows as a line, to a PNG file."""
+    """Writes a bar chart of medians with quartiles to a PNG; a line marks the memory-bound floor."""
     from matplotlib.figure import Figure
 
     panels = [(result, timed) for result in record.results if (timed := [r for r in result.rows if r.status == TIMED])]
@@ -91,13 +91,13 @@ def plot(path: Path, record: Record) -> None:
             panel.axvline(floor, color="#d9722b", linestyle="--", linewidth=1)
         panel.invert_yaxis()
         panel.set_title(result.title, fontsize=9, loc="left")
-        panel.set_xlabel("ms; dashed: what the copy ceiling allows" if result.bytes is not None else "ms", fontsize=8)
+        panel.set_xlabel("ms; dashed: memory-bound floor" if result.bytes is not None else "ms", fontsize=8)
         panel.tick_params(labelsize=8)
     write_whole(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
 
 def _cells(result: Result) -> list[list[str]]:
-    """Header and rows; columns that nobody fills are left out."""
+    """Returns header and rows without empty columns."""
     eager = next((row.median for row in result.rows if row.contender == result.yardstick), None)
     rows = [list(_HEADER)] + [_row(row, eager) for row in result.rows if row.status == TIMED]
     kept = [i for i in range(len(_HEADER)) if i == 0 or any(row[i] for row in rows[1:])]

@@ -1,13 +1,14 @@
-"""Nothing is timed that is not right: every contender against the reference in float64.
+"""Verification of every contender against the reference in float64, before it is timed.
 
-Noise. Ours, peers and functions of the user's draw the contract's noise, and are compared as they are. Eager PyTorch
-draws its own, so it is verified with the contract's numbers handed to it, and timed without. Kernels with the noise
-compiled out are compared with the eager formula in float64 with noise of 0, after that formula with the contract's
-noise has been found equal to the reference. What returns nothing but noise of its own is judged by its moments.
+Noise. emd_fast, peers and user functions draw the noise of the contract. Eager PyTorch has its own
+generator: it is verified with the numbers of the contract passed in, and timed without. Kernels with
+noise compiled out are compared with the eager formula in float64 with zero noise, after that formula
+has been verified with the noise of the contract. Ops that return only noise are checked by moments.
 
-Bounds, on the largest error of each result. Ours: twice the error of eager PyTorch in the same dtypes, plus 1e-6, plus
-two units in the last place of the largest float32, plus what the contract allows noise. Everybody else: what some
-roundings (Bench.roundings) to the dtype of the result amount to at the largest value, plus the same for noise.
+Bounds on the largest error of each result. For emd_fast: twice the error of eager PyTorch in the same
+dtypes, plus 1e-6, plus two units in the last place of the largest float32, plus the noise tolerance
+of the contract. For all others: `Bench.roundings` roundings of the result dtype at the largest value,
+plus the same noise tolerance.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from benchmarks.harness.contenders import Contender
-from benchmarks.harness.declare import BOTH, Bench, Case, Draw, Inputs
+from benchmarks.harness.declare import BOTH, Bench, Case, Inputs, RandomTensors
 from emd_fast import Noise
 
 NOISE_ERROR = 5e-6
@@ -33,12 +34,13 @@ Results = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """The largest error and its bound, of the result that is nearest to its bound or furthest beyond.
+class Verification:
+    """Outcome of a verification.
 
     Attributes:
-        problem: None where the contender is right, otherwise one line.
-        wrong: it ran, and its results are not right; False where it could not run.
+        error, bound: of the result whose error is largest relative to its bound.
+        problem: None if the contender is correct, otherwise one line.
+        wrong: True if results are wrong; False if the contender could not run.
     """
 
     error: float | None = None
@@ -47,8 +49,8 @@ class Verdict:
     wrong: bool = False
 
 
-def called(bench: Bench, case: Case, contender: Contender, inputs: Inputs, **noises: Tensor) -> Any:
-    """What is timed: the op, and its backward pass where the case has one."""
+def call(bench: Bench, case: Case, contender: Contender, inputs: Inputs, **noises: Tensor) -> Any:
+    """Makes the timed call: the op, and its backward pass if the case has one."""
     arguments, cotangent = inputs
     if case.passes != BOTH:
         with torch.no_grad():
@@ -57,20 +59,20 @@ def called(bench: Bench, case: Case, contender: Contender, inputs: Inputs, **noi
     return out, torch.autograd.grad(out, [arguments[name] for name in bench.gradients], cotangent)
 
 
-def ready(bench: Bench, case: Case, inputs: Inputs) -> Inputs:
-    """Inputs that ask for the gradients of the case."""
+def with_gradients(bench: Bench, case: Case, inputs: Inputs) -> Inputs:
+    """Sets requires_grad on the inputs that the case differentiates."""
     if case.passes == BOTH:
         for name in bench.gradients:
             inputs.arguments[name].requires_grad_()
     return inputs
 
 
-class Judge:
-    """Verifies contenders of one case, all on the same inputs."""
+class Verifier:
+    """Verifies the contenders of one case on the same inputs."""
 
     def __init__(self, bench: Bench, case: Case) -> None:
         self.bench, self.case = bench, case
-        self._inputs = ready(bench, case, bench.inputs(Draw(case, SEED)))
+        self._inputs = with_gradients(bench, case, bench.inputs(RandomTensors(case, SEED)))
         self._noises = bench.noises(self._inputs.arguments) if bench.noises else {}
         exact = Contender("reference in float64", bench.exact, in_place=False)
         self._exact = self._results(exact, _doubled)
@@ -80,27 +82,27 @@ class Judge:
         )
         self._eager_results = None if bench.moments else self._results(self._eager, _copied, **self._noises)
 
-    def verdict(self, contender: Contender) -> Verdict:
-        """Whether the contender is right. It may raise whatever it likes: that is a verdict too."""
+    def verify(self, contender: Contender) -> Verification:
+        """Verifies a contender. An exception of the contender becomes the problem of the result."""
         try:
             if self.bench.moments and contender.draws == "own":
                 return self._moments(contender)
             noises = self._noises if contender.draws == "own" else {}
             results = self._results(contender, _copied, **noises)
         except Exception as error:
-            return Verdict(problem=f"cannot run: {type(error).__name__}: {_line(error)}")
+            return Verification(problem=f"cannot run: {type(error).__name__}: {_line(error)}")
         if contender.draws == "none":
             zeros = {name: torch.zeros_like(noise) for name, noise in self._noises.items()}
             return self._worst(results, self._formula_in_double(zeros), self._as_good_as_eager)
         if contender.draws == "own" and self._formula and self._formula.problem:
-            return Verdict(problem=f"not the op's formula: {self._formula.problem}", wrong=True)
+            return Verification(problem=f"not the op's formula: {self._formula.problem}", wrong=True)
         return self._worst(results, self._exact, self._as_good_as_eager if contender.ours else self._rounded)
 
     def _results(self, contender: Contender, prepared: Callable[[Any], Any], **noises: Tensor) -> Results:
-        """By name: what the op writes, what it returns, gradients. The inputs stay as they are."""
+        """Returns by name: updated arguments, results and gradients. Works on copies of the inputs."""
         inputs = Inputs(*pytree.tree_map(prepared, tuple(self._inputs)))
         noises = pytree.tree_map(prepared, noises)
-        out = called(self.bench, self.case, contender, inputs, **noises)
+        out = call(self.bench, self.case, contender, inputs, **noises)
         out, gradients = out if self.case.passes == BOTH else (out, ())
         returned = [] if out is None else list(out) if isinstance(out, (tuple, list)) else [out]
         if contender.in_place:
@@ -114,22 +116,22 @@ class Judge:
     def _formula_in_double(self, noises: Mapping[str, Tensor]) -> Results:
         return self._results(self._eager, _doubled, **noises)
 
-    def _worst(self, results: Results, exact: Results, bound: Callable[[str, Tensor, Tensor], float]) -> Verdict:
+    def _worst(self, results: Results, exact: Results, bound: Callable[[str, Tensor, Tensor], float]) -> Verification:
         if missing := exact.keys() ^ results.keys():
-            return Verdict(problem=f"it must return what the op returns: {', '.join(sorted(missing))}", wrong=True)
-        worst = Verdict(0.0, 0.0)
+            return Verification(problem=f"it must return what the op returns: {', '.join(sorted(missing))}", wrong=True)
+        worst = Verification(0.0, 0.0)
         share = -1.0
         for name, right in exact.items():
             found = results[name]
             if problem := self._form(name, found, right):
-                return Verdict(problem=problem, wrong=True)
+                return Verification(problem=problem, wrong=True)
             error = _largest_error(found, right)
             limit = bound(name, found, right)
-            # A NaN passes no comparison, so ask for what must hold.
+            # Written as `<=` so that a NaN fails.
             problem = None if error <= limit else f"{name} is off by {error:.3g}, allowed {limit:.3g}"
             now = error / limit if limit else (0.0 if error == 0 else math.inf)
             if problem or now > share:
-                worst, share = Verdict(error, limit, problem, wrong=problem is not None), now
+                worst, share = Verification(error, limit, problem, wrong=problem is not None), now
             if problem:
                 break
         return worst
@@ -148,10 +150,10 @@ class Judge:
         return NOISE_ERROR if self._noises or self.bench.moments else 0.0
 
     def _as_good_as_eager(self, name: str, found: Tensor, right: Tensor) -> float:
-        if self._eager_results is None:  # an op of nothing but noise: the error of the contract, rounded once
+        if self._eager_results is None:  # the op returns only noise: contract tolerance plus one rounding
             return self._rounded(name, found, right, slack=1)
         eager = _largest_error(self._eager_results[name], self._exact[name])
-        if not eager <= self._rounded(name, found, right):  # a measure that is wrong itself excuses nobody
+        if not eager <= self._rounded(name, found, right):  # eager is wrong itself and sets no standard
             return self._rounded(name, found, right)
         return 2 * eager + 1e-6 + 2 * 2.0**-23 * _largest(right) + self._noise_allowance()
 
@@ -159,12 +161,12 @@ class Judge:
         slack = self.bench.roundings if slack is None else slack
         return slack * torch.finfo(found.dtype).eps / 2 * _largest(right) + self._noise_allowance()
 
-    def _moments(self, contender: Contender) -> Verdict:
+    def _moments(self, contender: Contender) -> Verification:
         assert self.bench.moments is not None
         numbers = self._results(contender, _copied)["result 0"]
         if problem := self._form("result 0", numbers, self._exact["result 0"]):
-            return Verdict(problem=problem, wrong=True)
-        worst = Verdict(0.0, 0.0)
+            return Verification(problem=problem, wrong=True)
+        worst = Verification(0.0, 0.0)
         share = -1.0
         for what, values, (mean, deviation) in zip(
             ("mean", "mean square"), (numbers.double(), numbers.double().square()), self.bench.moments, strict=True
@@ -172,14 +174,14 @@ class Judge:
             error = abs(float(values.mean()) - mean)
             limit = 6 * deviation / math.sqrt(numbers.numel()) + torch.finfo(numbers.dtype).eps
             if not error <= limit:
-                return Verdict(error, limit, f"its {what} is off by {error:.3g}, allowed {limit:.3g}", wrong=True)
+                return Verification(error, limit, f"its {what} is off by {error:.3g}, allowed {limit:.3g}", wrong=True)
             if error / limit > share:
-                worst, share = Verdict(error, limit), error / limit
+                worst, share = Verification(error, limit), error / limit
         return worst
 
 
 def _same_formula(name: str, found: Tensor, right: Tensor) -> float:
-    """float64 against float64, but for the noise, which is float32 and scaled in float32 by the reference."""
+    """Bound between two float64 formulas; the reference draws and scales its noise in float32."""
     return 2.0**-23 * max(1.0, _largest(right))
 
 

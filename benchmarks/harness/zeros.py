@@ -1,4 +1,4 @@
-"""What noiseless.py puts in the place of the noise. Imports Triton, so that it is imported only where that is."""
+"""Replacement of the noise generator for noiseless.py. Import it only if Triton is installed."""
 
 import triton
 import triton.language as tl
@@ -6,5 +6,5 @@ import triton.language as tl
 
 @triton.jit
 def zeros(noise, stream, substep, sample, first, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RUN: tl.constexpr):
-    """The signature of `normals` of emd_fast/backends/triton/philox.py."""
+    """Returns zeros; has the signature of `normals` in emd_fast/backends/triton/philox.py."""
     return tl.zeros([ROWS, COLUMNS], tl.float32)
