@@ -6,15 +6,16 @@ OUT ?= runs/digits
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --root-user-action ignore
 
 NATIVE := $(shell find csrc -type f) setup.py CMakeLists.txt pyproject.toml
 
-.PHONY: help setup test demo bench lint types clean
+.PHONY: help setup test test-fast test-all demo bench lint types clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make setup            $(VENV) with $(TORCH) and emd_fast, editable, with everything for development"
-	@echo "make test             set up, then the tests (ARGS='-m \"not slow\"' for the quick ones)"
+	@echo "make test             set up, then the tests; test-fast for every edit, test-all for everything"
 	@echo "make demo [SHORT=1]   set up, then distil the digits into runs/digits"
 	@echo "make bench            time the ops beside PyTorch (ARGS='langevin_eps --threads 2'): docs/benchmarks.md"
 	@echo "make lint, make types ruff; mypy"
@@ -24,26 +25,41 @@ help:
 # torch alone first: the build compiles against it, and a plain requirement would fetch the newest.
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install '$(TORCH)'
+	$(PIP) --upgrade pip
+	$(PIP) '$(TORCH)'
 	touch $@
 
 $(VENV)/.tools: $(VENV)/.torch
-	$(BIN)/pip install --quiet 'setuptools>=77' wheel cmake ninja
+	$(PIP) 'setuptools>=77' wheel cmake ninja
 	touch $@
 
 # The installed torch is given as a constraint, so that no dependency replaces it.
 $(STAMP): $(VENV)/.tools $(NATIVE)
 	$(BIN)/pip freeze | grep '^torch==' > $(VENV)/constraints.txt
-	$(BIN)/pip install --no-build-isolation -c $(VENV)/constraints.txt -e '.[dev]'
+	$(PIP) --no-build-isolation -c $(VENV)/constraints.txt -e '.[dev]'
 	touch $@
 
 setup: $(STAMP)
 
-# A worker for each core. Each starts with tests that stand together, since those share what they set up; one that has
-# nothing left takes over from another.
+# One worker a core. Tests in one file often share a fixture, so a worker starts with neighbours; one that has nothing left
+# takes over from another. pytest fails where it collects no test.
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+
+# $(1): options that select the tier. The Triton kernels are interpreted in a run of their own, since Triton reads the
+# variable where a kernel is defined; there is no Triton but on Linux.
+define run_tests
+$(PYTEST) $(1) $(ARGS)
+$(if $(filter Linux,$(shell uname -s)),TRITON_INTERPRET=1 $(PYTEST) $(1) $(ARGS))
+endef
+
+test-fast: $(STAMP)
+	$(PYTEST) -m 'not slow and not exhaustive' $(ARGS)
+
 test: $(STAMP)
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
+	$(call run_tests,-m 'not exhaustive')
+
+test-all: $(STAMP)
+	$(call run_tests,)
 
 demo: $(STAMP)
 	$(BIN)/emd-fast distill digits --out $(OUT) $(if $(filter 1,$(SHORT)),--short)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -24,6 +26,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     torch.set_num_threads(1)
 
+# Inductor keys its cache on disk without ATen's instruction set, and loads code of another: NaN, or C++ that fails.
+os.environ.setdefault(
+    "TORCHINDUCTOR_CACHE_DIR",
+    os.path.join(tempfile.gettempdir(), f"emd_fast-inductor-{os.getuid()}-{torch.backends.cpu.get_cpu_capability()}"),
+)
+
 # Fixtures here only name a backend, which every example may share; and the first call of an op may load a library.
 hypothesis.settings.register_profile(
     "emd_fast",
@@ -41,20 +49,41 @@ def native_missing() -> str | None:
     return None if served["backend"] == "cpu" else served["reason"]
 
 
-# Under TRITON_INTERPRET=1 Triton serves CPU tensors too; tests/test_triton.py runs the tests of the ops so.
-BACKENDS = ["reference", "cpu"]
-if os.environ.get("TRITON_INTERPRET") == "1" and not backends.why_not("uniform", "triton", "cpu"):
+# Under TRITON_INTERPRET=1 the interpreter runs the Triton kernels on CPU tensors, and only those are tested: by the
+# tests in tests/interpreted and, with "triton" as the only backend, by those of the ops that have a Triton kernel.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+BACKENDS = ["triton"] if INTERPRETED else ["reference", "cpu"]
+if INTERPRETED:
+    if reason := backends.why_not("uniform", "triton", "cpu"):
+        raise pytest.UsageError(f"TRITON_INTERPRET=1, and the Triton kernels cannot be interpreted: {reason}")
     round_to_bfloat16_as_a_gpu_does()
     leave_what_is_masked_undefined()
     multiply_matrices_as_a_gpu_does()
     count_with_numbers()
     spend_less()
-    BACKENDS.append("triton")
+else:
+    collect_ignore = ["interpreted"]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # So that at the end no worker sits alone with the longest.
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Under TRITON_INTERPRET=1 ignores the files that test no Triton kernel: each takes time to import."""
+    if not INTERPRETED or collection_path.is_dir() or collection_path.parent.name == "interpreted":
+        return None
+    return collection_path.name not in {f"test_{op}.py" for op in backends.triton.OPS} or None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if INTERPRETED:
+        others = [item for item in items if item.path.parent.name != "interpreted" and not on_triton(item)]
+        items[:] = [item for item in items if item not in set(others)]
+        config.hook.pytest_deselected(items=others)
+    # The longest tests start first, so that no worker sits alone with them at the end.
     items.sort(key=lambda item: item.get_closest_marker("first") is None)
+
+
+def on_triton(item: pytest.Item) -> bool:
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    return "triton" in (parameters.get("backend"), parameters.get("chosen"))
 
 
 @pytest.fixture(params=BACKENDS)

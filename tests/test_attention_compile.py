@@ -61,11 +61,12 @@ EVERYTHING = [
     *((t, 80, F16, (4096, 77)) for t in (80, 90, 100)),
 ]
 CASES = [pytest.param(*c, id="-".join(map(name, c))) for c in ORDINARY] + [
-    pytest.param(*c, id="-".join(map(name, c)), marks=pytest.mark.slow) for c in EVERYTHING if c not in ORDINARY
+    pytest.param(*c, id="-".join(map(name, c))) for c in EVERYTHING if c not in ORDINARY
 ]
 
 
 @pytest.mark.parametrize(("target", "head_dim", "dtype", "lengths"), CASES)
+@pytest.mark.exhaustive
 def test_machine_code(target, head_dim, dtype, lengths, capsys):
     found = kernels(target, head_dim, dtype, lengths)
     with capsys.disabled():
@@ -92,6 +93,7 @@ def test_machine_code(target, head_dim, dtype, lengths, capsys):
             assert code.count(r"fma\.rn") > 100 and not code.count(r"tf32"), kernel
 
 
+@pytest.mark.exhaustive
 def test_rows_are_read_as_vectors():
     """A head of 40 numbers has 80 bytes: 16 at a time, although no stride is a multiple of 16 numbers."""
     # As many as a tile has for each thread: 64 rows of 16 numbers are 8 bytes for each of 256.
@@ -109,6 +111,7 @@ def tf32_allowed():
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
+@pytest.mark.exhaustive
 def test_tf32_where_the_user_allows_it(tf32_allowed, monkeypatch):
     monkeypatch.setattr(attention_launch, "_INTERPRETED", 80)
     q = torch.zeros(2, 1000, 8, 64)

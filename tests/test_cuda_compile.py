@@ -11,7 +11,8 @@ import pytest
 from cuda_objects import ROOT, TARGETS, compiled, tool
 
 pytestmark = [
-    pytest.mark.skipif(tool(name) is None, reason=f"no {name} was found") for name in ("nvcc", "cmake", "cuobjdump")
+    pytest.mark.exhaustive,
+    *(pytest.mark.skipif(tool(name) is None, reason=f"no {name} was found") for name in ("nvcc", "cmake", "cuobjdump")),
 ]
 
 # 16-byte reads and writes of the kernels for dense, aligned tensors; a tensor may be float32, which takes two.

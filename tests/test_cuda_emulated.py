@@ -15,6 +15,7 @@ from emd_fast import Noise
 from emd_fast.backends import native, reference
 
 pytestmark = [
+    pytest.mark.exhaustive,
     pytest.mark.skipif(native.why_not("normal", "cpu") is not None, reason=str(native.why_not("normal", "cpu"))),
     pytest.mark.skipif(tool("cmake") is None or tool("c++") is None, reason="no cmake or no C++ compiler"),
 ]

@@ -226,7 +226,7 @@ def test_the_learning_rate_warms_up_and_falls_to_zero():
     assert digits.learning_rate_factor(0, 1, 0) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.first
 def test_the_teacher_makes_digits():
     """The bounds are those that the README's figures rest on; a third of the training keeps them, half a minute."""

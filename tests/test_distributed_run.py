@@ -348,6 +348,6 @@ def test_a_run_that_is_killed_loses_only_the_steps_since_its_last_checkpoint(tmp
     survives_being_killed(tmp_path, seed=0, kills=3)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_run_that_is_killed_twenty_times(tmp_path):
     survives_being_killed(tmp_path, seed=1, kills=20)

@@ -96,11 +96,14 @@ def test_outputs_and_gradients_are_those_of_a_plain_formulation(name, loaded):
     eager, eager_gradients = run(torch.float32)
     assert_within(y, exact, 1e-5, name)
     assert_as_good_as_eager(y, exact, eager, what=name)
+    errors = []
     for key, mine, right, its in zip(["x", *keys], gradients, exact_gradients, eager_gradients, strict=True):
         scale = max(1.0, right.abs().max().item())
         assert_within(mine / scale, right / scale, 1e-5, f"{name}: gradient of {key}")
-        # A sum over all pixels and samples rounds by chance: as good as eager up to that.
-        assert_as_good_as_eager(mine, right, its, more=2e-6 * scale, what=f"{name}: gradient of {key}")
+        errors.append(torch.stack([(g.double() - right).flatten() / scale for g in (mine, its)]))
+    # Over the whole gradient: whether eager PyTorch is right in one small tensor is luck, which the processor decides.
+    ours, eagers = torch.cat(errors, dim=1).square().mean(1).sqrt().tolist()
+    assert ours <= 2 * eagers, f"{name}: RMS error {ours:.3g}, eager {eagers:.3g}"
 
 
 @pytest.mark.parametrize("name", ["ncsnpp", "adm", "edm2"])

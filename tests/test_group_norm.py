@@ -259,7 +259,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("changed", "error", "named"), BAD)
-def test_bad_input(backend, changed, error, named):
+def test_bad_input(changed, error, named):
     given = {"x": X, "num_groups": 2, **changed}
     with pytest.raises(error, match=naming(named)):
         ops.group_norm(**given)

@@ -256,7 +256,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_named_and_nothing_is_written(backend, name):
+def test_bad_input_is_named_and_nothing_is_written(name):
     changed, error, named = BAD[name]
     given = other_memory(**changed)()
     kept = {k: v.clone() for k, v in given.items() if isinstance(v, torch.Tensor)}
@@ -268,7 +268,7 @@ def test_bad_input_is_named_and_nothing_is_written(backend, name):
 
 
 @pytest.mark.parametrize("other", ["eps and drift", "eps and x", "drift and an output", "eps and alpha"])
-def test_overlapping_memory_is_refused(backend, other):
+def test_overlapping_memory_is_refused(other):
     a = case((2,), seeded(9))
     memory = torch.rand(4) + 0.5
     match other:

@@ -99,7 +99,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_named_and_nothing_is_written(backend, name):
+def test_bad_input_is_named_and_nothing_is_written(name):
     changed, error, named = BAD[name]
     z = torch.full((2, 3), 2.0)
     given = {"z": z, "z_grad": torch.ones(2, 3), "step_size": 0.1, "noise": Noise(0)}
@@ -109,7 +109,7 @@ def test_bad_input_is_named_and_nothing_is_written(backend, name):
     assert bool((z == 2).all())
 
 
-def test_overlapping_memory_is_refused(backend):
+def test_overlapping_memory_is_refused():
     memory = torch.ones(6)
     for z_grad in (memory[:4], memory[3:], memory[1:2].expand(4)):
         with pytest.raises(ValueError, match="overlap"):

@@ -124,7 +124,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("changed", "error", "named"), BAD)
-def test_bad_input(backend, changed, error, named):
+def test_bad_input(changed, error, named):
     given = {"generated": X, "drift": X, "alpha": ONE, "sigma": ONE, "weight": ONE, **changed}
     with pytest.raises(error, match=naming(named)):
         ops.m_step_loss(**given)

@@ -141,7 +141,7 @@ def test_numbers_outside_their_range(name, limit):
 
 
 @pytest.mark.parametrize("draw", [ops.uniform, ops.normal, lambda *a, **k: ops.integers(7, *a, **k)])
-def test_bad_arguments_of_the_drawing_ops(backend, draw):
+def test_bad_arguments_of_the_drawing_ops(draw):
     for arguments, error, named in (
         ({"noise": 3}, TypeError, "noise"),
         ({"stream": -1}, ValueError, "stream"),
@@ -166,7 +166,7 @@ def test_numbers_of_63_bits_reach_the_key(backend):
     assert repr(Noise(seed)) == f"Noise(seed={seed}, step=0, first_sample=0, substep=0, device='cpu')"
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_distribution_of_16_million_draws():
     """Of one backend: all have the same uniform numbers, and the same normal ones to within the contract's error."""
     size = (256, 2**16)

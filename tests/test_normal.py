@@ -29,7 +29,7 @@ def test_where_u_is_all_but_one(backend, sample, element):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int64, "float32"])
-def test_bad_dtype(backend, dtype):
+def test_bad_dtype(dtype):
     with pytest.raises(TypeError, match="dtype"):
         ops.normal((2, 3), Noise(0), stream=0, dtype=dtype)
 

@@ -141,7 +141,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("changed", "error", "named"), BAD)
-def test_bad_input(backend, changed, error, named):
+def test_bad_input(changed, error, named):
     given = {"x0": X, "alpha": ONE, "sigma": ONE, "eps": X, **changed}
     with pytest.raises(error, match=naming(named)):
         ops.perturb(given.pop("x0"), given.pop("alpha"), given.pop("sigma"), **given)

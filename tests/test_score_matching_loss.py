@@ -128,7 +128,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("changed", "error", "named"), BAD)
-def test_bad_input(backend, changed, error, named):
+def test_bad_input(changed, error, named):
     given = {"output": X, "x0": X, "x_t": X, "c_skip": ONE, "c_out": ONE, "weight": ONE, **changed}
     with pytest.raises(error, match=naming(named)):
         ops.score_matching_loss(**given)

@@ -1,10 +1,8 @@
-"""The Triton kernels on CPU tensors, by Triton's interpreter; how they are chosen and launched."""
+"""How the Triton kernels are chosen and launched. tests/interpreted tests what they compute."""
 
 import importlib.util
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,40 +10,7 @@ import torch
 import emd_fast
 from emd_fast import Noise, backends, ops
 
-HERE = Path(__file__).parent
-# The tests of the ops, with "triton" among their backends, and what only these kernels have to show.
-FILES = [
-    "triton_interpreted.py",
-    "triton_interpreted_group_norm.py",
-    "triton_interpreted_attention.py",
-    "test_attention.py",
-    "test_uniform.py",
-    "test_normal.py",
-    "test_perturb.py",
-    "test_langevin_eps.py",
-    "test_langevin_z.py",
-    "test_m_step_loss.py",
-    "test_score_matching_loss.py",
-    "test_group_norm.py",
-]
-OPTIONS = ["--durations=8", "-p", "no:cacheprovider"]
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-
-
-@needs_triton
-@pytest.mark.first
-@pytest.mark.parametrize("marked", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
-def test_every_kernel_under_the_interpreter(marked):
-    # In a process of its own: Triton reads the variable when a kernel is defined, and other tests want it unset.
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-k", "triton", "-m", marked, *OPTIONS, *FILES],
-        cwd=HERE,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, f"\n{done.stdout[-8000:]}\n{done.stderr[-2000:]}"
-    print(done.stdout)
 
 
 def test_import_of_emd_fast_leaves_triton_alone():

