@@ -34,7 +34,8 @@ from emd_fast import Denoiser, EMDConfig, EMDTrainer
 from emd_fast.config import ConfigError
 from emd_fast.io.files import write_text
 from emd_fast.reporting.progress import summary
-from emd_fast.run.plan import GIB, Sizes, available, plan
+from emd_fast.run.plan import GIB, available, plan
+from emd_fast.run.sizes import Sizes
 from emd_fast.train import throughput
 
 SCHEMA = 1
@@ -141,7 +142,7 @@ def _train(
         trainer = EMDTrainer(teacher, config, prompts=_prompts(kind))
         # The first step is not timed: it compiles kernels and counts FLOPs.
         _, flops = throughput.counted(trainer.step)
-        seconds, laps = _steps(name, trainer, options.steps, deadline)
+        seconds, parts = _steps(name, trainer, options.steps, deadline)
     except torch.OutOfMemoryError:
         # A chained error would keep the frames alive, and with them the networks.
         raise _OutOfMemory(config.micro_batch_size) from None
@@ -166,7 +167,7 @@ def _train(
         mfu=flops / step / rate,
         planned_bytes=planned,
         peak_bytes=throughput.peak_memory(device),
-        shares=throughput.shares(laps),
+        shares=throughput.shares(parts),
         skipped=int(trainer.skipped),
     )
 
@@ -241,7 +242,7 @@ def _steps(name: str, trainer: EMDTrainer, steps: int, deadline: float) -> tuple
         now = time.monotonic()
         seconds.append(now - began)
         began = now
-        for part, value in trainer.laps.seconds().items():
+        for part, value in trainer.timer.seconds().items():
             parts[part] = parts.get(part, 0.0) + value
         if len(seconds) % every == 0:
             losses = ", ".join(f"{key} {metrics[key].item():.3g}" for key in ("generator_loss", "student_loss"))

@@ -90,7 +90,7 @@ def test_steps_end_when_the_time_is_up(monkeypatch, capsys):
     trainer = types.SimpleNamespace(
         device=torch.device("cpu"),
         step=lambda: {"generator_loss": torch.ones(()), "student_loss": torch.ones(())},
-        laps=types.SimpleNamespace(seconds=lambda: {"student": 0.25, "e_step": 0.5}),
+        timer=types.SimpleNamespace(seconds=lambda: {"student": 0.25, "e_step": 0.5}),
     )
     seconds, parts = train._steps("x", trainer, 100, deadline=20.0)
     assert 5 < len(seconds) < 20 and parts == {"student": len(seconds) / 4, "e_step": len(seconds) / 2}

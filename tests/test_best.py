@@ -1,4 +1,4 @@
-"""A student that is judged while it trains, and the best checkpoint kept."""
+"""Periodic evaluation during training, and the best checkpoint."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def best(folder):
 
 @pytest.fixture
 def figures(monkeypatch):
-    """What the student is worth, evaluation by evaluation."""
+    """The Fréchet distance of each evaluation."""
     values = []
     monkeypatch.setattr(Mixture, "judge", lambda self, trainer: {"frechet": values.pop(0)})
     return values
@@ -116,7 +116,7 @@ def test_a_student_that_cannot_be_judged_stops_no_run(tmp_path, figures, monkeyp
 
     monkeypatch.setattr(Mixture, "judge", fails_once)
     run.distill(settings(**EVERY), tmp_path)
-    assert "the student of step 4 cannot be judged: samples must be finite" in capsys.readouterr().err
+    assert "the generator of step 4 cannot be evaluated: samples must be finite" in capsys.readouterr().err
     rows = judged(tmp_path)
     assert rows.keys() == {2, 4, 6} and math.isnan(rows[4]) and best(tmp_path) == (6, 1.0)
 

@@ -131,7 +131,7 @@ def test_a_sample_that_is_not_finite_stays_in_its_bin():
     trainer = EMDTrainer(points_teacher(), config(batch_size=64))
     trainer.step()
     healthy = trainer.diagnostics()
-    trainer._seen[0].sampled.drift[0] = math.nan
+    trainer._records[0].posterior.drift[0] = math.nan
     ill = trainer.diagnostics()
     changed = [name for name in healthy if "bin" in name and not torch.equal(healthy[name], ill[name])]
     assert len(changed) == 1 and ill[changed[0]].isnan()
@@ -143,16 +143,16 @@ def test_a_sample_that_is_not_finite_stays_in_its_bin():
 def gradients_of_samples(trainer: EMDTrainer, target: str) -> torch.Tensor:
     """(B, parameters) float64: each sample's gradient at the weights as they are, by its own pass."""
     generator, rows = copy.deepcopy(trainer.generator).double(), []
-    for seen in trainer._seen:
-        for i in range(len(seen.sampled.t)):
+    for record in trainer._records:
+        for i in range(len(record.posterior.t)):
             z, residual, alpha, sigma, weight = (
                 x[i : i + 1].double()
                 for x in (
-                    seen.sampled.z,
-                    getattr(seen.sampled, target),
-                    seen.sampled.alpha,
-                    seen.sampled.sigma,
-                    seen.weight,
+                    record.posterior.z,
+                    getattr(record.posterior, target),
+                    record.posterior.alpha,
+                    record.posterior.sigma,
+                    record.weight,
                 )
             )
             generated = generator(z, None)
@@ -257,17 +257,17 @@ def test_operations_of_attention_are_counted():
     assert (forward, backward) == (2 * product, 5 * product)
 
 
-def test_laps_are_those_of_the_last_step(monkeypatch):
+def test_the_timer_has_the_parts_of_the_last_step(monkeypatch):
     clock = iter([0.0, 1.0, 4.0, 10.0, 12.0, 13.0])
     monkeypatch.setattr(throughput.time, "perf_counter", lambda: next(clock))
-    laps = throughput.Laps(torch.device("cpu"))
-    assert laps.seconds() == {} and throughput.shares({}) == {}
+    timer = throughput.StepTimer(torch.device("cpu"))
+    assert timer.seconds() == {} and throughput.shares({}) == {}
     for _ in range(2):
-        laps.start()
-        laps.end("a")
-        laps.end("b")
-    assert laps.seconds() == {"a": 2.0, "b": 1.0}
-    assert throughput.shares(laps.seconds()) == {"a_share": pytest.approx(2 / 3), "b_share": pytest.approx(1 / 3)}
+        timer.start()
+        timer.end("a")
+        timer.end("b")
+    assert timer.seconds() == {"a": 2.0, "b": 1.0}
+    assert throughput.shares(timer.seconds()) == {"a_share": pytest.approx(2 / 3), "b_share": pytest.approx(1 / 3)}
 
 
 def test_memory_is_in_bytes():

@@ -10,7 +10,7 @@ from test_fuse import relative
 from test_fuse_prepared import BF16, passes
 
 import emd_fast
-from emd_fast.cache.weights import PREPARED, prepared
+from emd_fast.cache.weights import WEIGHT_CACHE, weight_cache
 
 peft = pytest.importorskip("peft")
 LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "conv_in", "proj", "time_emb_proj", "linear_1"]
@@ -98,8 +98,10 @@ def test_prepared_weights_stay_bit_for_bit(dora):
     fused.requires_grad_(False)
     x.requires_grad_()
     expected = passes(fused, x, arguments)
-    with torch.autocast(**BF16), prepared(fused):
-        inside = [vars(part).get(PREPARED) for name, part in fused.named_modules() if name.endswith("to_q.base_layer")]
+    with torch.autocast(**BF16), weight_cache(fused):
+        inside = [
+            vars(part).get(WEIGHT_CACHE) for name, part in fused.named_modules() if name.endswith("to_q.base_layer")
+        ]
         assert inside and all(bool(part) != dora for part in inside)
         actual = passes(fused, x, arguments)
     assert all(torch.equal(mine, its) for mine, its in zip(actual, expected, strict=True))
@@ -130,7 +132,7 @@ def test_adapters_in_the_attention_of_own_networks(order):
         emd_fast.fuse(network)
     network.requires_grad_(False)
     beside = output(network, x, arguments)
-    with prepared(network):
+    with weight_cache(network):
         assert torch.equal(output(network, x, arguments), beside)
     for module in network.modules():
         if hasattr(module, "lora_A"):

@@ -1,4 +1,4 @@
-"""Weights prepared once per E-step."""
+"""weight_cache: weights cast or normalised once per E-step."""
 
 import contextlib
 import copy
@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import emd_fast
 from emd_fast import Denoiser, Generator, Noise, e_step
-from emd_fast.cache.weights import PREPARED, prepared
+from emd_fast.cache.weights import WEIGHT_CACHE, weight_cache
 from emd_fast.diffusion.schedules import EDM
 from emd_fast.distributed import gathered
 from emd_fast.fusion.packed import Packed
@@ -56,14 +56,14 @@ def test_the_results_stay_bit_for_bit(name, autocast):
     network, x, arguments = frozen(name)
     expected = passes(network, x, arguments, autocast)
     keys = [(key, value.dtype) for key, value in network.state_dict().items()]
-    with torch.autocast(**BF16, enabled=autocast), prepared(network):
+    with torch.autocast(**BF16, enabled=autocast), weight_cache(network):
         always = "edm2" in name or any(isinstance(module, Packed) for module in network.modules())
-        assert any(vars(module).get(PREPARED) for module in network.modules()) == (autocast or always)
+        assert any(vars(module).get(WEIGHT_CACHE) for module in network.modules()) == (autocast or always)
         actual = passes(network, x, arguments, autocast)
         assert [(key, value.dtype) for key, value in network.state_dict().items()] == keys
     for mine, its in zip(actual, expected, strict=True):
         assert mine.dtype == its.dtype and torch.equal(mine, its)
-    assert not any(vars(module).get(PREPARED) for module in network.modules())
+    assert not any(vars(module).get(WEIGHT_CACHE) for module in network.modules())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -72,7 +72,7 @@ def test_no_weight_is_converted_or_normalised_in_a_pass(name):
     with torch.autocast(**BF16):
         with Converted(network) as outside:
             passes(network, x, arguments)
-        with prepared(network), emd_fast.fusion.conditioning_cache():
+        with weight_cache(network), emd_fast.fusion.conditioning_cache():
             passes(network, x, arguments)
             with Converted(network) as inside:
                 passes(network, x, arguments)
@@ -95,12 +95,12 @@ class Cloned(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", ["dhariwal", "song", "own adm", "own ddpm++"])
 def test_neither_q_k_v_nor_their_weights_are_copied_in_a_pass(name):
-    """Those weights lie in the order of q, k and v once they are prepared."""
+    """Cached, those weights lie in the order of q, k and v."""
     network, x, arguments = frozen(name)
     x = x.contiguous(memory_format=torch.channels_last)  # as the network would make it
     with Cloned() as outside:
         passes(network, x, arguments, autocast=False)
-    with prepared(network), Cloned() as inside:
+    with weight_cache(network), Cloned() as inside:
         passes(network, x, arguments, autocast=False)
     packed = [module for module in network.modules() if isinstance(module, Packed)]
     assert packed and outside.elements - inside.elements >= sum(module.weight.numel() for module in packed)
@@ -120,7 +120,7 @@ def test_hooks_of_attention_are_called(name, layer):
         if f".{layer}." in key:
             parameter *= 2
     expected = output(doubled, x, arguments)
-    with prepared(network):
+    with weight_cache(network):
         assert relative(output(network, x, arguments), expected) < 1e-5 < 1e-3 < relative(without, expected)
 
 
@@ -148,7 +148,7 @@ def test_an_e_step_reads_what_the_weights_are_then(monkeypatch):
         for parameter in network.parameters():
             parameter.data += 0.1 * parameter.data.abs()
     mine.append(run(1))
-    monkeypatch.setattr("emd_fast.em.e_step.prepared", lambda *networks: contextlib.nullcontext())
+    monkeypatch.setattr("emd_fast.em.e_step.weight_cache", lambda *networks: contextlib.nullcontext())
     its = [run(1)]
     for network in networks:
         for parameter in network.parameters():
@@ -159,7 +159,7 @@ def test_an_e_step_reads_what_the_weights_are_then(monkeypatch):
 def test_gradients_of_parameters_and_other_precisions_inside():
     network, x, arguments = make("small")
     emd_fast.fuse(network)
-    with torch.autocast(**BF16), prepared(network):
+    with torch.autocast(**BF16), weight_cache(network):
         output(network, x, arguments).float().square().sum().backward()
         assert all(p.grad is not None for p in network.parameters())
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
@@ -170,15 +170,15 @@ def test_gradients_of_parameters_and_other_precisions_inside():
 
 def test_copies_made_inside_have_nothing_prepared():
     network, x, arguments = frozen("small")
-    with torch.autocast(**BF16), prepared(network), prepared(network):
+    with torch.autocast(**BF16), weight_cache(network), weight_cache(network):
         pass
-    with torch.autocast(**BF16), prepared(network):
-        with prepared(network):
+    with torch.autocast(**BF16), weight_cache(network):
+        with weight_cache(network):
             pass
-        assert vars(network.first)[PREPARED]
+        assert vars(network.first)[WEIGHT_CACHE]
         copies = copy.deepcopy(network), pickle.loads(pickle.dumps(network))
     for other in copies:
-        assert not any(vars(module).get(PREPARED) for module in other.modules())
+        assert not any(vars(module).get(WEIGHT_CACHE) for module in other.modules())
         assert torch.equal(output(other, x, arguments), output(network, x, arguments))
 
 
@@ -188,7 +188,7 @@ def test_layers_that_are_reparametrised_afterwards():
     expected = output(network, x, arguments)
     nn.utils.parametrizations.weight_norm(network.first)
     prune.identity(network.last, "weight")
-    with prepared(network):
+    with weight_cache(network):
         assert relative(output(network, x, arguments), expected) < 1e-5
     prune.remove(network.last, "weight")
     nn.utils.parametrize.remove_parametrizations(network.first, "weight")
@@ -209,7 +209,7 @@ def test_compiled_blocks_read_what_was_prepared():
         passes(network, x, arguments)
         without = len(graphs)
         for _ in range(2):
-            with prepared(network):
+            with weight_cache(network):
                 passes(network, x, arguments)
     assert without and any(graphs[:without]) and len(graphs) == 2 * without
     assert not any(graphs[without:])
@@ -222,13 +222,13 @@ def test_a_whole_compiled_network_notices_both_ends_of_the_block():
     network, x, arguments = frozen("small")
     compiled = torch.compile(network, backend="eager")
     with torch.autocast(**BF16), torch.no_grad():
-        with prepared(network):
+        with weight_cache(network):
             inside = compiled(x, *arguments)
         assert torch.equal(inside, network(x, *arguments))
         for parameter in network.parameters():
             parameter.mul_(1.5)
         assert torch.equal(compiled(x, *arguments), network(x, *arguments))
-        with prepared(network):
+        with weight_cache(network):
             assert torch.equal(compiled(x, *arguments), network(x, *arguments))
     torch.compiler.reset()
 
@@ -243,5 +243,5 @@ def test_sharded_weights_are_prepared_as_the_report_says(one_process, precision)
     fully_shard(network, mp_policy=MixedPrecisionPolicy(param_dtype=precision))
     notes = {part.note for part in emd_fast.fusion_report(network).layers}
     assert notes and all("if FSDP2 gathers it in float32; as it is gathered in any other" in note for note in notes)
-    with torch.autocast(**BF16), gathered(network), prepared(network):
-        assert any(vars(module).get(PREPARED) for module in network.modules()) == (precision is None)
+    with torch.autocast(**BF16), gathered(network), weight_cache(network):
+        assert any(vars(module).get(WEIGHT_CACHE) for module in network.modules()) == (precision is None)

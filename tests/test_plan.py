@@ -19,7 +19,8 @@ from emd_fast.config import ConfigError
 from emd_fast.diffusion.schedules import EDM
 from emd_fast.distributed import GroupError
 from emd_fast.run import distill as run
-from emd_fast.run.plan import GIB, Ceilings, Sizes, Work, estimate, plan
+from emd_fast.run.plan import GIB, Ceilings, estimate, plan
+from emd_fast.run.sizes import Sizes, Work
 
 
 def teacher() -> Denoiser:

@@ -15,7 +15,7 @@ from emd_fast.config import ConfigError
 from emd_fast.distributed import blocks_of
 from emd_fast.teachers.edm_networks import DhariwalUNet
 from emd_fast.teachers.edm_networks.arguments import DhariwalArguments
-from emd_fast.train.activation_checkpoint import recomputed
+from emd_fast.train.activation_checkpoint import activation_checkpoint
 
 
 def teacher() -> Denoiser:
@@ -69,7 +69,7 @@ def test_blocks_are_as_before_and_their_own_forward_comes_back():
     network = teacher()
     own = blocks_of(network)[0].forward
     blocks_of(network)[0].forward = own
-    with pytest.raises(ZeroDivisionError), recomputed(network):
+    with pytest.raises(ZeroDivisionError), activation_checkpoint(network):
         assert all("forward" in block.__dict__ for block in blocks_of(network))
         raise ZeroDivisionError
     first, *rest = blocks_of(network)
@@ -86,7 +86,7 @@ def test_the_backward_pass_computes_again_on_the_backend_of_the_forward_pass():
         return original(*arguments)
 
     block.forward = watched
-    with recomputed(network), emd_fast.use_backend("reference"):
+    with activation_checkpoint(network), emd_fast.use_backend("reference"):
         loss = network(torch.zeros(2, 1, 8, 8), torch.ones(2), torch.zeros(2, dtype=torch.int64)).sum()
     loss.backward()
     assert seen == ["reference", "reference"]

@@ -15,7 +15,7 @@ from emd_fast.cli import commands as cli
 from emd_fast.config import ConfigError
 from emd_fast.em import score_difference
 from emd_fast.run import distill as run
-from emd_fast.run.distill import RunError
+from emd_fast.run.folder import RunError
 from emd_fast.run.replay import replay
 from emd_fast.train import checkpoint
 from emd_fast.train.health import Diverged
@@ -88,7 +88,7 @@ def test_a_replay_is_the_sample_of_the_batch_at_its_checkpoint(folder, sample):
         rms = getattr(whole, name)[sample].square().mean().sqrt().item()
         assert again.rows[-1][name] == pytest.approx(rms, rel=1e-4), name
     torch.testing.assert_close(again.after[0], trainer.generator(whole.z, None)[sample], **TOLERANCE)
-    assert "checkpoint of step 4, before the student's updates" in again.table()
+    assert "checkpoint of step 4, before the fake-score updates" in again.table()
     assert "1 steps earlier" in replay(folder, 5, sample).weights
 
 

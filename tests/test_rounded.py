@@ -19,8 +19,10 @@ from emd_fast import config as configuration
 from emd_fast.diffusion.sampler import heun
 from emd_fast.diffusion.schedules import EDM
 from emd_fast.run import distill as run
-from emd_fast.run.plan import Sizes, estimate
-from emd_fast.train.cast_weights import rounded, trainable, weights_of_products
+from emd_fast.run.folder import RunError
+from emd_fast.run.plan import estimate
+from emd_fast.run.sizes import Sizes
+from emd_fast.train.cast_weights import cast_weights, matmul_weights, trainable
 
 BF16 = torch.bfloat16
 
@@ -46,7 +48,7 @@ def test_outputs_stay_bit_for_bit_and_the_original_stays_as_it_is(name, fused):
     network, x, arguments = make(name)
     original = Denoiser(Called(emd_fast.fuse(network) if fused else network, arguments), EDM(), "x0")
     before = copy.deepcopy(original.state_dict())
-    ours, t = rounded(original, BF16), torch.ones(len(x))
+    ours, t = cast_weights(original, BF16), torch.ones(len(x))
     with torch.no_grad(), torch.autocast("cpu", BF16):
         expected, found = original(x, t), ours(x, t)
     assert found.dtype == expected.dtype and torch.equal(found, expected)
@@ -61,7 +63,7 @@ def test_outputs_stay_bit_for_bit_and_the_original_stays_as_it_is(name, fused):
 
 
 def test_outside_of_autocast_it_computes_as_inside():
-    teacher = rounded(digits_teacher(), BF16)
+    teacher = cast_weights(digits_teacher(), BF16)
     x, t, labels = torch.randn(4, 1, 8, 8), torch.full((4,), 0.7), torch.tensor([0, 1, 2, 0])
     with torch.no_grad():
         alone = teacher.denoise(x, t, labels)
@@ -84,12 +86,12 @@ class Tied(nn.Module):
 def test_what_somebody_else_reads_too_is_left():
     network = Tied()
     names = {id(p): name for name, p in network.named_parameters()}
-    found = {names[id(p)] for p in weights_of_products(network)}
+    found = {names[id(p)] for p in matmul_weights(network)}
     assert found == {"first.bias", "mine.weight", "mine.bias", "tied.bias"}
 
 
 def test_copies_to_train_are_float32_whatever_the_teacher_is():
-    teacher = rounded(digits_teacher(), BF16)
+    teacher = cast_weights(digits_teacher(), BF16)
     for half in (teacher, digits_teacher().to(BF16)):
         assert {p.dtype for p in trainable(half).parameters()} == {torch.float32}
         trainer = EMDTrainer(half, reduced())
@@ -104,7 +106,7 @@ def alive(fused: bool, given: bool) -> tuple[list[str], int, int]:
         emd_fast.fuse(teacher)
     sizes = Sizes.of(teacher, teacher, teacher)
     names = {id(parameter): name for name, parameter in teacher.named_parameters()}
-    watched = [(names[id(p)], weakref.ref(p), weakref.ref(p.untyped_storage())) for p in weights_of_products(teacher)]
+    watched = [(names[id(p)], weakref.ref(p), weakref.ref(p.untyped_storage())) for p in matmul_weights(teacher)]
     networks = {"generator": emd_fast.Generator(copy.deepcopy(teacher), 2.0)} if given else {}
     trainer = EMDTrainer(teacher, reduced(), **networks)
     del teacher
@@ -155,7 +157,7 @@ def test_replicas_on_ranks_hold_the_same_and_their_drift_is_zero_too():
 def test_a_teacher_on_the_meta_device_is_rounded_there():
     with torch.device("meta"):
         teacher = points_teacher()
-    ours = rounded(teacher, BF16)
+    ours = cast_weights(teacher, BF16)
     assert all(p.is_meta for p in ours.parameters()) and {p.dtype for p in ours.parameters()} == {BF16, torch.float32}
 
 
@@ -172,15 +174,15 @@ def test_a_run_drops_the_teacher_that_it_has_rounded(tmp_path, monkeypatch):
 
     def watch(*arguments):
         teacher, seconds = made(*arguments)
-        watched.extend(weakref.ref(p) for p in weights_of_products(teacher))
+        watched.extend(weakref.ref(p) for p in matmul_weights(teacher))
         return teacher, seconds
 
     def look(trainer, *arguments):
         gc.collect()
         assert watched and not any(reference() is not None for reference in watched)
-        raise run.RunError("seen")
+        raise RunError("seen")
 
     monkeypatch.setattr(run, "_teacher", watch)
     monkeypatch.setattr(run, "train", look)
-    with pytest.raises(run.RunError, match="seen"):
+    with pytest.raises(RunError, match="seen"):
         run.distill(settings, tmp_path)

@@ -22,6 +22,7 @@ from emd_fast.io.files import write_whole
 from emd_fast.reporting import journal, report
 from emd_fast.run import distill as run
 from emd_fast.run import study
+from emd_fast.run.folder import RunError, locked
 from emd_fast.run.signals import Interrupted
 from emd_fast.train import checkpoint
 from emd_fast.train.checkpoint import CheckpointError
@@ -196,14 +197,14 @@ def test_when_no_checkpoint_can_be_read_nothing_is_overwritten(tmp_path):
 def test_another_configuration_in_the_same_folder_is_refused(tmp_path):
     run.distill(settings(emd__steps=2), tmp_path)
     before = (tmp_path / "config.toml").read_text()
-    with pytest.raises(run.RunError, match=r"emd\.gamma_eps = 0\.16, not 0\.2"):
+    with pytest.raises(RunError, match=r"emd\.gamma_eps = 0\.16, not 0\.2"):
         run.distill(settings(emd__gamma_eps=0.2), tmp_path)
     assert (tmp_path / "config.toml").read_text() == before
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(run.RunError, match="cannot write the run folder"):
+    with pytest.raises(RunError, match="cannot write the run folder"):
         run.distill(settings(), tmp_path / "file" / "run")
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -211,11 +212,11 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
 def test_a_second_run_in_a_folder_is_refused_while_the_first_is_under_way(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "evaluate", lambda *_: {})
     (tmp_path / ".lock").write_text("process 1 on a machine that is off")  # of a run that was killed
-    with run.only_run_in(tmp_path), pytest.raises(run.RunError, match=rf"under way in .* \(process {os.getpid()} on "):
+    with locked(tmp_path), pytest.raises(RunError, match=rf"under way in .* \(process {os.getpid()} on "):
         run.distill(settings(emd__steps=2), tmp_path)
     assert os.listdir(tmp_path) == [".lock"]
     run.distill(settings(emd__steps=2), tmp_path)
-    with run.only_run_in(tmp_path):  # it is free again
+    with locked(tmp_path):  # it is free again
         pass
 
 

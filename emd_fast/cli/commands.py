@@ -204,11 +204,12 @@ def _evaluate(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def _evaluate_run(options: argparse.Namespace) -> dict[str, Any]:
     from emd_fast.run import distill as run
+    from emd_fast.run.folder import settings_of
 
     if options.write_reference:
         raise ConfigError("--write-reference is for real images: a folder or .zip of them, with --detector")
     folder = options.source
-    settings = run.settings_of(folder)
+    settings = settings_of(folder)
     changes: dict[str, Any] = {"evaluation": dataclasses.replace(settings.evaluation, **_files(options))}
     if options.samples:
         if settings.task == "digits":

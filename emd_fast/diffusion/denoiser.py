@@ -127,8 +127,8 @@ class Denoiser(nn.Module):
         self.null_cond = null_cond
         # Where its weights came from, a path or a name: checkpoints say it, for people.
         self.source: str | None = None
-        # Of the weights of its products, where they were rounded and nothing else (emd_fast.train.cast_weights).
-        self.rounded_to: torch.dtype | None = None
+        # Dtype of the matmul and convolution weights after cast_weights, None without it.
+        self.weights_dtype: torch.dtype | None = None
         self._form = _edm(sigma_data) if sigma_data is not None else _FORMS[parametrization]
         self._check_schedule()
         if sigma_data is not None:
@@ -189,9 +189,9 @@ class Denoiser(nn.Module):
 
     def _products(self, x_t: Tensor) -> contextlib.AbstractContextManager[Any]:
         """What a network needs around it whose products have weights of another dtype than the rest."""
-        if self.rounded_to is None or autocast_dtype(x_t.device.type) is not None:
+        if self.weights_dtype is None or autocast_dtype(x_t.device.type) is not None:
             return contextlib.nullcontext()
-        return torch.autocast(x_t.device.type, self.rounded_to)
+        return torch.autocast(x_t.device.type, self.weights_dtype)
 
     def _input_dtype(self, x_t: Tensor) -> torch.dtype:
         if isinstance(self.network, nn.Module):

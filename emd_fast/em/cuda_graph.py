@@ -1,6 +1,6 @@
-"""The E-step as one CUDA graph: the host starts one thing instead of thousands, which is what a small batch waits for.
+"""Captures the E-step as one CUDA graph to remove launch overhead at small batch sizes.
 
-Not measured on a GPU so far.
+Its speed has not been measured on a GPU yet.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from emd_fast.noise import Noise
 _logger = logging.getLogger("emd_fast")
 
 SMALL_BATCH = 16
-"""Up to this batch teacher and student run on streams of their own: neither fills a GPU alone."""
+"""Batch size up to which teacher and fake score run on two streams: neither fills a GPU alone."""
 
 
 @dataclass(frozen=True)
@@ -37,20 +37,24 @@ class _Captured:
 
 
 class GraphedEStep:
-    """`e_step` of fixed networks and settings, captured once for each shape and replayed; equal to it bit for bit.
+    """`e_step` of fixed networks and settings, captured once per shape and replayed, bit for bit equal.
 
-        sample = GraphedEStep(generator, teacher, student, steps=8, gamma_eps=0.1, gamma_z=0.01, noise=noise)
+        settings = {"steps": 8, "gamma_eps": 0.1, "gamma_z": 0.01, "noise": noise}
+        sample = GraphedEStep(generator, teacher, student, **settings)
         found = sample(z, eps, t, cond)
 
-    A replay reads the parameters, the noise (`noise.set` and `noise.advance` work as ever) and the arguments as they
-    are then. Where a graph cannot be, e_step runs as it is, and the reason is logged once: tensors that are not on a
-    GPU, parameters that FSDP2 has sharded (they have no fixed address), a network that is no module, or one that makes
-    the host wait. A parameter that was moved is noticed, and the graph captured anew.
+    A replay reads the current parameters, noise (`noise.set` and `noise.advance` work as usual)
+    and arguments. The graph is captured again if a parameter has moved.
+
+    e_step runs without a graph, and the reason is logged once, where capture is impossible:
+    tensors that are not on a GPU, parameters that FSDP2 has sharded (they have no fixed address),
+    a network that is not a module, or a network that makes the host wait for the device.
 
     Args:
         generator, teacher, student, guidance, null_cond, steps, noise: as for e_step.
-        gamma_eps, gamma_z: as for e_step, or None, and then given with every call.
-        parallel: teacher and student side by side on two streams; for batches up to SMALL_BATCH when None.
+        gamma_eps, gamma_z: as for e_step, or None if they are given with every call.
+        parallel: whether teacher and fake score run on two streams. None: for batches up to
+            SMALL_BATCH.
     """
 
     def __init__(
@@ -85,7 +89,7 @@ class GraphedEStep:
         gamma_eps: float | Tensor | None = None,
         gamma_z: float | Tensor | None = None,
     ) -> EStep:
-        """The posterior sample for z, eps, t and cond, in tensors of its own. Values are not checked."""
+        """Returns the posterior sample for z, eps, t, cond in new tensors. Values are not checked."""
         sizes = [
             given if given is not None else own
             for given, own in zip((gamma_eps, gamma_z), self._step_sizes, strict=True)
@@ -102,7 +106,7 @@ class GraphedEStep:
             return self._eager(*arguments)
         captured = self._captured.get(key)
         if captured is None or captured.addresses != self._addresses():
-            self._captured.pop(key, None)  # its memory first
+            self._captured.pop(key, None)  # frees its memory before the new capture
             try:
                 captured = self._captured[key] = self._capture(leaves, structure)
             except RuntimeError as error:
@@ -131,10 +135,10 @@ class GraphedEStep:
         return None
 
     def _key(self, leaves: list[Any], structure: Any) -> Hashable:
-        told = [(leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        facts = [(leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
         modes = [module.training for network in self.networks for module in network.modules()]
-        return tuple(told), structure, autocast, tuple(modes), backends.active()
+        return tuple(facts), structure, autocast, tuple(modes), backends.active()
 
     def _addresses(self) -> list[int]:
         tensors = [t for network in self.networks for t in (*network.parameters(), *network.buffers())]
@@ -149,22 +153,24 @@ class GraphedEStep:
 
 
 def _graph(run: Callable[[], EStep], parallel: bool, device: torch.device) -> tuple[Callable[[], None], EStep]:
-    """What replays `run`, and what a replay writes to."""
-    # The stream is one of this device, which need not be the current one, nor that of the first capture, whose stream
-    # PyTorch would take: elsewhere nothing would be recorded, and a replay would do nothing.
+    """Captures `run`. Returns the replay function, and the tensors that a replay writes to."""
+    # Without a stream argument PyTorch captures on the stream of the process's first capture,
+    # which may belong to another device. Nothing would be recorded there, and a replay would do
+    # nothing.
     with torch.cuda.device(device):
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        # Before a capture everything has run once: kernels are compiled, workspaces there.
+        # A warm-up before the capture compiles kernels and allocates workspaces.
         with torch.cuda.stream(side):
             for _ in range(2):
                 run()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        # Weights that autocast has cast before are not those of a later replay; those cast inside belong to it.
+        # A replay must cast the current weights, so the casts must be captured and not come from
+        # autocast's cache. Casts made inside the capture belong to the graph alone.
         torch.clear_autocast_cache()
-        # What other threads do meanwhile (a loader that pins memory, a library's monitor) is no part of the graph and
-        # no reason to give it up.
+        # With "thread_local", CUDA calls of other threads (a loader that pins memory, a library's
+        # monitor) neither enter the graph nor abort the capture.
         capture = torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local")
         try:
             with capture, branches(parallel):

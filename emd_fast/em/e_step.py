@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from emd_fast import ops
 from emd_fast.cache.conditioning import conditioning_cache
-from emd_fast.cache.weights import prepared
+from emd_fast.cache.weights import weight_cache
 from emd_fast.diffusion.denoiser import Condition, base, column
 from emd_fast.distributed import gathered
 from emd_fast.em.score_difference import ScoreDifference
@@ -138,7 +138,7 @@ def unchecked_e_step(
     z, eps = _own(z), _own(eps)
     drift = torch.zeros_like(eps)
     networks = (generator, teacher, student)
-    with gathered(*networks), frozen(generator) as g, prepared(*networks), conditioning_cache():
+    with gathered(*networks), frozen(generator) as g, weight_cache(*networks), conditioning_cache():
         x0 = None
         for k in range(steps):
             if moves_z:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from emd_fast import ops
 from emd_fast.cache.conditioning import conditioning_cache
-from emd_fast.cache.weights import prepared
+from emd_fast.cache.weights import weight_cache
 from emd_fast.diffusion.denoiser import Condition, base, column
 from emd_fast.distributed import gathered
 from emd_fast.em.e_step import EStep, GeneratorLike, LangevinStep, Watch, check_e_step, check_values, frozen
@@ -54,7 +54,7 @@ def e_step_xz(
     with (
         gathered(*networks),
         frozen(generator) as g,
-        prepared(*networks),
+        weight_cache(*networks),
         conditioning_cache(),
         torch.no_grad(),
     ):

@@ -63,7 +63,7 @@ class MPConv(Rounded):
         """The weight as products of this dtype take it."""
         own = self._parameters["weight"]
         dtype = autocast_dtype(own.device.type) or dtype
-        prepared = self._emd_fast_prepared
+        prepared = self._emd_fast_weight_cache
         weight = None if prepared is None else prepared.get("normalised")
         wanted = torch.is_grad_enabled() and own.requires_grad
         if weight is None or wanted or isinstance(gain, Tensor) or gain != 1 or weight.dtype not in (dtype, own.dtype):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
-from emd_fast.cache.weights import PREPARED
+from emd_fast.cache.weights import WEIGHT_CACHE
 
 # Where a fused module keeps what its kind has to know: plain values, which copies and pickles take along.
 STATE = "_emd_fast"
@@ -70,7 +70,7 @@ class Fused:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)
-        state = {key: None if key == PREPARED else value for key, value in reduced[2].items()}
+        state = {key: None if key == WEIGHT_CACHE else value for key, value in reduced[2].items()}
         return _new, (self._emd_fast_kind, self._emd_fast_base), state, *reduced[3:]
 
 

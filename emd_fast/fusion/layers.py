@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from emd_fast.cache.weights import PREPARED, autocast_dtype, is_plain
+from emd_fast.cache.weights import WEIGHT_CACHE, autocast_dtype, is_plain
 from emd_fast.fusion.convolution import convolution
 from emd_fast.fusion.fused import Fused
 
@@ -23,7 +23,7 @@ def _rounded(name: str) -> Any:
             if name in layer.__dict__:
                 return layer.__dict__[name]
             raise AttributeError(name)
-        parameter, prepared = parameters[name], layer._emd_fast_prepared
+        parameter, prepared = parameters[name], layer._emd_fast_weight_cache
         if prepared is None or name not in prepared or (torch.is_grad_enabled() and parameter.requires_grad):
             return parameter
         copy = prepared[name]
@@ -57,12 +57,12 @@ class Rounded(Fused):
     @classmethod
     def fuse(cls, module: Any, **state: Any) -> None:
         super().fuse(module, **state)
-        module.__dict__[PREPARED] = None
+        module.__dict__[WEIGHT_CACHE] = None
 
     @classmethod
     def unfuse(cls, module: Any) -> None:
         super().unfuse(module)
-        del module.__dict__[PREPARED]
+        del module.__dict__[WEIGHT_CACHE]
 
     def prepare(self) -> dict[str, Tensor]:
         """What `prepared` is to keep: tensors by the names under which the forward looks for them."""

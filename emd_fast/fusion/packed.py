@@ -34,7 +34,7 @@ class Packed(Rounded):
 
     def packed(self, name: str) -> Tensor | None:
         """The weight (3C, C) or bias (3C,) or None, as products take it: the copy where one was prepared."""
-        parameter, prepared = self._parameters[name], self._emd_fast_prepared
+        parameter, prepared = self._parameters[name], self._emd_fast_weight_cache
         if parameter is None:
             return None
         copy = None if prepared is None else prepared.get(_PACKED[name])

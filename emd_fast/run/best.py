@@ -1,4 +1,4 @@
-"""A student judged while it trains, and the best of its checkpoints, kept besides the last few."""
+"""Periodic evaluation during training; keeps the best checkpoint by Fréchet distance."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from emd_fast.train.trainer import EMDTrainer
 
 
 class Best:
-    """The evaluations of a run, and `checkpoints/best` in its folder. All ranks make one, and make the same calls.
+    """The evaluations of a run, and the checkpoint `checkpoints/best` in its folder.
 
-    Judging draws its samples from the stream of shown ones, and leaves the training as it was, bit for bit. The figure
-    that decides is "frechet", the lower the better; it is kept with the checkpoint, and with what it depends on, so
-    that a resumed run goes on comparing, and never with a figure of another kind.
+    All ranks create one and make the same calls. An evaluation draws its samples from the SHOWN noise
+    stream and leaves training unchanged, bit for bit. The checkpoint with the lowest "frechet" is
+    kept. That value is saved with the checkpoint, together with what it depends on (reference files,
+    samples, seed), so that a resumed run compares like with like.
     """
 
     def __init__(self, trainer: EMDTrainer, task: Task, settings: RunConfig, folder: Path) -> None:
@@ -33,7 +34,7 @@ class Best:
         self.frechet = self._standing()
 
     def _standing(self) -> float:
-        """The figure of the checkpoint that is there, infinite where there is none to compare with."""
+        """The value of the existing best checkpoint; infinite if none is comparable."""
         if not checkpoint.exists(self.path):
             return math.inf
         try:
@@ -47,7 +48,7 @@ class Best:
         return notes["figures"]["frechet"]
 
     def due(self) -> bool:
-        """Whether the step that was made last ends a stretch of `evaluation.every` images, or the run."""
+        """Whether the last step completed another `evaluation.every` images, or the run."""
         config = self._trainer.config
         images = self._trainer.steps_done * config.batch_size
         return (
@@ -56,17 +57,18 @@ class Best:
         )
 
     def judge(self) -> dict[str, float]:
-        """Judges the student as it is, and keeps it where it is better than all before. Returns a row for the log."""
+        """Evaluates the current generator; saves it if it is the best so far. Returns a log row."""
         began = time.monotonic()
         try:
             mine = self._task.judge(self._trainer)
         except (BadReference, DetectorError):
             raise
         except ValueError as error:
-            # Samples that are not finite, on all ranks alike: whether that ends the run is not decided here.
-            say(f"the student of step {self._trainer.steps_done} cannot be judged: {error}")
+            # All ranks have samples that are not finite. check_health decides whether the run
+            # ends.
+            say(f"the generator of step {self._trainer.steps_done} cannot be evaluated: {error}")
             mine = {"frechet": math.nan}
-        figures = distributed.on_main(lambda: mine)  # one decision for all ranks
+        figures = distributed.on_main(lambda: mine)  # all ranks must decide alike
         if figures["frechet"] < self.frechet:
             self.frechet = figures["frechet"]
             notes = {"figures": figures, "basis": self._basis}
@@ -76,7 +78,7 @@ class Best:
 
 
 def best_of_run(folder: Path) -> dict[str, float] | None:
-    """Step and figures of the best checkpoint of a run; None where there is none, or none that can be read."""
+    """Step and metrics of the best checkpoint of a run; None if there is none that can be read."""
     path = checkpoint.best_of(folder / "checkpoints")
     if not checkpoint.exists(path):
         return None

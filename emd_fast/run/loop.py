@@ -1,4 +1,4 @@
-"""The training of a run: steps until the configured number is done, with log, checkpoints, evaluations and pictures."""
+"""The training loop of a run, with its log, checkpoints, evaluations and pictures."""
 
 from __future__ import annotations
 
@@ -21,18 +21,26 @@ from emd_fast.train import checkpoint, diagnostics, throughput
 from emd_fast.train.health import Diverged, check_health
 from emd_fast.train.trainer import EMDTrainer
 
-_SHOWN = 8  # images of each network in a picture
+_SHOWN = 8  # images per network in a picture
 
 
 def train(trainer: EMDTrainer, settings: RunConfig, folder: Path, sinks: tuple[str, ...], task: Task) -> float:
-    """Steps until the configured number is done. Returns the seconds that all legs of the run took."""
+    """Trains until `settings.emd.steps` steps are done. All ranks call it.
+
+    Returns:
+        Seconds of training, earlier parts of a resumed run included.
+
+    Raises:
+        Diverged: training must not go on; report.md says why.
+        Interrupted: a signal ended the training; the state is saved.
+    """
     total, first = settings.emd.steps, trainer.steps_done
     if not settings.emd.noise_cancellation:
-        say("warning: noise_cancellation is off; the gradient of the generator is much noisier so")
+        say("warning: noise_cancellation is off; the generator's gradient is much noisier without it")
     main = distributed.is_main()
     rows = [row for row in journal.read(folder / "log.jsonl") if row["step"] <= first]
     before = rows[-1]["seconds"] if rows else 0.0
-    distributed.barrier()  # the main rank rewrites the log that the others have just read
+    distributed.barrier()  # the main rank is about to rewrite the log that all ranks read
     logs: list[journal.Journal] = []
     distributed.on_main(lambda: logs.append(journal.Journal(folder, first, sinks, to_dict(settings))))
     log = logs[0] if main else None
@@ -84,19 +92,19 @@ def train(trainer: EMDTrainer, settings: RunConfig, folder: Path, sinks: tuple[s
                 if done % settings.save_every == 0 or done == total:
                     save()
                     _show(trainer, folder)
-            trainer.finish_saving()  # here, where a signal does not break it off
+            trainer.finish_saving()  # here, where a signal cannot interrupt it
             stop = max(stop, agree.final(stopped()))
             if stop:
                 save()
                 trainer.finish_saving()
-                say(f"stopped at step {trainer.steps_done} of {total}, saved; the same command goes on from there")
-        if stop:  # on a rank that heard of the signal from another
+                say(f"stopped at step {trainer.steps_done} of {total}, saved; the same command resumes there")
+        if stop:  # the signal may have reached another rank only
             raise Interrupted(stop)
     except Diverged as error:
-        again = f"emd-fast replay {folder} --step {trainer.steps_done - 1} --sample 0"
+        command = f"emd-fast replay {folder} --step {trainer.steps_done - 1} --sample 0"
         if main:
-            report.write_stopped(folder, f"{error}. One sample of that step, Langevin step by step: `{again}`")
-        say(f"to look at one sample of that step: {again}")
+            report.write_stopped(folder, f"{error}. One sample of that step, Langevin step by step: `{command}`")
+        say(f"to look at one sample of that step: {command}")
         raise
     finally:
         progress.close()
@@ -109,28 +117,36 @@ def train(trainer: EMDTrainer, settings: RunConfig, folder: Path, sinks: tuple[s
 
 
 def _countable(trainer: EMDTrainer) -> bool:
-    """Whether the operations of the next step can be counted, and are those of every step: no warm-up of the student,
-    no CUDA graph, nothing compiled, as torchao's optimizer does with its step: nothing is compiled under a counter."""
+    """Whether the operations of the next step can be counted and are those of every step.
+
+    The fake score's warm-up adds operations. A CUDA graph hides them, and torch.compile does not work
+    under a counter; torchao's optimizer compiles its step.
+    """
     warms_up = trainer.steps_done == 0 and trainer.config.student_warmup > 0
     config = trainer.config
     return not (warms_up or config.cuda_graph or config.compile or config.optimizer == "adamw_8bit")
 
 
 def _numbers(scalars: dict[str, Tensor]) -> dict[str, float]:
-    """The values, for which the host waits once; without the bins of log-SNR that have no sample."""
+    """Converts scalars to numbers with one host sync, and drops log-SNR bins without samples."""
     values = torch.stack([value.float() for value in scalars.values()]).tolist()
     found = dict(zip(scalars, values, strict=True))
     return {name: value for name, value in found.items() if not (diagnostics.is_bin(name) and math.isnan(value))}
 
 
 def _speed(trainer: EMDTrainer, settings: RunConfig, steps_per_second: float, flops: float) -> dict[str, float]:
-    """What the log says about the speed of the run so far; `flops` of a step on this device, or NaN."""
+    """The log's values about speed.
+
+    Args:
+        steps_per_second: mean over the run so far.
+        flops: operations of a step on this device, or NaN.
+    """
     left = settings.emd.steps - trainer.steps_done
     found = {
         "images_per_second": steps_per_second * settings.emd.batch_size,
         "eta_seconds": left / steps_per_second,
         "memory_gib": throughput.peak_memory(trainer.device) / GIB,
-        **throughput.shares(trainer.laps.seconds()),
+        **throughput.shares(trainer.timer.seconds()),
     }
     if not math.isnan(flops):
         found["tflops"] = flops * steps_per_second / 1e12
@@ -140,12 +156,15 @@ def _speed(trainer: EMDTrainer, settings: RunConfig, steps_per_second: float, fl
 
 
 def _show(trainer: EMDTrainer, folder: Path) -> None:
-    """samples/networks/: a row of images each of generator, teacher and student, where they are images."""
+    """Writes a picture to samples/networks/: a row each for generator, teacher and fake score.
+
+    Samples that are not images are skipped.
+    """
     if len(trainer.sample_shape) != 3 or trainer.sample_shape[0] not in (1, 3):
         return
     rows = trainer.denoised(_SHOWN)
     if distributed.is_main():
-        # A picture is no reason to stop: what is not finite is drawn at its limits.
+        # Values that are not finite must not end the run here.
         images = torch.cat(list(rows.values())).nan_to_num()
         path = folder / "samples" / "networks" / f"step-{trainer.steps_done:08d}.png"
         report.save_grid(path, images, columns=_SHOWN)

@@ -1,8 +1,8 @@
-"""What a run will need of each device, before anything is allocated: memory, bytes over the network, and time.
+"""Plans memory, network traffic and time of a run per device, before anything is allocated.
 
-Weights, gradients, optimizer, average and gathered copies follow from the sizes of the networks and are counted. What
-activations take depends on the network and its kernels, and how fast a device and a network are on the machines: these
-are asked for, and "not known" where nobody said.
+Weights, gradients, optimizer state, average and gathered copies are computed from the sizes of the
+networks. The memory of activations depends on networks and kernels, and the speed of devices and
+network on the machine. Both are arguments; without them the plan says "not known".
 """
 
 from __future__ import annotations
@@ -11,105 +11,23 @@ import os
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from emd_fast import distributed
 from emd_fast.config import ConfigError, EMDConfig
-from emd_fast.diffusion.denoiser import Denoiser
-from emd_fast.train.cast_weights import weights_of_products
+from emd_fast.run.sizes import Sizes, Work
 
 GIB = 2**30
-_OPTIMIZER_BYTES = {"adamw": 8.0, "apex_adamw": 8.0, "adamw_8bit": 2.03}  # two moments; 8 bits and a scale for 256
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Parameters of the three networks; a teacher that is a formula has 0.
-
-    Args:
-        largest_block: of the generator's and the student's.
-        products: those of the teacher that a bfloat16 run holds rounded where it does not shard
-            (`emd_fast.train.cast_weights`).
-    """
-
-    teacher: int
-    generator: int
-    student: int
-    largest_block: int
-    products: int = 0
-
-    @classmethod
-    def of(cls, teacher: nn.Module, generator: nn.Module, student: nn.Module) -> Sizes:
-        """Of networks on any device, the meta device too."""
-        blocks = [_count(block) for network in (generator, student) for block in distributed.blocks_of(network)]
-        counts = [_count(network) for network in (teacher, generator, student)]
-        products = sum(p.numel() for p in weights_of_products(teacher))
-        return cls(counts[0], counts[1], counts[2], max(blocks, default=max(counts)), products)
-
-
-def _count(network: nn.Module) -> int:
-    return sum(p.numel() for p in network.parameters())
-
-
-@dataclass(frozen=True)
-class Work:
-    """Floating-point operations of a forward pass of one sample through each network."""
-
-    teacher: float
-    generator: float
-    student: float
-
-    @classmethod
-    def of(cls, teacher: Denoiser, generator: nn.Module, student: Denoiser, classes: int = 0) -> Work:
-        """Of the matrix products, convolutions and attention that PyTorch knows of, from the shapes alone.
-
-        Args:
-            classes: whether the condition is a label.
-
-        Raises:
-            RuntimeError: a network that looks at values, which only a real pass would tell.
-        """
-        shape = tuple(teacher.sample_shape or ())
-        latent = getattr(generator, "latent_shape", None) or shape
-        cond = torch.zeros(1, dtype=torch.int64) if classes else None
-        x, z, t = torch.zeros(1, *shape), torch.zeros(1, *latent), torch.ones(1)
-        return cls(_operations(teacher, x, t, cond), _operations(generator, z, cond), _operations(student, x, t, cond))
-
-    def step(self, config: EMDConfig) -> float:
-        """Of one sample in a step. A backward pass counts as one forward pass to the input alone (the Langevin steps
-        in z), as two with the weights, as three where activations are computed again; attention, whose backward pass
-        needs more, counts as everything else."""
-        k = 1 if config.objective == "vsd" else config.langevin_steps
-        moves_z = config.objective != "vsd" and config.gamma_z != 0
-        learning = 4 if config.activation_checkpointing else 3
-        student = config.student_updates * (self.generator + learning * self.student)
-        scores = k * ((1 if config.guidance is None else 2) * self.teacher + self.student)
-        if config.sampling == "x_z":
-            generated = 2 * (k + 1) * self.generator
-        else:
-            generated = (2 * k if moves_z else 1) * self.generator
-        return student + scores + generated + learning * self.generator
-
-
-def _operations(network: nn.Module, *arguments: Tensor | None) -> float:
-    tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
-    # On the meta device shapes are all there is; a formula without parameters is cheap enough to compute.
-    device = "meta" if any(True for _ in network.parameters()) else "cpu"
-    moved = {name: tensor.detach().to(device) for name, tensor in tensors.items()}
-    given = tuple(None if argument is None else argument.to(device) for argument in arguments)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        torch.func.functional_call(network, moved, given)
-    return float(counter.get_total_flops())
+# Per parameter: two moments; in 8 bits, with a scale for each 256 values.
+_OPTIMIZER_BYTES = {"adamw": 8.0, "apex_adamw": 8.0, "adamw_8bit": 2.03}
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the hardware does at best, as its owner says; None where nobody said.
+    """Peak rates of the hardware as given by the user, None where not given.
 
     Args:
-        operations: floating-point operations a second of a device, in the compute dtype.
-        bytes: that a device receives over the network in a second.
+        operations: floating-point operations per second of a device, in the compute dtype.
+        bytes: bytes per second that a device receives over the network.
     """
 
     operations: float | None = None
@@ -121,12 +39,14 @@ UNKNOWN = Ceilings()
 
 @dataclass(frozen=True)
 class Footprint:
-    """One mode on so many devices.
+    """Requirements of one parallel mode.
 
     Args:
-        memory: bytes on each device, by what they are for; those of the fullest moment of a step.
-        traffic: bytes that each device receives in a step, by what they are for.
-        seconds: of a step at the ceilings, None where not known: what cannot be undercut, not what will be seen.
+        mode: "replicate", "fsdp" or "hybrid".
+        devices: number of devices.
+        memory: peak bytes on each device during a step, by purpose.
+        traffic: bytes that each device receives in a step, by purpose.
+        seconds: lower bounds on the time of a step from the peak rates, None where not known.
     """
 
     mode: str
@@ -152,14 +72,17 @@ def estimate(
     work: Work | None = None,
     ceilings: Ceilings = UNKNOWN,
 ) -> Footprint:
-    """What a mode needs.
+    """Estimates the requirements of one parallel mode.
 
     Args:
+        sizes: parameter counts of the networks.
+        config: the distillation.
         mode: "replicate", "fsdp" or "hybrid".
+        devices: number of devices.
         reduced: whether the networks compute in bfloat16.
-        shard_group: devices that hold one copy together under "hybrid".
-        activations: bytes of one sample in the M-step, where they are known.
-        work, ceilings: what the time of a step is told from.
+        shard_group: number of devices that share one copy of the weights under "hybrid".
+        activations: bytes of activations per sample in the M-step; 0 leaves them out.
+        work, ceilings: operations of the networks and peak rates, which the times follow from.
     """
     trained = sizes.generator + sizes.student
     updates = config.student_updates
@@ -170,9 +93,9 @@ def estimate(
     if mode == "replicate" or devices == 1:
         among = 1
         memory = {
-            "weights": 4.0 * (sizes.teacher + trained) - (4.0 - compute) * sizes.products,
+            "weights": 4.0 * (sizes.teacher + trained) - (4.0 - compute) * sizes.matmul_weights,
             "gradients": 4.0 * trained,
-            # One buffer of all gradients of a network, while they are summed.
+            # All gradients of a network are summed in one buffer.
             "gathered": 4.0 * max(sizes.generator, sizes.student) if devices > 1 else 0.0,
         }
         gathers = scatters = 0.0
@@ -182,7 +105,7 @@ def estimate(
         among = devices if mode == "fsdp" else shard_group or distributed.local_size()
         copies = devices // among
         pieces = -(-share // samples)
-        # Between micro-batches the whole gradient waits in float32 for the one reduction.
+        # With micro-batches the whole float32 gradient is kept until it is reduced once.
         waiting = max(sizes.generator, sizes.student) if pieces > 1 else sizes.largest_block
         memory = {
             "weights": (4.0 * trained + compute * sizes.teacher) / among,
@@ -216,7 +139,13 @@ def estimate(
 
 @dataclass(frozen=True)
 class Plan:
-    """The modes that there are on these devices, and the one that is taken."""
+    """Requirements of the selected mode and of the others that these devices allow.
+
+    Args:
+        chosen: the selected mode; reason: why it was selected.
+        others: the other modes.
+        activations_known: whether the memory of activations is included.
+    """
 
     chosen: Footprint
     others: tuple[Footprint, ...]
@@ -224,7 +153,7 @@ class Plan:
     activations_known: bool
 
     def table(self) -> str:
-        """For people: a column for each mode."""
+        """Formats the plan as text, with a column for each mode."""
         columns = (self.chosen, *self.others)
         largest = max(column.total for column in columns)
         unit, size = ("GiB", GIB) if largest >= GIB else ("MiB", 2**20)
@@ -250,10 +179,10 @@ class Plan:
         return name == "activations" and not self.activations_known
 
     def check(self, available: float) -> None:
-        """Whether it fits into so many bytes a device.
+        """Checks that the selected mode fits into `available` bytes per device.
 
         Raises:
-            ConfigError: it cannot, and which flag would help.
+            ConfigError: it does not fit; the message names the flag that helps.
         """
         if self.chosen.total <= available:
             return
@@ -280,10 +209,16 @@ def plan(
     work: Work | None = None,
     ceilings: Ceilings = UNKNOWN,
 ) -> Plan:
-    """What every mode needs on so many devices (those of the process group when 0), and which one is taken.
+    """Plans every parallel mode that the devices allow, and selects the configured one.
+
+    Args:
+        sizes, config, reduced, work, ceilings: as for `estimate`.
+        devices: number of devices; that of the process group when 0.
+        activations: bytes of activations per sample in the M-step, None if not known.
 
     Raises:
-        ConfigError: fewer samples than devices. GroupError: groups that do not make up the devices.
+        ConfigError: fewer samples than devices.
+        GroupError: shard groups that do not make up the devices.
     """
     devices = devices or distributed.world_size()
     if config.batch_size < devices:
@@ -313,7 +248,7 @@ def plan(
 
 
 def available(device: torch.device | str = "cpu") -> float:
-    """Bytes of memory that one rank may count on: its GPU's, or its share of the host's."""
+    """Bytes of memory for one rank: that of its GPU, or its share of the host's."""
     if torch.device(device).type == "cuda":
         return float(torch.cuda.get_device_properties(device).total_memory)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / distributed.local_size()

@@ -1,6 +1,7 @@
-"""One sample's E-step of a run, computed again on one process, however many the run had.
+"""Repeats the E-step of one sample of a run on one process, whatever number the run had.
 
-Noise belongs to the global index of a sample (docs/algorithm.md), so that nothing of the rest of the batch is needed.
+Noise depends on the global index of a sample (docs/algorithm.md), so the rest of the batch is not
+needed.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from emd_fast.config import ConfigError
 from emd_fast.em.e_step import EStep, LangevinStep
 from emd_fast.io.files import write_text, write_whole
 from emd_fast.reporting import report
-from emd_fast.run import distill as run
+from emd_fast.run.distill import open_run
+from emd_fast.run.folder import settings_of
 from emd_fast.train.trainer import EMDTrainer
 
 _COLUMNS = ("drift", "z", "eps", "delta", "g(z)")
@@ -24,14 +26,15 @@ _COLUMNS = ("drift", "z", "eps", "delta", "g(z)")
 
 @dataclass(frozen=True)
 class Replay:
-    """What was found.
+    """The repeated E-step of one sample.
 
     Args:
-        step, sample: which one it is.
-        weights: where its weights come from, in words.
-        rows: the RMS of drift, z and eps after each Langevin step, and of delta and g(z) that the step started from.
+        step, sample: index of the step and of the sample.
+        weights: where the weights come from, in words.
+        rows: for each Langevin step, the RMS of drift, z and eps after it, and of delta and g(z)
+            before it.
         before, after: (1, ...) the generator's samples g(z_0) and g(z_K).
-        found: the E-step, of a batch of one.
+        found: result of the E-step, a batch of one.
     """
 
     step: int
@@ -43,7 +46,7 @@ class Replay:
     found: EStep
 
     def table(self) -> str:
-        """For people: a row for each Langevin step."""
+        """Formats the result as text, with a row for each Langevin step."""
         found = self.found
         facts = [f"{name} {getattr(found, name).item():.6g}" for name in ("t", "alpha", "sigma")]
         cond = pytree.tree_map(lambda leaf: leaf[0].tolist() if isinstance(leaf, Tensor) else leaf, found.cond)
@@ -58,8 +61,10 @@ class Replay:
         return "\n".join(lines)
 
     def write(self, folder: Path) -> list[Path]:
-        """The table, before and after as tensors, and as a picture where they are one: images of one or three channels
-        without NaN, or points."""
+        """Writes the table, and `before` and `after` as tensors. Returns the paths.
+
+        Points in the plane, and images of one or three channels that are finite, are drawn as well.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         samples = {"before": self.before.cpu(), "after": self.after.cpu()}
         paths = [folder / "replay.txt", folder / "samples.pt"]
@@ -76,27 +81,31 @@ class Replay:
 
 
 def replay(folder: Path, step: int, sample: int, *, catch_up: bool = False) -> Replay:
-    """The E-step that one sample of a run has at a step.
+    """Repeats the E-step of one sample of a run.
 
-    Noise, time and condition are those of the run, bit for bit. The weights are those of the last checkpoint at or
-    before the step: those that step `step` starts from where there is a checkpoint of it. In the run, the student's
-    updates of the step come between; `catch_up` makes them too.
+    Noise, time and condition are those of the run, bit for bit. The weights are those of the last
+    checkpoint at or before the step. In the run, the fake score is updated between the checkpoint
+    and the E-step, even if the checkpoint is that of `step` itself; `catch_up` repeats these
+    updates.
 
     Args:
-        step: counted from 0, as the noise counts: the step that a checkpoint of `step` steps makes next.
-        sample: its index in the batch of all devices.
-        catch_up: first repeat what the run did since the checkpoint, on the whole batch, the student's updates of the
-            step included. The weights are then those that the run had, to the rounding of its sums over devices.
+        folder: the run folder.
+        step: counted from 0; a checkpoint of `step` steps makes this step next.
+        sample: index in the batch of all devices.
+        catch_up: first repeats what the run did since the checkpoint, on the whole batch,
+            including the fake-score updates of the step. The weights then equal those of the run
+            up to the rounding of its sums over devices.
 
     Raises:
-        ConfigError: a step or a sample that the run does not have. RunError: no run there, or no checkpoint at or
-        before the step. CheckpointError: none of them can be read.
+        ConfigError: the run does not have this step or sample.
+        RunError: the folder holds no run, or no checkpoint at or before the step.
+        CheckpointError: no such checkpoint can be read.
     """
-    settings = run.settings_of(folder)
+    settings = settings_of(folder)
     for name, value, end in (("sample", sample, settings.emd.batch_size), ("step", step, 2**32)):
         if not 0 <= value < end:
             raise ConfigError(f"{name} must be in [0, {end}) in {folder}, got {value}")
-    _, _, trainer = run.open_run(folder, up_to=step, trains=True)
+    _, _, trainer = open_run(folder, up_to=step, trains=True)
     weights = f"the checkpoint of step {trainer.steps_done}"
     if catch_up:
         weights += f", and all that the run did from there to the E-step of step {step}"
@@ -106,7 +115,7 @@ def replay(folder: Path, step: int, sample: int, *, catch_up: bool = False) -> R
     elif trainer.steps_done < step:
         weights += f", {step - trainer.steps_done} steps earlier"
     else:
-        weights += ", before the student's updates of the step"
+        weights += ", before the fake-score updates of the step"
     rows: list[dict[str, float]] = []
     before: list[Tensor] = []
 

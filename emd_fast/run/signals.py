@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM in a run: noted while it trains, its end elsewhere."""
+"""SIGINT and SIGTERM in a run: training records them and saves; elsewhere they end the run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from emd_fast.reporting.progress import say
 
 
 class Interrupted(BaseException):
-    """SIGINT or SIGTERM, at a moment where everything worth keeping is kept."""
+    """SIGINT or SIGTERM ended the run, after everything worth keeping was saved."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -21,8 +21,11 @@ class Interrupted(BaseException):
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[Callable[[], int]]:
-    """Inside, SIGINT and SIGTERM are only noted: what is handed out gives the number of the first, or 0. Leaving raises
-    Interrupted if there was one."""
+    """Context manager: SIGINT and SIGTERM are only recorded inside the block.
+
+    Yields a function that returns the number of the first signal, or 0. Leaving the block raises
+    Interrupted if there was a signal.
+    """
     caught: list[int] = []
     with _handled_by(lambda number, _: caught.append(number)):
         yield lambda: caught[0] if caught else 0
@@ -32,8 +35,11 @@ def stop_on_signals() -> Iterator[Callable[[], int]]:
 
 @contextlib.contextmanager
 def end_on_signals() -> Iterator[None]:
-    """Inside, but where `stop_on_signals` is, the first SIGINT or SIGTERM raises Interrupted where it arrives, and is
-    spoken of; others are ignored, since that one is on its way out."""
+    """Context manager: the first SIGINT or SIGTERM prints a message and raises Interrupted.
+
+    Further signals are ignored, since the run is already ending. A `stop_on_signals` inside the
+    block takes precedence.
+    """
     caught: list[int] = []
 
     def end(number: int, _: Any) -> None:
@@ -52,7 +58,7 @@ def end_on_signals() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _handled_by(handler: Callable[[int, Any], object]) -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():  # Python delivers signals to the main thread alone
+    if threading.current_thread() is not threading.main_thread():  # only the main thread can set handlers
         yield
         return
     previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -1,6 +1,7 @@
-"""The studies: what K and noise cancellation do, over several seeds, at equal cost where that is the question.
+"""Studies of the Langevin step count K and of noise cancellation over several seeds.
 
-Every variant is an ordinary run in a folder of its own, so that an interrupted study goes on where it stopped.
+Each variant and seed is an ordinary run in its own folder, so an interrupted study resumes where it
+stopped.
 """
 
 from __future__ import annotations
@@ -25,20 +26,24 @@ from emd_fast.tasks import task_of
 
 @dataclass(frozen=True)
 class Variant:
-    """One row of the table: its name and the configuration that all of its seeds share."""
+    """A row of the table: its name, and the configuration that its seeds share."""
 
     name: str
     settings: RunConfig
 
 
 def conduct(settings: RunConfig, folder: Path) -> Path:
-    """Runs every variant with every seed and writes study.json and study.md. Returns the path of the latter."""
+    """Runs each variant with each seed; writes study.json and study.md. Returns study.md's path.
+
+    Raises:
+        ConfigError: the task is "pretrained", which has no study.
+    """
     if settings.task == "pretrained":
-        raise ConfigError("a teacher from a file has no study: there is nothing to measure its generators by")
+        raise ConfigError("a teacher from a file has no study: its generators have no metric to be compared by")
     variants, seeds = (_digits(settings), 3) if settings.task == "digits" else (_mixture(settings), 5)
     folder.mkdir(parents=True, exist_ok=True)
     if settings.task == "digits":
-        # One teacher for all: the variants differ in the distillation alone.
+        # The variants share one teacher, since they compare distillations.
         task_of(settings).make_teacher(folder, None)
     results: dict[str, list[dict[str, Any]]] = {}
     for variant in variants:
@@ -73,7 +78,7 @@ def _digits(settings: RunConfig) -> list[Variant]:
 
 
 def _mixture(settings: RunConfig) -> list[Variant]:
-    """K = 1 is VSD: without a step in z. All spend the passes of the recipe's own run."""
+    """Variants that spend as many network passes as the recipe; K = 1 is VSD, without a z step."""
     budget = settings.emd.steps * passes(settings.emd)
     variants = []
     for start, mixture in {
@@ -89,7 +94,10 @@ def _mixture(settings: RunConfig) -> list[Variant]:
 
 
 def passes(config: EMDConfig) -> int:
-    """Network passes in one optimizer step: a forward pass is 1, a backward pass 1 to the input and 2 in full."""
+    """Counts the network passes of an optimizer step.
+
+    A forward pass counts 1, a backward pass to the input 1, and a full backward pass 2.
+    """
     student_step = 1 + 1 + 2
     langevin_step = 3 if config.objective == "vsd" else 4
     m_step = 1 + 2
@@ -98,7 +106,10 @@ def passes(config: EMDConfig) -> int:
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
-    """The student's numbers; the Fréchet distance relative to real data, the masses of its poorest and richest mode."""
+    """Metrics of the generator.
+
+    They include the Fréchet distance relative to real data, or the least and greatest mass of a mode.
+    """
     row = {
         key: value["student"]
         for key, value in metrics.items()
@@ -113,7 +124,7 @@ def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
 
 
 def _gradient_norm(folder: Path) -> dict[str, float]:
-    """The norm of the generator's gradient over the second half of the run: how noisy its steps are."""
+    """Median norm of the generator's gradient over the second half of the run: its noise level."""
     rows: Sequence[dict[str, Any]] = journal.read(folder / "log.jsonl")
     return {"gradient norm": statistics.median(row["generator_grad_norm"] for row in rows[len(rows) // 2 :])}
 
@@ -121,19 +132,20 @@ def _gradient_norm(folder: Path) -> dict[str, float]:
 def _question(settings: RunConfig, seeds: int) -> str:
     if settings.task == "digits":
         return (
-            f"What K and noise cancellation do on digits: {seeds} seeds each, one teacher, {settings.emd.steps} "
-            "optimizer steps for all, so that a larger K also spends more network evaluations. Differences within the "
-            "spread of the seeds say nothing."
+            f"Effect of K and of noise cancellation on digits: {seeds} seeds each, one teacher, "
+            f"{settings.emd.steps} optimizer steps for all, so a larger K also costs more network evaluations. "
+            "Differences within the spread of the seeds are not significant."
         )
     return (
-        f"Whether Langevin steps help to cover a mixture: {seeds} seeds each, exact teacher score. Each variant spends "
-        f"{settings.emd.steps * passes(settings.emd)} network passes, so a larger K makes fewer optimizer steps. Too "
-        "small: 12 hidden units in 2 layers. Collapsed: every sample starts near one mode."
+        f"Effect of Langevin steps on the coverage of a mixture: {seeds} seeds each, exact teacher score. Each "
+        f"variant spends {settings.emd.steps * passes(settings.emd)} network passes, so a larger K makes fewer "
+        "optimizer steps. Too small: the generator has 12 hidden units in 2 layers. Collapsed: every sample "
+        "starts near one mode."
     )
 
 
 def _table(results: dict[str, list[dict[str, Any]]]) -> str:
-    """Mean and standard deviation over the seeds, a row for each variant."""
+    """A table with a row for each variant: mean and standard deviation over the seeds."""
     keys = [key for key, value in next(iter(results.values()))[0].items() if not isinstance(value, list)]
     rows = [["variant", *keys]]
     for name, seeds in results.items():

@@ -1,4 +1,4 @@
-"""Activation checkpointing: the backward pass computes those of a block again, and few have to be kept."""
+"""Activation checkpointing by block: the backward pass recomputes activations, to save memory."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from emd_fast.distributed import blocks_of
 
 
 @contextlib.contextmanager
-def recomputed(network: nn.Module) -> Iterator[None]:
-    """Inside, a pass of the network with gradients keeps of each block (`distributed.blocks_of`) its inputs alone.
+def activation_checkpoint(network: nn.Module) -> Iterator[None]:
+    """Context manager: a pass with gradients keeps only each block's inputs (`distributed.blocks_of`).
 
-    Results and gradients are those without it, bit for bit; the price is one more forward pass. The forward is replaced
-    on the blocks themselves and for the time of the `with` block: classes, hooks, state dicts and copies stay as they
-    are, and FSDP2 does not see it.
+    Results and gradients are the same bit for bit, at the cost of one more forward pass. `forward`
+    is replaced on the block instances for the duration of the `with` block. Classes, hooks, state
+    dicts and copies are unaffected, and FSDP2 does not notice.
     """
-    mine = [(block, block.__dict__.get("forward"), block.forward) for block in blocks_of(network)]
-    for block, _, forward in mine:
+    replaced = [(block, block.__dict__.get("forward"), block.forward) for block in blocks_of(network)]
+    for block, _, forward in replaced:
         block.__dict__["forward"] = functools.partial(_checkpointed, forward)
     try:
         yield
     finally:
-        for block, own, _ in mine:
+        for block, own, _ in replaced:
             if own is None:
                 del block.__dict__["forward"]
             else:
@@ -36,13 +36,13 @@ def recomputed(network: nn.Module) -> Iterator[None]:
 
 
 def _checkpointed(forward: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
-    # On a GPU the backward pass runs in a thread of its own, which knows nothing of use_backend.
+    # On a GPU the backward pass runs in another thread, where use_backend does not apply.
     backend = backends.active()
     return checkpoint(
         forward,
         *arguments,
         use_reentrant=False,
-        preserve_rng_state=False,  # nothing in the three networks is random
+        preserve_rng_state=False,  # none of the three networks draws random numbers
         context_fn=lambda: (contextlib.nullcontext(), backends.use_backend(backend)),
         **keywords,
     )

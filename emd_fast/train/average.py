@@ -1,4 +1,4 @@
-"""The exponential moving average of a network's weights, and how its decay goes with the steps."""
+"""Exponential moving average of a network's weights, with a decay that depends on the step."""
 
 from __future__ import annotations
 
@@ -13,17 +13,22 @@ from emd_fast.config import EMDConfig
 from emd_fast.distributed import local
 
 Module = TypeVar("Module", bound=nn.Module)
-Profile = Callable[[int], float]  # the decay of step 0, 1, 2, ...
+Profile = Callable[[int], float]  # from the step (0, 1, 2, ...) to the decay
 
 
 def constant(decay: float) -> Profile:
-    """min(decay, (1 + step) / (10 + step)): warmed up, so that a short run is not held by its start."""
+    """min(decay, (1 + step) / (10 + step)).
+
+    The warm-up keeps the initial weights from dominating a short run.
+    """
     return lambda step: min(decay, (1 + step) / (10 + step))
 
 
 def power(gamma: float) -> Profile:
-    """(1 - 1 / t)^(gamma + 1) at t = step + 1: weights of the past fall as a power of time, so that the average spans
-    the same share of a run of any length, and starts as the weights themselves.
+    """(1 - 1 / t)^(gamma + 1) at t = step + 1.
+
+    The contribution of past weights falls as a power of time. The average therefore spans the same
+    fraction of a run of any length, and starts as the weights themselves.
 
     Source: Karras et al., arXiv 2312.02696, section 3.
     """
@@ -31,15 +36,17 @@ def power(gamma: float) -> Profile:
 
 
 def half_life(samples: float, batch_size: int) -> Profile:
-    """What is `samples` samples old counts half; early in a run, what is a twentieth of the run old.
+    """0.5^(batch_size / half-life), with a half-life of `samples` training samples.
 
-    Source: Karras et al., arXiv 2206.00364, whose training does so.
+    Early in a run the half-life is a twentieth of the samples so far, where that is less.
+
+    Source: Karras et al., arXiv 2206.00364.
     """
     return lambda step: 0.5 ** (batch_size / min(samples, 0.05 * batch_size * (step + 1)))
 
 
 def profile(config: EMDConfig) -> Profile:
-    """The configured one."""
+    """The decay profile that the configuration selects."""
     if config.ema_profile == "power":
         return power(config.ema_power)
     if config.ema_profile == "half_life":
@@ -48,12 +55,13 @@ def profile(config: EMDConfig) -> Profile:
 
 
 class EMA(Generic[Module]):
-    """A copy of `module` whose floating weights follow it: average = d average + (1 - d) weights.
+    """A copy of `module` that holds its average: average = d average + (1 - d) weights.
 
-    Where both are sharded (alike), each rank averages what it holds.
+    Integer buffers are copied. If both modules are sharded, they must be sharded alike, and each
+    rank averages its own shards.
 
     Args:
-        decay: by step, or the number of `constant`.
+        decay: a profile, or the number for `constant`.
     """
 
     def __init__(self, module: Module, decay: Profile | float) -> None:

@@ -1,8 +1,9 @@
-"""A frozen network that holds the weights of its products in the dtype of the products, and nowhere in float32.
+"""Casts a frozen network's matmul and convolution weights to bf16 once, not on every pass.
 
-Under autocast a product reads its float32 weights rounded. Weights that nobody trains and that only products read can
-be rounded once and for all: the results are the same bit for bit, in half the memory. Norms, embeddings and whatever
-else autocast leaves alone stay float32, as they are in a network that is trained.
+Under autocast, matmuls and convolutions cast their float32 weights to the compute dtype. Weights
+that are not trained and that only these layers read can be cast once: the results are the same bit
+for bit, and the weights take half the memory. Norms, embeddings and everything else that autocast
+leaves alone stay float32, as in a network that is trained.
 """
 
 from __future__ import annotations
@@ -20,17 +21,18 @@ from emd_fast.fusion.layers import Layer, Rounded
 from emd_fast.fusion.network import Conditioning, plain_layers
 from emd_fast.fusion.packed import Packed
 
-# Under some conditions they hand their layers' weights to a kernel of their own, which wants one dtype.
+# These modules may pass their layers' weights to a fused kernel, which requires one dtype.
 _READ_BY_OTHERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
-# Of what is prepared of a weight: rounding, and an order of its rows. Not that it is normalised first.
-_ROUNDING = (Rounded.prepare, Packed.prepare)
+# Layers with these methods only cast their weight and permute its rows. Layers that normalise it
+# first (EDM2) read it in float32.
+_CASTS = (Rounded.prepare, Packed.prepare)
 
 
-def weights_of_products(network: nn.Module) -> list[nn.Parameter]:
-    """The parameters that linear and convolution layers read as autocast rounds them, and nobody else reads.
+def matmul_weights(network: nn.Module) -> list[nn.Parameter]:
+    """Finds the parameters that only linear and convolution layers read, which autocast would cast.
 
-    The first of all is not one of them: many networks take their dtype, and that of what they compute of time and
-    condition, from it.
+    The first parameter of the network is never included. Many networks take from it their dtype,
+    and the dtype in which they compute the embeddings of time and condition.
     """
     names = {id(layer): kind.rounds for layer, kind in _layers(network)}
     mine: dict[int, nn.Parameter] = {}
@@ -47,12 +49,12 @@ def weights_of_products(network: nn.Module) -> list[nn.Parameter]:
 
 
 def _layers(network: nn.Module) -> Iterator[tuple[Any, type[Rounded]]]:
-    """What rounds its weights and does nothing else with them, be it fused or not."""
+    """Layers, fused or not, that cast their weights and do nothing else with them."""
     fused: Any = ((module, kind_of(module)) for module in network.modules())
     for layer, kind in (*plain_layers(network), *fused):
         if kind is Conditioning and type(layer)._emd_fast_base.forward is nn.Linear.forward:
             kind = Layer
-        if kind is not None and issubclass(kind, Rounded) and kind.prepare in _ROUNDING:
+        if kind is not None and issubclass(kind, Rounded) and kind.prepare in _CASTS:
             yield layer, kind
 
 
@@ -60,33 +62,34 @@ def _floating(network: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in network.parameters() if parameter.is_floating_point()]
 
 
-def rounded(denoiser: Denoiser, dtype: torch.dtype) -> Denoiser:
-    """A frozen copy, in eval mode, whose `weights_of_products` are of this dtype.
+def cast_weights(denoiser: Denoiser, dtype: torch.dtype) -> Denoiser:
+    """Returns a frozen copy in eval mode whose `matmul_weights` have this dtype.
 
-    It shares the memory of everything else with the original, which stays as it is: what was rounded is freed with the
-    original. Called outside of autocast it opens that of this dtype. A denoiser without such weights is returned
-    itself.
+    The original stays unchanged. The copy shares the memory of all other tensors with it, so that
+    the float32 weights are freed once the caller drops the original. Called outside autocast, the
+    copy enables autocast to `dtype` itself. A denoiser without such weights is returned as it is.
 
     Args:
-        denoiser: bare or wrapped by torch.compile; on any device, the meta device too.
+        denoiser: bare or wrapped by torch.compile; on any device, including meta.
+        dtype: compute dtype of the matmuls and convolutions.
     """
-    products = {id(parameter) for parameter in weights_of_products(denoiser)}
-    if not products:
+    cast = {id(parameter) for parameter in matmul_weights(denoiser)}
+    if not cast:
         return denoiser
-    # What deepcopy finds in its memo it takes for copied.
+    # deepcopy does not copy what its memo already holds.
     memo: dict[int, Tensor] = {id(buffer): buffer for buffer in denoiser.buffers()}
     for parameter in denoiser.parameters():
-        to = dtype if id(parameter) in products else _at_least_float32(parameter)
+        to = dtype if id(parameter) in cast else _at_least_float32(parameter)
         memo[id(parameter)] = nn.Parameter(parameter.detach().to(to), requires_grad=False)
     copied = copy.deepcopy(denoiser, memo)
-    base(copied).rounded_to = dtype
+    base(copied).weights_dtype = dtype
     return copied.eval()
 
 
 def trainable(denoiser: Denoiser) -> Denoiser:
-    """A copy with float32 weights to start a training from, whatever those of the original are."""
+    """Returns a copy with (at least) float32 weights, to start training from."""
     copied = copy.deepcopy(denoiser)
-    base(copied).rounded_to = None
+    base(copied).weights_dtype = None
     for parameter in copied.parameters():
         if parameter.dtype != (wide := _at_least_float32(parameter)):
             parameter.data = parameter.detach().to(wide)

@@ -1,7 +1,7 @@
-"""What a step says about the health of a distillation: samples, chains, and the generator's gradient signal.
+"""Diagnostics of a training step: samples, Langevin chains, and the generator's gradient signal.
 
-Everything is computed on the device from what the step left, over the batch of all ranks; docs/logging.md says how to
-read it. Nothing here is part of the training.
+Everything is computed on the device, from what the step left behind, over the batch of all ranks.
+Nothing here affects training. docs/logging.md explains how to read the values.
 """
 
 from __future__ import annotations
@@ -21,84 +21,88 @@ from emd_fast.diffusion.schedules import Schedule
 from emd_fast.em.e_step import EStep
 
 BINS = 8
-"""Bins of log-SNR, equally wide."""
+"""Number of log-SNR bins of equal width."""
 _BIN = "drift_rms_bin"
 SIGNALS = ("drift", "eps")
-"""What the M-step regresses on, with and without noise cancellation."""
+"""Targets of the M-step's regression, with and without noise cancellation."""
 
 
 @dataclass(frozen=True)
-class Seen:
-    """B samples of this rank, as the M-step had them.
+class StepRecord:
+    """B samples of this rank, as the M-step used them.
 
     Args:
-        sampled: what the E-step returned.
-        first: the first of them in the batch of all ranks.
-        generated: (B, ...) g(z_K), without a gradient.
-        weight: (B,) float32, that of the loss.
+        posterior: result of the E-step.
+        first_sample: index of the first sample in the batch of all ranks.
+        generated: (B, ...) g(z_K), detached.
+        weight: (B,) float32, the loss weight.
     """
 
-    sampled: EStep
-    first: int
+    posterior: EStep
+    first_sample: int
     generated: Tensor
     weight: Tensor
 
 
 @torch.no_grad()
 def diagnose(
-    seen: Sequence[Seen],
+    records: Sequence[StepRecord],
     starts: Iterable[tuple[Tensor, Tensor]],
     *,
     batch: int,
     schedule: Schedule,
     times: TimeDistribution,
 ) -> dict[str, Tensor]:
-    """Device scalars, float32, the same on every rank; all ranks call it. The host waits for no device.
+    """Computes the diagnostics of one step. All ranks call it. The host does not wait.
 
     Args:
-        seen: this rank's samples of one step.
-        starts: (z_0, eps_0) for each of `seen`.
-        batch: the samples of all ranks.
-        schedule: of the networks; times: how t was drawn: the bins divide its range of log-SNR.
+        records: this rank's samples of one step.
+        starts: (z_0, eps_0) for each record.
+        batch: number of samples on all ranks.
+        schedule: noise schedule of the networks.
+        times: the distribution that t was drawn from; the bins divide its log-SNR range.
 
     Returns:
-        sample_mean, sample_std: of all elements of g(z_K).
+        Device scalars, float32, the same on every rank:
+
+        sample_mean, sample_std: over all elements of g(z_K).
         z_moved_rms, eps_moved_rms: RMS of z_K - z_0 and of eps_K - eps_0.
-        signal_var_drift, signal_var_eps: variance over the batch, averaged over the elements of a sample, of
-            weight (alpha / sigma) drift, which is -n times the gradient of a sample's loss to its n elements, and of
-            the same with eps_K in place of drift.
-        drift_rms_bin0 .. : RMS of drift by log-SNR, from the lowest (most noise) to the highest; NaN for a bin without
-            a sample.
+        signal_var_drift: variance over the batch of weight (alpha / sigma) drift, averaged over
+            the n elements of a sample. That quantity is -n times the gradient of a sample's loss
+            with respect to its elements.
+        signal_var_eps: the same with eps_K in place of drift.
+        drift_rms_bin0 .. : RMS of drift by log-SNR, from the lowest (most noise) to the highest;
+            NaN for a bin without a sample.
     """
     bins = log_snr_bins(schedule, times)
     moved, by_bin = [], []
-    for piece, (z, eps) in zip(seen, starts, strict=True):
-        sampled, share = piece.sampled, len(piece.sampled.t) / batch
+    for record, (z, eps) in zip(records, starts, strict=True):
+        posterior, share = record.posterior, len(record.posterior.t) / batch
         moved.append(
             torch.stack(
                 [
-                    piece.generated.float().mean() * share,
-                    (sampled.z - z).square().mean() * share,
-                    (sampled.eps - eps).square().mean() * share,
+                    record.generated.float().mean() * share,
+                    (posterior.z - z).square().mean() * share,
+                    (posterior.eps - eps).square().mean() * share,
                 ]
             )
         )
-        by_bin.append(_by_bin(sampled, schedule, bins))
+        by_bin.append(_by_bin(posterior, schedule, bins))
     means, binned = _over_ranks(sum(moved[1:], moved[0]), sum(by_bin[1:], by_bin[0]))
 
-    # The mean first, then the squares around it: E[x^2] - E[x]^2 would subtract two large numbers.
-    centres = _over_ranks(*(_sum(_signal(piece, which) for piece in seen) / batch for which in SIGNALS))
+    # The variance takes two passes: E[x^2] - E[x]^2 would subtract two large numbers.
+    centres = _over_ranks(*(_sum(_signal(record, which) for record in records) / batch for which in SIGNALS))
     squares = [
         torch.stack(
             [
-                _square(piece.generated.float() - means[0]) / batch,
+                _square(record.generated.float() - means[0]) / batch,
                 *(
-                    _square(_signal(piece, which) - centre) / batch
+                    _square(_signal(record, which) - centre) / batch
                     for which, centre in zip(SIGNALS, centres, strict=True)
                 ),
             ]
         )
-        for piece in seen
+        for record in records
     ]
     (variances,) = _over_ranks(sum(squares[1:], squares[0]))
     count, total = binned
@@ -114,13 +118,14 @@ def diagnose(
 
 
 def contrast(first: int, size: int, batch: int, device: torch.device) -> Tensor:
-    """(size,) what each sample from `first` on, of `batch` in all, weighs in a sum of gradients whose squared norm
-    estimates the variance of the gradient of the batch, without bias.
+    """(size,) weights of samples `first` and up, for an unbiased estimate of a variance.
 
-    The samples of even and of odd index are two halves whose mean gradients a and b differ by chance alone. Of n and m
-    samples, |a - b|^2 n m / (n + m) is on average what one sample's gradient varies by; the mean of the batch, by
-    1 / (n + m) of it. The index is that of the whole batch, so that the number is that of any split of it. NaN for a
-    batch of one.
+    The squared norm of the weighted sum of gradients estimates the variance of the gradient of a
+    batch of `batch` samples. Samples of even and of odd index form two halves, whose mean gradients
+    a and b differ by chance alone. With n and m samples in them, the mean of
+    |a - b|^2 n m / (n + m) is the variance of one sample's gradient; that of the batch mean is
+    1 / (n + m) of it. Indices count in the whole batch, so the estimate does not depend on how the
+    batch is split. The weights are NaN for a batch of one.
     """
     even, odd = (batch + 1) // 2, batch // 2
     if not odd:
@@ -130,32 +135,32 @@ def contrast(first: int, size: int, batch: int, device: torch.device) -> Tensor:
 
 
 def is_bin(name: str) -> bool:
-    """Whether a value is one of a bin of log-SNR, NaN where no sample fell into it."""
+    """Whether a diagnostic of this name belongs to a log-SNR bin, which is NaN without samples."""
     return name.startswith(_BIN)
 
 
 def log_snr_bins(schedule: Schedule, times: TimeDistribution) -> tuple[float, float]:
-    """(low, width) of the BINS bins: the range in which t is drawn, as far as the schedule goes."""
+    """(low, width) of the BINS bins over the log-SNR range of t, cut to the schedule's."""
     ends = torch.tensor([schedule.t_max, schedule.t_min], dtype=torch.float32)
     least, most = schedule.log_snr(ends).tolist()
     low, high = max(least, -2 * math.log(times.high)), min(most, -2 * math.log(times.low))
     return low, (high - low) / BINS
 
 
-def _by_bin(sampled: EStep, schedule: Schedule, bins: tuple[float, float]) -> Tensor:
-    """(2, BINS): samples in each bin, and the sum of their mean squares of drift."""
+def _by_bin(posterior: EStep, schedule: Schedule, bins: tuple[float, float]) -> Tensor:
+    """(2, BINS): the number of samples in each bin, and the sum of their mean squares of drift."""
     low, width = bins
-    index = ((schedule.log_snr(sampled.t) - low) / width).floor().clamp(0, BINS - 1)
+    index = ((schedule.log_snr(posterior.t) - low) / width).floor().clamp(0, BINS - 1)
     inside = index[:, None] == torch.arange(BINS, device=index.device)
-    squares = sampled.drift.square().flatten(1).mean(1)
-    # where, and not a product: a sample that is not finite belongs to its own bin alone.
+    squares = posterior.drift.square().flatten(1).mean(1)
+    # A multiplication in place of `where` would spread a sample that is not finite to every bin.
     return torch.stack([inside.float().sum(0), torch.where(inside, squares[:, None], 0.0).sum(0)])
 
 
-def _signal(piece: Seen, which: str) -> Tensor:
-    sampled = piece.sampled
-    value: Tensor = getattr(sampled, which)
-    return column(piece.weight * sampled.alpha / sampled.sigma, value) * value
+def _signal(record: StepRecord, which: str) -> Tensor:
+    posterior = record.posterior
+    value: Tensor = getattr(posterior, which)
+    return column(record.weight * posterior.alpha / posterior.sigma, value) * value
 
 
 def _sum(values: Iterable[Tensor]) -> Tensor:
@@ -164,12 +169,12 @@ def _sum(values: Iterable[Tensor]) -> Tensor:
 
 
 def _square(x: Tensor) -> Tensor:
-    """The sum over the samples of the mean square of each."""
+    """Sum over the samples of the mean square of each."""
     return x.square().mean() * len(x)
 
 
 def _over_ranks(*parts: Tensor) -> list[Tensor]:
-    """Each part summed over the ranks, in one all-reduce."""
+    """Sums each part over the ranks in one all-reduce."""
     if distributed.world_size() == 1:
         return list(parts)
     flat = torch.cat([part.reshape(-1) for part in parts])

@@ -1,4 +1,4 @@
-"""Which weights a network has, in one line of text."""
+"""Fingerprint of a network's weights: a SHA-256 hash in hexadecimal."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from torch import Tensor, nn
 
 
 def fingerprint(network: nn.Module) -> str:
-    """The SHA-256 of the names, shapes, dtypes and bytes of a network's parameters and buffers (its state_dict), in
-    hexadecimal: the same on every device, and whether or not the network was fused or wrapped by torch.compile.
+    """SHA-256 of a network's state_dict, in hexadecimal: names, shapes, dtypes and bytes.
+
+    The hash is the same on every device, and the same for a network that was fused or wrapped by
+    torch.compile.
 
     Args:
-        network: not sharded. Tensors on the meta device count by name, shape and dtype.
+        network: not sharded. Of tensors on the meta device only name, shape and dtype are hashed.
     """
     state = {name.replace("_orig_mod.", ""): tensor for name, tensor in network.state_dict().items()}
     whole = hashlib.sha256()
-    with ThreadPoolExecutor() as threads:  # hashlib lets other threads work meanwhile
+    with ThreadPoolExecutor() as threads:  # hashlib releases the GIL
         for name, digest in zip(sorted(state), threads.map(_digest, map(state.get, sorted(state))), strict=True):
             whole.update(f"{name} {tuple(state[name].shape)} {state[name].dtype} {digest}\n".encode())
     return whole.hexdigest()

@@ -1,4 +1,4 @@
-"""When training must not go on: what the metrics of a step say of it, and what helps."""
+"""Detects diverged training from the metrics of a step, and says what helps."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from emd_fast.config import EMDConfig
 
 
 class Diverged(RuntimeError):
-    """Training that must not go on: one line that says what was seen and what helps. All ranks raise it alike, and the
-    main one alone has to say it."""
+    """Training diverged. The message is one line with what was observed and what helps.
+
+    All ranks raise it together; only the main rank needs to print it.
+    """
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
@@ -21,17 +23,21 @@ class Diverged(RuntimeError):
 def check_health(
     metrics: dict[str, float], config: EMDConfig, culprit: Callable[[], str | None] = lambda: None
 ) -> None:
-    """Looks at one step's metrics, as numbers; `culprit` says which tensor's gradient was not finite.
+    """Checks one step's metrics.
+
+    Args:
+        metrics: at least "skipped", "z_rms" and "drift_rms", as Python numbers.
+        culprit: names the tensor whose gradient was not finite last, or returns None.
 
     Raises:
-        Diverged: the run must stop, and why.
+        Diverged: the run must stop.
     """
     if metrics["skipped"] > config.max_skipped:
         named = culprit()
         raise Diverged(
             f"{metrics['skipped']:.0f} gradients were not finite{f', last that of {named}' if named else ''} "
             f"(max_skipped = {config.max_skipped}); "
-            "the weights are those before them. Try smaller learning rates, or a smaller gamma_z"
+            "their updates were skipped. Try smaller learning rates, or a smaller gamma_z"
         )
     if not metrics["z_rms"] <= config.max_z_rms:  # also true for a NaN
         raise Diverged(
@@ -39,4 +45,4 @@ def check_health(
             "diverges. Use a smaller gamma_z, or pairs [sigma, value] that make it small where sigma is small"
         )
     if not math.isfinite(metrics["drift_rms"]):
-        raise Diverged("drift is not finite: the teacher or the student returned values that are not finite")
+        raise Diverged("drift is not finite: the teacher or the fake score returned values that are not finite")

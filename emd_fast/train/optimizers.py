@@ -1,4 +1,4 @@
-"""The optimizers by name, and the learning rate of a step."""
+"""AdamW variants, their state in checkpoints, and the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from emd_fast.config import ConfigError, EMDConfig
 
 
 def make(config: EMDConfig, parameters: Sequence[nn.Parameter], lr: float) -> torch.optim.Optimizer:
-    """AdamW of the configured kind: torch's fused one, NVIDIA apex's, or torchao's with 8-bit state.
+    """Creates the configured AdamW: torch's fused one, NVIDIA apex's, or torchao's 8-bit one.
 
     Raises:
-        ConfigError: one that is not installed here.
+        ConfigError: the optimizer is not installed.
     """
     options: dict[str, Any] = {"lr": lr, "betas": config.betas, "weight_decay": config.weight_decay}
     if config.optimizer == "adamw":
         return torch.optim.AdamW(parameters, fused=True, **options)
     if config.optimizer == "apex_adamw":
         try:
-            # By what it has: the package called apex on PyPI is another thing.
+            # Recognised by FusedAdam, since the PyPI package named apex is a different project.
             from apex.optimizers import FusedAdam
 
             return FusedAdam(parameters, adam_w_mode=True, **options)
         except (ImportError, AttributeError, RuntimeError) as error:
             raise ConfigError(
                 f"optimizer 'apex_adamw' needs NVIDIA's apex, built with its CUDA extensions ({error}); "
-                "'adamw' is there always"
+                "'adamw' is always available"
             ) from None
     try:
         from torchao.optim import AdamW8bit
@@ -40,14 +40,19 @@ def make(config: EMDConfig, parameters: Sequence[nn.Parameter], lr: float) -> to
 
 
 def plain(value: torch.Tensor) -> torch.Tensor:
-    """A tensor of an optimizer's state as a checkpoint has it: moments of 8 bits as the numbers that they stand for,
-    which any number of ranks can read."""
+    """Converts a tensor of optimizer state for a checkpoint: dequantizes 8-bit moments.
+
+    Any number of ranks can then read it.
+    """
     found: torch.Tensor = value.dequantize() if hasattr(value, "codes") else value
     return found
 
 
 def as_kept(optimizer: Any, parameter: torch.Tensor, key: str, value: torch.Tensor) -> torch.Tensor:
-    """What `plain` made of a state, as the optimizer keeps it; the same bits, since it rounds what it has rounded."""
+    """Converts what `plain` returned back to the optimizer's format.
+
+    Quantizing a dequantized value gives the same bits again.
+    """
     if not hasattr(optimizer, "_new_buffer") or value.shape != parameter.shape:
         return value
     kept: torch.Tensor = optimizer._new_buffer(parameter, key == "exp_avg")
@@ -55,20 +60,23 @@ def as_kept(optimizer: Any, parameter: torch.Tensor, key: str, value: torch.Tens
 
 
 def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether it leaves out a step by itself where its `found_inf` tensor says so, as GradScaler makes it."""
+    """Whether the optimizer skips an update by itself when its `found_inf` tensor is set.
+
+    GradScaler uses the same mechanism.
+    """
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
 def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
-        if isinstance(group["lr"], torch.Tensor):  # torchao's are compiled with it, and keep it
+        if isinstance(group["lr"], torch.Tensor):  # torchao compiles its step with this tensor
             group["lr"].fill_(lr)
         else:
             group["lr"] = lr
 
 
 def rate_scale(config: EMDConfig, step: int) -> float:
-    """What the learning rates are multiplied by at `step`: linear warm-up, then the schedule down to lr_end."""
+    """Factor of the learning rates at `step`: linear warm-up, then the schedule down to lr_end."""
     if step < config.lr_warmup:
         return (step + 1) / config.lr_warmup
     if config.lr_schedule == "constant":

@@ -1,4 +1,4 @@
-"""How fast a run is: time by the parts of a step, floating-point operations, memory. Nobody waits for the device."""
+"""Speed of a run: time by part of a step, floating-point operations, peak memory."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from emd_fast.ops import flops
 T = TypeVar("T")
 
 
-class Laps:
-    """A stopwatch for what `device` does: on a GPU by events in its stream, elsewhere by the host's clock.
+class StepTimer:
+    """Times the parts of a step: by CUDA events on a GPU, by the host's clock elsewhere.
 
-        laps.start(); ...; laps.end("student"); ...; laps.end("e_step")
-        laps.seconds()                                  # of the laps since the last start
+        timer.start(); ...; timer.end("student"); ...; timer.end("e_step")
+        timer.seconds()                                 # of the parts since the last start
 
-    The events are made once and recorded again; only `seconds` waits for them.
+    The events are created once and recorded again in every step. Only `seconds` waits for them.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -34,15 +34,16 @@ class Laps:
         self._ended = []
         self._mark("")
 
-    def end(self, lap: str) -> None:
-        """The lap so named is over, and the next begins."""
-        self._ended.append(lap)
-        self._mark(lap)
+    def end(self, part: str) -> None:
+        """Ends the part of this name and begins the next."""
+        self._ended.append(part)
+        self._mark(part)
 
     def seconds(self) -> dict[str, float]:
-        """Seconds by lap, in their order; on a GPU, waits until it has finished the last one."""
+        """Seconds by part, in order. On a GPU, waits until the last part is finished."""
         marks = [self._marks[name] for name in ("", *self._ended)] if self._ended else []
-        return {lap: _between(first, last) for lap, first, last in zip(self._ended, marks[:-1], marks[1:], strict=True)}
+        spans = zip(self._ended, marks[:-1], marks[1:], strict=True)
+        return {part: _between(first, last) for part, first, last in spans}
 
     def _read(self, name: str) -> None:
         self._marks[name] = time.perf_counter()
@@ -61,23 +62,31 @@ def _between(first: Any, last: Any) -> float:
 
 
 def shares(seconds: dict[str, float]) -> dict[str, float]:
-    """The part of each lap in the sum of all, as `<lap>_share`; nothing where no time was taken."""
+    """Each part's fraction of the total, as `<part>_share`; empty where no time was measured."""
     total = sum(seconds.values())
-    return {f"{lap}_share": value / total for lap, value in seconds.items()} if total > 0 else {}
+    return {f"{part}_share": value / total for part, value in seconds.items()} if total > 0 else {}
 
 
 def counted(call: Callable[[], T]) -> tuple[T, float]:
-    """What `call` returns, and its floating-point operations on this device: those of matrix products, convolutions
-    and attention, a multiplication and an addition counted as two. Others are not counted, nor is what a CUDA graph
-    replays."""
+    """Runs `call` and counts its floating-point operations on this device.
+
+    Matmuls, convolutions and attention are counted, with a multiply-add as two operations. Other
+    operations are not counted, and neither are those that a CUDA graph replays.
+
+    Returns:
+        What `call` returned, and the number of operations.
+    """
     with _Counter() as counter:
         result = call()
     return result, counter.total
 
 
 class _Counter(TorchDispatchMode):
-    """PyTorch's formulas without its FlopCounterMode, whose hooks on modules do not bear autograd.grad to a leaf, as
-    the E-step takes it."""
+    """Applies PyTorch's FLOP formulas.
+
+    FlopCounterMode itself cannot be used: its module hooks fail under autograd.grad to a leaf,
+    which is how the E-step computes z_grad.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,8 +106,8 @@ class _Counter(TorchDispatchMode):
 
 
 def peak_memory(device: torch.device) -> float:
-    """Bytes: the most that PyTorch has held of this GPU, or that this process has held of the host's memory."""
+    """Peak memory in bytes: PyTorch's allocations on a GPU, else this process's resident set."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
-    # In KiB, except on macOS.
+    # ru_maxrss is in KiB, and in bytes on macOS.
     return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * (1 if sys.platform == "darwin" else 1024)

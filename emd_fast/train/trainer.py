@@ -28,13 +28,13 @@ from emd_fast.em.m_step import WEIGHTINGS, m_step
 from emd_fast.noise import Noise, Stream
 from emd_fast.train import average as ema
 from emd_fast.train import checkpoint, conditions, diagnostics, networks, optimizers
-from emd_fast.train.activation_checkpoint import recomputed
+from emd_fast.train.activation_checkpoint import activation_checkpoint
 from emd_fast.train.batches import Draws
-from emd_fast.train.cast_weights import rounded
-from emd_fast.train.diagnostics import Seen
+from emd_fast.train.cast_weights import cast_weights
+from emd_fast.train.diagnostics import StepRecord
 from emd_fast.train.fingerprint import fingerprint
 from emd_fast.train.state import State, check_config, check_teacher, config_of
-from emd_fast.train.throughput import Laps
+from emd_fast.train.throughput import StepTimer
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class EMDTrainer:
         mode, reason = distributed.resolve(config.parallel, sum(p.numel() for p in self.generator.parameters()))
         self.parallel = f"{mode}: {reason}"
         rounds = mode == "replicate" and self.compute_dtype != torch.float32
-        self.teacher = rounded(teacher, self.compute_dtype) if rounds else teacher
+        self.teacher = cast_weights(teacher, self.compute_dtype) if rounds else teacher
         for network, trains in ((self.teacher, False), (self.generator, True), (self.student, True)):
             network.eval().requires_grad_(trains)  # eval: no dropout, no batch statistics, in any of the three
         self.sample_shape = networks.sample_shape(generator, teacher)
@@ -134,8 +134,8 @@ class EMDTrainer:
         )
         self.skipped = torch.zeros((), device=self.device)
         self.steps_done = 0
-        self._seen: list[Seen] = []
-        self.laps = Laps(self.device)  # of the last step: student, e_step, m_step
+        self._records: list[StepRecord] = []
+        self.timer = StepTimer(self.device)  # of the last step: student, e_step, m_step
         self._writer = checkpoint.Writer()
         self._state = State(
             {"generator": self.generator, "student": self.student, "ema": self.ema.module},
@@ -164,17 +164,17 @@ class EMDTrainer:
             student_grad_norm and skipped, the number of updates so far that were left out because their gradient was
             not finite.
         """
-        self._seen = []  # that of the step before: its memory is needed now
-        self.laps.start()
+        self._records = []  # that of the step before: its memory is needed now
+        self.timer.start()
         student = self.update_student(cond)
-        self.laps.end("student")
+        self.timer.end("student")
         with gathered(self.generator):
             sampled = self._e_steps(cond)
-            self.laps.end("e_step")
+            self.timer.end("e_step")
             generator_loss = self._generator_loss(sampled)
         generator_norm = self._update("generator")
         self.ema.update(self.generator, self.steps_done)
-        self.laps.end("m_step")
+        self.timer.end("m_step")
         self.steps_done += 1
         means = torch.stack(
             [
@@ -203,10 +203,10 @@ class EMDTrainer:
         Raises:
             RuntimeError: no step was made.
         """
-        seen = self._last_seen()
+        records = self._last_records()
         return diagnostics.diagnose(
-            seen,
-            (self.draws.e_step(one.first, len(one.sampled.t)) for one in seen),
+            records,
+            (self.draws.e_step(record.first_sample, len(record.posterior.t)) for record in records),
             batch=self.config.batch_size,
             schedule=self.schedule,
             times=self.config.time_distribution,
@@ -228,21 +228,21 @@ class EMDTrainer:
         shards, found = self.shards["generator"], {}
         for target in diagnostics.SIGNALS:
 
-            def loss_of(seen: Seen, cancels: bool = target == "drift") -> Tensor:
-                loss = m_step(self.generator, seen.sampled, seen.weight, noise_cancellation=cancels)
-                return loss * diagnostics.contrast(seen.first, len(loss), self.config.batch_size, loss.device)
+            def loss_of(record: StepRecord, cancels: bool = target == "drift") -> Tensor:
+                loss = m_step(self.generator, record.posterior, record.weight, noise_cancellation=cancels)
+                return loss * diagnostics.contrast(record.first_sample, len(loss), self.config.batch_size, loss.device)
 
             with gathered(self.generator):
-                self._accumulate("generator", self._last_seen(), loss_of)
+                self._accumulate("generator", self._last_records(), loss_of)
             shards.reduce_gradients()
             found[f"generator_grad_var_{target}"] = shards.gradient_norms().square().sum()
             shards.clear_gradients()
         return found
 
-    def _last_seen(self) -> list[Seen]:
-        if not self._seen:
+    def _last_records(self) -> list[StepRecord]:
+        if not self._records:
             raise RuntimeError("diagnostics are those of a step: call step() first")
-        return self._seen
+        return self._records
 
     def update_student(self, cond: Condition = None) -> list[tuple[Tensor, Tensor]]:
         """The first part of a step, alone: the student's updates, after its warm-up where this is the first step.
@@ -328,8 +328,8 @@ class EMDTrainer:
 
             def watched(z: Tensor, cond: Condition) -> Tensor:
                 generated = self.generator(z, cond)
-                before = sum(len(seen.sampled.t) for seen in self._seen)
-                self._seen.append(Seen(piece, first + before, generated.detach(), weight))
+                before = sum(len(record.posterior.t) for record in self._records)
+                self._records.append(StepRecord(piece, first + before, generated.detach(), weight))
                 return generated
 
             return m_step(watched, piece, weight, noise_cancellation=self.config.noise_cancellation)
@@ -365,10 +365,12 @@ class EMDTrainer:
         total = torch.zeros((), device=self.device)
         for number, piece in enumerate(pieces, 1):
             distributed.sync_gradients(shards.network, number == len(pieces))
-            recomputes = (
-                recomputed(shards.network) if self.config.activation_checkpointing else contextlib.nullcontext()
+            checkpointing = (
+                activation_checkpoint(shards.network)
+                if self.config.activation_checkpointing
+                else contextlib.nullcontext()
             )
-            with self._compute_dtype(), recomputes:
+            with self._compute_dtype(), checkpointing:
                 loss = loss_of(piece).sum() / self.config.batch_size
             loss.backward()
             total = total + loss.detach()

@@ -1,0 +1,98 @@
+"""Parameter counts and floating-point operations of the three networks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from emd_fast import distributed
+from emd_fast.config import EMDConfig
+from emd_fast.diffusion.denoiser import Denoiser
+from emd_fast.train.cast_weights import matmul_weights
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Parameter counts of the three networks. An analytic teacher has 0 parameters.
+
+    Args:
+        teacher, generator, student: parameters of each network.
+        largest_block: parameters of the largest block of generator and fake score.
+        matmul_weights: parameters of the teacher that a bfloat16 run stores in bfloat16 where it
+            does not shard (`emd_fast.train.cast_weights`).
+    """
+
+    teacher: int
+    generator: int
+    student: int
+    largest_block: int
+    matmul_weights: int = 0
+
+    @classmethod
+    def of(cls, teacher: nn.Module, generator: nn.Module, student: nn.Module) -> Sizes:
+        """Counts the parameters of networks on any device, including meta."""
+        blocks = [_count(block) for network in (generator, student) for block in distributed.blocks_of(network)]
+        counts = [_count(network) for network in (teacher, generator, student)]
+        cast = sum(p.numel() for p in matmul_weights(teacher))
+        return cls(counts[0], counts[1], counts[2], max(blocks, default=max(counts)), cast)
+
+
+def _count(network: nn.Module) -> int:
+    return sum(p.numel() for p in network.parameters())
+
+
+@dataclass(frozen=True)
+class Work:
+    """Floating-point operations of a forward pass of each network for one sample."""
+
+    teacher: float
+    generator: float
+    student: float
+
+    @classmethod
+    def of(cls, teacher: Denoiser, generator: nn.Module, student: Denoiser, classes: int = 0) -> Work:
+        """Counts the matmuls, convolutions and attention that PyTorch knows, from shapes alone.
+
+        Args:
+            classes: number of classes; 0 if the condition is not a label.
+
+        Raises:
+            RuntimeError: a network depends on values, which only a real pass provides.
+        """
+        shape = tuple(teacher.sample_shape or ())
+        latent = getattr(generator, "latent_shape", None) or shape
+        cond = torch.zeros(1, dtype=torch.int64) if classes else None
+        x, z, t = torch.zeros(1, *shape), torch.zeros(1, *latent), torch.ones(1)
+        return cls(_operations(teacher, x, t, cond), _operations(generator, z, cond), _operations(student, x, t, cond))
+
+    def step(self, config: EMDConfig) -> float:
+        """Estimates the operations of a training step for one sample.
+
+        A backward pass counts as one forward pass if it goes to the input alone (the Langevin
+        steps in z), as two if it includes the weights, and as three if activations are recomputed.
+        The extra operations of attention's backward pass are ignored.
+        """
+        k = 1 if config.objective == "vsd" else config.langevin_steps
+        moves_z = config.objective != "vsd" and config.gamma_z != 0
+        learning = 4 if config.activation_checkpointing else 3
+        student = config.student_updates * (self.generator + learning * self.student)
+        scores = k * ((1 if config.guidance is None else 2) * self.teacher + self.student)
+        if config.sampling == "x_z":
+            generated = 2 * (k + 1) * self.generator
+        else:
+            generated = (2 * k if moves_z else 1) * self.generator
+        return student + scores + generated + learning * self.generator
+
+
+def _operations(network: nn.Module, *arguments: Tensor | None) -> float:
+    tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    # An analytic network without parameters may need values, and is cheap to compute.
+    device = "meta" if any(True for _ in network.parameters()) else "cpu"
+    moved = {name: tensor.detach().to(device) for name, tensor in tensors.items()}
+    given = tuple(None if argument is None else argument.to(device) for argument in arguments)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        torch.func.functional_call(network, moved, given)
+    return float(counter.get_total_flops())
