@@ -1,4 +1,4 @@
-"""A student judged while it trains, and the best of its checkpoints, kept besides the last few."""
+"""Periodic evaluation during training; keeps the best checkpoint by Fréchet distance."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from emd_fast.train.trainer import EMDTrainer
 
 
 class Best:
-    """The evaluations of a run, and `checkpoints/best` in its folder. All ranks make one, and make the same calls.
+    """Evaluates a run periodically, and keeps `checkpoints/best` in its folder.
 
-    Judging draws its samples from the stream of shown ones, and leaves the training as it was, bit for bit. The figure
-    that decides is "frechet", the lower the better; it is kept with the checkpoint, and with what it depends on, so
-    that a resumed run goes on comparing, and never with a figure of another kind.
+    All ranks construct one, and make the same calls. An evaluation draws its samples from noise
+    stream 9, and does not change the training by a bit. The checkpoint of the lowest "frechet" is
+    kept. The value is stored with it, together with what it depends on, so that a resumed run goes on
+    comparing, but never with a value from other files or samples.
     """
 
     def __init__(self, trainer: EMDTrainer, task: Task, settings: RunConfig, folder: Path) -> None:
@@ -42,7 +43,7 @@ class Best:
             say(f"the best checkpoint is left out, the next evaluation replaces it: {error}")
             return math.inf
         if notes["basis"] != self._basis:
-            say(f"{self.path} was judged by other files or samples: the next evaluation replaces it")
+            say(f"{self.path} was evaluated with other files or samples: the next evaluation replaces it")
             return math.inf
         return notes["figures"]["frechet"]
 
@@ -55,16 +56,16 @@ class Best:
             or self._trainer.steps_done == config.steps
         )
 
-    def judge(self) -> dict[str, float]:
-        """Judges the student as it is, and keeps it where it is better than all before. Returns a row for the log."""
+    def evaluate(self) -> dict[str, float]:
+        """Evaluates the generator, keeps it if it is the best so far, and returns a row for the log."""
         began = time.monotonic()
         try:
-            mine = self._task.judge(self._trainer)
+            mine = self._task.interim_metrics(self._trainer)
         except (BadReference, DetectorError):
             raise
         except ValueError as error:
             # Samples that are not finite, on all ranks alike: whether that ends the run is not decided here.
-            say(f"the student of step {self._trainer.steps_done} cannot be judged: {error}")
+            say(f"the generator of step {self._trainer.steps_done} cannot be evaluated: {error}")
             mine = {"frechet": math.nan}
         figures = distributed.on_main(lambda: mine)  # one decision for all ranks
         if figures["frechet"] < self.frechet:

@@ -98,17 +98,17 @@ def passes(config: EMDConfig) -> int:
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
-    """The student's numbers; the Fréchet distance relative to real data, the masses of its poorest and richest mode."""
+    """The generator's metrics, with its least and greatest mode mass or its distance over that of real data."""
     row = {
-        key: value["student"]
+        key: value["generator"]
         for key, value in metrics.items()
-        if isinstance(value, dict) and isinstance(value.get("student"), (int, float))
+        if isinstance(value, dict) and isinstance(value.get("generator"), (int, float))
     }
     if "mass" in metrics:
-        masses = metrics["mass"]["student"]
+        masses = metrics["mass"]["generator"]
         row |= {"least mass": min(masses), "greatest mass": max(masses), "mass": masses}
     else:
-        row["frechet over real"] = metrics["frechet"]["student"] / metrics["frechet"]["real"]
+        row["frechet over real"] = metrics["frechet"]["generator"] / metrics["frechet"]["real"]
     return {**row, "steps": metrics["steps"], "seconds": metrics["seconds"]["distil"]}
 
 
