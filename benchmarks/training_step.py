@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmarks.harness.declare import Bench, Function, Inputs, RandomTensors
 from emd_fast import EMDTrainer, config
 from emd_fast.em.e_step import frozen
-from emd_fast.tasks import digits_teacher as digits
+from emd_fast.tasks import digits_data, digits_teacher
 
 STEPS = 8
 
@@ -30,12 +30,12 @@ def inputs(random: RandomTensors) -> Inputs:
     settings = dataclasses.replace(
         recipe.emd, langevin_steps=STEPS, batch_size=case.shape[0], student_warmup=0, precision=precision
     )
-    teacher = digits.denoiser(digits.network(recipe.teacher)).to(case.device)
+    teacher = digits_teacher.denoiser(digits_teacher.network(recipe.teacher)).to(case.device)
     with torch.no_grad():  # the last layer is initialised to zero
         for parameter in teacher.parameters():
             parameter.add_(0.02 * random.normal(*parameter.shape))
     trainer = EMDTrainer(teacher, settings)
-    shape = (case.shape[0], *digits.SHAPE)
+    shape = (case.shape[0], *digits_data.SHAPE)
     return Inputs(
         {
             "trainer": trainer,
@@ -43,7 +43,7 @@ def inputs(random: RandomTensors) -> Inputs:
             "x": random.normal(*shape),
             "cotangent": random.normal(*shape),
             "t": torch.ones(shape[0], device=case.device),
-            "cond": torch.arange(shape[0], device=case.device) % digits.CLASSES,
+            "cond": torch.arange(shape[0], device=case.device) % digits_data.CLASSES,
         }
     )
 

@@ -250,7 +250,7 @@ class PretrainedConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """What the student of a pretrained teacher is judged by, and when a student is judged while it trains.
+    """What the generator of a pretrained teacher is evaluated with, and how often during training.
 
     Args:
         every: images (samples that the training has taken) between two evaluations while it trains, each at the end of
@@ -284,7 +284,7 @@ class RunConfig:
         task: "digits", "gmm" or "pretrained".
         teacher: of the task "digits"; mixture: of the task "gmm"; pretrained: of the task "pretrained".
         emd: the distillation.
-        evaluation: what a pretrained task is judged by, and how often while it trains.
+        evaluation: what a pretrained task is evaluated with, and how often during training.
         log_every: steps between two rows of log.jsonl (the only steps on which the host waits for the device).
         save_every: steps between two checkpoints; keep_checkpoints: how many of the last ones stay.
         background_checkpoints: write them while the training goes on, from a copy in the host's memory.

@@ -17,7 +17,7 @@ from interpreter import (
 
 import emd_fast
 from emd_fast import backends
-from emd_fast.reporting import report
+from emd_fast.reporting import pictures
 
 # Beside other workers a second thread finds no core, and waits for its share of one instead of computing.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -99,6 +99,6 @@ def backend(request: pytest.FixtureRequest):
 def without_pictures():
     """Runs draw no curves and no points, most of the time of one as small as here; what is yielded undoes it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "curves", lambda *_: None)
-        patch.setattr(report, "scatter", lambda *_: None)
+        patch.setattr(pictures, "curves", lambda *_: None)
+        patch.setattr(pictures, "scatter", lambda *_: None)
         yield patch

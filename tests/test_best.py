@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("without_pictures")
 EVERY = {"evaluation__every": 32}  # images: two steps of 16
 
 
-def judged(folder):
+def distances(folder):
     return {
         row["step"]: row["evaluation_frechet"]
         for row in journal.read(folder / "log.jsonl")
@@ -42,30 +42,30 @@ def best(folder):
 def figures(monkeypatch):
     """The Fréchet distance of each evaluation."""
     values = []
-    monkeypatch.setattr(Mixture, "judge", lambda self, trainer: {"frechet": values.pop(0)})
+    monkeypatch.setattr(Mixture, "interim_metrics", lambda self, trainer: {"frechet": values.pop(0)})
     return values
 
 
-def test_judging_leaves_the_training_bit_for_bit_and_keeps_the_best(tmp_path):
-    metrics = run.distill(settings(**EVERY, keep_checkpoints=1), tmp_path / "judged")
+def test_evaluation_leaves_the_training_bit_for_bit_and_keeps_the_best(tmp_path):
+    metrics = run.distill(settings(**EVERY, keep_checkpoints=1), tmp_path / "evaluated")
     run.distill(settings(), tmp_path / "plain")
-    assert_same(weights(tmp_path / "judged"), weights(tmp_path / "plain"))
-    rows = judged(tmp_path / "judged")
+    assert_same(weights(tmp_path / "evaluated"), weights(tmp_path / "plain"))
+    rows = distances(tmp_path / "evaluated")
     assert list(rows) == [2, 4, 6] and len(set(rows.values())) == 3
-    step, value = best(tmp_path / "judged")
+    step, value = best(tmp_path / "evaluated")
     assert value == min(rows.values()) == rows[step]
     assert metrics["best"]["step"] == step and metrics["best"]["frechet"] == value
-    assert f"that of step {step}," in (tmp_path / "judged" / "report.md").read_text()
-    # The last student is the same in both, and so is its figure.
-    assert rows[6] == metrics["frechet"]["student"]
-    row = next(row for row in journal.read(tmp_path / "judged" / "log.jsonl") if "evaluation_frechet" in row)
+    assert f"that of step {step}," in (tmp_path / "evaluated" / "report.md").read_text()
+    # The generator of the last step is the same in both, and so is its distance.
+    assert rows[6] == metrics["frechet"]["generator"]
+    row = next(row for row in journal.read(tmp_path / "evaluated" / "log.jsonl") if "evaluation_frechet" in row)
     assert {"step", "seconds", "evaluation_recall", "evaluation_modes", "evaluation_seconds"} <= set(row)
 
 
-def test_nothing_is_judged_where_nobody_asked(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "Best", lambda *_: pytest.fail("judged"))
+def test_nothing_is_evaluated_unless_asked(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "Best", lambda *_: pytest.fail("evaluated"))
     metrics = run.distill(settings(), tmp_path)
-    assert not judged(tmp_path) and "best" not in metrics
+    assert not distances(tmp_path) and "best" not in metrics
     assert not checkpoint.best_of(tmp_path / "checkpoints").exists()
 
 
@@ -73,7 +73,7 @@ def test_nothing_is_judged_where_nobody_asked(tmp_path, monkeypatch):
 def test_every_so_many_images_and_at_the_end(tmp_path, figures, every, steps):
     figures += [1.0] * 6
     run.distill(settings(evaluation__every=every), tmp_path)
-    assert list(judged(tmp_path)) == steps
+    assert list(distances(tmp_path)) == steps
 
 
 def test_the_best_is_replaced_by_a_better_one_alone_and_survives_a_resume(tmp_path, figures):
@@ -89,7 +89,7 @@ def test_the_best_is_replaced_by_a_better_one_alone_and_survives_a_resume(tmp_pa
     figures += [math.nan, 0.5]
     run.distill(settings(**EVERY, emd__steps=14), tmp_path)
     assert best(tmp_path) == (14, 0.5)
-    assert judged(tmp_path).keys() == {2, 4, 6, 8, 10, 12, 14}
+    assert distances(tmp_path).keys() == {2, 4, 6, 8, 10, 12, 14}
 
 
 def test_a_damaged_best_is_said_and_the_next_evaluation_replaces_it(tmp_path, figures, capsys):
@@ -105,19 +105,19 @@ def test_a_damaged_best_is_said_and_the_next_evaluation_replaces_it(tmp_path, fi
     assert best(tmp_path) == (8, 5.0)
 
 
-def test_a_student_that_cannot_be_judged_stops_no_run(tmp_path, figures, monkeypatch, capsys):
+def test_a_generator_that_cannot_be_evaluated_stops_no_run(tmp_path, figures, monkeypatch, capsys):
     figures += [2.0, 1.0]
-    judge = Mixture.judge
+    interim_metrics = Mixture.interim_metrics
 
     def fails_once(self, trainer):
         if trainer.steps_done == 4:
             raise ValueError("samples must be finite: they hold NaN or infinite values")
-        return judge(self, trainer)
+        return interim_metrics(self, trainer)
 
-    monkeypatch.setattr(Mixture, "judge", fails_once)
+    monkeypatch.setattr(Mixture, "interim_metrics", fails_once)
     run.distill(settings(**EVERY), tmp_path)
     assert "the generator of step 4 cannot be evaluated: samples must be finite" in capsys.readouterr().err
-    rows = judged(tmp_path)
+    rows = distances(tmp_path)
     assert rows.keys() == {2, 4, 6} and math.isnan(rows[4]) and best(tmp_path) == (6, 1.0)
 
 
@@ -126,7 +126,7 @@ def test_figures_of_other_samples_are_not_compared(tmp_path, figures, capsys):
     run.distill(settings(**EVERY), tmp_path)
     figures += [7.0]
     run.distill(settings(**EVERY, emd__steps=8, samples=60), tmp_path)
-    assert "was judged by other files or samples" in capsys.readouterr().err
+    assert "was evaluated with other files or samples" in capsys.readouterr().err
     assert best(tmp_path) == (8, 7.0)
 
 
@@ -163,9 +163,9 @@ def test_the_command_line_chooses_the_best(tmp_path, figures, capsys):
     code, said = call("evaluate", folder, "--best")
     metrics = json.loads(said.out)
     assert code == 0 and metrics["steps"] == 4 and metrics["trained"] == 6
-    assert "Judged here is the checkpoint of step 4." in (folder / "report.md").read_text()
-    assert metrics["frechet"]["student"] != last["frechet"]["student"]
-    run.distill(settings(**EVERY), folder)  # finished, though an earlier checkpoint was judged last
+    assert "These metrics are of the checkpoint of step 4." in (folder / "report.md").read_text()
+    assert metrics["frechet"]["generator"] != last["frechet"]["generator"]
+    run.distill(settings(**EVERY), folder)  # finished, though an earlier checkpoint was evaluated last
     assert "is finished" in capsys.readouterr().err
     code, said = call("sample", tmp_path / "best.safetensors", "--best", "--out", tmp_path / "x.pt")
     assert code == 2 and "--best needs a run folder" in said.err
@@ -175,7 +175,7 @@ def test_the_command_line_chooses_the_best(tmp_path, figures, capsys):
 
 
 @pytest.mark.slow
-def test_digits_are_judged_as_at_the_end(tmp_path):
+def test_digits_have_the_metrics_of_the_end(tmp_path):
     tiny = {
         "teacher.steps": 2,
         "teacher.channels": 4,
@@ -187,7 +187,7 @@ def test_digits_are_judged_as_at_the_end(tmp_path):
     metrics = run.distill(config.load("digits", tiny), tmp_path)
     (row,) = (row for row in journal.read(tmp_path / "log.jsonl") if "evaluation_frechet" in row)
     for name in ("frechet", "recall", "precision", "accuracy"):
-        assert row[f"evaluation_{name}"] == metrics[name]["student"], name
+        assert row[f"evaluation_{name}"] == metrics[name]["generator"], name
     assert Digits(config.load("digits", tiny)).basis() == {}
 
 
@@ -210,9 +210,9 @@ def test_ranks_agree_on_the_best(tmp_path, parallel):
         first, second = ranks(on_a_rank, tmp_path, parallel)
     finally:
         ranks.close()
-    rows = judged(tmp_path)
+    rows = distances(tmp_path)
     step, value = best(tmp_path)
     assert list(rows) == [2, 4, 6] and value == min(rows.values()) == rows[step]
     assert first["best"] == second["best"] and first["best"]["step"] == step
     run.distill(settings(**EVERY, emd__steps=8, emd__parallel=parallel), tmp_path)  # on one process
-    assert best(tmp_path)[1] == min(judged(tmp_path).values())
+    assert best(tmp_path)[1] == min(distances(tmp_path).values())

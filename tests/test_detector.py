@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from emd_fast.metrics import reference
 from emd_fast.metrics.detector import Detector, DetectorError
-from emd_fast.metrics.distance import Moments, Sums, frechet_of_moments
+from emd_fast.metrics.distance import Moments, RunningMoments, frechet_of_moments
 from emd_fast.metrics.images import ImageFiles, to_uint8
 from emd_fast.metrics.reference import BadReference
 
@@ -207,7 +207,7 @@ def test_edm2s_pkl(tmp_path, features, protocol, monkeypatch):
 
 
 def test_a_reference_that_was_written_here(tmp_path, features):
-    sums = Sums()
+    sums = RunningMoments()
     sums.add(torch.from_numpy(features))
     reference.save(tmp_path / "r.npz", sums.moments(), (3, 8, 8), "abc")
     found = reference.load(tmp_path / "r.npz")

@@ -51,7 +51,7 @@ def test_a_diffusers_folder_from_distill_to_a_pipeline(call, tmp_path):
     words = ["distill", "--teacher", "teacher", "--out", "run", "--num-classes", "10", *TINY]
     assert done(call(*words)).strip() == "run/report.md"
     assert {path.name for path in (tmp_path / "run" / "samples").iterdir()} == {
-        f"{name}.png" for name in ("teacher", "init", "student")
+        f"{name}.png" for name in ("teacher", "init", "generator")
     }
     assert "is finished" in call(*words)[2]
     done(call("export", "run", "one-step"))

@@ -10,7 +10,7 @@ from emd_fast.config import TeacherConfig
 from emd_fast.diffusion.sampler import heun
 from emd_fast.noise import Noise
 from emd_fast.ops import normal
-from emd_fast.tasks import digits_teacher as digits
+from emd_fast.tasks import digits_data, digits_teacher
 from emd_fast.tasks.digits_metrics import DigitFeatures, digits_metrics
 from emd_fast.teachers.small_unet import SmallUNet, initialise
 from emd_fast.train.average import EMA
@@ -41,7 +41,7 @@ def randomised(network, seed=0):
 def test_the_split_is_fixed_disjoint_and_balanced():
     from sklearn.datasets import load_digits
 
-    (train, train_labels), (test, test_labels) = digits.load("train"), digits.load("test")
+    (train, train_labels), (test, test_labels) = digits_data.load("train"), digits_data.load("test")
     assert train.shape == (1198, 1, 8, 8) and test.shape == (599, 1, 8, 8)
     assert train.dtype == torch.float32 and train_labels.dtype == torch.int64
     assert train.min() == -1 and train.max() == 1
@@ -51,33 +51,33 @@ def test_the_split_is_fixed_disjoint_and_balanced():
     assert sorted(map(tuple, (whole * 8 + 8).tolist())) == sorted(map(tuple, counts.tolist()))
     share = test_labels.bincount() / torch.cat([train_labels, test_labels]).bincount()
     assert (share - 1 / 3).abs().max() < 0.005
-    again, _ = digits.load("test")
+    again, _ = digits_data.load("test")
     assert torch.equal(again, test)
     # The split that published figures are for.
     assert test_labels[:12].tolist() == [0, 3, 5, 6, 0, 1, 2, 5, 6, 8, 3, 4]
 
 
 def test_the_images_go_with_their_labels():
-    images, labels = digits.load("train")
+    images, labels = digits_data.load("train")
     centres = torch.stack([images[labels == digit].flatten(1).mean(0) for digit in range(10)])
-    held_out, truth = digits.load("test")
+    held_out, truth = digits_data.load("test")
     nearest = torch.cdist(held_out.flatten(1), centres).argmin(1)
     assert (nearest == truth).float().mean() > 0.85
 
 
 def test_sigma_data_is_that_of_the_data():
-    assert digits.SIGMA_DATA == pytest.approx(digits.load("train")[0].std().item(), abs=0.005)
+    assert digits_data.SIGMA_DATA == pytest.approx(digits_data.load("train")[0].std().item(), abs=0.005)
 
 
 def test_an_unknown_split():
     with pytest.raises(ValueError, match="'train' or 'test', got 'validation'"):
-        digits.load("validation")
+        digits_data.load("validation")
 
 
 def test_without_scikit_learn_the_message_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "sklearn.datasets", None)
     with pytest.raises(ModuleNotFoundError, match=r"emd_fast\[digits\]"):
-        digits.load("train")
+        digits_data.load("train")
 
 
 # Network ----------------------------------------------------------------------------------------------------------
@@ -176,16 +176,16 @@ def weights(denoiser):
 def test_training_depends_on_the_configuration_alone_and_lowers_the_loss():
     losses = []
     torch.manual_seed(1)
-    one = digits.train(SHORT, lambda step, loss: losses.append((step, loss.item())))
+    one = digits_teacher.train(SHORT, lambda step, loss: losses.append((step, loss.item())))
     torch.manual_seed(2)
-    two = digits.train(SHORT)
+    two = digits_teacher.train(SHORT)
     assert torch.equal(weights(one), weights(two))
     assert [step for step, _ in losses] == list(range(1, 31))
     first, last = (sum(loss for _, loss in part) / 5 for part in (losses[:5], losses[-5:]))
     assert last < 0.75 * first
-    assert not one.training and one.sample_shape == (1, 8, 8) and one.sigma_data == digits.SIGMA_DATA
-    other = digits.train(dataclasses.replace(SHORT, steps=3, seed=1))
-    assert not torch.equal(weights(other), weights(digits.train(dataclasses.replace(SHORT, steps=3))))
+    assert not one.training and one.sample_shape == (1, 8, 8) and one.sigma_data == digits_data.SIGMA_DATA
+    other = digits_teacher.train(dataclasses.replace(SHORT, steps=3, seed=1))
+    assert not torch.equal(weights(other), weights(digits_teacher.train(dataclasses.replace(SHORT, steps=3))))
 
 
 def test_the_result_is_the_average_of_the_weights(monkeypatch):
@@ -194,8 +194,8 @@ def test_the_result_is_the_average_of_the_weights(monkeypatch):
     monkeypatch.setattr(
         EMA, "update", lambda self, module, step: (seen.append(weights(module)), update(self, module, step))
     )
-    result = digits.train(dataclasses.replace(SHORT, steps=4, ema=0.2, lr=0.1, warmup=0))
-    expected = weights(digits.denoiser(digits.network(SHORT)))
+    result = digits_teacher.train(dataclasses.replace(SHORT, steps=4, ema=0.2, lr=0.1, warmup=0))
+    expected = weights(digits_teacher.denoiser(digits_teacher.network(SHORT)))
     for decay, after_step in zip((1 / 10, 2 / 11, 0.2, 0.2), seen, strict=True):
         expected = decay * expected + (1 - decay) * after_step
     torch.testing.assert_close(weights(result), expected)
@@ -203,7 +203,7 @@ def test_the_result_is_the_average_of_the_weights(monkeypatch):
 
 
 def test_unconditional_training_and_one_interrupted():
-    teacher = digits.train(dataclasses.replace(SHORT, steps=2, conditional=False))
+    teacher = digits_teacher.train(dataclasses.replace(SHORT, steps=2, conditional=False))
     assert teacher.denoise(torch.zeros(2, 1, 8, 8), torch.ones(2)).shape == (2, 1, 8, 8)
 
     def stop(step, loss):
@@ -211,19 +211,19 @@ def test_unconditional_training_and_one_interrupted():
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        digits.train(SHORT, stop)
+        digits_teacher.train(SHORT, stop)
 
 
 def test_a_training_that_diverges_says_so():
     with pytest.raises(FloatingPointError, match="lower its lr"):
-        digits.train(dataclasses.replace(SHORT, steps=8, lr=1e30, warmup=0))
+        digits_teacher.train(dataclasses.replace(SHORT, steps=8, lr=1e30, warmup=0))
 
 
 def test_the_learning_rate_warms_up_and_falls_to_zero():
-    factors = [digits.learning_rate_factor(step, 100, 10) for step in range(100)]
+    factors = [digits_teacher.learning_rate_factor(step, 100, 10) for step in range(100)]
     assert factors[0] == pytest.approx(0.1) and factors.index(max(factors)) == 9
     assert factors[50] == pytest.approx(0.5) and 0 < factors[99] < 1e-3
-    assert digits.learning_rate_factor(0, 1, 0) == 1
+    assert digits_teacher.learning_rate_factor(0, 1, 0) == 1
 
 
 @pytest.mark.exhaustive
@@ -232,9 +232,9 @@ def test_the_teacher_makes_digits():
     """The bounds are those that the README's figures rest on; a third of the training keeps them, half a minute."""
     steps = 700
     assert steps < TeacherConfig().steps
-    teacher = digits.train(TeacherConfig(steps=steps))
-    _, labels = digits.load("test")
-    z = normal((len(labels), *digits.SHAPE), Noise(0), stream=9)
+    teacher = digits_teacher.train(TeacherConfig(steps=steps))
+    _, labels = digits_data.load("test")
+    z = normal((len(labels), *digits_data.SHAPE), Noise(0), stream=9)
     metrics = digits_metrics({"teacher": (heun(teacher, z, labels), labels)}, DigitFeatures())
     assert metrics["frechet"]["teacher"] < 1.4 * metrics["frechet"]["real"]
     assert metrics["accuracy"]["teacher"] > 0.97

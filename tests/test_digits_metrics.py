@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from emd_fast.tasks import digits_teacher as digits
+from emd_fast.tasks import digits_data
 from emd_fast.tasks.digits_metrics import DigitFeatures, digits_metrics
 
 
@@ -15,7 +15,7 @@ def features():
 
 
 def test_the_classifier_knows_digits_it_has_not_seen(features):
-    images, labels = digits.load("test")
+    images, labels = digits_data.load("test")
     assert (features.predict(images) == labels).float().mean() >= 0.98
     found = features.features(images)
     assert found.shape == (599, 64) and found.dtype == torch.float32 and not found.requires_grad
@@ -26,7 +26,7 @@ def test_the_classifier_knows_digits_it_has_not_seen(features):
 
 
 def test_the_classifier_depends_on_its_seed_alone():
-    images, _ = digits.load("test")
+    images, _ = digits_data.load("test")
     torch.manual_seed(0)
     one = DigitFeatures(3, steps=5).features(images)
     torch.manual_seed(1)
@@ -35,7 +35,7 @@ def test_the_classifier_depends_on_its_seed_alone():
 
 
 def test_metrics_of_sets_that_are_known(features):
-    images, labels = digits.load("test")
+    images, labels = digits_data.load("test")
     generator = torch.Generator().manual_seed(0)
     # One clean image of each class, with a little noise: what a collapsed generator makes.
     first = torch.stack([images[labels == digit][0] for digit in range(10)])[labels]
@@ -60,7 +60,7 @@ def test_metrics_of_sets_that_are_known(features):
 
 
 def test_fewer_images_and_another_seed(features):
-    images, labels = digits.load("test")
+    images, labels = digits_data.load("test")
     one = digits_metrics({"a": (images[:100], labels[:100])}, features, seed=1)
     assert one["n"] == 100
     assert one == digits_metrics({"a": (images[:100], labels[:100])}, features, seed=1)
@@ -71,7 +71,7 @@ def test_fewer_images_and_another_seed(features):
 
 
 def test_bad_sets(features):
-    images, labels = digits.load("test")
+    images, labels = digits_data.load("test")
     with pytest.raises(ValueError, match=r"every set needs 599 images.*'b' has 598 images"):
         digits_metrics({"a": (images, labels), "b": (images[1:], labels[1:])}, features)
     with pytest.raises(ValueError, match=r"'a' has 599 images and labels \(598,\)"):

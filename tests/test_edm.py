@@ -301,8 +301,8 @@ def test_a_recipe_runs(pickled, tmp_path, call):
     assert code == 0, error
     assert said.strip() == str(folder / "report.md")
     metrics = json.loads((folder / "metrics.json").read_text())
-    assert metrics["steps"] == 2 and metrics["std"].keys() == {"teacher", "init", "student"}
-    assert {path.name for path in (folder / "samples").glob("*.png")} == {"teacher.png", "init.png", "student.png"}
+    assert metrics["steps"] == 2 and metrics["std"].keys() == {"teacher", "init", "generator"}
+    assert {path.name for path in (folder / "samples").glob("*.png")} == {"teacher.png", "init.png", "generator.png"}
     report = (folder / "report.md").read_text()
     assert "a pretrained teacher" in report and "no data to compare with" in report
     code, _, error = call("sample", folder, "-n", 4, "--out", tmp_path / "x.png")

@@ -14,9 +14,9 @@ from spawned import Ranks
 from emd_fast import Denoiser, EMDConfig, EMDTrainer, schedules
 from emd_fast.cli import commands as cli
 from emd_fast.export import pipeline as export
-from emd_fast.metrics import evaluation as evaluate
+from emd_fast.metrics import evaluation
 from emd_fast.metrics.images import ImageFiles, to_uint8
-from emd_fast.reporting import report
+from emd_fast.reporting import pictures
 from emd_fast.run import distill as run
 from emd_fast.teachers.small_unet import SmallUNet, initialise
 
@@ -27,7 +27,7 @@ TINY = ["--steps=2", "--batch-size=4", "--langevin-steps=1", "--student-updates=
 def call(capsys, monkeypatch, tmp_path):
     """The command line in an empty folder: (exit code, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(report, "curves", lambda *_: None)  # they would take most of the time
+    monkeypatch.setattr(pictures, "curves", lambda *_: None)  # they would take most of the time
 
     def run(*words):
         try:
@@ -159,22 +159,22 @@ def test_a_run_by_a_detector(call, there, tmp_path):
     first = json.loads((tmp_path / "run" / "metrics.json").read_text())
     _, _, trainer = run.open_run(tmp_path / "run")
     expected = edm_distance(files.features_of(images_of(trainer, 20)), there)
-    assert first["frechet"] == {"student": pytest.approx(expected, abs=1e-3)}
+    assert first["frechet"] == {"generator": pytest.approx(expected, abs=1e-3)}
     assert (first["n"], first["seed"]) == (20, 0)
     report = (tmp_path / "run" / "report.md").read_text()
     assert first["reference"]["sha256"] in report and "n = 20 is below 50,000" in report
     more = json.loads(done(call("evaluate", "run", "--samples", "33")))
     assert more["n"] == 33 and more["frechet"] != first["frechet"]
     compared = json.loads(done(call("evaluate", "run", "--compare-with", "real")))
-    assert set(compared["precision"]) == {"student"} and 0 <= compared["recall"]["student"] <= 1
-    assert compared["frechet"]["student"] == pytest.approx(expected, abs=1e-3)
-    # The command judges otherwise; the run is what it was.
+    assert set(compared["precision"]) == {"generator"} and 0 <= compared["recall"]["generator"] <= 1
+    assert compared["frechet"]["generator"] == pytest.approx(expected, abs=1e-3)
+    # The command evaluator otherwise; the run is what it was.
     assert "is finished" in call(*words)[2]
-    # A folder of its images is judged the same, by the detector and by eye.
+    # A folder of its images has the same metrics and pixels.
     done(call("sample", "run", "-n", "20", "--out", "images"))
     assert torch.equal(ImageFiles("images")(0, 20), images_of(trainer, 20))
     again = json.loads(done(call("evaluate", "images", "--detector", "d.pt", "--reference", "r.npz")))
-    assert again["frechet"] == pytest.approx(first["frechet"]["student"], rel=1e-5)
+    assert again["frechet"] == pytest.approx(first["frechet"]["generator"], rel=1e-5)
     code, _, err = call("sample", "run", "-n", "2", "--out", "images")
     assert code == 2 and "images exists already and is not empty" in err
     done(call("sample", "run", "-n", "2", "--first", "18", "--out", "two"))
@@ -185,7 +185,7 @@ def test_a_run_by_a_detector(call, there, tmp_path):
     exported = json.loads(
         done(call("evaluate", "one.safetensors", "--detector", "d.pt", "--reference", "r.npz", "--samples", "20"))
     )
-    assert exported["frechet"] == pytest.approx(first["frechet"]["student"], abs=1e-9) and exported["seed"] == 0
+    assert exported["frechet"] == pytest.approx(first["frechet"]["generator"], abs=1e-9) and exported["seed"] == 0
 
 
 def test_a_wrong_file_is_found_before_the_training(call, there, tmp_path):
@@ -224,7 +224,7 @@ def test_the_clip_score_of_a_run(call, tmp_path):
     images = torch.cat([to_uint8(trainer.teacher.decode(part)) for part in parts])
     prompts = ["a b", "c", "d e", "a b", "c", "d e", "a b"]
     expected = ClipScore(clip)(images, prompts).mean().item()
-    assert metrics["clip_score"] == {"student": pytest.approx(expected, abs=1e-3)}
+    assert metrics["clip_score"] == {"generator": pytest.approx(expected, abs=1e-3)}
     others = ClipScore(clip)(images, prompts[1:] + prompts[:1]).mean().item()
     assert abs(others - expected) > 0.1 and metrics["n"] == 7
     (tmp_path / "prompts.txt").write_text("a b\nc\n")
@@ -235,7 +235,7 @@ def test_the_clip_score_of_a_run(call, tmp_path):
 # Ranks ------------------------------------------------------------------------------------------------------------
 
 
-def judged(detector, reference, real, batch):
+def evaluated(detector, reference, real, batch):
     """What every rank gets, and the global indices that this one drew."""
     trainer = EMDTrainer(small(), EMDConfig(steps=1, batch_size=4))
     drawn = []
@@ -244,18 +244,18 @@ def judged(detector, reference, real, batch):
         drawn.extend(range(first, first + n))
         return images_of_range(trainer, first, n)
 
-    judges = evaluate.Judges.read(detector, reference, real)
-    return evaluate.judge(judges, images, 20, batch), drawn
+    evaluator = evaluation.Evaluator.read(detector, reference, real)
+    return evaluation.evaluate(evaluator, images, 20, batch), drawn
 
 
-def judged_with_a_failure(detector):
+def evaluated_with_a_failure(detector):
     def images(first, n):
         if first >= 10:
             raise ValueError("images must be finite: they hold NaN or infinite values")
         return files.pictures(n)
 
     try:
-        evaluate.judge(evaluate.Judges.read(detector), images, 20, 5)
+        evaluation.evaluate(evaluation.Evaluator.read(detector), images, 20, 5)
     except ValueError as error:
         return str(error)
 
@@ -267,29 +267,29 @@ def images_of_range(trainer, first, n):
 @pytest.mark.slow
 def test_the_numbers_do_not_depend_on_ranks_or_batches(there, tmp_path):
     paths = [str(tmp_path / name) for name in ("d.pt", "r.npz", "real")]
-    alone, drawn = judged(*paths, 20)
+    alone, drawn = evaluated(*paths, 20)
     assert drawn == list(range(20)) and set(alone) >= {"frechet", "inception_score", "precision", "recall"}
     ranks = Ranks(3)
     try:
         for batch in (3, 20):
-            parts = ranks(judged, *paths, batch)
+            parts = ranks(evaluated, *paths, batch)
             assert [index for _, part in parts for index in part] == list(range(20))
             for found, _ in parts:
                 assert found == pytest.approx(alone, abs=1e-6)
                 assert found == parts[0][0]
         # An error that one rank meets is one of all; none waits for it.
         said = "images must be finite: they hold NaN or infinite values"
-        assert ranks(judged_with_a_failure, paths[0]) == [f"{said} (rank 1)", said, said]
+        assert ranks(evaluated_with_a_failure, paths[0]) == [f"{said} (rank 1)", said, said]
     finally:
         ranks.close()
 
 
 def test_too_few_samples(there, tmp_path):
-    judges = evaluate.Judges.read(tmp_path / "d.pt")
+    evaluator = evaluation.Evaluator.read(tmp_path / "d.pt")
     with pytest.raises(ValueError, match="at least 2 images a rank, got 1 for 1"):
-        evaluate.judge(judges, lambda first, n: files.pictures(n), 1, 1)
+        evaluation.evaluate(evaluator, lambda first, n: files.pictures(n), 1, 1)
     with pytest.raises(ValueError, match="needs a detector and a reference"):
-        evaluate.frechet(judges, lambda first, n: files.pictures(n), 4, 4)
+        evaluation.frechet(evaluator, lambda first, n: files.pictures(n), 4, 4)
 
 
 def test_an_exported_generator_has_the_trainers_images(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from emd_fast.metrics import neighbours
-from emd_fast.metrics.distance import Moments, Sums, frechet, frechet_of_moments
+from emd_fast.metrics.distance import Moments, RunningMoments, frechet, frechet_of_moments
 from emd_fast.metrics.inception import InceptionScore
 from emd_fast.metrics.neighbours import precision_recall
 
@@ -199,7 +199,7 @@ def test_frechet_is_that_of_edm(n, d, rank):
 def test_sums_are_the_moments_of_numpy_whatever_the_batches():
     x = features_of_inceptions_kind(200, 24, 24, 2)
     for size in (200, 64, 7):
-        sums = Sums()
+        sums = RunningMoments()
         for batch in x.split(size):
             sums.add(batch)
         found = sums.moments()
@@ -225,7 +225,7 @@ def test_moments_that_are_none():
         frechet_of_moments(indefinite, indefinite)
     with pytest.raises(ValueError, match="one width, got 3 and 2"):
         frechet_of_moments(Moments(zero, eye), Moments(zero[:2], eye[:2, :2]))
-    sums = Sums()
+    sums = RunningMoments()
     sums.add(torch.ones(1, 3))
     with pytest.raises(ValueError, match="at least 2 samples, got 1"):
         sums.moments()

@@ -47,11 +47,11 @@ def test_a_mode_is_found_from_a_quarter_of_its_mass_and_not_far_from_its_mean():
 
 
 def test_mixture_comparison_adds_other_exact_samples():
-    sets = {"student": points([400, 300, 200, 100]), "init": torch.randn(1000, 2)}
+    sets = {"generator": points([400, 300, 200, 100]), "init": torch.randn(1000, 2)}
     metrics = mixture_comparison(sets, WEIGHTS, MEANS, 0.1, seed=3)
     assert metrics["n"] == 1000 and metrics["seed"] == 3
-    assert metrics["modes"] == {"real": 4, "student": 4, "init": 0}
-    assert metrics["recall"]["student"] == mixture_metrics(sets["student"], WEIGHTS, MEANS, 0.1, seed=3)["recall"]
+    assert metrics["modes"] == {"real": 4, "generator": 4, "init": 0}
+    assert metrics["recall"]["generator"] == mixture_metrics(sets["generator"], WEIGHTS, MEANS, 0.1, seed=3)["recall"]
     # The same samples on both sides would give 0 and 1.
     assert 1e-6 < metrics["frechet"]["real"] < 0.05 and 0.9 < metrics["recall"]["real"] < 1
     with pytest.raises(ValueError, match="of one size"):

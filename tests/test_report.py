@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from emd_fast.reporting import report
+from emd_fast.reporting import pictures, report
 
 # Grids ------------------------------------------------------------------------------------------------------------
 
@@ -17,7 +17,7 @@ from emd_fast.reporting import report
 def test_every_pixel_of_a_grid():
     images = torch.tensor([-1.0, 0.0, 1.0, 5.0, -7.0])[:, None, None, None].expand(5, 1, 2, 3).clone()
     images[0, 0, 1, 2] = 1.0
-    pixels = np.asarray(report.grid(images, columns=3, scale=2))
+    pixels = np.asarray(pictures.grid(images, columns=3, scale=2))
     assert pixels.shape == (2 * (4 + 2) + 2, 3 * (6 + 2) + 2, 3)
     cell = {i: pixels[2 + i // 3 * 6 :, 2 + i % 3 * 8 :][:4, :6] for i in range(6)}
     assert (cell[1] == 128).all() and (cell[2] == 255).all()
@@ -33,13 +33,13 @@ def test_every_pixel_of_a_grid():
 def test_colours_and_defaults(tmp_path):
     images = -torch.ones(10, 3, 8, 8, dtype=torch.bfloat16)
     images[4, 1] = 1
-    pixels = np.asarray(report.grid(images))
+    pixels = np.asarray(pictures.grid(images))
     assert pixels.shape == (3 * 34 + 2, 4 * 34 + 2, 3)  # four columns, enlarged to 32
     assert pixels[2 + 34 + 5, 2 + 5].tolist() == [0, 255, 0]
-    report.save_grid(tmp_path / "new" / "a.png", images)
+    pictures.save_grid(tmp_path / "new" / "a.png", images)
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "new" / "a.png")), pixels)
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.png"]
-    assert report.grid(images[:1], columns=8).size == (36, 36)
+    assert pictures.grid(images[:1], columns=8).size == (36, 36)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_colours_and_defaults(tmp_path):
 )
 def test_bad_grids(arguments, message):
     with pytest.raises(ValueError, match=message):
-        report.grid(*arguments)
+        pictures.grid(*arguments)
 
 
 # Plots ------------------------------------------------------------------------------------------------------------
@@ -69,15 +69,15 @@ def blue(path):
 
 def test_scatter_draws_the_points(tmp_path):
     ring = torch.randn(300, 2)
-    report.scatter(tmp_path / "a.png", {"real": ring, "student": 0.5 * ring})
-    report.scatter(tmp_path / "b.png", {"real": ring, "student": torch.full((300, 2), math.nan)})
+    pictures.scatter(tmp_path / "a.png", {"real": ring, "generator": 0.5 * ring})
+    pictures.scatter(tmp_path / "b.png", {"real": ring, "generator": torch.full((300, 2), math.nan)})
     assert blue(tmp_path / "a.png") > 1.3 * blue(tmp_path / "b.png") > 100
     width, height = Image.open(tmp_path / "a.png").size
     assert width > 1.5 * height
-    with pytest.raises(ValueError, match="'student' has"):
-        report.scatter(tmp_path / "c.png", {"student": torch.zeros(3, 3)})
+    with pytest.raises(ValueError, match="'generator' has"):
+        pictures.scatter(tmp_path / "c.png", {"generator": torch.zeros(3, 3)})
     with pytest.raises(ValueError, match="at least one"):
-        report.scatter(tmp_path / "c.png", {})
+        pictures.scatter(tmp_path / "c.png", {})
     assert not (tmp_path / "c.png").exists()
 
 
@@ -88,26 +88,26 @@ ROWS = [
 
 
 def test_curves(tmp_path):
-    report.curves(tmp_path / "a.png", ROWS)
+    pictures.curves(tmp_path / "a.png", ROWS)
     bad = [{**row, "generator_loss": value} for row, value in zip(ROWS, [None, math.nan, math.inf] * 13, strict=True)]
-    report.curves(tmp_path / "b.png", [{"phase": "teacher"}, *bad])
+    pictures.curves(tmp_path / "b.png", [{"phase": "teacher"}, *bad])
     assert blue(tmp_path / "a.png") > 100
     with pytest.raises(ValueError, match="nothing to plot"):
-        report.curves(tmp_path / "c.png", [{"step": 1, "loss": 2.0}])
+        pictures.curves(tmp_path / "c.png", [{"step": 1, "loss": 2.0}])
 
 
 def test_the_running_mean_passes_gaps_over():
     values = [float(i) for i in range(20)]
-    assert report._running_mean(values) == [0.0, *(i - 0.5 for i in range(1, 20))]
-    assert report._running_mean([1.0] * 9 + [math.nan] + [3.0] * 10)[8:11] == [1.0, 1.0, 3.0]
-    assert math.isnan(report._running_mean([math.nan])[0])
+    assert pictures._running_mean(values) == [0.0, *(i - 0.5 for i in range(1, 20))]
+    assert pictures._running_mean([1.0] * 9 + [math.nan] + [3.0] * 10)[8:11] == [1.0, 1.0, 3.0]
+    assert math.isnan(pictures._running_mean([math.nan])[0])
 
 
 # report.md --------------------------------------------------------------------------------------------------------
 
 METRICS = {
-    "frechet": {"student": 4.5, "real": 3.0, "init": 24.0, "teacher": 3.6},
-    "recall": {"real": 0.9, "teacher": 0.85, "init": 0.0512, "student": 0.84},
+    "frechet": {"generator": 4.5, "real": 3.0, "init": 24.0, "teacher": 3.6},
+    "recall": {"real": 0.9, "teacher": 0.85, "init": 0.0512, "generator": 0.84},
     "accuracy": {"real": 1.0, "teacher": 0.99},
     "n": 599,
     "seed": 7,
@@ -121,8 +121,8 @@ def folder(tmp_path):
     (tmp_path / "config.toml").write_text('task = "digits"\n\n[emd]\nlangevin_steps = 4\n')
     (tmp_path / "metrics.json").write_text(json.dumps(METRICS))
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS) + '{"step": 4')
-    for name in ("student", "extra", "real", "teacher"):
-        report.save_grid(tmp_path / "samples" / f"{name}.png", torch.zeros(4, 1, 8, 8))
+    for name in ("generator", "extra", "real", "teacher"):
+        pictures.save_grid(tmp_path / "samples" / f"{name}.png", torch.zeros(4, 1, 8, 8))
     return tmp_path
 
 
@@ -136,7 +136,7 @@ def test_the_report_of_a_whole_run(folder):
     assert path == folder / "report.md"
     text = path.read_text()
     header = [line for line in text.splitlines() if line.startswith("|  |")]
-    assert header == ["|  | real | teacher | init | student |"]
+    assert header == ["|  | real | teacher | init | generator |"]
     assert row(text, "Fréchet distance (lower") == ["3", "3.60", "24", "4.50"]
     assert row(text, "Fréchet distance over") == ["1", "1.20", "8", "1.50"]
     assert row(text, "recall") == ["0.9", "0.85", "0.0512", "0.84"]
@@ -145,7 +145,7 @@ def test_the_report_of_a_whole_run(folder):
     assert row(text, "teacher |") == ["50.2"] or row(text, "teacher |") == ["50.3"]
     assert row(text, "total") == ["120.2"]
     assert "langevin_steps = 4" in text
-    places = [text.index(f"(samples/{name}.png)") for name in ("real", "teacher", "student", "extra")]
+    places = [text.index(f"(samples/{name}.png)") for name in ("real", "teacher", "generator", "extra")]
     assert places == sorted(places)
     assert "![losses, drift and z, gradient norms](curves.png)" in text and (folder / "curves.png").exists()
     assert "held-out real digits" in text
@@ -165,8 +165,14 @@ def test_the_report_of_a_run_that_stopped(folder):
 def test_the_report_of_a_mixture_and_of_an_empty_folder(tmp_path):
     assert "no metrics" in report.write(tmp_path).read_text()
     (tmp_path / "config.toml").write_text('task = "gmm"\n')
-    mass = {"real": [0.5, 0.5], "student": [0.25, 0.75]}
-    metrics = {"modes": {"real": 2, "student": 1}, "mass": mass, "due": mass, "frechet": {"student": 0.125}, "n": 10}
+    mass = {"real": [0.5, 0.5], "generator": [0.25, 0.75]}
+    metrics = {
+        "modes": {"real": 2, "generator": 1},
+        "mass": mass,
+        "due": mass,
+        "frechet": {"generator": 0.125},
+        "n": 10,
+    }
     (tmp_path / "metrics.json").write_text(json.dumps(metrics))
     text = report.write(tmp_path).read_text()
     assert row(text, "modes found") == ["2", "1"] and row(text, "mass by mode") == ["0.5 0.5", "0.25 0.75"]

@@ -63,7 +63,7 @@ def test_a_run_leaves_the_promised_folder(tmp_path, without_pictures):
     assert config.load(str(tmp_path / "config.toml")) == settings()
     assert [row["step"] for row in journal.read(tmp_path / "log.jsonl")] == [2, 4, 6]
     assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
-    assert set(metrics["frechet"]) == {"real", "teacher", "init", "student"}
+    assert set(metrics["frechet"]) == {"real", "teacher", "init", "generator"}
     assert set(metrics["seconds"]) == {"teacher", "distil", "evaluate"}
     assert [path.name for path in checkpoint.found(tmp_path / "checkpoints")] == [
         "step-00000004",

@@ -112,7 +112,7 @@ def _show_plan(
 
 
 def _sample(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    from emd_fast.reporting import report
+    from emd_fast.reporting import pictures
 
     if options.out.suffix not in (".png", ".pt", ""):
         raise ConfigError(f"--out must end in .png or .pt, or be a folder, got {options.out}")
@@ -135,16 +135,16 @@ def _sample(options: argparse.Namespace, rest: Sequence[str]) -> int:
         return generate(n, cond, first_sample=options.first + first)
 
     if into_folder:
-        report.save_each(options.out, lambda first, n: decode(samples_of(first, n)), options.n, options.first)
+        pictures.save_each(options.out, lambda first, n: decode(samples_of(first, n)), options.n, options.first)
         print(options.out)
         return 0
     samples = samples_of(0, options.n)
     if options.out.suffix == ".pt":
         write_whole(options.out, lambda file: torch.save(samples.cpu(), file))
     elif samples.dim() == 4:
-        report.save_grid(options.out, decode(samples).cpu())
+        pictures.save_grid(options.out, decode(samples).cpu())
     else:
-        report.scatter(options.out, {"generator": samples.cpu()})
+        pictures.scatter(options.out, {"generator": samples.cpu()})
     print(options.out)
     return 0
 
@@ -161,7 +161,7 @@ def _generator(options: argparse.Namespace) -> tuple[Callable, Callable, Callabl
         if options.best:
             raise ConfigError("--best needs a run folder: what was exported is one checkpoint")
         one_step = export.load(options.run, device="cuda" if torch.cuda.is_available() else "cpu")
-        return one_step.sample, one_step.decode, one_step.encode, one_step.facts.num_classes
+        return one_step.sample, one_step.decode, one_step.encode, one_step.metadata.num_classes
     _, _, trainer = run.open_run(options.run, best=options.best)
     teacher: Any = trainer.teacher
     generate = functools.partial(trainer.generate, ema=not options.raw)
@@ -217,7 +217,7 @@ def _evaluate_run(options: argparse.Namespace) -> dict[str, Any]:
         changes["samples"] = options.samples
     settings = dataclasses.replace(settings, **changes)
     _, task, trainer = run.open_run(folder, best=options.best, settings=settings)
-    task.prepare_to_judge()
+    task.open_references()
     path = folder / "metrics.json"
     seconds = json.loads(path.read_text())["seconds"] if path.exists() else {}
     return run.evaluate(settings, folder, task, trainer, seconds)
@@ -226,42 +226,42 @@ def _evaluate_run(options: argparse.Namespace) -> dict[str, Any]:
 def _evaluate_images(options: argparse.Namespace) -> dict[str, Any]:
     """Of what was exported, or of images in files."""
     from emd_fast.export import pipeline as export
-    from emd_fast.metrics import evaluation as evaluate
+    from emd_fast.metrics import evaluation
     from emd_fast.metrics.images import ImageFiles, to_uint8
 
     config.from_dict(EvaluationConfig, _files(options))  # what needs what
     if options.best or options.clip:
         raise ConfigError(f"{'--best' if options.best else '--clip'} needs a run folder")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    judges = evaluate.Judges.read(**_files(options), device=device)
+    evaluator = evaluation.Evaluator.read(**_files(options), device=device)
     if (options.source / export.EXPORTED).exists() or options.source.suffix == ".safetensors":
         if options.write_reference:
             raise ConfigError("--write-reference is for real images: a folder or .zip of them")
         one_step = export.load(options.source, device=device)
-        n = options.samples or evaluate.COMPARABLE
+        n = options.samples or evaluation.COMPARABLE
 
         def images(first: int, n: int) -> torch.Tensor:
             return to_uint8(one_step.decode(one_step.sample(n, first_sample=first)))
 
-        found = evaluate.judge(judges, images, n, options.batch_size)
-        return found | evaluate.facts(judges, n, one_step.facts.seed)
+        found = evaluation.evaluate(evaluator, images, n, options.batch_size)
+        return found | evaluation.provenance(evaluator, n, one_step.metadata.seed)
     files = ImageFiles(options.source)
     if options.samples not in (None, len(files)):
         raise ConfigError(f"{options.source} has {len(files)} images, --samples is {options.samples}")
     if options.write_reference:
-        return _write_reference(options.write_reference, judges, files, options.batch_size)
-    return evaluate.judge(judges, files, len(files), options.batch_size) | evaluate.facts(judges, len(files))
+        return _write_reference(options.write_reference, evaluator, files, options.batch_size)
+    found = evaluation.evaluate(evaluator, files, len(files), options.batch_size)
+    return found | evaluation.provenance(evaluator, len(files))
 
 
-def _write_reference(out: Path, judges: Any, files: Any, batch: int) -> dict[str, Any]:
+def _write_reference(out: Path, evaluator: Any, files: Any, batch: int) -> dict[str, Any]:
     from emd_fast import distributed
-    from emd_fast.metrics import evaluation as evaluate
-    from emd_fast.metrics import reference
+    from emd_fast.metrics import evaluation, reference
 
     if out.suffix != ".npz":
         raise ConfigError(f"--write-reference must end in .npz, got {out}")
-    moments = evaluate.moments_of(judges.detector, files, len(files), batch)
-    detector = judges.detector.sha256
+    moments = evaluation.moments_of(evaluator.detector, files, len(files), batch)
+    detector = evaluator.detector.sha256
     distributed.on_main(lambda: reference.save(out, moments, files.shape, detector))
     written = reference.load(out)
     return {"n": len(files), "reference": {"file": str(out), "sha256": written.sha256}, "detector": detector}

@@ -1,4 +1,4 @@
-"""A one-step generator that stands alone: a network, and the few numbers that make it a generator."""
+"""The one-step generator that `emd_fast.export.load` returns; it needs neither trainer nor teacher."""
 
 from __future__ import annotations
 
@@ -17,17 +17,19 @@ from emd_fast.teachers.diffusers.folder import Folder
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What is written beside the weights.
+class Metadata:
+    """What is written beside the weights of an exported generator.
 
     Args:
-        c_skip, c_out, c_in, c_noise, input_scale: the generator, as the module's formula has it.
-        sample_shape, latent_shape: of one x and one z.
-        precision: "float32" or "bfloat16", the compute dtype (autocast) that the trainer sampled in.
-        dtype: of the weights.
-        seed, num_classes: with which `sample` draws as the trainer's `generate` did.
-        steps: optimizer steps that the generator was trained for. ema: whether it is the average of the weights.
-        t_star: the noise level in the teacher's t, for people.
+        c_skip, c_out, c_in, c_noise, input_scale: coefficients of x = c_skip u + c_out F(c_in u; c_noise),
+            u = input_scale z.
+        sample_shape, latent_shape: shapes of one x and one z.
+        precision: "float32" or "bfloat16", the autocast dtype that the trainer sampled in.
+        dtype: dtype of the weights.
+        seed, num_classes: `sample` draws with them as the trainer's `generate` did.
+        steps: optimizer steps of the training.
+        ema: whether the weights are the EMA.
+        t_star: noise level in the teacher's t, for information only.
     """
 
     c_skip: float
@@ -47,54 +49,60 @@ class Facts:
 
 
 class OneStep(nn.Module):
-    """A generator from disk: `one_step(z, cond)` is x. Nothing of the trainer is needed.
+    """A generator from disk: `one_step(z, cond)` returns x.
 
     Args:
-        network: F, called as network(x, c_noise, cond); or, `whole`, the generator itself, called as network(z, cond).
-        facts: what was written with it. folder: of the components around it, where it came from one.
+        network: F, called as network(x, c_noise, cond).
+        metadata: what was written with the weights.
+        whole: `network` is the generator itself, called as network(z, cond).
+        folder: the pipeline folder with VAE and text encoders; None for a generator from a file.
     """
 
-    def __init__(self, network: nn.Module, facts: Facts, *, whole: bool = False, folder: Folder | None = None) -> None:
+    def __init__(
+        self, network: nn.Module, metadata: Metadata, *, whole: bool = False, folder: Folder | None = None
+    ) -> None:
         super().__init__()
-        self.network, self.facts, self.folder, self._whole = network, facts, folder, whole
-        self.sample_shape, self.latent_shape = tuple(facts.sample_shape), tuple(facts.latent_shape)
+        self.network, self.metadata, self.folder, self._whole = network, metadata, folder, whole
+        self.sample_shape, self.latent_shape = tuple(metadata.sample_shape), tuple(metadata.latent_shape)
 
     def forward(self, z: Tensor, cond: Condition = None) -> Tensor:
-        """x (B, ...) float32 for z (B, ...) ~ N(0, I)."""
-        facts = self.facts
-        with torch.autocast(z.device.type, torch.bfloat16, enabled=facts.precision == "bfloat16"):
+        """Returns x (B, ...) float32 for z (B, ...) ~ N(0, I)."""
+        metadata = self.metadata
+        with torch.autocast(z.device.type, torch.bfloat16, enabled=metadata.precision == "bfloat16"):
             if self._whole:
                 return self.network(z, cond).float()
-            x = facts.input_scale * z
-            c_noise = torch.full((len(z),), facts.c_noise, dtype=torch.float32, device=z.device)
-            output = self.network((facts.c_in * x).to(getattr(torch, facts.dtype)), c_noise, cond)
-            return (facts.c_skip * x + facts.c_out * output[:, : x.shape[1]]).float()
+            x = metadata.input_scale * z
+            c_noise = torch.full((len(z),), metadata.c_noise, dtype=torch.float32, device=z.device)
+            output = self.network((metadata.c_in * x).to(getattr(torch, metadata.dtype)), c_noise, cond)
+            return (metadata.c_skip * x + metadata.c_out * output[:, : x.shape[1]]).float()
 
     @torch.no_grad()
     def sample(self, n: int, cond: Condition = None, *, seed: int | None = None, first_sample: int = 0) -> Tensor:
-        """n samples (n, ...) float32; those of the trainer's `generate` for the same seed, by default its own.
+        """Returns n samples (n, ...) float32, those of the trainer's `generate` for the same seed.
 
         Args:
-            cond: batched conditions; classes in turn when None and the generator has classes.
-            first_sample: where in the stream of shown samples to start.
+            n: number of samples.
+            cond: batched conditions. When None, a generator with classes takes all classes in turn.
+            seed: seed of z; the trainer's when None.
+            first_sample: global index of the first sample in noise stream 9.
         """
         device = next(self.parameters()).device
-        noise = Noise(self.facts.seed if seed is None else seed, first_sample=first_sample, device=device)
+        noise = Noise(self.metadata.seed if seed is None else seed, first_sample=first_sample, device=device)
         z = ops.normal((n, *self.latent_shape), noise, stream=Stream.SHOWN)
-        if cond is None and self.facts.num_classes:
-            cond = torch.arange(first_sample, first_sample + n, device=device) % self.facts.num_classes
+        if cond is None and self.metadata.num_classes:
+            cond = torch.arange(first_sample, first_sample + n, device=device) % self.metadata.num_classes
         return self(z, cond)
 
     def encode(self, prompts: Sequence[str]) -> Condition:
-        """Conditions for prompts, by the text encoders in the folder.
+        """Encodes prompts with the text encoders in the folder.
 
         Raises:
-            ValueError: there are none.
+            ValueError: there is no text encoder.
         """
         if self.folder is None or not isinstance(self.network, Network):
             raise ValueError("this generator has no text encoder")
         return self.folder.encode(list(prompts), self.network.model)
 
     def decode(self, samples: Tensor) -> Tensor:
-        """Images of latents by the folder's VAE; the samples themselves where there is none."""
+        """Decodes latents with the folder's VAE; returns samples unchanged if there is none."""
         return samples if self.folder is None else self.folder.decode(samples)

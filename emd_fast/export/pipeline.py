@@ -1,6 +1,6 @@
-"""A distilled generator as something to hand on: a pipeline folder of diffusers, or one safetensors file.
+"""Exports a distilled generator as a diffusers pipeline folder or as one safetensors file.
 
-Either holds the network's weights and the few numbers that make it a generator,
+Both hold the network's weights and the coefficients of the generator,
 
     x = c_skip u + c_out F(c_in u; c_noise),        u = input_scale z,
 
@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from emd_fast.diffusion.denoiser import Denoiser, Generator
-from emd_fast.export.one_step import Facts, OneStep
+from emd_fast.export.one_step import Metadata, OneStep
 from emd_fast.fusion.plan import fuse_known
 from emd_fast.io.files import write_whole
 from emd_fast.teachers.diffusers import DiffusersDenoiser
@@ -36,7 +36,7 @@ _VERSION = 1
 
 
 class NotForStock(UserWarning):
-    """What was exported is for `load` alone: no pipeline of diffusers makes the same samples."""
+    """Warns that only `load` can read an exported folder, because no diffusers pipeline makes its samples."""
 
 
 # Writing ----------------------------------------------------------------------------------------------------------
@@ -50,20 +50,23 @@ def export(
     ema: bool = True,
     teacher: Denoiser | None = None,
 ) -> Path:
-    """Writes the generator of a trainer.
+    """Writes a trainer's generator to disk.
 
     Args:
-        trainer: or the path of a checkpoint that `trainer.save` wrote, with its `teacher`.
-        out: "diffusers": a folder, new or empty, with the layout of a pipeline; the teacher must have come from a
-            folder of diffusers. "safetensors": a file.
-        ema: the average of the generator's weights, or the weights themselves.
+        trainer: a trainer, or the path of a checkpoint that `trainer.save` wrote.
+        out: path of a file for "safetensors"; of a new or empty folder for "diffusers".
+        format: "diffusers" writes the layout of a pipeline, and needs a teacher from a diffusers folder.
+        ema: whether to export the EMA of the generator's weights or the weights themselves.
+        teacher: the teacher of the checkpoint, if `trainer` is a path.
 
     Returns:
-        The path of what was written. `load` reads it. Where stock diffusers cannot make the same samples the folder
-        has no model_index.json, so that it cannot make others, and a NotForStock warning says why.
+        The path `out`, which `load` reads. If no stock diffusers pipeline can make the same samples, the
+        folder gets no model_index.json, so that none can make other samples, and a NotForStock warning
+        gives the reason.
 
     Raises:
-        ValueError: a generator that the format cannot describe, or a folder that is not empty.
+        ValueError: the format cannot describe the generator, `out` is a folder that is not empty, or
+            `trainer` is a path and `teacher` is None.
     """
     if format not in ("diffusers", "safetensors"):
         raise ValueError(f"format must be 'diffusers' or 'safetensors', got {format!r}")
@@ -73,18 +76,18 @@ def export(
         trainer = EMDTrainer.resume(Path(trainer), teacher, trains=False)
     generator = trainer.ema.module if ema else trainer.generator
     return (_write_folder if format == "diffusers" else _write_file)(
-        Path(out), generator, _facts(trainer, generator, ema)
+        Path(out), generator, _metadata(trainer, generator, ema)
     )
 
 
-def _facts(trainer: EMDTrainer, generator: nn.Module, ema: bool) -> Facts:
+def _metadata(trainer: EMDTrainer, generator: nn.Module, ema: bool) -> Metadata:
     scales: dict[str, Any] = dict.fromkeys(("c_skip", "c_out", "c_in", "c_noise", "input_scale"), 1.0)
     if isinstance(generator, Generator):
         t = torch.tensor([generator.t_star], dtype=torch.float32)
         c_in, c_noise = (value.item() for value in generator.denoiser.network_inputs(t))
         scales = {"c_skip": generator.c_skip, "c_out": generator.c_out, "c_in": c_in, "c_noise": c_noise}
         scales["input_scale"] = generator.input_scale
-    return Facts(
+    return Metadata(
         **scales,
         sample_shape=trainer.sample_shape,
         latent_shape=trainer.latent_shape,
@@ -98,7 +101,7 @@ def _facts(trainer: EMDTrainer, generator: nn.Module, ema: bool) -> Facts:
     )
 
 
-def _write_folder(out: Path, generator: nn.Module, facts: Facts) -> Path:
+def _write_folder(out: Path, generator: nn.Module, metadata: Metadata) -> Path:
     from emd_fast.teachers.diffusers import stock
 
     if not isinstance(generator, Generator) or not isinstance(generator.denoiser, DiffusersDenoiser):
@@ -123,12 +126,12 @@ def _write_folder(out: Path, generator: nn.Module, facts: Facts) -> Path:
             stacklevel=3,
         )
 
-    # Whole or not at all: a pipeline that lacks a component would be found out much later.
+    # Written beside `out` and renamed, so that an interrupted export leaves no incomplete pipeline.
     unfinished = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
         model.save_pretrained(unfinished / component)
-        # Where the teacher lay is nobody's business.
+        # The path of the teacher on this machine must not be published.
         config = read_json(unfinished / component / "config.json")
         _write_json(unfinished / component / "config.json", {k: v for k, v in config.items() if k != "_name_or_path"})
         for name in index:
@@ -137,7 +140,7 @@ def _write_folder(out: Path, generator: nn.Module, facts: Facts) -> Path:
         if scheduler is not None:
             scheduler.save_pretrained(unfinished / "scheduler")
             _write_json(unfinished / "model_index.json", index)
-        _write_json(unfinished / EXPORTED, {"version": _VERSION, "generator": asdict(facts), "pipeline": index})
+        _write_json(unfinished / EXPORTED, {"version": _VERSION, "generator": asdict(metadata), "pipeline": index})
         if out.exists():
             out.rmdir()
         os.replace(unfinished, out)
@@ -150,7 +153,7 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def _write_file(out: Path, generator: nn.Module, facts: Facts) -> Path:
+def _write_file(out: Path, generator: nn.Module, metadata: Metadata) -> Path:
     from safetensors.torch import save as encoded
 
     network: Any = generator.denoiser.network if isinstance(generator, Generator) else generator
@@ -169,9 +172,9 @@ def _write_file(out: Path, generator: nn.Module, facts: Facts) -> Path:
             f"a {type(network).__name__} cannot be described in a file: {', '.join((*_OWN, *ARCHITECTURES))} can; save "
             "its state_dict instead"
         )
-    metadata = {"version": _VERSION, "generator": asdict(facts), "network": described}
+    header = {"version": _VERSION, "generator": asdict(metadata), "network": described}
     weights = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
-    whole = encoded(weights, {"emd_fast": json.dumps(metadata)})
+    whole = encoded(weights, {"emd_fast": json.dumps(header)})
     out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(out, lambda file: file.write(whole))
     return out
@@ -182,7 +185,7 @@ def _points(network: Any) -> dict[str, Any]:
         "dimension": network.last.out_features,
         "width": network.last.in_features,
         "layers": len(network.hidden),
-        "seed": 0,  # of weights that the file replaces
+        "seed": 0,  # any value: the file replaces the initial weights
     }
 
 
@@ -195,7 +198,7 @@ def _small_unet(network: Any) -> dict[str, Any]:
     }
 
 
-# The project's own networks: the class, and the arguments that make another one like a given one.
+# This project's networks: name -> (class, function that reads the constructor's arguments from a network).
 _OWN: dict[str, tuple[type[nn.Module], Callable[[Any], dict[str, Any]]]] = {
     "SmallUNet": (SmallUNet, _small_unet),
     "TimeMLP": (TimeMLP, _points),
@@ -207,18 +210,21 @@ _OWN: dict[str, tuple[type[nn.Module], Callable[[Any], dict[str, Any]]]] = {
 
 
 def load(path: str | os.PathLike[str], *, device: torch.device | str = "cpu", fuse: bool = True) -> OneStep:
-    """The generator that `export` wrote, folder or file.
+    """Loads a generator that `export` wrote.
 
     Args:
-        fuse: served by `emd_fast.fuse`, where it knows the network; one that it refuses stays as it is, with a warning.
+        path: the folder or file.
+        device: where its weights go.
+        fuse: apply `emd_fast.fuse` to the network. If fuse refuses the network, it stays unfused, with a
+            warning.
 
     Raises:
-        ValueError: nothing there that `export` wrote, or of a later version.
+        ValueError: `export` did not write the path, or a later version of it did.
     """
     path = Path(path)
     one_step = _read_folder(path) if path.is_dir() else _read_file(path)
     for parameter in one_step.parameters():
-        # What safetensors maps need not be aligned, and PyTorch rounds differently then.
+        # Tensors that safetensors maps may be unaligned, which changes the rounding of PyTorch's kernels.
         parameter.data = parameter.data.clone()
     one_step.to(device).eval().requires_grad_(False)
     if fuse:
@@ -231,10 +237,10 @@ def load(path: str | os.PathLike[str], *, device: torch.device | str = "cpu", fu
 
 def _read_folder(path: Path) -> OneStep:
     if not (path / EXPORTED).exists():
-        raise ValueError(f"{path} was not written by emd_fast.export.pipeline: it has no {EXPORTED}")
-    facts = _facts_in(path, read_json(path / EXPORTED))
+        raise ValueError(f"{path} was not written by emd_fast.export: it has no {EXPORTED}")
+    metadata = _read_metadata(path, read_json(path / EXPORTED))
     folder = Folder(path)
-    return OneStep(Network(folder.load_model(getattr(torch, facts.dtype))), facts, folder=folder)
+    return OneStep(Network(folder.load_model(getattr(torch, metadata.dtype))), metadata, folder=folder)
 
 
 def _read_file(path: Path) -> OneStep:
@@ -242,12 +248,12 @@ def _read_file(path: Path) -> OneStep:
 
     try:
         with safe_open(str(path), "pt") as file:
-            metadata = json.loads((file.metadata() or {}).get("emd_fast", "{}"))
+            header = json.loads((file.metadata() or {}).get("emd_fast", "{}"))
             weights = {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError) as error:
         raise ValueError(f"cannot read {path}: {error}") from None
-    facts = _facts_in(path, metadata)
-    name, config = metadata["network"]["class"], metadata["network"]["config"]
+    metadata = _read_metadata(path, header)
+    name, config = header["network"]["class"], header["network"]["config"]
     network: nn.Module
     if name in _OWN:
         network = _OWN[name][0](**config)
@@ -255,14 +261,14 @@ def _read_file(path: Path) -> OneStep:
         network = Network(getattr(need_diffusers(), name).from_config(config))
     else:
         raise ValueError(f"{path} holds a {name}, which this release cannot build")
-    network = network.to(getattr(torch, facts.dtype))
+    network = network.to(getattr(torch, metadata.dtype))
     network.load_state_dict(weights)
-    return OneStep(network, facts, whole=isinstance(network, PointGenerator))
+    return OneStep(network, metadata, whole=isinstance(network, PointGenerator))
 
 
-def _facts_in(path: Path, metadata: Mapping[str, Any]) -> Facts:
-    if "generator" not in metadata:
-        raise ValueError(f"{path} was not written by emd_fast.export.pipeline")
-    if metadata.get("version") != _VERSION:
-        raise ValueError(f"{path} has format version {metadata.get('version')}, this release reads {_VERSION}")
-    return Facts(**metadata["generator"])
+def _read_metadata(path: Path, header: Mapping[str, Any]) -> Metadata:
+    if "generator" not in header:
+        raise ValueError(f"{path} was not written by emd_fast.export")
+    if header.get("version") != _VERSION:
+        raise ValueError(f"{path} has format version {header.get('version')}, this release reads {_VERSION}")
+    return Metadata(**header["generator"])

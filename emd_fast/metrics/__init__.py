@@ -1,5 +1,6 @@
-"""What sets of samples are judged by, whatever the task: distances in a space of features, and what a detector says.
+"""Metrics of sets of samples, independent of the task.
 
-`distance` and `neighbours` compare features; `detector` makes them of images, `reference` reads what they are compared
-with; `inception` and `clip` judge images alone, or with their prompts.
+`distance` and `neighbours` compare features. `detector` computes features of images, and `reference`
+reads statistics of real images. `inception` and `clip` score images alone or with their prompts.
+`evaluation` puts them together over batches and ranks.
 """

@@ -13,16 +13,17 @@ from emd_fast.metrics.images import rgb
 
 
 class ClipScore:
-    """100 max(cos(image, text), 0) by a CLIP model of transformers.
+    """CLIP score 100 max(cos(image, text), 0), by a CLIP model of transformers.
 
     Args:
-        name: a folder with a CLIPModel and its CLIPProcessor, or its name on the hub.
-        device: where it is used.
+        name: a folder with a CLIPModel and its CLIPProcessor, or a model name on the Hugging Face hub.
+        device: where the model runs.
 
     Raises:
-        ModuleNotFoundError: transformers is not installed. ValueError: there is no such model.
+        ModuleNotFoundError: transformers is not installed.
+        ValueError: there is no such model.
 
-    Source: Hessel et al. (arXiv 2104.08718), with 100 in place of their weight of 2.5, as it is mostly reported.
+    Source: Hessel et al. (arXiv 2104.08718), with the usual weight of 100 instead of their 2.5.
     """
 
     def __init__(self, name: str | Path, device: torch.device | str = "cpu") -> None:
@@ -41,10 +42,10 @@ class ClipScore:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Scores (n,) float64, on the CPU, of images (n, 1 or 3, H, W) uint8; prompts too long are cut off.
+        """Scores (n,) float64, on the CPU, of images (n, 1 or 3, H, W) uint8. Long prompts are cut off.
 
         Raises:
-            ValueError: another number of prompts than of images.
+            ValueError: the numbers of prompts and images differ.
         """
         if len(images) != len(prompts):
             raise ValueError(f"the CLIP score needs a prompt for each image, got {len(prompts)} for {len(images)}")

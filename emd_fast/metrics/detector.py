@@ -1,4 +1,4 @@
-"""Detectors: networks in a file of the user's that make features of images, as EDM's Inception does."""
+"""Detectors: networks from a user's file that compute features of images, such as EDM's Inception."""
 
 from __future__ import annotations
 
@@ -13,28 +13,30 @@ from torch import Tensor
 
 from emd_fast.metrics.images import rgb
 
-_WANTED = "TorchScript, as inception-2015-12-05.pt, or a .pt2 of torch.export"
+_EXPECTED = "TorchScript, as inception-2015-12-05.pt, or a .pt2 of torch.export"
 
 
 class DetectorError(ValueError):
-    """A file that is no detector: one line that names it and what is wanted."""
+    """A file is no detector, or its program fails. The message is one line that names the file."""
 
 
 class Detector:
-    """A detector from a file.
+    """A detector from a file, in one of two formats.
 
-    TorchScript: `forward(images, return_features=...)` on uint8 images (n, 3, H, W), as NVlabs' Inception has it:
-    features with return_features=True; class probabilities without it where forward takes `no_output_bias` too. A
-    program of torch.export (.pt2): features of uint8 images (n, 3, H, W), with n dynamic. Either is a program, which
-    PyTorch's interpreter runs; it is no Python, but it is somebody's program all the same.
+    - TorchScript, with the interface of NVlabs' Inception: `forward(images, return_features=...)` on
+      uint8 images (n, 3, H, W). It returns features with return_features=True. Without it, it returns
+      class probabilities if forward also takes `no_output_bias`.
+    - A torch.export program (.pt2) that returns features of uint8 images (n, 3, H, W), with n dynamic.
 
-    NVlabs' .pkl is a pickle, which would have to be executed; this library never does.
+    PyTorch's interpreter runs the program in the file. It contains no Python, but it is somebody's
+    code all the same. NVlabs' .pkl is refused: reading this pickle would execute Python.
 
     Args:
-        path: of the file. device: where it is used.
+        path: path of the file.
+        device: where the detector runs.
 
     Raises:
-        DetectorError: no such file, or something else.
+        DetectorError: there is no such file, or it is of another kind.
     """
 
     def __init__(self, path: str | Path, device: torch.device | str = "cpu") -> None:
@@ -45,18 +47,19 @@ class Detector:
         self.has_classes = "no_output_bias" in arguments
 
     def features(self, images: Tensor) -> Tensor:
-        """(n, D) of images (n, 1 or 3, H, W) uint8.
+        """Features (n, D) of images (n, 1 or 3, H, W) uint8.
 
         Raises:
-            DetectorError: the program fails, or returns something else.
+            DetectorError: the program fails, or returns another shape.
         """
         return self._run(images, self._options)
 
     def probabilities(self, images: Tensor) -> Tensor:
-        """(n, classes), without the bias of the last layer, as the inception score has always been computed.
+        """Class probabilities (n, classes) without the last layer's bias, as the inception score uses.
 
         Raises:
-            DetectorError: the program fails, or returns something else. ValueError: it has no classes.
+            DetectorError: the program fails, or returns another shape.
+            ValueError: the detector has no classes.
         """
         if not self.has_classes:
             raise ValueError(f"the detector {self.path} has no classes: its forward takes no no_output_bias")
@@ -79,7 +82,7 @@ class Detector:
 
 
 def _load(path: Path, device: torch.device) -> tuple[Any, set[str]]:
-    """What is called on images, and the names of the arguments that it takes."""
+    """Returns the callable in the file, and the names of the arguments that it takes."""
     if not path.is_file():
         raise DetectorError(f"there is no detector file {path}")
     if not zipfile.is_zipfile(path):
@@ -90,7 +93,7 @@ def _load(path: Path, device: torch.device) -> tuple[Any, set[str]]:
                 f"{path} is a pickle, a program of Python's that reading would run: refused; give the same network as "
                 "TorchScript, inception-2015-12-05.pt"
             )
-        raise DetectorError(f"{path} is no detector: it must be {_WANTED}")
+        raise DetectorError(f"{path} is no detector: it must be {_EXPECTED}")
     with zipfile.ZipFile(path) as archive:
         files = {name.partition("/")[2] for name in archive.namelist()}
     try:
@@ -99,7 +102,7 @@ def _load(path: Path, device: torch.device) -> tuple[Any, set[str]]:
             return program, set()
         if "constants.pkl" in files:
             with warnings.catch_warnings():
-                # TorchScript is what the detectors of the field are in, whatever follows it.
+                # Published detectors are TorchScript, which PyTorch deprecates.
                 warnings.simplefilter("ignore", DeprecationWarning)
                 script = torch.jit.load(str(path), map_location=device).eval()
             arguments = {argument.name for argument in script.forward.schema.arguments}
@@ -108,9 +111,9 @@ def _load(path: Path, device: torch.device) -> tuple[Any, set[str]]:
             return script, arguments
     except DetectorError:
         raise
-    except Exception as error:  # readers of PyTorch raise whatever they meet
+    except Exception as error:  # PyTorch's readers raise exceptions of many kinds
         raise DetectorError(f"cannot read the detector {path}: {_last_line(error)}") from None
-    raise DetectorError(f"{path} is an archive, but no program: a detector must be {_WANTED}")
+    raise DetectorError(f"{path} is an archive, but no program: a detector must be {_EXPECTED}")
 
 
 def sha256_of(path: Path) -> str:

@@ -1,8 +1,8 @@
-"""Fréchet distance, of two sets of features or of their moments.
+"""Fréchet distance between two sets of features, or between their moments.
 
-Everything is float64. The trace of (A B)^1/2 is the sum of the singular values of R_a R_b^T where A = R_a^T R_a and
-B = R_b^T R_b: the same as by a matrix root of A B, without the square roots of rounding errors that the small
-eigenvalues of the product bring where A or B is singular.
+All arithmetic is float64. With A = R_a^T R_a and B = R_b^T R_b, the trace of (A B)^1/2 is the sum of
+the singular values of R_a R_b^T. This equals the trace of the matrix square root, but it does not take
+square roots of rounding errors in the small eigenvalues of A B when A or B is singular.
 """
 
 from __future__ import annotations
@@ -16,19 +16,21 @@ from torch import Tensor
 
 from emd_fast import distributed
 
-_ROUNDING = 1e-5  # relative to the largest variance: what statistics kept in float32 have lost
+_ROUNDING = 1e-5  # error of statistics stored in float32, relative to the largest variance
 
 
 @dataclass(frozen=True)
 class Moments:
-    """What is kept of a set of features.
+    """Mean and covariance of a set of features.
 
     Args:
-        mean (D,), covariance (D, D): float64, on the CPU; the covariance with n - 1.
-        n: samples they were made of, or None where that is not known.
+        mean: (D,) float64, on the CPU.
+        covariance: (D, D) float64, on the CPU, with the divisor n - 1.
+        n: number of samples, or None if unknown.
 
     Raises:
-        ValueError: shapes that do not fit, values that are not finite, or what is no covariance.
+        ValueError: shapes that do not match, values that are not finite, or a matrix that is no
+            covariance.
     """
 
     mean: Tensor
@@ -50,10 +52,10 @@ class Moments:
             raise ValueError("the covariance must be symmetric, with no variance below 0")
 
     def factor(self) -> Tensor:
-        """R (D, D) with covariance = R^T R.
+        """Returns R (D, D) with covariance = R^T R.
 
         Raises:
-            ValueError: an eigenvalue clearly below 0.
+            ValueError: an eigenvalue is below 0 by more than rounding.
         """
         values, vectors = torch.linalg.eigh((self.covariance + self.covariance.T) / 2)
         if values[0] < -_ROUNDING * values[-1].abs():
@@ -61,15 +63,15 @@ class Moments:
         return values.clamp(min=0).sqrt()[:, None] * vectors.T
 
 
-class Sums:
-    """Moments of features that come in batches, on one rank or many: sums in float64, as EDM has them."""
+class RunningMoments:
+    """Accumulates the moments of features over batches and ranks, in float64."""
 
     def __init__(self) -> None:
         self.n = 0
         self._sum = self._products = torch.zeros(0)
 
     def add(self, features: Tensor) -> None:
-        """Features (n, D), any floating dtype."""
+        """Adds features (n, D) of any floating dtype."""
         features = features.double()
         if not self.n:
             self._sum = features.new_zeros(features.shape[1])
@@ -79,10 +81,12 @@ class Sums:
         self._products += features.T @ features
 
     def moments(self) -> Moments:
-        """Of what all ranks have added; all of them call it, and each has added something.
+        """Returns the moments of the features that all ranks added.
+
+        All ranks call it once, after each has added at least one batch.
 
         Raises:
-            ValueError: fewer than two samples in all, or features that were not finite.
+            ValueError: fewer than two samples in all, or features that are not finite.
         """
         if distributed.world_size() > 1:
             count = torch.tensor(self.n)
@@ -99,10 +103,10 @@ class Sums:
 
 
 def frechet_of_moments(a: Moments, b: Moments) -> float:
-    """Fréchet distance of two normal distributions, as EDM's fid.py has it.
+    """Fréchet distance of two normal distributions, as in EDM's fid.py.
 
     Raises:
-        ValueError: features of unequal width; what is no covariance.
+        ValueError: features of unequal width, or a matrix that is no covariance.
     """
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"two sets need features of one width, got {len(a.mean)} and {len(b.mean)}")
@@ -110,10 +114,13 @@ def frechet_of_moments(a: Moments, b: Moments) -> float:
 
 
 def frechet(a: Tensor, b: Tensor) -> float:
-    """Fréchet distance of the normal distributions fitted to two sets: |mean difference|^2 + tr(A + B - 2 (A B)^1/2).
+    """Fréchet distance of the normal distributions fitted to two sets of features.
+
+    It is |mean_a - mean_b|^2 + tr(A + B - 2 (A B)^1/2), with the covariances A and B. The factors of A
+    and B come from a QR decomposition of the centred features, so that no covariance is rounded.
 
     Args:
-        a, b: (n, D) features, any floating dtype; the arithmetic is float64. n at least 2.
+        a, b: (n, D) features, any floating dtype, n at least 2. The arithmetic is float64.
 
     Returns:
         The squared distance, in squared units of the features; 0 for equal sets.
@@ -121,10 +128,9 @@ def frechet(a: Tensor, b: Tensor) -> float:
     Raises:
         ValueError: sets of unequal size or width, too few samples, or features that are not finite.
 
-    Source: Heusel et al. (arXiv 1706.08500). The factors are those of the centred features, so that no covariance is
-    rounded.
+    Source: Heusel et al. (arXiv 1706.08500).
     """
-    a, b = pair(a, b)
+    a, b = checked_pair(a, b)
     means = a.mean(0), b.mean(0)
     scale = 1 / math.sqrt(len(a) - 1)
     r_a, r_b = (torch.linalg.qr((x - mean) * scale, mode="r").R for x, mean in zip((a, b), means, strict=True))
@@ -134,11 +140,11 @@ def frechet(a: Tensor, b: Tensor) -> float:
 def _distance(mean_a: Tensor, r_a: Tensor, mean_b: Tensor, r_b: Tensor) -> float:
     overlap = torch.linalg.svdvals(r_a @ r_b.T).sum()
     distance = (mean_a - mean_b).square().sum() + r_a.square().sum() + r_b.square().sum() - 2 * overlap
-    return max(distance.item(), 0.0)  # 0 is where rounding may fall to either side
+    return max(distance.item(), 0.0)  # rounding can take a distance of 0 below 0
 
 
-def pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Two sets of features (n, D) that can be compared sample by sample, in float64.
+def checked_pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Checks two sets of features (n, D) of equal size, and returns them in float64.
 
     Raises:
         ValueError: sets of unequal size or width, too few samples, or features that are not finite.

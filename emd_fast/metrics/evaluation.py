@@ -1,7 +1,7 @@
-"""What a detector says of many images: the streaming over batches and ranks, and the numbers together.
+"""Metrics of many images by a detector: streaming over batches and ranks, and all metrics together.
 
-Each rank takes its share of the samples by their global index, so that the set of images depends neither on the number
-of ranks nor on the batches; sums are added up over the ranks.
+Each rank takes a share of the samples by global index, so that the set of images depends neither on
+the number of ranks nor on the batch size. Sums are added over the ranks.
 """
 
 from __future__ import annotations
@@ -19,26 +19,28 @@ from torch import Tensor
 from emd_fast import distributed
 from emd_fast.metrics.clip import ClipScore
 from emd_fast.metrics.detector import Detector, DetectorError
-from emd_fast.metrics.distance import Moments, Sums, frechet_of_moments
+from emd_fast.metrics.distance import Moments, RunningMoments, frechet_of_moments
 from emd_fast.metrics.images import ImageFiles, size
 from emd_fast.metrics.inception import InceptionScore
 from emd_fast.metrics.neighbours import precision_recall
 from emd_fast.metrics.reference import Reference
 from emd_fast.metrics.reference import load as load_reference
 
-COMPARABLE = 50_000  # images, of which the distances in the literature are
+COMPARABLE = 50_000  # images behind the Fréchet distances of the literature
 _SPLITS = 10
 
-Images = Callable[[int, int], Tensor]  # (first, n) -> images (n, 1 or 3, H, W) uint8, by their global index
+Images = Callable[[int, int], Tensor]  # (first, n) -> images (n, 1 or 3, H, W) uint8, by global index
 
 
 @dataclass
-class Judges:
-    """Who judges, read from the files of an `EvaluationConfig`.
+class Evaluator:
+    """What metrics are computed with, read from the files of an `EvaluationConfig`.
 
     Args:
-        detector: makes the features. reference: statistics of real images.
-        compare_with: real images, for precision and recall. clip: for images with prompts.
+        detector: computes the features.
+        reference: statistics of real images, for the Fréchet distance.
+        compare_with: real images, for precision and recall.
+        clip: CLIP score of images with prompts.
     """
 
     detector: Detector | None = None
@@ -54,11 +56,11 @@ class Judges:
         compare_with: str | Path = "",
         clip: str | Path = "",
         device: torch.device | str = "cpu",
-    ) -> Judges:
-        """Those whose file is given.
+    ) -> Evaluator:
+        """Opens the files that are given; an empty name stands for none.
 
         Raises:
-            DetectorError, BadReference, ValueError, ModuleNotFoundError: a file that is something else.
+            DetectorError, BadReference, ValueError, ModuleNotFoundError: a file of another kind.
         """
         return cls(
             Detector(detector, device) if detector else None,
@@ -68,130 +70,141 @@ class Judges:
         )
 
     def __bool__(self) -> bool:
-        return any(judge is not None for judge in (self.detector, self.clip))
+        return self.detector is not None or self.clip is not None
 
     def check(self) -> None:
-        """Whether the reference is of features of the detector's width, as far as black images tell beforehand.
+        """Checks the reference's feature width against the detector's output for two black images.
 
         Raises:
-            BadReference: it is not.
+            BadReference: the widths differ.
         """
         if self.detector is None or self.reference is None:
             return
-        with contextlib.suppress(DetectorError):  # a detector may want another size, which only the images will show
+        with contextlib.suppress(DetectorError):  # the detector may need another image size, not known yet
             black = torch.zeros(2, *(self.reference.shape or (3, 64, 64)), dtype=torch.uint8)
             self.reference.of_width(self.detector.features(black).shape[1])
 
     def hashes(self) -> dict[str, str]:
-        """The sha256 of the files that a distance depends on."""
+        """Returns the sha256 of the files that the Fréchet distance depends on."""
         files = {"detector": self.detector, "reference": self.reference}
         return {name: file.sha256 for name, file in files.items() if file is not None}
 
 
-def frechet(judges: Judges, images: Images, n: int, batch: int) -> float:
-    """The Fréchet distance alone; all ranks call it, and the main one tells all of them.
+def frechet(evaluator: Evaluator, images: Images, n: int, batch: int) -> float:
+    """Computes the Fréchet distance alone. All ranks call it, and get the main rank's value.
 
     Raises:
-        ValueError: no detector or no reference; what `judge` raises.
+        ValueError: no detector or no reference; also as for `evaluate`.
     """
-    if judges.detector is None or judges.reference is None:
+    if evaluator.detector is None or evaluator.reference is None:
         raise ValueError("a Fréchet distance needs a detector and a reference")
-    return judge(Judges(judges.detector, judges.reference), images, n, batch)["frechet"]
+    return evaluate(Evaluator(evaluator.detector, evaluator.reference), images, n, batch)["frechet"]
 
 
-def judge(
-    judges: Judges, images: Images, n: int, batch: int, prompts: Callable[[int, int], Sequence[str]] | None = None
+def evaluate(
+    evaluator: Evaluator,
+    images: Images,
+    n: int,
+    batch: int,
+    prompts: Callable[[int, int], Sequence[str]] | None = None,
 ) -> dict[str, float]:
-    """All the numbers that the judges give of n images; all ranks call it, and get the same.
+    """Computes all metrics of n images that the evaluator has files for.
+
+    All ranks call it, and get the same values.
 
     Args:
-        images: by global index. batch: how many at a time.
-        prompts: of the images, for the CLIP score.
+        images: (first, n) -> images by global index.
+        n: number of images.
+        batch: images per call of `images`.
+        prompts: (first, n) -> prompts of the images, for the CLIP score.
 
     Returns:
-        "frechet" with a reference; "inception_score" and "inception_score_std" with a detector that has classes;
-        "precision" and "recall" (k = 3) with images to compare with; "clip_score".
+        "frechet" with a reference; "inception_score" and "inception_score_std" with a detector that has
+        classes and n of 10 or more; "precision" and "recall" (k = 3) with images to compare with;
+        "clip_score" with prompts and a CLIP model.
 
     Raises:
-        ValueError: images of another size than the reference's, as far as it says; another number of images to compare
-            with than n; fewer than two images a rank; features that are not finite.
+        ValueError: images of another size than the reference's, if its file records one; `compare_with`
+            holds another number of images than n; fewer than two images per rank; features that are not
+            finite.
     """
     if n < 2 * distributed.world_size():
         raise ValueError(f"an evaluation needs at least 2 images a rank, got {n} for {distributed.world_size()}")
-    detector, real = judges.detector, judges.compare_with
+    detector, real = evaluator.detector, evaluator.compare_with
     if real is not None and len(real) != n:
         raise ValueError(
             f"precision and recall compare sets of one size: {real.path} has {len(real)} images, {n} are generated"
         )
-    sums = Sums()
-    score = InceptionScore(n, _SPLITS) if detector is not None and detector.has_classes and n >= _SPLITS else None
-    fits = torch.zeros((), dtype=torch.float64)
+    running = RunningMoments()
+    inception = InceptionScore(n, _SPLITS) if detector is not None and detector.has_classes and n >= _SPLITS else None
+    clip_sum = torch.zeros((), dtype=torch.float64)
     kept: list[Tensor] = []
     failure: ValueError | None = None
     try:
-        for first, x in _mine(images, n, batch):
+        for first, x in _share(images, n, batch):
             if detector is not None:
-                if not sums.n:
-                    _check_sizes(judges, tuple(x.shape[1:]), detector.sha256)
+                if not running.n:
+                    _check_sizes(evaluator, tuple(x.shape[1:]), detector.sha256)
                 features = detector.features(x)
-                sums.add(features)
-                if score is not None:
-                    score.add(detector.probabilities(x), first)
+                running.add(features)
+                if inception is not None:
+                    inception.add(detector.probabilities(x), first)
                 if real is not None:
                     kept.append(features.float().cpu())
-            if judges.clip is not None and prompts is not None:
-                fits += judges.clip(x, prompts(first, len(x))).sum()
+            if evaluator.clip is not None and prompts is not None:
+                clip_sum += evaluator.clip(x, prompts(first, len(x))).sum()
     except ValueError as error:
         failure = error
     distributed.raise_together(failure)
 
     found: dict[str, float] = {}
-    if judges.clip is not None and prompts is not None:
+    if evaluator.clip is not None and prompts is not None:
         if distributed.world_size() > 1:
-            dist.all_reduce(fits)
-        found["clip_score"] = fits.item() / n
+            dist.all_reduce(clip_sum)
+        found["clip_score"] = clip_sum.item() / n
     if detector is None:
         return found
-    generated = sums.moments()
-    if judges.reference is not None:
-        moments = judges.reference.of_width(len(generated.mean))
+    generated = running.moments()
+    if evaluator.reference is not None:
+        moments = evaluator.reference.of_width(len(generated.mean))
         found["frechet"] = distributed.on_main(lambda: frechet_of_moments(generated, moments))
-    if score is not None:
-        found["inception_score"], found["inception_score_std"] = score.value()
+    if inception is not None:
+        found["inception_score"], found["inception_score_std"] = inception.value()
     if real is not None:
-        theirs = [detector.features(x).float().cpu() for _, x in _mine(real, n, batch)]
-        both = _whole(torch.cat(theirs), n).to(detector.device), _whole(torch.cat(kept), n).to(detector.device)
-        found["precision"], found["recall"] = distributed.on_main(lambda: precision_recall(*both))
+        real_features = [detector.features(x).float().cpu() for _, x in _share(real, n, batch)]
+        real_all = _all_gather_rows(torch.cat(real_features), n).to(detector.device)
+        generated_all = _all_gather_rows(torch.cat(kept), n).to(detector.device)
+        found["precision"], found["recall"] = distributed.on_main(lambda: precision_recall(real_all, generated_all))
     return found
 
 
 def moments_of(detector: Detector, images: Images, n: int, batch: int) -> Moments:
-    """The moments of the features of n images; all ranks call it."""
-    sums = Sums()
-    for _, x in _mine(images, n, batch):
-        sums.add(detector.features(x))
-    return sums.moments()
+    """Computes the moments of the features of n images. All ranks call it."""
+    running = RunningMoments()
+    for _, x in _share(images, n, batch):
+        running.add(detector.features(x))
+    return running.moments()
 
 
-def _mine(images: Images, n: int, batch: int) -> Iterator[tuple[int, Tensor]]:
-    """This rank's share of n images in batches, each with the global index of its first."""
+def _share(images: Images, n: int, batch: int) -> Iterator[tuple[int, Tensor]]:
+    """Yields this rank's share of n images in batches: (global index of the first, images)."""
     start, end = distributed.share(n)
     for first in range(start, end, batch):
         yield first, images(first, min(batch, end - first))
 
 
-def _check_sizes(judges: Judges, shape: tuple[int, ...], detector: str) -> None:
-    real = judges.compare_with
-    if judges.reference is not None:
-        judges.reference.check(shape, detector)
+def _check_sizes(evaluator: Evaluator, shape: tuple[int, ...], detector: str) -> None:
+    real = evaluator.compare_with
+    if evaluator.reference is not None:
+        evaluator.reference.check(shape, detector)
     if real is not None and real.shape[1:] != shape[1:]:
         raise ValueError(
             f"{real.path} has images of {size(real.shape)}, these are of {size(shape)}; nothing is resized here"
         )
 
 
-def _whole(rows: Tensor, n: int) -> Tensor:
-    """The rows of all ranks, by global index, on each of them."""
+def _all_gather_rows(rows: Tensor, n: int) -> Tensor:
+    """Gathers the n rows of all ranks on every rank, in the order of the global index."""
     ranks = distributed.world_size()
     if ranks == 1:
         return rows
@@ -203,15 +216,15 @@ def _whole(rows: Tensor, n: int) -> Tensor:
     return torch.cat([part[:size] for part, size in zip(every, sizes, strict=True)])
 
 
-def facts(judges: Judges, n: int, seed: int | None = None) -> dict[str, Any]:
-    """What has to be said beside the numbers of `judge`: how many samples, of which seed, and by which files."""
-    said: dict[str, Any] = {"n": n} | ({} if seed is None else {"seed": seed})
+def provenance(evaluator: Evaluator, n: int, seed: int | None = None) -> dict[str, Any]:
+    """Returns what the metrics depend on: sample count, seed, and files with their sha256."""
+    found: dict[str, Any] = {"n": n} | ({} if seed is None else {"seed": seed})
     for name in ("detector", "reference", "compare_with"):
-        file = getattr(judges, name)
+        file = getattr(evaluator, name)
         if file is not None:
-            said[name] = {"file": str(file.path), "sha256": file.sha256}
-    if judges.reference is not None and n < COMPARABLE:
-        said["warning"] = (
-            f"n = {n:,} is below {COMPARABLE:,}: this Fréchet distance compares with no other figure but of the same n"
+            found[name] = {"file": str(file.path), "sha256": file.sha256}
+    if evaluator.reference is not None and n < COMPARABLE:
+        found["warning"] = (
+            f"n = {n:,} is below {COMPARABLE:,}: compare this Fréchet distance only with others of the same n"
         )
-    return said
+    return found

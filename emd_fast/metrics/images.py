@@ -1,4 +1,4 @@
-"""Images as detectors take them: uint8, from a generator or from files."""
+"""uint8 images for detectors, from a generator or from files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from torch import Tensor
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Images (n, 1 or 3, H, W) in [-1, 1] as uint8, by EDM's rule: x 127.5 + 128, clipped, rounded down.
+    """Converts images (n, 1 or 3, H, W) in [-1, 1] to uint8 as EDM does.
+
+    The value is 127.5 x + 128, clipped to [0, 255] and rounded down.
 
     Raises:
         ValueError: another shape, or values that are not finite.
@@ -30,15 +32,17 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def rgb(images: Tensor) -> Tensor:
-    """Images (n, 1 or 3, H, W) with three channels, grey repeated."""
+    """Returns images (n, 1 or 3, H, W) as (n, 3, H, W); a grey channel is repeated."""
     return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
 
 
 class ImageFiles:
-    """The images in a folder and the folders in it, or in a .zip, by name; all of one size. Nothing is resized.
+    """The images in a folder (with its subfolders) or in a .zip, sorted by name.
+
+    All images have one size. Nothing is resized.
 
     Raises:
-        ValueError: no such folder or .zip, no image in it, or images of several sizes (when they are read).
+        ValueError: no such folder or .zip, or no image in it.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -64,10 +68,10 @@ class ImageFiles:
         return len(self._names)
 
     def __call__(self, first: int, n: int) -> Tensor:
-        """n images (n, 1 or 3, H, W) uint8 from index `first` on.
+        """Reads n images (n, 1 or 3, H, W) uint8, starting at index `first`.
 
         Raises:
-            ValueError: an image that cannot be read, or has another size than the first.
+            ValueError: an image cannot be read, or its size differs from the first image's.
         """
         images = []
         for name in self._names[first : first + n]:
@@ -81,7 +85,7 @@ class ImageFiles:
 
     @functools.cached_property
     def sha256(self) -> str:
-        """Of the files in their order, without their names."""
+        """sha256 of the contents of the files, in order; names do not count."""
         digest = hashlib.sha256()
         for name in self._names:
             digest.update(self._bytes(name))
@@ -101,5 +105,5 @@ class ImageFiles:
 
 
 def size(shape: Sequence[int]) -> str:
-    """A shape as people write it: 3x64x64."""
+    """Formats a shape for messages, such as 3x64x64."""
     return "x".join(map(str, shape))

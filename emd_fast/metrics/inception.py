@@ -1,4 +1,4 @@
-"""Inception score: what the classes that a detector sees say about images."""
+"""Inception score, from the class probabilities of a detector."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from emd_fast import distributed
 
 
 class InceptionScore:
-    """exp of the mean divergence of the classes of an image from those of all, over parts of the samples.
+    """Inception score exp(E_x KL(p(class | x) || p(class))), over several splits of the samples.
 
-    Only sums are kept, so that samples come in batches, on one rank or many.
+    It keeps sums only, so that samples can come in batches, on one rank or many.
 
     Args:
-        n: samples in all. splits: parts, each with a score of its own; the usual 10.
+        n: number of samples over all ranks.
+        splits: number of splits, each of which gets a score; 10 is usual.
 
     Raises:
-        ValueError: fewer samples than parts.
+        ValueError: fewer samples than splits.
 
     Source: Salimans et al. (arXiv 1606.03498).
     """
@@ -30,7 +31,7 @@ class InceptionScore:
         self._sums = torch.zeros(0)
 
     def add(self, probabilities: Tensor, first: int) -> None:
-        """Probabilities (n, classes) of the samples from the global index `first` on."""
+        """Adds class probabilities (n, classes) of the samples that start at global index `first`."""
         p = probabilities.double()
         if not len(self._sums):
             self._sums = p.new_zeros(len(self._bounds) - 1, p.shape[1] + 1)
@@ -39,7 +40,10 @@ class InceptionScore:
         self._sums.index_add_(0, part, torch.cat([p, torch.xlogy(p, p).sum(1, keepdim=True)], 1))
 
     def value(self) -> tuple[float, float]:
-        """Mean and standard deviation over the parts; all ranks call it, and each has added something."""
+        """Returns mean and standard deviation of the score over the splits.
+
+        All ranks call it once, after each has added at least one batch.
+        """
         if distributed.world_size() > 1:
             dist.all_reduce(self._sums)
         means = self._sums / self._bounds.diff().to(self._sums)[:, None]

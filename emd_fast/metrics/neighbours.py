@@ -1,24 +1,31 @@
-"""Precision and recall by nearest neighbours."""
+"""Precision and recall by k nearest neighbours."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from emd_fast.metrics.distance import pair
+from emd_fast.metrics.distance import checked_pair
 
-_ENTRIES = 2**25  # of a matrix of distances at a time: 256 MiB, however many samples there are
-_PAIRS = 2**12  # distances by differences at a time
-_CLOSE = 1e-11  # relative error of squared distances by products, with room to spare
+_ENTRIES = 2**25  # elements of one block of the distance matrix: 256 MiB for any number of samples
+_PAIRS = 2**12  # pairs per block when distances are computed from differences
+_CLOSE = 1e-11  # bound of the relative error of squared distances from a matrix product
 
 
 def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> tuple[float, float]:
-    """Precision: the share of generated samples in the manifold of the real ones. Recall: the other way round.
+    """Precision and recall of generated samples in feature space.
 
-    The manifold of a set is the union of balls around its samples, each as far as the k-th nearest other sample.
+    Precision is the fraction of generated samples inside the manifold of the real set. Recall is the
+    fraction of real samples inside the manifold of the generated set. The manifold of a set is the
+    union of balls around its samples, each with the distance to the k-th nearest other sample as
+    radius.
+
+    Memory does not grow with n^2. Distances come from a matrix product, which cancels for near
+    samples. Distances so close to a radius that this error could decide are computed again from
+    differences.
 
     Args:
-        real, generated: (n, D) features, any floating dtype; distances are in float64.
+        real, generated: (n, D) features, any floating dtype; distances are computed in float64.
         k: at least 1, below n.
 
     Returns:
@@ -27,11 +34,9 @@ def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> tuple[float
     Raises:
         ValueError: sets of unequal size or width, k out of range, or features that are not finite.
 
-    Source: Kynkäänniemi et al. (arXiv 1904.06991). Memory does not grow with n^2. Distances are products of matrices,
-    which cancel for near samples; where that could decide (a sample at the very rim of a ball, such as its copy), the
-    distance is computed again by differences.
+    Source: Kynkäänniemi et al. (arXiv 1904.06991).
     """
-    real, generated = pair(real, generated)
+    real, generated = checked_pair(real, generated)
     if not 1 <= k < len(real):
         raise ValueError(f"k must be at least 1 and below the {len(real)} samples, got {k}")
     centre = real.mean(0)
@@ -52,10 +57,10 @@ def _rows(columns: int) -> int:
 
 
 def _radii(samples: Tensor, k: int) -> Tensor:
-    """Squared distance of each sample to its k-th nearest other one."""
+    """Squared distance of each sample to its k-th nearest other sample."""
     radii = []
     for rows in samples.split(_rows(len(samples))):
-        # The smallest of the k + 1 is that to itself, 0.
+        # k + 1, because the smallest distance is 0, to the sample itself.
         near = _squared(rows, samples).topk(k + 1, largest=False).indices
         exact = [_differences(rows, samples[column]) for column in near.unbind(1)]
         radii.append(torch.stack(exact, 1).amax(1))
@@ -63,7 +68,7 @@ def _radii(samples: Tensor, k: int) -> Tensor:
 
 
 def _within(distances: Tensor, radii: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """distances <= radii, with those that are too close to call by differences."""
+    """distances <= radii; pairs within the error bound are decided by exact differences."""
     within = distances <= radii
     error = _CLOSE * (a.square().sum(1)[:, None] + b.square().sum(1)[None, :])
     close = (distances - radii).abs_() <= error

@@ -43,7 +43,7 @@ class Best:
             say(f"the best checkpoint is left out, the next evaluation replaces it: {error}")
             return math.inf
         if notes["basis"] != self._basis:
-            say(f"{self.path} was judged by other files or samples: the next evaluation replaces it")
+            say(f"{self.path} was evaluated with other files or samples: the next evaluation replaces it")
             return math.inf
         return notes["figures"]["frechet"]
 
@@ -56,11 +56,11 @@ class Best:
             or self._trainer.steps_done == config.steps
         )
 
-    def judge(self) -> dict[str, float]:
-        """Evaluates the current generator; saves it if it is the best so far. Returns a log row."""
+    def evaluate(self) -> dict[str, float]:
+        """Evaluates the generator, keeps it if it is the best so far, and returns a row for the log."""
         began = time.monotonic()
         try:
-            mine = self._task.judge(self._trainer)
+            mine = self._task.interim_metrics(self._trainer)
         except (BadReference, DetectorError):
             raise
         except ValueError as error:

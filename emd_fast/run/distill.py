@@ -67,7 +67,7 @@ def _distill(settings: RunConfig, folder: Path, sinks: tuple[str, ...], held: co
         say(needs.table())
     needs.check(available())
     task = task_of(settings)
-    task.prepare_to_judge()
+    task.open_references()
     teacher, seconds = _teacher(task, folder)
     trainer = _latest(settings, folder, task, teacher)
     del teacher  # frees its float32 weights where the trainer has a bf16 copy

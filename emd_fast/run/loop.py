@@ -11,7 +11,7 @@ from torch import Tensor
 
 from emd_fast import distributed
 from emd_fast.config import RunConfig, to_dict
-from emd_fast.reporting import journal, report
+from emd_fast.reporting import journal, pictures, report
 from emd_fast.reporting.progress import Progress, say, summary
 from emd_fast.run.best import Best
 from emd_fast.run.plan import GIB
@@ -49,7 +49,7 @@ def train(trainer: EMDTrainer, settings: RunConfig, folder: Path, sinks: tuple[s
     if main:
         checkpoint.clear_unfinished(checkpoint_folder)
     agree, saved, stop = distributed.Agreement(), first if first else -1, 0
-    judged = Best(trainer, task, settings, folder) if settings.evaluation.every else None
+    best = Best(trainer, task, settings, folder) if settings.evaluation.every else None
     flops = math.nan
     began = time.monotonic()
 
@@ -85,8 +85,8 @@ def train(trainer: EMDTrainer, settings: RunConfig, folder: Path, sinks: tuple[s
                         log.write(row)
                     check_health(numbers, settings.emd, trainer.culprit)
                     progress.update(done, summary(row))
-                if judged is not None and judged.due():
-                    figures = judged.judge()
+                if best is not None and best.due():
+                    figures = best.evaluate()
                     if log is not None:
                         log.write({"step": done, **figures, "seconds": before + time.monotonic() - began})
                 if done % settings.save_every == 0 or done == total:
@@ -167,4 +167,4 @@ def _show(trainer: EMDTrainer, folder: Path) -> None:
         # Values that are not finite must not end the run here.
         images = torch.cat(list(rows.values())).nan_to_num()
         path = folder / "samples" / "networks" / f"step-{trainer.steps_done:08d}.png"
-        report.save_grid(path, images, columns=_SHOWN)
+        pictures.save_grid(path, images, columns=_SHOWN)

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from emd_fast.config import ConfigError
 from emd_fast.em.e_step import EStep, LangevinStep
 from emd_fast.io.files import write_text, write_whole
-from emd_fast.reporting import report
+from emd_fast.reporting import pictures
 from emd_fast.run.distill import open_run
 from emd_fast.run.folder import settings_of
 from emd_fast.train.trainer import EMDTrainer
@@ -72,11 +72,11 @@ class Replay:
         write_whole(paths[1], lambda file: torch.save(samples, file))
         if self.before.dim() == 2 and self.before.shape[1] == 2:
             paths.append(folder / "points.png")
-            report.scatter(paths[-1], samples)
+            pictures.scatter(paths[-1], samples)
         for name, sample in samples.items():
             if sample.dim() == 4 and sample.shape[1] in (1, 3) and bool(sample.isfinite().all()):
                 paths.append(folder / f"{name}.png")
-                report.save_grid(paths[-1], sample)
+                pictures.save_grid(paths[-1], sample)
         return paths
 
 

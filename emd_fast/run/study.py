@@ -111,15 +111,15 @@ def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
     They include the Fréchet distance relative to real data, or the least and greatest mass of a mode.
     """
     row = {
-        key: value["student"]
+        key: value["generator"]
         for key, value in metrics.items()
-        if isinstance(value, dict) and isinstance(value.get("student"), (int, float))
+        if isinstance(value, dict) and isinstance(value.get("generator"), (int, float))
     }
     if "mass" in metrics:
-        masses = metrics["mass"]["student"]
+        masses = metrics["mass"]["generator"]
         row |= {"least mass": min(masses), "greatest mass": max(masses), "mass": masses}
     else:
-        row["frechet over real"] = metrics["frechet"]["student"] / metrics["frechet"]["real"]
+        row["frechet over real"] = metrics["frechet"]["generator"] / metrics["frechet"]["real"]
     return {**row, "steps": metrics["steps"], "seconds": metrics["seconds"]["distil"]}
 
 

@@ -1,4 +1,4 @@
-"""What a recipe distils: where its networks come from, and what its samples are judged by."""
+"""Tasks: what a recipe distils, where its networks come from, and which metrics its samples get."""
 
 from __future__ import annotations
 
@@ -16,36 +16,43 @@ OnStep = Callable[[int, int, float], None]  # steps done, steps in all, loss
 
 
 class Task(Protocol):
-    """One task. Building it is cheap; nothing is trained or read before it is asked for."""
+    """One task. Constructing it trains and reads nothing."""
 
-    prompts: Any  # of the trainer; known once the teacher is made
+    prompts: Any  # conditions for the trainer; set by make_teacher
 
     def __init__(self, config: RunConfig) -> None: ...
 
     def make_teacher(self, folder: Path, on_step: OnStep | None) -> Denoiser:
-        """The teacher: read from the run folder where it is there already, made (and written there) otherwise."""
+        """Returns the teacher: read from the run folder if it is there, else made and written there."""
 
     def untrained_teacher(self) -> Denoiser:
-        """The teacher's architecture, whatever its weights: what it will need can be told before it is made. On the
-        meta device where nothing has to be read to know it."""
+        """Returns a teacher of the right architecture, with any weights.
+
+        Memory needs are computed from it before the teacher is made. It is on the meta device
+        unless the architecture is known only from a file.
+        """
 
     def make_networks(self) -> tuple[nn.Module | None, Denoiser | None]:
-        """Generator and student; None for copies of the teacher."""
+        """Returns generator and student; None stands for a copy of the teacher."""
 
-    def prepare_to_judge(self) -> None:
-        """Reads what samples are judged by, so that a wrong file is found before the training."""
+    def open_references(self) -> None:
+        """Reads the files that metrics need, so that a wrong file is reported before the training."""
 
     def basis(self) -> dict[str, Any]:
-        """What the figures of `judge` depend on besides the weights and the seed: plain values."""
+        """Returns what `interim_metrics` depend on besides weights and seed, as plain values."""
 
-    def judge(self, trainer: EMDTrainer) -> dict[str, float]:
-        """The student alone, in the middle of the training: "frechet", which decides, and what else there is."""
+    def interim_metrics(self, trainer: EMDTrainer) -> dict[str, float]:
+        """Returns the generator's metrics during training; "frechet" selects the best checkpoint."""
 
     def evaluate(self, trainer: EMDTrainer, untrained: EMDTrainer, folder: Path | None) -> dict[str, Any]:
-        """What goes into metrics.json; pictures are written into folder / "samples" where a folder is given."""
+        """Returns the contents of metrics.json, and writes pictures into folder / "samples".
+
+        A folder of None writes no pictures.
+        """
 
 
 def task_of(config: RunConfig) -> Task:
+    """Builds the task that `config.task` names."""
     from emd_fast.tasks.digits import Digits
     from emd_fast.tasks.gmm import Mixture
     from emd_fast.tasks.pretrained import Pretrained

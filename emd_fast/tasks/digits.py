@@ -1,4 +1,4 @@
-"""Real digits: a small UNet is trained as the teacher, and its one-step copy is judged against held-out images."""
+"""The task "digits": distils a small UNet trained here, and evaluates it on held-out images."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from emd_fast.config import RunConfig, TeacherConfig, from_dict, to_dict
 from emd_fast.diffusion.denoiser import Denoiser
 from emd_fast.diffusion.sampler import heun
 from emd_fast.noise import Noise, Stream
-from emd_fast.reporting import report
-from emd_fast.tasks import OnStep
-from emd_fast.tasks import digits_teacher as digits
+from emd_fast.reporting import pictures
+from emd_fast.tasks import OnStep, digits_data, digits_teacher
 from emd_fast.tasks.digits_metrics import DigitFeatures, digits_metrics
 from emd_fast.train import checkpoint
 from emd_fast.train.trainer import EMDTrainer
 
-_SHOWN = 100  # digits in a picture, ten of a class
+_PREVIEWS = 100  # digits in a picture, ten of each class
 
 
 class Digits:
@@ -32,67 +31,67 @@ class Digits:
 
     def make_teacher(self, folder: Path, on_step: OnStep | None) -> Denoiser:
         path = folder / "teacher.pt"
-        teacher = self._read_or_trained(path, on_step)
+        teacher = self._load_or_train(path, on_step)
         teacher.source = str(path.resolve())
         return teacher
 
-    def _read_or_trained(self, path: Path, on_step: OnStep | None) -> Denoiser:
+    def _load_or_train(self, path: Path, on_step: OnStep | None) -> Denoiser:
         config = self.config.teacher
         if path.exists():
             state = checkpoint.load(path)
             if from_dict(TeacherConfig, state["config"]) != config:
                 raise checkpoint.CheckpointError(f"{path} was trained with another [teacher] configuration")
-            teacher = digits.denoiser(digits.network(config))
+            teacher = digits_teacher.denoiser(digits_teacher.network(config))
             teacher.load_state_dict(state["teacher"])
             return teacher.eval()
-        said = None if on_step is None else lambda step, loss: on_step(step, config.steps, loss)
-        teacher = digits.train(config, said)
+        callback = None if on_step is None else lambda step, loss: on_step(step, config.steps, loss)
+        teacher = digits_teacher.train(config, callback)
         checkpoint.save(path, {"config": to_dict(config), "teacher": teacher.state_dict()})
         return teacher
 
     def untrained_teacher(self) -> Denoiser:
         with torch.device("meta"):
-            return digits.denoiser(digits.network(self.config.teacher))
+            return digits_teacher.denoiser(digits_teacher.network(self.config.teacher))
 
     def make_networks(self) -> tuple[nn.Module | None, Denoiser | None]:
         return None, None
 
-    def prepare_to_judge(self) -> None:
+    def open_references(self) -> None:
         pass
 
     def basis(self) -> dict[str, Any]:
         return {}
 
-    def judge(self, trainer: EMDTrainer) -> dict[str, float]:
+    def interim_metrics(self, trainer: EMDTrainer) -> dict[str, float]:
         labels, cond = _held_out(trainer)
         metrics = digits_metrics(
-            {"student": (trainer.generate(len(labels), cond), cond)}, _features(), trainer.config.seed
+            {"generator": (trainer.generate(len(labels), cond), cond)}, _features(), trainer.config.seed
         )
-        figures = ("frechet", "recall", "precision", "accuracy")
-        return {name: metrics[name]["student"] for name in figures if "student" in metrics[name]}
+        names = ("frechet", "recall", "precision", "accuracy")
+        return {name: metrics[name]["generator"] for name in names if "generator" in metrics[name]}
 
     def evaluate(self, trainer: EMDTrainer, untrained: EMDTrainer, folder: Path | None) -> dict[str, Any]:
-        images = digits.load("test")[0]
+        images = digits_data.load("test")[0]
         labels, cond = _held_out(trainer)
-        z = ops.normal((len(labels), *digits.SHAPE), Noise(trainer.config.seed), stream=Stream.SHOWN)
+        z = ops.normal((len(labels), *digits_data.SHAPE), Noise(trainer.config.seed), stream=Stream.SHOWN)
         samples = {
             "teacher": heun(trainer.teacher, z, cond),
             "init": untrained.generate(len(labels), cond, ema=False),
-            "student": trainer.generate(len(labels), cond),
+            "generator": trainer.generate(len(labels), cond),
         }
-        # An unconditional generator was asked for no class, so there is none to be right about.
+        # An unconditional generator has no class to match, so its sets get no accuracy.
         with_labels = {name: (x, cond) for name, x in samples.items()}
         metrics = digits_metrics(with_labels, _features(), seed=trainer.config.seed)
         if folder is not None:
-            shown = _ten_of_each(labels)
-            for name, pictures in {"real": images, **samples}.items():
-                report.save_grid(folder / "samples" / f"{name}.png", pictures[shown], columns=10)
+            rows = _ten_of_each(labels)
+            for name, x in {"real": images, **samples}.items():
+                pictures.save_grid(folder / "samples" / f"{name}.png", x[rows], columns=10)
         return metrics
 
 
 def _held_out(trainer: EMDTrainer) -> tuple[Tensor, Tensor | None]:
-    """The labels of the held-out images, and the conditions to ask for: their classes, where there are any."""
-    labels = digits.load("test")[1]
+    """Labels of the held-out images; also as conditions, or None if the generator has no classes."""
+    labels = digits_data.load("test")[1]
     return labels, labels if trainer.config.num_classes else None
 
 
@@ -102,6 +101,6 @@ def _features() -> DigitFeatures:
 
 
 def _ten_of_each(labels: Tensor) -> Tensor:
-    """Indices of the first ten of each class: a picture with a class in each row."""
-    each = _SHOWN // digits.CLASSES
-    return torch.cat([(labels == digit).nonzero()[:each, 0] for digit in range(digits.CLASSES)])
+    """Indices of the first ten images of each class, for a picture with one class per row."""
+    each = _PREVIEWS // digits_data.CLASSES
+    return torch.cat([(labels == digit).nonzero()[:each, 0] for digit in range(digits_data.CLASSES)])

@@ -1,6 +1,6 @@
-"""How good digits are: a small classifier of real ones, and what sets are worth in its features.
+"""Metrics of digits, in the features of a small classifier of real digits.
 
-Every comparison is between two sets of the same size, since all of these numbers depend on it.
+Every comparison is between two sets of equal size, because all of these metrics depend on the size.
 """
 
 from __future__ import annotations
@@ -17,23 +17,24 @@ from emd_fast import ops
 from emd_fast.metrics.distance import frechet
 from emd_fast.metrics.neighbours import precision_recall
 from emd_fast.noise import Noise, Stream
-from emd_fast.tasks import digits_teacher as digits
+from emd_fast.tasks import digits_data
+from emd_fast.tasks.digits_teacher import learning_rate_factor
 from emd_fast.teachers.small_unet import initialise
 
 _CHUNK = 1024  # images at a time
-# Substeps of stream 9 for what this file draws; the samples that it judges are drawn from that stream at low ones.
+# Substeps of noise stream 9 for the subsets drawn here. Samples use low substeps of that stream.
 _PICK_TEST, _PICK_TRAIN = 60_000, 60_001
 
 
 class DigitFeatures:
-    """A small classifier of the real digits; its last hidden layer is the space in which samples are compared.
+    """A small classifier of the real digits, whose last hidden layer gives the features for metrics.
 
-    Trained on the train split when built, in a few seconds, all randomness from the noise contract. It is right on more
-    than 98% of the held-out digits.
+    The constructor trains it on the train split in a few seconds. All randomness comes from the
+    noise contract. Its accuracy on the held-out digits is above 98%.
 
     Args:
-        seed: of its weights and of its training. The shipped figures are for seed 0.
-        steps: of training, at batch 128.
+        seed: seed of the initial weights and of the training. Published figures use seed 0.
+        steps: training steps, at batch size 128.
         device: where it is trained and used.
     """
 
@@ -46,42 +47,55 @@ class DigitFeatures:
             self._train(seed, steps)
 
     def _train(self, seed: int, steps: int) -> None:
-        images, labels = (data.to(self.device) for data in digits.load("train"))
+        images, labels = (data.to(self.device) for data in digits_data.load("train"))
         optimizer = torch.optim.AdamW(self._network.parameters(), lr=_LEARNING_RATE, weight_decay=0.05)
         noise = Noise(seed, device=self.device)
         for step in range(steps):
             noise.set(step=step)
             chosen = ops.integers(len(images), (_BATCH,), noise, stream=Stream.TEACHER_ORDER)
             level = torch.full((_BATCH,), _AUGMENTATION, device=self.device)
-            # A little noise on the images keeps the features from being sharper on the train split than on new digits.
+            # Noise on the images regularises: features must not fit the train split more closely than
+            # new digits.
             noisy = ops.perturb(images[chosen], torch.ones_like(level), level, noise=noise, stream=Stream.TEACHER_NOISE)
             for group in optimizer.param_groups:
-                group["lr"] = _LEARNING_RATE * digits.learning_rate_factor(step, steps, warmup=20)
+                group["lr"] = _LEARNING_RATE * learning_rate_factor(step, steps, warmup=20)
             optimizer.zero_grad(set_to_none=True)
             cross_entropy(self._network(noisy), labels[chosen]).backward()
             optimizer.step()
         self._network.eval().requires_grad_(False)
 
     def features(self, images: Tensor) -> Tensor:
-        """(N, 64) float32 of images (N, 1, 8, 8) in [-1, 1]. Raises ValueError for another shape."""
+        """Features (N, 64) float32 of images (N, 1, 8, 8) in [-1, 1].
+
+        Raises:
+            ValueError: images of another shape.
+        """
         return torch.cat([self._network.features(batch) for batch in self._batches(images)])
 
     def predict(self, images: Tensor) -> Tensor:
-        """Labels (N,) int64 of images (N, 1, 8, 8) in [-1, 1]. Raises ValueError for another shape."""
+        """Predicted labels (N,) int64 of images (N, 1, 8, 8) in [-1, 1].
+
+        Raises:
+            ValueError: images of another shape.
+        """
         return torch.cat([self._network(batch).argmax(1) for batch in self._batches(images)])
 
     def _batches(self, images: Tensor) -> list[Tensor]:
-        if images.shape[1:] != digits.SHAPE:
+        if images.shape[1:] != digits_data.SHAPE:
             raise ValueError(
-                f"images must have shape (N, {', '.join(map(str, digits.SHAPE))}), got {tuple(images.shape)}"
+                f"images must have shape (N, {', '.join(map(str, digits_data.SHAPE))}), got {tuple(images.shape)}"
             )
         return list(images.detach().to(self.device, torch.float32).split(_CHUNK))
 
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """At this size a second thread gains nothing, where the cores are shared it costs tenfold, and sums in another
-    order would be other features on other machines."""
+    """Runs the block on one thread.
+
+    A network this small gains nothing from a second thread, and on shared cores the second thread
+    makes it ten times slower. One thread also fixes the order of summation, so that the features do
+    not depend on the number of cores.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -101,7 +115,7 @@ class _Classifier(nn.Module):
         self.conv1 = nn.Conv2d(1, 32, 3, padding=1)
         self.conv2 = nn.Conv2d(32, 64, 3, stride=2, padding=1)
         self.hidden = nn.Linear(64 * 16, 64)
-        self.last = nn.Linear(64, digits.CLASSES)
+        self.last = nn.Linear(64, digits_data.CLASSES)
 
     def features(self, images: Tensor) -> Tensor:
         return silu(self.hidden(silu(self.conv2(silu(self.conv1(images)))).flatten(1)))
@@ -113,29 +127,30 @@ class _Classifier(nn.Module):
 def digits_metrics(
     samples: Mapping[str, tuple[Tensor, Tensor | None]], features: DigitFeatures | None = None, seed: int = 0
 ) -> dict[str, Any]:
-    """Compares sets of digits with the held-out test split, at equal numbers.
+    """Compares sets of digits with the held-out test split, at equal set sizes.
+
+    Give the sets the labels of the test split (`digits_data.load("test")`), so that a difference in
+    class frequencies does not count as a difference in quality.
 
     Args:
-        samples: name -> images (N, 1, 8, 8) in [-1, 1] and the labels (N,) int64 they were made for, or None where
-            they were made for none (accuracy is then left out); one N for all, 4 to 599. "real" is added: as many
-            images of the train split, drawn by `seed`.
-        features: the classifier; one of seed 0 is trained when None.
-        seed: draws the train images and, where N is below 599, the test images.
+        samples: name -> (images, labels): images (N, 1, 8, 8) in [-1, 1], and the labels (N,) int64
+            that they were generated for, or None, which leaves accuracy out. All sets have one N, 4
+            to 599. The set "real" is added: N images of the train split, drawn by `seed`.
+        features: the classifier; a new one of seed 0 is trained when None.
+        seed: seed of the choice of train images and, for N below 599, of test images.
 
     Returns:
-        "frechet", "recall", "precision" (k = 3) and "accuracy" (the classifier's label is the one asked for), each a
-        dict from "real" and the names of `samples` to a number; "n"; "seed".
+        "frechet", "recall", "precision" (k = 3) and "accuracy" (the classifier predicts the requested
+        label), each a dict from "real" and the names in `samples` to a number; "n"; "seed".
 
     Raises:
-        ValueError: sets of unequal size, N out of range, a set called "real", images of another shape or not finite.
-
-    The labels of a set are best those of the test split (`digits.load("test")`), so that a difference in the
-    frequencies of classes does not count as one in quality.
+        ValueError: sets of unequal size, N out of range, a set called "real", or images of another
+            shape or with values that are not finite.
     """
     if "real" in samples:
         raise ValueError('the set "real" is taken from the data: give the generated sets another name')
     features = DigitFeatures() if features is None else features
-    test, train = digits.load("test"), digits.load("train")
+    test, train = digits_data.load("test"), digits_data.load("train")
     n = next((len(images) for images, _ in samples.values()), len(test[0]))
     for name, (images, labels) in samples.items():
         if len(images) != n or (labels is not None and labels.shape != (n,)):

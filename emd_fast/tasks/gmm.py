@@ -1,4 +1,7 @@
-"""A ring of equal modes in the plane: the score is exact, so what is seen is the algorithm and nothing else."""
+"""The task "gmm": a ring of equal modes in the plane.
+
+The teacher's score is exact, so that results show the algorithm without errors of a learned teacher.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from emd_fast.diffusion.denoiser import Denoiser
 from emd_fast.diffusion.sampler import heun
 from emd_fast.diffusion.schedules import EDM
 from emd_fast.noise import Noise, Stream
-from emd_fast.reporting import report
+from emd_fast.reporting import pictures
 from emd_fast.tasks import OnStep
 from emd_fast.tasks.mixture_metrics import mixture_comparison, mixture_metrics
 from emd_fast.teachers import gaussian_mixture
@@ -49,18 +52,18 @@ class Mixture:
             seed,
             collapsed_at=tuple(self.means[0].tolist()) if mixture.collapsed else None,
         )
-        # Each coordinate of a ring has variance radius^2 / 2, and that of a mode beside it.
+        # Variance of one coordinate: radius^2 / 2 of the ring plus std^2 of a mode.
         sigma_data = math.sqrt(mixture.radius**2 / 2 + mixture.std**2)
         network = TimeMLP(2, mixture.student_width, mixture.student_layers, seed + 1)
         return generator, Denoiser(network, EDM(), "edm", sigma_data=sigma_data, sample_shape=(2,))
 
-    def prepare_to_judge(self) -> None:
+    def open_references(self) -> None:
         pass
 
     def basis(self) -> dict[str, Any]:
         return {"samples": self.config.samples}
 
-    def judge(self, trainer: EMDTrainer) -> dict[str, float]:
+    def interim_metrics(self, trainer: EMDTrainer) -> dict[str, float]:
         samples = trainer.generate(self.config.samples)
         metrics = mixture_metrics(samples, self.weights, self.means, self.config.mixture.std, trainer.config.seed)
         return {name: metrics[name] for name in ("frechet", "recall", "precision", "modes", "total_variation")}
@@ -71,8 +74,8 @@ class Mixture:
         samples = {
             "teacher": heun(trainer.teacher, z),
             "init": untrained.generate(n, ema=False),
-            "student": trainer.generate(n),
+            "generator": trainer.generate(n),
         }
         if folder is not None:
-            report.scatter(folder / "samples" / "points.png", samples)
+            pictures.scatter(folder / "samples" / "points.png", samples)
         return mixture_comparison(samples, self.weights, self.means, self.config.mixture.std, seed)

@@ -1,6 +1,6 @@
-"""How good points are: mass by mode, and the distance to exact samples of the mixture.
+"""Metrics of points: mass per mode, and distances to exact samples of a Gaussian mixture.
 
-Every comparison is between two sets of the same size, since all of these numbers depend on it.
+Every comparison is between two sets of equal size, because all of these metrics depend on the size.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from emd_fast.metrics.distance import frechet
 from emd_fast.metrics.neighbours import precision_recall
 from emd_fast.noise import Noise, Stream
 
-# Substeps of stream 9 for what this file draws; the samples that it judges are drawn from that stream at low ones.
+# Substeps of noise stream 9 for the exact samples. Generated samples use low substeps of it.
 _EXACT_MODE, _EXACT_NOISE = 60_002, 60_003
 
 
@@ -28,26 +28,28 @@ def mixture_metrics(
     std: float,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Compares samples with a mixture of round normal distributions.
+    """Compares samples with a mixture of isotropic normal distributions.
 
     Args:
         samples: (n, D) float32, n at least 4.
-        weights: (M,), positive; their sum is taken as 1.
+        weights: (M,), positive; they are normalised to sum 1.
         means: (M, D).
-        std: of every mode, in every direction; above 0.
-        seed: of the exact samples that the last three numbers compare with.
+        std: standard deviation of every mode in every direction; above 0.
+        seed: seed of the exact samples behind "frechet", "precision" and "recall".
 
     Returns:
-        "mass": list of M, the share of samples nearest to each mean;
-        "due": list of M, the weights;
-        "modes": how many modes are found: one is when at least a quarter of its weight lies nearest to its mean and
-            within 3 std sqrt(D / 2) of it (3 std in two dimensions, where 98.9% of a mode lies);
+        "mass": M numbers, the fraction of samples nearest to each mean;
+        "due": M numbers, the weights;
+        "modes": the number of modes found. A mode is found if the fraction of samples that are nearest
+            to its mean and within 3 std sqrt(D / 2) of it is at least a quarter of its weight. In two
+            dimensions that radius is 3 std, which holds 98.9% of a mode;
         "total_variation": half the sum of |mass - due|;
         "frechet", "precision", "recall": against n exact samples, on the coordinates (k = 3);
         "n", "seed".
 
     Raises:
-        ValueError: shapes that do not fit, a weight or std that is not positive, or samples that are not finite.
+        ValueError: shapes that do not match, a weight or std that is not positive, or samples that are
+            not finite.
     """
     weights = torch.as_tensor(weights, dtype=torch.float64)
     means = torch.as_tensor(means, dtype=torch.float64)
@@ -88,12 +90,13 @@ def mixture_comparison(
     std: float,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """`mixture_metrics` of several sets, one n for all, turned round: metric -> name -> value, then "n" and "seed".
+    """Computes `mixture_metrics` of several sets of one size, as metric -> set name -> value.
 
-    "real" is added: exact samples, other ones than those that every set is compared with.
+    The set "real" is added: exact samples, drawn independently of those that all sets are compared
+    with. The result also has "n" and "seed".
 
     Raises:
-        ValueError: as `mixture_metrics`; no set, sets of unequal size, or a set called "real".
+        ValueError: as for `mixture_metrics`; no set, sets of unequal size, or a set called "real".
     """
     if "real" in samples:
         raise ValueError('the set "real" is drawn from the mixture: give the generated sets another name')

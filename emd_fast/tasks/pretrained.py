@@ -1,4 +1,4 @@
-"""A teacher that is there already: a folder of diffusers, a checkpoint of EDM, or a function of the user's."""
+"""The task "pretrained": the teacher is a diffusers folder, an EDM checkpoint or a user's function."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from emd_fast import distributed
 from emd_fast.config import ConfigError, RunConfig
 from emd_fast.diffusion.denoiser import Denoiser
 from emd_fast.diffusion.sampler import heun
-from emd_fast.metrics import evaluation as judging
-from emd_fast.metrics.evaluation import Judges
+from emd_fast.metrics import evaluation
+from emd_fast.metrics.evaluation import Evaluator
 from emd_fast.metrics.images import to_uint8
-from emd_fast.reporting import report
+from emd_fast.reporting import pictures
 from emd_fast.reporting.progress import say
 from emd_fast.tasks import OnStep
 from emd_fast.teachers import custom, edm
@@ -25,7 +25,7 @@ from emd_fast.teachers import diffusers as folders
 from emd_fast.train import conditions
 from emd_fast.train.trainer import EMDTrainer
 
-_SHOWN = 16
+_PREVIEWS = 16  # samples in a picture
 
 
 class Pretrained:
@@ -55,7 +55,7 @@ class Pretrained:
 
     def _check_classes(self, teacher: Denoiser) -> None:
         given = self.config.emd.num_classes
-        # EDM's label "none" comes behind the others.
+        # EDM's null label is the number of classes.
         has = teacher.null_cond or 0 if _is_edm(self.config.pretrained.teacher) else given
         has = getattr(teacher, "num_classes", has)
         if has != given:
@@ -93,7 +93,7 @@ class Pretrained:
         return table
 
     def _encoded(self, teacher: Any, prompts: Path, encoded: Path) -> Path:
-        """The prompts of a text file, one a line, encoded once for the whole run."""
+        """Encodes the prompts of a text file once for the whole run; returns the path of their table."""
         if not encoded.exists():
             lines = _lines(prompts)
             say(f"encoding {len(lines)} prompts")
@@ -104,29 +104,29 @@ class Pretrained:
         return None, None
 
     @functools.cached_property
-    def judges(self) -> Judges:
-        given = self.config.evaluation
-        return Judges.read(given.detector, given.reference, given.compare_with, given.clip, _device())
+    def evaluator(self) -> Evaluator:
+        files = self.config.evaluation
+        return Evaluator.read(files.detector, files.reference, files.compare_with, files.clip, _device())
 
-    def prepare_to_judge(self) -> None:
-        self.judges.check()
-        if self.judges.clip is not None and not self._has_texts():
+    def open_references(self) -> None:
+        self.evaluator.check()
+        if self.evaluator.clip is not None and not self._has_texts():
             raise ConfigError("the CLIP score needs prompts as text: give --prompts FILE, a prompt in each line")
 
     def basis(self) -> dict[str, Any]:
-        return {"samples": self.config.samples, **self.judges.hashes()}
+        return {"samples": self.config.samples, **self.evaluator.hashes()}
 
-    def judge(self, trainer: EMDTrainer) -> dict[str, float]:
+    def interim_metrics(self, trainer: EMDTrainer) -> dict[str, float]:
         images, batch = _images(trainer)
-        return {"frechet": judging.frechet(self.judges, images, self.config.samples, batch)}
+        return {"frechet": evaluation.frechet(self.evaluator, images, self.config.samples, batch)}
 
     def _has_texts(self) -> bool:
         prompts = self.config.pretrained.prompts
         return bool(prompts) and not prompts.endswith(".safetensors")
 
     def _texts(self) -> Callable[[int, int], list[str]] | None:
-        """The prompts of samples by their global index, in the order in which `EMDTrainer.shown` gives them."""
-        if self.judges.clip is None:
+        """Returns (first, n) -> prompts by global sample index, in the order of `EMDTrainer.shown`."""
+        if self.evaluator.clip is None:
             return None
         path = Path(self.config.pretrained.prompts)
         lines = _lines(path)
@@ -135,37 +135,37 @@ class Pretrained:
         return lambda first, n: [lines[i % len(lines)] for i in range(first, first + n)]
 
     def evaluate(self, trainer: EMDTrainer, untrained: EMDTrainer, folder: Path | None) -> dict[str, Any]:
-        """Pictures and first moments; and what the judges say of the student, where the configuration names some."""
-        z, cond = trainer.shown(_SHOWN)
+        """Pictures, mean and std; with files named in the configuration, also the evaluator's metrics."""
+        z, cond = trainer.shown(_PREVIEWS)
         samples = {
             "teacher": heun(trainer.teacher, z, cond, guidance=trainer.config.guidance),
-            "init": untrained.generate(_SHOWN, cond, ema=False),
-            "student": trainer.generate(_SHOWN, cond),
+            "init": untrained.generate(_PREVIEWS, cond, ema=False),
+            "generator": trainer.generate(_PREVIEWS, cond),
         }
         if folder is not None:
             for name, x in samples.items():
-                shown = decoded(trainer.teacher, x)
-                if shown.dim() == 4 and shown.shape[1] in (1, 3) and shown.isfinite().all():
-                    report.save_grid(folder / "samples" / f"{name}.png", shown)
+                images = decoded(trainer.teacher, x)
+                if images.dim() == 4 and images.shape[1] in (1, 3) and images.isfinite().all():
+                    pictures.save_grid(folder / "samples" / f"{name}.png", images)
         moments = {
             "mean": {name: x.mean().item() for name, x in samples.items()},
             "std": {name: x.std().item() for name, x in samples.items()},
         }
-        if not self.judges:
-            return {"n": _SHOWN, **moments}
-        images, batch = _images(trainer)
-        found = judging.judge(self.judges, images, self.config.samples, batch, self._texts())
-        figures = {name: {"student": value} for name, value in found.items()}
-        said = judging.facts(self.judges, self.config.samples, trainer.config.seed)
-        return {**figures, **said, "shown": _SHOWN, **moments}
+        if not self.evaluator:
+            return {"n": _PREVIEWS, **moments}
+        by_index, batch = _images(trainer)
+        found = evaluation.evaluate(self.evaluator, by_index, self.config.samples, batch, self._texts())
+        metrics = {name: {"generator": value} for name, value in found.items()}
+        provenance = evaluation.provenance(self.evaluator, self.config.samples, trainer.config.seed)
+        return {**metrics, **provenance, "previews": _PREVIEWS, **moments}
 
 
 def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _images(trainer: EMDTrainer) -> tuple[judging.Images, int]:
-    """The student's images by global index, and how many of them fit a device at a time: as many as in training."""
+def _images(trainer: EMDTrainer) -> tuple[evaluation.Images, int]:
+    """Returns the generator's images by global index, and the batch size of training, which fits a device."""
     config = trainer.config
 
     def images(first: int, n: int) -> Tensor:
@@ -175,10 +175,10 @@ def _images(trainer: EMDTrainer) -> tuple[judging.Images, int]:
 
 
 def _lines(prompts: Path) -> list[str]:
-    """The prompts of a text file, one a line.
+    """Reads the prompts of a text file, one per line.
 
     Raises:
-        ConfigError: it cannot be read, or there is none.
+        ConfigError: the file cannot be read, or has no prompt.
     """
     try:
         lines = [line.strip() for line in prompts.read_text().splitlines() if line.strip()]
@@ -194,5 +194,5 @@ def _is_edm(name: str) -> bool:
 
 
 def decoded(teacher: Denoiser, samples: Tensor) -> Tensor:
-    """Images of the teacher's latents, where it has a VAE."""
+    """Decodes latents to images if the teacher has a VAE; returns other samples unchanged."""
     return teacher.decode(samples) if isinstance(teacher, folders.DiffusersDenoiser) else samples
