@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from emd_fast.noise import LIMITS, Noise, Stream
+from emd_fast.noise import LIMITS, Noise, NoiseStream
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -147,7 +147,7 @@ def noise(value: Noise, stream: int, substep: int, batch: int, device: torch.dev
         raise TypeError(f"noise must be an emd_fast.Noise, got {type(value).__name__}")
     if device is not None and value.device != device:
         raise ValueError(f"noise must be on {device} as the other tensors are, got {value.device}")
-    for name, number, limit in (("stream", stream, Stream.LIMIT), ("substep", substep, LIMITS["substep"])):
+    for name, number, limit in (("stream", stream, NoiseStream.LIMIT), ("substep", substep, LIMITS["substep"])):
         integer(name, number)
         if number < 0 or number >= limit:
             raise ValueError(f"{name} must be in [0, {limit}), got {number}")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from emd_fast import backends
-from emd_fast.noise import Noise, Stream
+from emd_fast.noise import Noise, NoiseStream
 from emd_fast.ops import _check
 from emd_fast.ops._define import define
 
@@ -74,7 +74,7 @@ def langevin_eps(
     _check.per_sample("alpha", alpha, eps)
     _check.per_sample("sigma", sigma, eps, positive=True)
     number, per_sample = _check.step_size(step_size, eps)
-    state = _check.noise(noise, Stream.LANGEVIN_EPS, substep, len(eps), eps.device)
+    state = _check.noise(noise, NoiseStream.LANGEVIN_EPS, substep, len(eps), eps.device)
     cotangent_dtype = _check.dtype("cotangent_dtype", outputs[0].dtype if cotangent_dtype is None else cotangent_dtype)
     others = {
         "coefs": coefs,

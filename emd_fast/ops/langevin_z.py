@@ -3,7 +3,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from emd_fast import backends
-from emd_fast.noise import Noise, Stream
+from emd_fast.noise import Noise, NoiseStream
 from emd_fast.ops import _check
 from emd_fast.ops._define import define
 
@@ -32,7 +32,7 @@ def langevin_z(z: Tensor, z_grad: Tensor, *, step_size: float | Tensor, noise: N
     _check.state("z", z)
     _check.tensor("z_grad", z_grad, shape=z.shape, like=z)
     number, per_sample = _check.step_size(step_size, z)
-    state = _check.noise(noise, Stream.LANGEVIN_Z, substep, len(z), z.device)
+    state = _check.noise(noise, NoiseStream.LANGEVIN_Z, substep, len(z), z.device)
     read = {"z_grad": z_grad, **({} if per_sample is None else {"step_size": per_sample})}
     _check.written_apart({"z": z}, read)
     _op(z, z_grad.detach(), number, per_sample, state, substep, backends.active())

@@ -13,7 +13,7 @@ from emd_fast import ops
 from emd_fast.config import RunConfig, TeacherConfig, from_dict, to_dict
 from emd_fast.diffusion.denoiser import Denoiser
 from emd_fast.diffusion.sampler import heun
-from emd_fast.noise import Noise, Stream
+from emd_fast.noise import Noise, NoiseStream
 from emd_fast.reporting import report
 from emd_fast.tasks import OnStep
 from emd_fast.tasks import digits_teacher as digits
@@ -74,7 +74,7 @@ class Digits:
     def evaluate(self, trainer: EMDTrainer, untrained: EMDTrainer, folder: Path | None) -> dict[str, Any]:
         images = digits.load("test")[0]
         labels, cond = _held_out(trainer)
-        z = ops.normal((len(labels), *digits.SHAPE), Noise(trainer.config.seed), stream=Stream.SHOWN)
+        z = ops.normal((len(labels), *digits.SHAPE), Noise(trainer.config.seed), stream=NoiseStream.SHOWN)
         samples = {
             "teacher": heun(trainer.teacher, z, cond),
             "init": untrained.generate(len(labels), cond, ema=False),

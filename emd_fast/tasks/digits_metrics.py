@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy, silu
 from emd_fast import ops
 from emd_fast.metrics.distance import frechet
 from emd_fast.metrics.neighbours import precision_recall
-from emd_fast.noise import Noise, Stream
+from emd_fast.noise import Noise, NoiseStream
 from emd_fast.tasks import digits_teacher as digits
 from emd_fast.teachers.small_unet import initialise
 
@@ -51,10 +51,12 @@ class DigitFeatures:
         noise = Noise(seed, device=self.device)
         for step in range(steps):
             noise.set(step=step)
-            chosen = ops.integers(len(images), (_BATCH,), noise, stream=Stream.TEACHER_ORDER)
+            chosen = ops.integers(len(images), (_BATCH,), noise, stream=NoiseStream.TEACHER_ORDER)
             level = torch.full((_BATCH,), _AUGMENTATION, device=self.device)
             # A little noise on the images keeps the features from being sharper on the train split than on new digits.
-            noisy = ops.perturb(images[chosen], torch.ones_like(level), level, noise=noise, stream=Stream.TEACHER_NOISE)
+            noisy = ops.perturb(
+                images[chosen], torch.ones_like(level), level, noise=noise, stream=NoiseStream.TEACHER_NOISE
+            )
             for group in optimizer.param_groups:
                 group["lr"] = _LEARNING_RATE * digits.learning_rate_factor(step, steps, warmup=20)
             optimizer.zero_grad(set_to_none=True)
@@ -162,6 +164,6 @@ def digits_metrics(
 
 
 def _subset(data: tuple[Tensor, Tensor], n: int, seed: int, substep: int) -> tuple[Tensor, Tensor]:
-    drawn = ops.uniform((len(data[0]),), Noise(seed), stream=Stream.SHOWN, substep=substep)
+    drawn = ops.uniform((len(data[0]),), Noise(seed), stream=NoiseStream.SHOWN, substep=substep)
     chosen = drawn.argsort(stable=True)[:n]
     return data[0][chosen], data[1][chosen]

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from emd_fast.backends.reference.common import per_sample, wide
 from emd_fast.backends.reference.normal import normal
-from emd_fast.noise import Stream
+from emd_fast.noise import NoiseStream
 
 
 def langevin_eps(
@@ -29,7 +29,7 @@ def langevin_eps(
     gamma, root = step(step_size, step_sizes, eps)
     pull = per_sample(sigma, eps) * delta
     drift.copy_((1 - gamma) * drift + gamma * pull)
-    n = normal(list(eps.shape), noise, Stream.LANGEVIN_EPS, substep, torch.float32)
+    n = normal(list(eps.shape), noise, NoiseStream.LANGEVIN_EPS, substep, torch.float32)
     eps.copy_(eps + gamma * (pull - eps) + root * n)
     return (per_sample(alpha, eps) * delta).to(cotangent_dtype).contiguous()
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from emd_fast.backends.triton import launch
 from emd_fast.backends.triton.philox import normals
 from emd_fast.backends.triton.tile import load, of_sample, step, store, tile
-from emd_fast.noise import Stream
+from emd_fast.noise import NoiseStream
 
 
 @triton.jit
@@ -86,7 +86,7 @@ def langevin_eps(
         float(step_size),
         None if step_sizes is None else launch.by_sample(step_sizes),
         noise,
-        Stream.LANGEVIN_EPS,
+        NoiseStream.LANGEVIN_EPS,
         substep,
         like=eps,
         sizes=sizes,

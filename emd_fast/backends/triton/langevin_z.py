@@ -5,7 +5,7 @@ from torch import Tensor
 from emd_fast.backends.triton import launch
 from emd_fast.backends.triton.philox import normals
 from emd_fast.backends.triton.tile import load, step, store, tile
-from emd_fast.noise import Stream
+from emd_fast.noise import NoiseStream
 
 
 @triton.jit(do_not_specialize=["stream", "substep", "batch", "down", "across"])
@@ -48,7 +48,7 @@ def langevin_z(
         float(step_size),
         None if step_sizes is None else launch.by_sample(step_sizes),
         noise,
-        Stream.LANGEVIN_Z,
+        NoiseStream.LANGEVIN_Z,
         substep,
         like=z,
         sizes=sizes,
