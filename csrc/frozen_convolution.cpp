@@ -28,23 +28,23 @@ at::Tensor winograd(const at::Tensor& x, const at::Tensor& weight, const Maybe& 
   return op.call(x, weight, bias);
 }
 
-at::Tensor pytorchs(const at::Tensor& x, const at::Tensor& weight, const Maybe& bias, at::IntArrayRef stride,
+at::Tensor pytorch_convolution(const at::Tensor& x, const at::Tensor& weight, const Maybe& bias, at::IntArrayRef stride,
                     at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, std::string_view) {
   // And not conv2d, which is made of this: below autograd a dispatch mode would see that name, and count no FLOPs.
   return at::convolution(x, weight, bias, stride, padding, dilation, false, {0, 0}, groups);
 }
 
-at::Tensor below_autograd(const at::Tensor& x, const at::Tensor& weight, const Maybe& bias, at::IntArrayRef stride,
+at::Tensor convolution_below_autograd(const at::Tensor& x, const at::Tensor& weight, const Maybe& bias, at::IntArrayRef stride,
                           at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, std::string_view backend) {
   return by_winograd(backend, x, weight, bias, stride, padding, dilation, groups)
              ? winograd(x, weight, bias)
-             : pytorchs(x, weight, bias, stride, padding, dilation, groups, backend);
+             : pytorch_convolution(x, weight, bias, stride, padding, dilation, groups, backend);
 }
 
-at::Tensor convolved(const at::Tensor& x, const at::Tensor& weight, const Maybe& bias, at::IntArrayRef stride,
+at::Tensor frozen_convolution(const at::Tensor& x, const at::Tensor& weight, const Maybe& bias, at::IntArrayRef stride,
                      at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, std::string_view backend);
 
-struct ToInput : torch::autograd::Function<ToInput> {
+struct InputGradient : torch::autograd::Function<InputGradient> {
   static constexpr bool is_traceable = true;  // it calls ops of the dispatcher alone
 
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight, const Maybe& bias,
@@ -59,7 +59,7 @@ struct ToInput : torch::autograd::Function<ToInput> {
     ctx->saved_data["dilation"] = dilation;
     ctx->saved_data["groups"] = groups;
     ctx->saved_data["backend"] = std::string(backend);
-    return below_autograd(x, weight, bias, stride, padding, dilation, groups, backend);
+    return convolution_below_autograd(x, weight, bias, stride, padding, dilation, groups, backend);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
@@ -76,7 +76,7 @@ struct ToInput : torch::autograd::Function<ToInput> {
     // Such a convolution backward is one of the weight with its channels exchanged and its pixels turned.
     if (like.suggest_memory_format() == at::MemoryFormat::ChannelsLast &&
         by_winograd(backend, grad, weight.transpose(0, 1), std::nullopt, stride, padding, dilation, groups)) {
-      gradients[0] = convolved(grad, weight.transpose(0, 1).flip({2, 3}), std::nullopt, stride, padding, dilation,
+      gradients[0] = frozen_convolution(grad, weight.transpose(0, 1).flip({2, 3}), std::nullopt, stride, padding, dilation,
                                groups, backend);
     } else {
       gradients[0] = std::get<0>(at::convolution_backward(grad, like, weight, std::nullopt, stride, padding, dilation,
@@ -87,19 +87,19 @@ struct ToInput : torch::autograd::Function<ToInput> {
 };
 
 // Whether a derivative forwards is asked for by it.
-bool moves(const at::Tensor& tensor) { return tensor._fw_grad(0).defined(); }
+bool has_tangent(const at::Tensor& tensor) { return tensor._fw_grad(0).defined(); }
 
-at::Tensor convolved(const at::Tensor& x, const at::Tensor& weight, const Maybe& bias, at::IntArrayRef stride,
+at::Tensor frozen_convolution(const at::Tensor& x, const at::Tensor& weight, const Maybe& bias, at::IntArrayRef stride,
                      at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, std::string_view backend) {
   // Ours has no derivative forwards.
-  if (moves(x) || moves(weight) || (bias && moves(*bias))) {
-    return pytorchs(x, weight, bias, stride, padding, dilation, groups, backend);
+  if (has_tangent(x) || has_tangent(weight) || (bias && has_tangent(*bias))) {
+    return pytorch_convolution(x, weight, bias, stride, padding, dilation, groups, backend);
   }
   if (at::GradMode::is_enabled() && x.requires_grad()) {
-    return ToInput::apply(x, weight, bias, stride, padding, dilation, groups, backend);
+    return InputGradient::apply(x, weight, bias, stride, padding, dilation, groups, backend);
   }
   const at::AutoDispatchBelowAutograd below;
-  return below_autograd(x, weight, bias, stride, padding, dilation, groups, backend);
+  return convolution_below_autograd(x, weight, bias, stride, padding, dilation, groups, backend);
 }
 
 TORCH_LIBRARY_FRAGMENT(emd_fast, m) {
@@ -109,8 +109,8 @@ TORCH_LIBRARY_FRAGMENT(emd_fast, m) {
   m.def("winograd(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
 }
 TORCH_LIBRARY_IMPL(emd_fast, CPU, m) { m.impl("winograd", cpu::winograd); }
-TORCH_LIBRARY_IMPL(emd_fast, CompositeExplicitAutograd, m) { m.impl("frozen_convolution", below_autograd); }
-TORCH_LIBRARY_IMPL(emd_fast, Autograd, m) { m.impl("frozen_convolution", convolved); }
+TORCH_LIBRARY_IMPL(emd_fast, CompositeExplicitAutograd, m) { m.impl("frozen_convolution", convolution_below_autograd); }
+TORCH_LIBRARY_IMPL(emd_fast, Autograd, m) { m.impl("frozen_convolution", frozen_convolution); }
 
 }  // namespace
 }  // namespace emd

@@ -14,7 +14,7 @@ constexpr int64_t kNoisyTiles = 16, kPlainTiles = 64;
 
 struct Cpu {
   static at::Tensor empty(at::IntArrayRef size, at::ScalarType dtype, const Call&) {
-    return fresh(at::empty(size, dtype));
+    return with_huge_pages(at::empty(size, dtype));
   }
 
   static void run(const Uniform& op, const Call&) { tiles(kernels().uniform, op, kNoisyTiles); }

@@ -59,7 +59,7 @@ inline bool by_sample(const GroupNorm& norm) { return norm.samples >= at::get_nu
 // that a pass finds in the cache what the one before has read, after prepare(op of the thread, thread, sample);
 // otherwise each over all chunks.
 template <class Op, class Prepare>
-void passes(const Op& op, const GroupNorm& norm, const std::vector<Pass<Op>>& all, Prepare prepare) {
+void run_passes(const Op& op, const GroupNorm& norm, const std::vector<Pass<Op>>& all, Prepare prepare) {
   const int64_t chunks = norm.chunks();
   if (by_sample(norm)) {
     at::parallel_for(0, norm.samples, grain_of(norm.channels * norm.positions), [&](int64_t first, int64_t last) {

@@ -95,7 +95,7 @@ Gradients group_norm_backward(const at::Tensor& grad, const at::Tensor& input, c
   norm.rstd = rstds.mutable_data_ptr<float>();
   const at::Tensor like_x = grad.to(x.scalar_type()).contiguous(inputs.layout);
   op.grad = like_x.const_data_ptr();
-  const at::Tensor grad_x = needs[0] ? fresh(at::empty_like(x, inputs.layout)) : at::empty({0}, x.options());
+  const at::Tensor grad_x = needs[0] ? with_huge_pages(at::empty_like(x, inputs.layout)) : at::empty({0}, x.options());
   op.grad_x = needs[0] ? grad_x.mutable_data_ptr() : nullptr;
   const at::Tensor sums = at::empty({3, norm.samples, norm.channels}, at::kDouble);
   op.sums = sums.mutable_data_ptr<double>();
@@ -121,7 +121,7 @@ Gradients group_norm_backward(const at::Tensor& grad, const at::Tensor& input, c
       const bool keeps_inner = op.grad_x && by_sample(norm) && size <= kCachedElements;
       const bool in_place = norm.type == Type::float32;
       const at::Tensor kept = at::empty({keeps_inner && !in_place ? at::get_num_threads() : 0, size}, at::kFloat);
-      passes(op, norm, all, [&](GroupNormBackward& mine, int64_t thread, int64_t sample) {
+      run_passes(op, norm, all, [&](GroupNormBackward& mine, int64_t thread, int64_t sample) {
         if (!keeps_inner) return;
         mine.inner = in_place ? static_cast<float*>(op.grad_x) + sample * size
                               : kept.mutable_data_ptr<float>() + thread * size;

@@ -26,7 +26,7 @@ EMD_HD int64_t tiles_of(const Shape& shape) {
 }
 
 // Numbers (samples, channels), or one row (channels) for all samples.
-struct OfChannels {
+struct PerChannel {
   const float* data;
   int64_t step;  // from one sample to the next
 
@@ -42,7 +42,7 @@ struct GroupNorm {
   int64_t samples, channels, positions, groups;
   double eps;
   const float *weight, *bias;         // (channels)
-  OfChannels add, scale, shift;       // zeros for all samples where not given
+  PerChannel add, scale, shift;       // zeros for all samples where not given
   float *mean, *rstd;                 // (samples, groups)
   void* y;
   float* scratch;    // channels_last: (samples, chunks, 2, channels) moments of chunks, then (samples, 3, channels) maps

@@ -25,7 +25,7 @@ void ask_for_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t byt
 
 }  // namespace
 
-at::Tensor fresh(at::Tensor tensor) {
+at::Tensor with_huge_pages(at::Tensor tensor) {
   ask_for_huge_pages(tensor.mutable_data_ptr(), tensor.nbytes());
   return tensor;
 }

@@ -5,6 +5,6 @@
 namespace emd::cpu {
 
 // A tensor that was just made and not written yet, its memory in huge pages where that is large enough to pay.
-at::Tensor fresh(at::Tensor tensor);
+at::Tensor with_huge_pages(at::Tensor tensor);
 
 }  // namespace emd::cpu

@@ -57,7 +57,7 @@ at::Tensor winograd(const at::Tensor& x, const at::Tensor& weight, const std::op
   op.height = x.size(2);
   op.width = x.size(3);
   op.out = weight.size(0);
-  const at::Tensor y = fresh(at::empty({op.samples, op.out, op.height, op.width}, x.options(), at::MemoryFormat::ChannelsLast));
+  const at::Tensor y = with_huge_pages(at::empty({op.samples, op.out, op.height, op.width}, x.options(), at::MemoryFormat::ChannelsLast));
   // Fewer in a block where there would not be one for every thread; a few together in any case, for the products.
   const int64_t threads = at::get_num_threads();
   op.block = std::clamp<int64_t>((op.tiles() + threads - 1) / threads, 6, Winograd::kBlock);

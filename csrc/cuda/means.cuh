@@ -37,25 +37,25 @@ __device__ float mean_of(const Op& op, int64_t sample, float sum, float factor) 
   return number_of(op.weight, sample) * factor * (sum / float(op.shape.elements));
 }
 
-// Term has `op` and squares(share, sums), which adds a number to each of eight sums.
+// Term has `op` and squares(range, sums), which adds a number to each of eight sums.
 // Three blocks a processor leave it 80 registers a thread; with no such word the compiler may spill to fit a fourth.
 template <class Term, int kGroup>
 __global__ void __launch_bounds__(kMeanThreads, 3) sums_kernel(const __grid_constant__ Term term,
-                                                            const __grid_constant__ Deal deal, uint32_t parts,
+                                                            const __grid_constant__ Partition partition, uint32_t parts,
                                                             float* scratch, float factor) {
   // Where a block has several groups, each has a whole sample.
   const bool whole = kGroup < kMeanThreads;
   const int64_t sample = whole ? int64_t(blockIdx.x) * (kMeanThreads / kGroup) + threadIdx.x / kGroup : blockIdx.x / parts;
   const uint32_t part = whole ? 0 : blockIdx.x % parts;
   const int thread = threadIdx.x % kGroup;
-  Run sums = {};
-  if (sample < deal.shape.samples) {
-    const int64_t first = part * kPartRuns, last = part + 1 < parts ? first + kPartRuns : deal.runs;
-    for (int64_t run = first + thread; run < last; run += kGroup) term.squares(deal.share(sample, run), sums);
+  Float8 sums = {};
+  if (sample < partition.shape.samples) {
+    const int64_t first = part * kPartRuns, last = part + 1 < parts ? first + kPartRuns : partition.runs;
+    for (int64_t run = first + thread; run < last; run += kGroup) term.squares(partition.range(sample, run), sums);
   }
   const float pairs = (sums.at[0] + sums.at[4]) + (sums.at[2] + sums.at[6]);
   const float sum = sum_of_group<kGroup>(pairs + ((sums.at[1] + sums.at[5]) + (sums.at[3] + sums.at[7])));
-  if (thread != 0 || sample >= deal.shape.samples) return;
+  if (thread != 0 || sample >= partition.shape.samples) return;
   if (parts > 1) {
     scratch[blockIdx.x] = sum;
   } else {
@@ -78,14 +78,14 @@ __global__ void __launch_bounds__(kMeanThreads) parts_kernel(const __grid_consta
 
 // loss = weight * factor * mean of the squares.
 template <class Term>
-void means(const Term& term, const Deal& deal, float* scratch, float factor, Stream stream) {
-  const int64_t samples = deal.shape.samples, parts = parts_of(deal.runs);
+void means(const Term& term, const Partition& partition, float* scratch, float factor, Stream stream) {
+  const int64_t samples = partition.shape.samples, parts = parts_of(partition.runs);
   constexpr int64_t kTogether = kMeanThreads / 32;  // samples of a block where a warp has one
   const int64_t blocks = (samples + kTogether - 1) / kTogether;
-  if (deal.runs <= kSmallRuns) {
-    return launch(sums_kernel<Term, 32>, blocks, kMeanThreads, stream, term, deal, uint32_t(1), scratch, factor);
+  if (partition.runs <= kSmallRuns) {
+    return launch(sums_kernel<Term, 32>, blocks, kMeanThreads, stream, term, partition, uint32_t(1), scratch, factor);
   }
-  launch(sums_kernel<Term, kMeanThreads>, samples * parts, kMeanThreads, stream, term, deal, uint32_t(parts), scratch,
+  launch(sums_kernel<Term, kMeanThreads>, samples * parts, kMeanThreads, stream, term, partition, uint32_t(parts), scratch,
          factor);
   if (parts > 1) {
     launch(parts_kernel<decltype(term.op)>, blocks, kMeanThreads, stream, term.op,

@@ -13,7 +13,7 @@ namespace {
 template <class Function>
 inline void with_kind(const GroupNorm& op, Function function) {
   with_type(op.type, [&](auto element) {
-    op.silu ? function(element, Known<true>()) : function(element, Known<false>());
+    op.silu ? function(element, Constant<true>()) : function(element, Constant<false>());
   });
 }
 
@@ -87,12 +87,12 @@ struct alignas(64) NumbersTile {
 
 enum MapNumbers { kCenter, kGain, kOffset, kMapNumbers };
 
-// y[i] from x[i]. Asks memory for what lies `ahead` elements behind it, to be read while others are computed: an address
+// y[i] from x[i]. Asks memory for what lies `prefetch_distance` elements behind it, to be read while others are computed: an address
 // behind the end is harmless, a prefetch never faults.
 template <bool kSilu, class T, class Map>
-inline void apply_map(int64_t n, const T* x, T* y, const Map& map, int64_t ahead) {
+inline void apply_map(int64_t n, const T* x, T* y, const Map& map, int64_t prefetch_distance) {
   for_blocks(n, [=, &map](int64_t first, auto count) __attribute__((always_inline)) {
-    __builtin_prefetch(x + first + ahead);
+    __builtin_prefetch(x + first + prefetch_distance);
 #pragma omp simd
     for (int64_t i = first; i < first + count; i++) {
       from_float(emd::group_norm<kSilu>(to_float(x[i]), map(kCenter, i), map(kGain, i), map(kOffset, i)), y[i]);

@@ -18,7 +18,7 @@ struct alignas(64) Blocks {
 // Calls use(l, words) with the random words of a tile, kBlocks at a time, l the number of the first block. Where the tile
 // holds several samples, each has whole blocks. In between memory is asked for the next tile.
 template <class Use>
-inline void for_blocks(const NoiseSource& source, const Tile& tile, const Ahead& ahead, Use use) {
+inline void for_blocks(const NoiseSource& source, const Tile& tile, const Prefetcher& prefetcher, Use use) {
   alignas(64) uint32_t block[kTileBlocks], sample[kTileBlocks];
   const NoiseKey noise = key_of(source);
   const int per_sample = int((tile.count + 3) / 4), n = int(tile.samples) * per_sample;
@@ -33,7 +33,7 @@ inline void for_blocks(const NoiseSource& source, const Tile& tile, const Ahead&
   for (int l = n; l < rounded; l++) block[l] = sample[l] = 0;
   Blocks blocks;
   for (int l = 0; l < rounded; l += kBlocks) {
-    ahead.ask(l / kBlocks, rounded / kBlocks);
+    prefetcher.prefetch(l / kBlocks, rounded / kBlocks);
     philox_blocks(block + l, sample + l, noise.stream_substep, noise.step, noise.key0, noise.key1, blocks.word);
     use(l, blocks.word);
   }
@@ -49,7 +49,7 @@ inline void drop_padding(const Tile& tile, float* out) {
 }
 
 inline void tile_uniforms(const NoiseSource& noise, const Tile& tile, Buffer& out) {
-  for_blocks(noise, tile, Ahead(tile), [&](int first, const uint32_t (*word)[kBlocks]) {
+  for_blocks(noise, tile, Prefetcher(tile), [&](int first, const uint32_t (*word)[kBlocks]) {
     float* to = out.data + 4 * first;
 #pragma omp simd
     for (int l = 0; l < kBlocks; l++) {
@@ -62,8 +62,8 @@ inline void tile_uniforms(const NoiseSource& noise, const Tile& tile, Buffer& ou
   drop_padding(tile, out.data);
 }
 
-inline void tile_normals(const NoiseSource& noise, const Tile& tile, const Ahead& ahead, Buffer& out) {
-  for_blocks(noise, tile, ahead, [&](int first, const uint32_t (*word)[kBlocks]) {
+inline void tile_normals(const NoiseSource& noise, const Tile& tile, const Prefetcher& prefetcher, Buffer& out) {
+  for_blocks(noise, tile, prefetcher, [&](int first, const uint32_t (*word)[kBlocks]) {
     float* to = out.data + 4 * first;
 #pragma omp simd
     for (int l = 0; l < kBlocks; l++) {

@@ -16,7 +16,7 @@ constexpr int64_t kBlock = 16;
 
 // A value that the compiler knows where it is handed over.
 template <auto kValue>
-struct Known {
+struct Constant {
   EMD_HD constexpr operator decltype(kValue)() const { return kValue; }
 };
 
@@ -24,7 +24,7 @@ struct Known {
 template <class Function>
 EMD_HD void for_blocks(int64_t n, Function function) {
   int64_t i = 0;
-  for (; i + kBlock <= n; i += kBlock) function(i, Known<kBlock>());
+  for (; i + kBlock <= n; i += kBlock) function(i, Constant<kBlock>());
   if (i < n) function(i, n - i);
 }
 

@@ -93,23 +93,23 @@ inline const float* read(const Source& source, const Tile& tile, int64_t element
 
 // Asks memory for the next tile of tensors, a part at a time between parts of a computation: a processor has only so
 // many requests under way, and asking for a whole tile at once waits for memory instead of hiding it.
-class Ahead {
+class Prefetcher {
  public:
-  explicit Ahead(const Tile& tile) : tile_(tile) {}
+  explicit Prefetcher(const Tile& tile) : tile_(tile) {}
 
-  void of(const void* data, Type type, int64_t tile_start) {
+  void add(const void* data, Type type, int64_t tile_start) {
     const int64_t size = bytes_of(type);
     start_[count_] = static_cast<const char*>(data) + (tile_start + tile_.size()) * size;
     bytes_[count_++] = tile_.size() * size;
   }
-  void of(const float* state) { of(state, Type::float32, tile_.flat); }
+  void add(const float* state) { add(state, Type::float32, tile_.flat); }
   // Of a strided source nothing is known that would be worth asking for.
-  void of(const Source& source) {
-    if (source.dense) of(source.data, source.type, tile_.sample * source.sample_stride + tile_.element);
+  void add(const Source& source) {
+    if (source.dense) add(source.data, source.type, tile_.sample * source.sample_stride + tile_.element);
   }
 
   // An address behind the end is harmless: a prefetch never faults.
-  void ask(int part, int parts) const {
+  void prefetch(int part, int parts) const {
     for (int i = 0; i < count_; i++) {
       const int64_t from = bytes_[i] * part / parts & ~int64_t{63}, to = bytes_[i] * (part + 1) / parts;
       for (int64_t at = from; at < to; at += 64) __builtin_prefetch(start_[i] + at, 0, 2);

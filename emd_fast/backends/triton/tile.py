@@ -77,8 +77,8 @@ def of_sample(values, sample):
 
 
 @triton.jit
-def step(step_size, step_sizes, sample):
-    """gamma and sqrt(2 gamma), of the call or of each sample."""
-    if step_sizes is not None:
-        step_size = of_sample(step_sizes, sample)
+def resolve_step_size(step_size, step_size_per_sample, sample):
+    """The step size of a tile, one number or one per sample, and the noise scale sqrt(2 step_size)."""
+    if step_size_per_sample is not None:
+        step_size = of_sample(step_size_per_sample, sample)
     return step_size, tl.sqrt_rn(2 * step_size)
