@@ -39,7 +39,7 @@ def langevin_eps_kernel(
     RUN: tl.constexpr,
 ):
     sample, row, column, block, inside = tile(batch, sizes, down, across, ROWS, COLUMNS, PLANES, WIDE)
-    # Each product is rounded before it is added (launch.submit): equal outputs must cancel to exactly 0.
+    # launch.OPTIONS disables fused multiply-add: equal outputs must cancel to exactly 0.
     delta = _coefficient(coefs, sample, 0) * load(terms[0], sizes, sample, row, column, inside, PLANES)
     for i in tl.static_range(1, len(terms)):
         term = load(terms[i], sizes, sample, row, column, inside, PLANES)
