@@ -13,7 +13,7 @@ at::Tensor as_float(const std::optional<at::Tensor>& numbers, at::IntArrayRef si
   return numbers->to(at::kFloat).contiguous();
 }
 
-// What y will have, as the fake implementation in emd_fast/ops says.
+// Memory format of y. The fake implementation in emd_fast/ops has the same rule.
 at::MemoryFormat layout_of(const at::Tensor& x) {
   if (x.is_contiguous()) return at::MemoryFormat::Contiguous;
   for (const at::MemoryFormat format : {at::MemoryFormat::ChannelsLast, at::MemoryFormat::ChannelsLast3d}) {
@@ -53,7 +53,7 @@ GroupNormInputs::GroupNormInputs(const at::Tensor& input, int64_t num_groups, co
   op.channels = channels;
   op.positions = c10::multiply_integers(x.sizes().slice(2));
   op.groups = num_groups;
-  // Where there is but one position the layouts are one, and the loops over channels are the long ones.
+  // With one position both layouts are equal, and channels_last has the longer inner loops.
   op.channels_last = layout != at::MemoryFormat::Contiguous || op.positions == 1;
   op.weight = weight.defined() ? weight.const_data_ptr<float>() : ones;
   op.bias = bias.defined() ? bias.const_data_ptr<float>() : zeros;
@@ -88,10 +88,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> group_norm(
   const at::Tensor moments = at::empty({op.samples * 2 * op.channels}, at::kDouble);
   op.moments = moments.mutable_data_ptr<double>();
   run_passes(op, op,
-         {{kernels().group_norm_moments, Items::chunks},
-          {kernels().group_norm_maps, Items::samples},
-          {kernels().group_norm_apply, Items::chunks}},
-         [](GroupNorm&, int64_t, int64_t) {});
+             {{kernels().group_norm_moments, Items::chunks},
+              {kernels().group_norm_maps, Items::samples},
+              {kernels().group_norm_apply, Items::chunks}},
+             [](GroupNorm&, int64_t, int64_t) {});
   return {y, mean, rstd};
 }
 

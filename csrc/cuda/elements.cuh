@@ -1,9 +1,10 @@
-// Kernels that compute element by element: which elements a thread has, how it reads and writes them, how they start.
+// Element-wise kernels: the elements of each thread, loads and stores, and the launch.
 //
-// A thread has a run of eight neighbours of one sample: 16 bytes of bfloat16, two accesses of 16 bytes of float32, two
-// Philox blocks. Where every tensor is dense and aligned the kernel for `kVector` reads all of them before it computes;
-// any other strides are read as they lie by the other kernel, which takes runs across channels first where a tensor is
-// channels_last, so that neighbouring threads read neighbouring channels.
+// A thread has a run of eight consecutive elements of one sample: 16 bytes of bfloat16, two
+// 16-byte accesses of float32, two Philox blocks. If every tensor is contiguous and aligned, the
+// kernel with `kVector` issues all loads before it computes. Otherwise the other kernel reads any
+// strides. It numbers runs across channels first if a tensor is channels_last, so that
+// neighbouring threads read neighbouring channels.
 #pragma once
 
 #include "../core/reduced.h"
@@ -14,13 +15,14 @@ namespace emd::cuda {
 constexpr int kRun = 8;
 constexpr int kThreads = 128;
 
-// `count` elements (0 to 8) of a sample, from `element` on, which is a multiple of eight.
+// The elements of a thread: `count` (0 to 8) elements of a sample from `element`, a multiple of
+// eight.
 struct ElementRange {
-  int64_t sample, element, flat;  // flat: where it starts in a contiguous tensor
+  int64_t sample, element, flat;  // flat: index of its first element in a contiguous tensor
   int count;
 };
 
-// Division of numbers below 2^31 by a product and a shift (Granlund and Montgomery, 1994).
+// Division of numbers below 2^31, by a multiplication and a shift (Granlund and Montgomery, 1994).
 struct Divider {
   uint32_t by, factor, shift;
 
@@ -33,10 +35,11 @@ struct Divider {
   __device__ uint32_t quotient(uint32_t n) const { return by <= 1 ? n : __umulhi(n, factor) >> shift; }
 };
 
-// How the runs of a sample are numbered: along its rows, or first down its `rows` where there are several.
+// Partition of the samples into runs. The runs of a sample are numbered along its rows, or down
+// its rows first if rows > 1.
 struct Partition {
   Shape shape;
-  int64_t runs;  // of a sample
+  int64_t runs;  // runs per sample
   uint32_t rows, columns;
   Divider by_runs, by_rows;
 
@@ -54,11 +57,11 @@ struct Partition {
     return {sample, element, sample * shape.elements + element, rest < kRun ? int(rest) : kRun};
   }
 
-  // The run of a thread of the whole grid; the count is 0 behind the last.
+  // The elements of a thread of the grid. Past the last run the count is 0.
   __device__ ElementRange of_thread(int64_t thread) const {
     const int64_t total = shape.samples * runs;
     if (thread >= total) return {};
-    if (total <= INT32_MAX) {  // a division of 64 bits costs as much as the noise
+    if (total <= INT32_MAX) {  // a 64-bit division costs as much as the noise
       const uint32_t sample = by_runs.quotient(uint32_t(thread));
       return range(sample, uint32_t(thread) - sample * uint32_t(runs));
     }
@@ -67,7 +70,7 @@ struct Partition {
   }
 };
 
-// Eight numbers of a tensor: as they came from memory, or, where not kVector, converted already.
+// Eight elements of a tensor: raw memory contents with kVector, converted to float32 without.
 struct RawElements {
   uint4 low, high;
 };
@@ -83,7 +86,8 @@ __device__ inline void set(RawElements& numbers, const Float8& run) {
   numbers.high = {bits_of(run.at[4]), bits_of(run.at[5]), bits_of(run.at[6]), bits_of(run.at[7])};
 }
 
-// Where an element of a sample lies. Only a dense tensor may have more elements a sample than 32 bits can count.
+// Offset of an element. Only a contiguous tensor may have more elements per sample than 32 bits
+// count.
 __device__ inline int64_t offset_of(const Source& source, int64_t sample, int64_t element) {
   int64_t offset = sample * source.sample_stride;
   if (source.dense) return offset + element;
@@ -101,7 +105,7 @@ struct Offsets {
   int64_t at[kRun];
 };
 
-// Eight neighbours lie in one row where rows have a multiple of eight elements.
+// Offsets of eight elements. If the row length is a multiple of eight, they are in one row.
 __device__ inline Offsets offsets_of(const Source& source, const ElementRange& range) {
   const int inner = source.dims - 1;
   Offsets offsets;
@@ -149,13 +153,15 @@ __device__ inline Float8 converted(const RawElements& numbers, Type type) {
   return as_floats(numbers);
 }
 
-// Starts to read. What is done with the numbers comes later, so that all of a thread's reads are under way together.
+// Issues the loads. The conversion is separate, so that all loads of a thread are in flight
+// together.
 template <bool kVector>
 __device__ RawElements fetch(const Source& source, const ElementRange& range) {
   RawElements numbers = {};
   if constexpr (kVector) {
     const int64_t at = range.sample * source.sample_stride + range.element;
-    const uint4* from = reinterpret_cast<const uint4*>(static_cast<const char*>(source.data) + at * bytes_of(source.type));
+    const char* bytes = static_cast<const char*>(source.data) + at * bytes_of(source.type);
+    const uint4* from = reinterpret_cast<const uint4*>(bytes);
     numbers.low = __ldg(from);
     if (source.type == Type::float32) numbers.high = __ldg(from + 1);
   } else {
@@ -174,7 +180,7 @@ __device__ Float8 floats(const RawElements& numbers, const Source& source) {
   return kVector ? converted(numbers, source.type) : as_floats(numbers);
 }
 
-// Of a contiguous float32 tensor, which this kernel may write as well.
+// Loads from a contiguous float32 tensor, which this kernel may also write.
 template <bool kVector>
 __device__ RawElements fetch(const float* state, const ElementRange& range) {
   const float* from = state + range.flat;
@@ -247,7 +253,7 @@ __device__ void store(const Target& target, const ElementRange& range, const Flo
   }
 }
 
-// On the host: whether every run of a tensor can be read or written as whole 16-byte words.
+// Host function: whether every run of a tensor can be accessed as whole 16-byte words.
 inline bool vector(const void* data, int64_t sample_stride, int bytes, const Shape& shape) {
   return shape.elements % kRun == 0 && reinterpret_cast<uintptr_t>(data) % 16 == 0 &&
          (shape.samples <= 1 || sample_stride * bytes % 16 == 0);
@@ -262,7 +268,8 @@ inline bool vector(const Target& target, const Shape& shape) {
 
 inline Partition partition_of(const Shape& shape) { return Partition(shape, 1, 0); }
 
-// Down the rows first where one of the tensors lies so in memory, as channels_last ones do.
+// Numbers runs down the rows first if one of the tensors has this memory order, as channels_last
+// has.
 template <class... Sources>
 Partition partition_of(const Shape& shape, const Source& first, const Sources&... others) {
   if (!first.dense && first.dims == 2 && first.strides[0] == 1 && first.sizes[1] % kRun == 0 &&

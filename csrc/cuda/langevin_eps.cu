@@ -12,7 +12,8 @@ __device__ inline void add_term(Float8& delta, const Float8& term, float coef, b
   }
 }
 
-// kTerms is the number of terms where all tensors are read as vectors, all at once; 0 where they are read in turn.
+// kTerms is the number of terms if all tensors are loaded as vectors, all at once. It is 0 if they
+// are loaded one after another.
 template <int kTerms>
 struct Body {
   static constexpr bool kVector = kTerms > 0;
@@ -64,7 +65,7 @@ bool vectors(const LangevinEps& op) {
   return all;
 }
 
-// Down the rows of the first term that lies so.
+// Numbers runs down the rows first if one of the terms has this memory order.
 Partition partition_of_terms(const LangevinEps& op) {
   for (int t = 0; t < op.terms; t++) {
     const Partition partition = partition_of(op.shape, op.term[t]);

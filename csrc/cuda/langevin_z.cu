@@ -14,7 +14,9 @@ struct Body {
     const float step_size = number_of(op.step_size, range.sample), noise_scale = langevin_noise_scale(step_size);
     Float8 z = as_floats(z_words);
 #pragma unroll
-    for (int i = 0; i < kRun; i++) z.at[i] = langevin_step(z.at[i], gradient.at[i], step_size, noise_scale, noise.at[i]);
+    for (int i = 0; i < kRun; i++) {
+      z.at[i] = langevin_step(z.at[i], gradient.at[i], step_size, noise_scale, noise.at[i]);
+    }
     store<kVector>(op.z, range, z);
   }
 };

@@ -1,4 +1,4 @@
-// The noise of a thread's run, by the noise contract.
+// Noise of a thread's run, by the noise contract (docs/algorithm.md).
 #pragma once
 
 #include "../core/normal.h"

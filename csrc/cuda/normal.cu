@@ -7,7 +7,9 @@ template <bool kVector>
 struct Body {
   Normal op;
 
-  __device__ void operator()(const ElementRange& range) const { store<kVector>(op.out, range, normals(op.noise, range)); }
+  __device__ void operator()(const ElementRange& range) const {
+    store<kVector>(op.out, range, normals(op.noise, range));
+  }
 };
 
 }  // namespace

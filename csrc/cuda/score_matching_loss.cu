@@ -4,7 +4,7 @@
 namespace emd::cuda {
 namespace {
 
-// c_skip x_t + c_out output - x0, for the loss and for its gradient.
+// The error c_skip x_t + c_out output - x0, for the loss and its gradient.
 template <bool kVector, class Op>
 __device__ Float8 errors(const Op& op, const ElementRange& range) {
   const RawElements output_words = fetch<kVector>(op.output, range), x0_words = fetch<kVector>(op.x0, range);

@@ -7,7 +7,9 @@ template <bool kVector>
 struct Body {
   Uniform op;
 
-  __device__ void operator()(const ElementRange& range) const { store<kVector>(op.out, range, uniforms(op.noise, range)); }
+  __device__ void operator()(const ElementRange& range) const {
+    store<kVector>(op.out, range, uniforms(op.noise, range));
+  }
 };
 
 }  // namespace

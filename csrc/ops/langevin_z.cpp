@@ -6,8 +6,8 @@ namespace {
 constexpr int64_t kZStream = 3;
 
 template <class Device>
-void langevin_z(at::Tensor& z, at::Tensor z_grad, double step_size, const std::optional<at::Tensor>& step_size_per_sample,
-                const at::Tensor& noise, int64_t substep) {
+void langevin_z(at::Tensor& z, at::Tensor z_grad, double step_size,
+                const std::optional<at::Tensor>& step_size_per_sample, const at::Tensor& noise, int64_t substep) {
   const Call call(z);
   LangevinZ op = {};
   op.shape = call.shape;

@@ -1,4 +1,4 @@
-// The noise of a tile, by the noise contract: a number depends on its sample and element, and on nothing else.
+// Noise of a tile, by the noise contract (docs/algorithm.md).
 #pragma once
 
 #include "../../core/normal.h"
@@ -15,8 +15,9 @@ struct alignas(64) Blocks {
   uint32_t word[4][kBlocks];
 };
 
-// Calls use(l, words) with the random words of a tile, kBlocks at a time, l the number of the first block. Where the tile
-// holds several samples, each has whole blocks. In between memory is asked for the next tile.
+// Calls use(l, words) with the random words of a tile, kBlocks blocks at a time. l is the index of
+// the first block. In a tile of several samples each sample has whole blocks. Prefetches the next
+// tile.
 template <class Use>
 inline void for_blocks(const NoiseSource& source, const Tile& tile, const Prefetcher& prefetcher, Use use) {
   alignas(64) uint32_t block[kTileBlocks], sample[kTileBlocks];
@@ -39,7 +40,7 @@ inline void for_blocks(const NoiseSource& source, const Tile& tile, const Prefet
   }
 }
 
-// Takes out the numbers that fill up the last block of each sample.
+// Removes the unused numbers of the last block of each sample.
 inline void drop_padding(const Tile& tile, float* out) {
   if (tile.samples == 1 || tile.count % 4 == 0) return;
   const int64_t padded = (tile.count + 3) / 4 * 4;
