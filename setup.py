@@ -1,8 +1,10 @@
 """Builds emd_fast/_C with CMake. Everything else about the package is in pyproject.toml.
 
 EMD_FAST_BUILD chooses:
-    auto (default)  build what can be built: the CPU kernels, and those for CUDA where torch has CUDA and nvcc is there;
-                    where that fails, install without, and say why here and at run time
+    auto (default)  build the CPU kernels, and the CUDA kernels if torch has CUDA and nvcc is
+    found. If a
+                    build fails, install without these kernels and report the reason here and at
+                    run time
     cuda            build the CPU and the CUDA kernels; a failure is an error
     cpu             build the CPU kernels; a failure is an error
     none            install without compiled kernels
@@ -27,7 +29,7 @@ FACTS = "_build.json"  # beside the module, read by emd_fast/backends/native.py
 
 
 class NotBuilt(Exception):
-    """The extension cannot be built; the message is one line that says why."""
+    """The extension cannot be built. The message is one line with the reason."""
 
 
 def build_mode() -> str:
@@ -43,7 +45,7 @@ def torch_build() -> dict[str, str]:
         from torch.utils.cpp_extension import include_paths
     except ImportError:
         sys.exit(
-            "emd_fast: torch is not visible to the build. Its kernels are compiled against the torch you have: install "
+            "emd_fast: torch is not visible to the build. The kernels are compiled against your torch: install "
             "torch, setuptools, cmake and ninja first, then `pip install --no-build-isolation .`; or set "
             "EMD_FAST_BUILD=none to install without compiled kernels."
         )
@@ -55,16 +57,16 @@ def torch_build() -> dict[str, str]:
 
 
 def tool(name: str) -> str | None:
-    """The program of the environment (a PyPI package may have brought it), else that of the system."""
+    """Path of a program: that of the Python environment if present, else that of the system."""
     beside = Path(sys.executable).parent / name
     return str(beside) if beside.exists() else shutil.which(name)
 
 
 def cuda_build() -> dict[str, str]:
-    """What CMake needs to build for CUDA.
+    """CMake definitions for the CUDA build.
 
     Raises:
-        NotBuilt: torch or this machine has no CUDA to build with.
+        NotBuilt: torch has no CUDA, or no matching nvcc was found.
     """
     import torch
 
@@ -74,12 +76,13 @@ def cuda_build() -> dict[str, str]:
     given = os.environ.get("CUDACXX") or (home and str(Path(home) / "bin" / "nvcc"))
     nvcc = given or shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
     try:
-        told = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, check=True).stdout
+        reported = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         raise NotBuilt("no nvcc was found (set CUDA_HOME)") from None
-    version = re.search(r"release (\d+)\.", told)
+    version = re.search(r"release (\d+)\.", reported)
     if version is None or version[1] != torch.version.cuda.split(".")[0]:
-        # As torch's own extensions demand: minor versions are compatible, major ones are not.
+        # The rule of torch's own extensions: minor versions are compatible, major versions are
+        # not.
         raise NotBuilt(f"{nvcc} is not of CUDA {torch.version.cuda.split('.')[0]}, which torch was built with")
     return {"EMD_CUDA": "ON", "CMAKE_CUDA_COMPILER": str(nvcc)}
 
@@ -87,7 +90,7 @@ def cuda_build() -> dict[str, str]:
 def first_error(output: str) -> str | None:
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     for i, line in enumerate(lines):
-        if line.startswith("CMake Error") and line.endswith(":"):  # what it has to say follows
+        if line.startswith("CMake Error") and line.endswith(":"):  # the message follows
             return " ".join(lines[i + 1 : i + 4])
         if "error" in line.lower():
             return line
@@ -132,7 +135,7 @@ def compile_extension(source: Path, build: Path, output: Path, settings: dict[st
     try:
         run(configure, "the configuration by cmake")
     except NotBuilt:
-        shutil.rmtree(build)  # or CMake would remember the compiler that did not work
+        shutil.rmtree(build)  # otherwise CMake would cache the compiler that failed
         raise
     jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
     run([cmake, "--build", str(build), "--parallel", jobs], "the compilation")
@@ -141,13 +144,13 @@ def compile_extension(source: Path, build: Path, output: Path, settings: dict[st
 
 
 def build_kernels(mode: str, output: Path) -> dict[str, str | None]:
-    """Builds what the mode asks for, and returns what there is to tell of it at run time."""
+    """Builds the kernels of this mode. Returns the facts of the build, for the run time."""
     facts: dict[str, str | None] = {"torch": None, "reason": None, "cuda_reason": None}
     if mode == "none":
         facts["reason"] = facts["cuda_reason"] = "not built: EMD_FAST_BUILD=none"
         return facts
     torch = torch_build()
-    # Kept between builds, so that the next one compiles only what has changed.
+    # The folder is kept, so that the next build compiles changed files only.
     build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-torch{torch['EMD_TORCH_VERSION']}"
     if mode == "cpu":
         facts["cuda_reason"] = "not built: EMD_FAST_BUILD=cpu"
@@ -177,14 +180,14 @@ class CMakeBuild(build_ext):
         output.parent.mkdir(parents=True, exist_ok=True)
         facts = build_kernels(build_mode(), output)
         if facts["reason"]:
-            output.unlink(missing_ok=True)  # of an earlier build
+            output.unlink(missing_ok=True)  # the module of an earlier build
         (output.parent / FACTS).write_text(json.dumps(facts))
 
     def copy_extensions_to_source(self) -> None:
         super().copy_extensions_to_source()
         package = ROOT / "emd_fast"
         for ext in self.extensions:
-            output = Path(self.get_ext_fullpath(ext.name))  # in the source here
+            output = Path(self.get_ext_fullpath(ext.name))  # in the source tree
             built = Path(self.build_lib) / "emd_fast"
             if not (built / output.name).exists():
                 output.unlink(missing_ok=True)

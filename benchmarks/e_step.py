@@ -16,7 +16,7 @@ from emd_fast.backends import reference
 from emd_fast.diffusion.denoiser import column
 from emd_fast.em.cuda_graph import GraphedEStep
 from emd_fast.em.score_difference import ScoreDifference
-from emd_fast.noise import Stream
+from emd_fast.noise import NoiseStream
 
 GAMMA_EPS, GAMMA_Z = 0.1, 0.01
 STEPS = 8
@@ -72,7 +72,7 @@ def noises(arguments: Arguments) -> dict[str, Tensor]:
     size, state = list(arguments["z"].shape), arguments["noise"].state
     return {
         name: torch.stack([reference.normal(size, state, stream, k, torch.float32) for k in range(arguments["steps"])])
-        for name, stream in (("n", Stream.LANGEVIN_EPS), ("m", Stream.LANGEVIN_Z))
+        for name, stream in (("n", NoiseStream.LANGEVIN_EPS), ("m", NoiseStream.LANGEVIN_Z))
     }
 
 

@@ -14,7 +14,7 @@ from benchmarks.harness.declare import EMD_SHAPES, Arguments, Bench, Case, Input
 from emd_fast import Noise, ops
 from emd_fast.backends import reference
 from emd_fast.backends.reference.common import per_sample
-from emd_fast.noise import Stream
+from emd_fast.noise import NoiseStream
 
 
 def inputs(random: RandomTensors) -> Inputs:
@@ -75,7 +75,7 @@ def exact(
 
 def noises(arguments: Arguments) -> dict[str, Tensor]:
     size, state = list(arguments["eps"].shape), arguments["noise"].state
-    return {"n": reference.normal(size, state, Stream.LANGEVIN_EPS, 0, torch.float32)}
+    return {"n": reference.normal(size, state, NoiseStream.LANGEVIN_EPS, 0, torch.float32)}
 
 
 def traffic(case: Case) -> Traffic:

@@ -8,7 +8,7 @@ from torch import Tensor
 from benchmarks.harness.declare import EMD_SHAPES, Arguments, Bench, Case, Inputs, RandomTensors, Traffic
 from emd_fast import Noise, ops
 from emd_fast.backends import reference
-from emd_fast.noise import Stream
+from emd_fast.noise import NoiseStream
 
 
 def inputs(random: RandomTensors) -> Inputs:
@@ -28,7 +28,7 @@ def exact(z: Tensor, z_grad: Tensor, *, step_size: float, noise: Noise) -> Tenso
 
 def noises(arguments: Arguments) -> dict[str, Tensor]:
     size, state = list(arguments["z"].shape), arguments["noise"].state
-    return {"m": reference.normal(size, state, Stream.LANGEVIN_Z, 0, torch.float32)}
+    return {"m": reference.normal(size, state, NoiseStream.LANGEVIN_Z, 0, torch.float32)}
 
 
 def traffic(case: Case) -> Traffic:

@@ -11,7 +11,7 @@ from benchmarks.harness.declare import EMD_SHAPES, Arguments, Bench, Case, Input
 from emd_fast import Noise, ops
 from emd_fast.backends import reference
 from emd_fast.backends.reference.common import per_sample
-from emd_fast.noise import Stream
+from emd_fast.noise import NoiseStream
 
 
 def inputs(random: RandomTensors) -> Inputs:
@@ -21,7 +21,7 @@ def inputs(random: RandomTensors) -> Inputs:
             "alpha": random.per_sample(),
             "sigma": random.per_sample(),
             "noise": Noise(random.seed, device=random.case.device),
-            "stream": Stream.STUDENT_EPS,
+            "stream": NoiseStream.FAKE_SCORE_EPS,
         }
     )
 

@@ -1,5 +1,5 @@
-// The module emd_fast._C: loading it registers the compiled kernels for the schemas that emd_fast/ops defines; what it
-// offers to Python are the facts of its build.
+// The module emd_fast._C. Importing it registers the compiled kernels for the schemas of
+// emd_fast/ops. Its Python attributes are the facts of its build.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

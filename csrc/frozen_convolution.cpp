@@ -1,6 +1,6 @@
-// The convolution of emd_fast/fusion/convolution.py without its Python, which costs a small call more time than the
-// convolution: autograd keeps the weight alone. Below autograd it is PyTorch's on any device, or, where that serves, the
-// CPU's by Winograd's algorithm.
+// The convolution of emd_fast/fusion/convolution.py in C++. For small inputs the Python takes
+// longer than the convolution. Autograd saves the weight only. The forward pass is PyTorch's
+// convolution on any device, or Winograd's algorithm on the CPU where it is supported.
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -14,38 +14,42 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 using Maybe = std::optional<at::Tensor>;
 
-// Once this is loaded, "auto" is "cpu".
+// "auto" means "cpu" for CPU tensors once this module is loaded.
 bool by_winograd(std::string_view backend, const at::Tensor& x, const at::Tensor& weight, const Maybe& bias,
                  at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
   return (backend == "auto" || backend == "cpu") &&
          cpu::winograd_serves(x, weight, bias, stride, padding, dilation, groups);
 }
 
-// Through the dispatcher, where modes see it.
+// Calls the op through the dispatcher, so that dispatch modes see it.
 at::Tensor winograd(const at::Tensor& x, const at::Tensor& weight, const Maybe& bias) {
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("emd_fast::winograd", "").typed<decltype(winograd)>();
   return op.call(x, weight, bias);
 }
 
-at::Tensor pytorchs(const at::Tensor& x, const at::Tensor& weight, const Maybe& bias, at::IntArrayRef stride,
-                    at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, std::string_view) {
-  // And not conv2d, which is made of this: below autograd a dispatch mode would see that name, and count no FLOPs.
+at::Tensor pytorch_convolution(const at::Tensor& x, const at::Tensor& weight, const Maybe& bias,
+                               at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+                               int64_t groups, std::string_view) {
+  // Not conv2d, which calls this op: below autograd a dispatch mode would see the name conv2d,
+  // which has no FLOP formula.
   return at::convolution(x, weight, bias, stride, padding, dilation, false, {0, 0}, groups);
 }
 
-at::Tensor below_autograd(const at::Tensor& x, const at::Tensor& weight, const Maybe& bias, at::IntArrayRef stride,
-                          at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, std::string_view backend) {
+at::Tensor convolution_below_autograd(const at::Tensor& x, const at::Tensor& weight, const Maybe& bias,
+                                      at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+                                      int64_t groups, std::string_view backend) {
   return by_winograd(backend, x, weight, bias, stride, padding, dilation, groups)
              ? winograd(x, weight, bias)
-             : pytorchs(x, weight, bias, stride, padding, dilation, groups, backend);
+             : pytorch_convolution(x, weight, bias, stride, padding, dilation, groups, backend);
 }
 
-at::Tensor convolved(const at::Tensor& x, const at::Tensor& weight, const Maybe& bias, at::IntArrayRef stride,
-                     at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, std::string_view backend);
+at::Tensor frozen_convolution(const at::Tensor& x, const at::Tensor& weight, const Maybe& bias,
+                              at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+                              int64_t groups, std::string_view backend);
 
-struct ToInput : torch::autograd::Function<ToInput> {
-  static constexpr bool is_traceable = true;  // it calls ops of the dispatcher alone
+struct InputGradient : torch::autograd::Function<InputGradient> {
+  static constexpr bool is_traceable = true;  // it only calls ops through the dispatcher
 
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight, const Maybe& bias,
                             at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
@@ -59,7 +63,7 @@ struct ToInput : torch::autograd::Function<ToInput> {
     ctx->saved_data["dilation"] = dilation;
     ctx->saved_data["groups"] = groups;
     ctx->saved_data["backend"] = std::string(backend);
-    return below_autograd(x, weight, bias, stride, padding, dilation, groups, backend);
+    return convolution_below_autograd(x, weight, bias, stride, padding, dilation, groups, backend);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
@@ -71,13 +75,14 @@ struct ToInput : torch::autograd::Function<ToInput> {
     const auto stride = list("stride"), padding = list("padding"), dilation = list("dilation");
     const int64_t groups = saved["groups"].toInt();
     const std::string backend = saved["backend"].toStringRef();
-    // Shape and strides of the input are what is asked for; its numbers are not read.
+    // convolution_backward reads only the shape and strides of the input, not its values.
     const at::Tensor like = at::empty_strided(list("size"), list("strides"), grad.options());
-    // Such a convolution backward is one of the weight with its channels exchanged and its pixels turned.
+    // The backward pass of such a convolution is a convolution with the weight transposed and
+    // rotated.
     if (like.suggest_memory_format() == at::MemoryFormat::ChannelsLast &&
         by_winograd(backend, grad, weight.transpose(0, 1), std::nullopt, stride, padding, dilation, groups)) {
-      gradients[0] = convolved(grad, weight.transpose(0, 1).flip({2, 3}), std::nullopt, stride, padding, dilation,
-                               groups, backend);
+      gradients[0] = frozen_convolution(grad, weight.transpose(0, 1).flip({2, 3}), std::nullopt, stride, padding,
+                                        dilation, groups, backend);
     } else {
       gradients[0] = std::get<0>(at::convolution_backward(grad, like, weight, std::nullopt, stride, padding, dilation,
                                                           false, {0, 0}, groups, {true, false, false}));
@@ -86,20 +91,21 @@ struct ToInput : torch::autograd::Function<ToInput> {
   }
 };
 
-// Whether a derivative forwards is asked for by it.
-bool moves(const at::Tensor& tensor) { return tensor._fw_grad(0).defined(); }
+// Whether the tensor has a forward-mode gradient.
+bool has_tangent(const at::Tensor& tensor) { return tensor._fw_grad(0).defined(); }
 
-at::Tensor convolved(const at::Tensor& x, const at::Tensor& weight, const Maybe& bias, at::IntArrayRef stride,
-                     at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, std::string_view backend) {
-  // Ours has no derivative forwards.
-  if (moves(x) || moves(weight) || (bias && moves(*bias))) {
-    return pytorchs(x, weight, bias, stride, padding, dilation, groups, backend);
+at::Tensor frozen_convolution(const at::Tensor& x, const at::Tensor& weight, const Maybe& bias,
+                              at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+                              int64_t groups, std::string_view backend) {
+  // Our function has no forward-mode derivative.
+  if (has_tangent(x) || has_tangent(weight) || (bias && has_tangent(*bias))) {
+    return pytorch_convolution(x, weight, bias, stride, padding, dilation, groups, backend);
   }
   if (at::GradMode::is_enabled() && x.requires_grad()) {
-    return ToInput::apply(x, weight, bias, stride, padding, dilation, groups, backend);
+    return InputGradient::apply(x, weight, bias, stride, padding, dilation, groups, backend);
   }
   const at::AutoDispatchBelowAutograd below;
-  return below_autograd(x, weight, bias, stride, padding, dilation, groups, backend);
+  return convolution_below_autograd(x, weight, bias, stride, padding, dilation, groups, backend);
 }
 
 TORCH_LIBRARY_FRAGMENT(emd_fast, m) {
@@ -109,8 +115,8 @@ TORCH_LIBRARY_FRAGMENT(emd_fast, m) {
   m.def("winograd(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
 }
 TORCH_LIBRARY_IMPL(emd_fast, CPU, m) { m.impl("winograd", cpu::winograd); }
-TORCH_LIBRARY_IMPL(emd_fast, CompositeExplicitAutograd, m) { m.impl("frozen_convolution", below_autograd); }
-TORCH_LIBRARY_IMPL(emd_fast, Autograd, m) { m.impl("frozen_convolution", convolved); }
+TORCH_LIBRARY_IMPL(emd_fast, CompositeExplicitAutograd, m) { m.impl("frozen_convolution", convolution_below_autograd); }
+TORCH_LIBRARY_IMPL(emd_fast, Autograd, m) { m.impl("frozen_convolution", frozen_convolution); }
 
 }  // namespace
 }  // namespace emd

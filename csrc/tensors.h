@@ -1,4 +1,5 @@
-// From tensors to what the kernels take. Arguments are validated in Python; here only what would corrupt memory.
+// Conversion of tensors to kernel arguments. Python validates the arguments of an op. The checks
+// here prevent memory corruption only.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -21,7 +22,7 @@ inline Shape shape_of(at::IntArrayRef size) {
   return {size[0], c10::multiply_integers(size.slice(1))};
 }
 
-// One call of an op: all its tensors are samples of one shape on one device.
+// One call of an op. All its tensors hold samples of one shape and are on one device.
 struct Call {
   Shape shape;
   at::Device device;
@@ -33,8 +34,8 @@ struct Call {
     TORCH_CHECK(tensor.device() == device, "expected a tensor on ", device, ", got one on ", tensor.device());
   }
 
-  // `tensor` is replaced by a copy where a Source cannot hold its strides, or where a kernel could not count its
-  // elements in 32 bits; it has to outlive the Source.
+  // Replaces `tensor` by a contiguous copy if a Source cannot hold its strides, or if a kernel
+  // cannot count its elements in 32 bits. `tensor` must outlive the Source.
   Source source(at::Tensor& tensor) const {
     check(tensor);
     TORCH_CHECK(tensor.dim() > 0 && tensor.size(0) == shape.samples &&
@@ -64,7 +65,7 @@ struct Call {
         tensor = tensor.contiguous();
         continue;
       }
-      if (out.dims == 0) {  // one element to a sample
+      if (out.dims == 0) {  // one element per sample
         out.sizes[0] = out.strides[0] = 1;
         out.dims = 1;
       }

@@ -1,7 +1,8 @@
 """The state of the counter-based noise generator (docs/algorithm.md, "The noise").
 
-A random number is a pure function of what it is for: the seed, the optimizer step, the global index of its sample, the
-stream, the substep and its element. Nobody owns a generator that could run ahead on one device and lag on another.
+A random number is a pure function of the seed, the optimizer step, the global index of its sample,
+the stream, the substep and its element. There is no generator object that one device could advance
+further than another.
 """
 
 from __future__ import annotations
@@ -12,17 +13,17 @@ LIMITS = {"seed": 2**63, "step": 2**32, "first_sample": 2**32, "substep": 2**16}
 _SLOT = {"seed": 0, "step": 1, "first_sample": 2, "substep": 3}
 
 
-class Stream:
-    """What a random number is for. Two uses never share a stream."""
+class NoiseStream:
+    """The purpose of a random number, one constant per use. Two uses never share a stream."""
 
     E_STEP_Z = 0
     E_STEP_EPS = 1
     LANGEVIN_EPS = 2
     LANGEVIN_Z = 3
-    STUDENT_Z = 4
-    STUDENT_EPS = 5
+    FAKE_SCORE_Z = 4
+    FAKE_SCORE_EPS = 5
     E_STEP_TIME = 6
-    STUDENT_TIME = 7
+    FAKE_SCORE_TIME = 7
     CONDITION = 8
     SHOWN = 9
     TEACHER_NOISE = 10
@@ -34,19 +35,21 @@ class Stream:
 
 
 class Noise:
-    """Where in the noise we are: seed, step, first sample and substep, in one int64 tensor `state` on `device`.
+    """Position in the noise: seed, step, first sample and substep in one int64 tensor, `state`.
 
     Args:
         seed: 0 <= seed < 2^63, the key of the generator.
         step: the optimizer step, below 2^32.
         first_sample: global index of the first sample of the batch, below 2^32.
-        substep: added to the `substep` argument of every op; their sum stays below 2^16.
-        device: where `state` lives: the device of the tensors that the noise is for.
+        substep: added to the `substep` argument of every op. The sum must stay below 2^16.
+        device: where `state` lives. It must be the device of the tensors that the noise is for.
 
-    The tensor is updated in place, so that a captured CUDA graph that reads it replays with new noise.
+    `set` and `advance` update the tensor in place, so that a captured CUDA graph that reads it
+    replays with new noise.
 
     Raises:
-        TypeError: a number that is not an integer. ValueError: one outside its range.
+        TypeError: a number that is not an integer.
+        ValueError: a number outside its range.
     """
 
     def __init__(
@@ -63,7 +66,10 @@ class Noise:
         self.state = torch.tensor(list(numbers.values()), dtype=torch.int64, device=device)
 
     def set(self, *, step: int | None = None, first_sample: int | None = None, substep: int | None = None) -> None:
-        """Moves to another step, first sample or substep; those not given stay."""
+        """Moves to another step, first sample or substep.
+
+        Arguments that are None stay unchanged.
+        """
         given = {"step": step, "first_sample": first_sample, "substep": substep}
         changes = {name: value for name, value in given.items() if value is not None}
         for name, value in changes.items():
@@ -72,7 +78,7 @@ class Noise:
             self.state[_SLOT[name]].fill_(value)
 
     def advance(self) -> None:
-        """step + 1, on the device: it can be part of a captured graph."""
+        """Adds 1 to the step, on the device. A CUDA graph can capture this call."""
         self.state[_SLOT["step"]].add_(1)
 
     @property

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 
 from emd_fast import Denoiser, Noise, e_step, ops, schedules
-from emd_fast.noise import Stream
+from emd_fast.noise import NoiseStream
 from emd_fast.teachers import gaussian_mixture
 from emd_fast.teachers.mlp import PointGenerator, TimeMLP
 
@@ -51,23 +51,23 @@ def main(steps: int = 600) -> tuple[float, float]:
         u = ops.uniform((BATCH,), noise, stream=stream, substep=substep)
         return torch.exp(math.log(0.1) + u * math.log(30.0))
 
-    shown = draw(Stream.SHOWN)
+    shown = draw(NoiseStream.SHOWN)
     before = to_nearest_mode(generator(shown).detach())
     for step in range(steps):
         noise.set(step=step)
 
         for i in range(2):  # the fake score follows the generator
-            t = times(Stream.STUDENT_TIME, i)
+            t = times(NoiseStream.FAKE_SCORE_TIME, i)
             with torch.no_grad():
-                x0 = generator(draw(Stream.STUDENT_Z, i))
-            x_t = ops.perturb(x0, torch.ones_like(t), t, noise=noise, stream=Stream.STUDENT_EPS, substep=i)
+                x0 = generator(draw(NoiseStream.FAKE_SCORE_Z, i))
+            x_t = ops.perturb(x0, torch.ones_like(t), t, noise=noise, stream=NoiseStream.FAKE_SCORE_EPS, substep=i)
             c_skip, c_out = coefficients(t)
             loss = ops.score_matching_loss(fake_score(x_t, t), x0, x_t, c_skip, c_out, 1 / c_out**2).mean()
             fake_score_optimizer.zero_grad()
             accelerator.backward(loss)
             fake_score_optimizer.step()
 
-        z, eps, t = draw(Stream.E_STEP_Z), draw(Stream.E_STEP_EPS), times(Stream.E_STEP_TIME)
+        z, eps, t = draw(NoiseStream.E_STEP_Z), draw(NoiseStream.E_STEP_EPS), times(NoiseStream.E_STEP_TIME)
         found = e_step(generator, teacher, fake_score, z, eps, t, steps=4, gamma_eps=0.16, gamma_z=1e-3, noise=noise)
 
         generated = generator(found.z)

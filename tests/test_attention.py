@@ -174,7 +174,7 @@ def table(monkeypatch):
     def replace(*rows, architecture=90):
         monkeypatch.setattr(attention_table, "TABLE", rows)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: divmod(architecture, 10))
-        backends._say_once_of_attention.cache_clear()
+        backends._warn_once_about_attention.cache_clear()
 
     return replace
 

@@ -31,7 +31,7 @@ def served(monkeypatch):
 def without_native(monkeypatch):
     """As on a machine where nothing was compiled."""
     monkeypatch.setattr(native, "why_not", lambda *_: "not built here")
-    caches = (backends.implementation, backends._say_once)
+    caches = (backends.implementation, backends._warn_once)
     for cache in caches:
         cache.cache_clear()
     yield

@@ -18,7 +18,7 @@ from emd_fast import Denoiser, EMDConfig, EMDTrainer, ops, schedules
 from emd_fast import config as settings
 from emd_fast.config import TimeDistribution
 from emd_fast.em.m_step import WEIGHTINGS
-from emd_fast.noise import Stream
+from emd_fast.noise import NoiseStream
 from emd_fast.reporting import journal
 from emd_fast.run import distill as run
 from emd_fast.run import loop as training
@@ -43,8 +43,8 @@ def by_hand(trainer: EMDTrainer, sampled, generated) -> dict[str, float]:
     z, eps, drift, alpha, sigma = (
         x.double() for x in (sampled.z, sampled.eps, sampled.drift, sampled.alpha, sampled.sigma)
     )
-    z_0 = torch.as_tensor(normals(z.shape, seed=settings.seed, step=step, stream=Stream.E_STEP_Z))
-    eps_0 = torch.as_tensor(normals(eps.shape, seed=settings.seed, step=step, stream=Stream.E_STEP_EPS))
+    z_0 = torch.as_tensor(normals(z.shape, seed=settings.seed, step=step, stream=NoiseStream.E_STEP_Z))
+    eps_0 = torch.as_tensor(normals(eps.shape, seed=settings.seed, step=step, stream=NoiseStream.E_STEP_EPS))
     weight = WEIGHTINGS[settings.weighting](alpha, sigma)
     if settings.objective == "vsd":
         weight = weight / settings.gamma_eps
@@ -395,7 +395,7 @@ def test_the_three_networks_denoise_the_same_images():
     x, cond = trainer.generate(4, ema=False), torch.tensor([0, 1, 2, 0])
     assert torch.equal(found["generator"], x)
     ratio = math.sqrt(0.05 * 5.0)
-    eps = normals(x.shape, stream=Stream.SHOWN, substep=1).float()
+    eps = normals(x.shape, stream=NoiseStream.SHOWN, substep=1).float()
     t = torch.full((4,), ratio)
     with torch.no_grad():
         for name, guidance in (("teacher", 1.5), ("student", None)):

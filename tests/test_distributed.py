@@ -524,7 +524,7 @@ def test_shares_cover_the_batch(monkeypatch):
 
 def talking() -> list:
     rank = dist.get_rank()
-    agree = distributed.Agreement()
+    agree = distributed.AsyncMax()
     answers = [agree(15 if (rank == 1 and step == 2) else 0) for step in range(5)]
     answers.append(agree.final(2 if rank == 0 else 0))
     told = distributed.on_main(lambda: {"rank": rank})
@@ -559,7 +559,7 @@ def test_an_attempt_of_torchrun_takes_no_addresses_from_the_ones_before(monkeypa
 def test_one_process_is_a_group_of_one(tmp_path):
     assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
     assert distributed.share(5) == (0, 5)
-    assert distributed.Agreement()(15) == 15
+    assert distributed.AsyncMax()(15) == 15
     network = nn.Linear(2, 2)
     assert distributed.shard(network, "fsdp") is network and not distributed.is_sharded(network)
     assert "RANK" not in os.environ

@@ -1,4 +1,4 @@
-// What the kernels of an op take, on any device: plain data, no torch.
+// Arguments of the kernels, for any device: plain structs without torch.
 #pragma once
 
 #include <stdint.h>
@@ -14,23 +14,23 @@ EMD_HD int bytes_of(Type type) { return type == Type::float32 ? 4 : 2; }
 
 constexpr int kMaxDims = 6;
 
-// A tensor to read, sample by sample, each in row-major order. Strides are in elements.
+// An input tensor, read sample by sample in row-major order. Strides are in elements.
 struct Source {
   const void* data;
   Type type;
-  bool dense;  // the elements of one sample follow one another
+  bool dense;  // the elements of one sample are contiguous
   int64_t sample_stride;
-  int dims;  // of one sample, merged where strides allow
+  int dims;  // dimensions of one sample, merged where strides permit
   int64_t sizes[kMaxDims], strides[kMaxDims];
 };
 
-// A contiguous tensor to write.
+// A contiguous output tensor.
 struct Target {
   void* data;
   Type type;
 };
 
-// One number for each sample, or, where there is no data, one for all.
+// One number per sample. If `data` is null, `shared` applies to all samples.
 struct PerSample {
   const float* data;
   int64_t stride;
@@ -45,14 +45,14 @@ struct Shape {
   int64_t samples, elements;  // elements of one sample
 };
 
-// Where the noise of a call comes from. The state lies on the device of the call and is read there: what is replayed
-// from a captured graph draws from what the state is by then.
+// Source of the noise of a call. The state is on the device of the call, and the kernel reads it
+// there, so that a replayed CUDA graph uses the current state.
 struct NoiseSource {
   const int64_t* state;  // seed, step, first sample, substep
   uint32_t stream, substep;
 };
 
-// The key and the part of the counter that one call shares.
+// The key, and the part of the counter that is constant in one call.
 struct NoiseKey {
   uint32_t key0, key1, first_sample, stream_substep, step;
 };
@@ -84,8 +84,8 @@ struct Perturb {
   Source x0;
   PerSample alpha, sigma;
   bool draws;
-  Source eps;         // where not draws
-  NoiseSource noise;  // where draws
+  Source eps;         // read if !draws
+  NoiseSource noise;  // read if draws
   Target out;
 };
 
@@ -94,7 +94,7 @@ constexpr int kMaxTerms = 5;
 struct LangevinEps {
   Shape shape;
   float *eps, *drift;
-  int terms;  // delta is the sum of coef[i] times term[i]
+  int terms;  // delta = sum of coef[i] * term[i]
   Source term[kMaxTerms];
   PerSample coef[kMaxTerms];
   PerSample alpha, sigma, step_size;

@@ -1,4 +1,4 @@
-// Products and sums with the same roundings on every machine, and the bits of a float.
+// Arithmetic with the same roundings on every machine, and access to the bits of a float.
 #pragma once
 
 #include <math.h>
@@ -21,8 +21,8 @@ EMD_HD float float_of(uint32_t bits) {
   return x;
 }
 
-// a * b, rounded before anything is added to it: two equal network outputs must give a difference of exactly 0. The CPU
-// build says so once for all code with -ffp-contract=off.
+// a * b, never contracted to a fused multiply-add: two equal network outputs must give a
+// difference of exactly 0. The CPU build disables contraction for all code with -ffp-contract=off.
 EMD_HD float product(float a, float b) {
 #if defined(__CUDA_ARCH__)
   return __fmul_rn(a, b);
@@ -31,14 +31,15 @@ EMD_HD float product(float a, float b) {
 #endif
 }
 
-// a * b + c for finite numbers, rounded once.
+// a * b + c for finite numbers, with one rounding.
 EMD_HD float fused(float a, float b, float c) {
 #if defined(__CUDA_ARCH__) || defined(__FMA__) || defined(__ARM_FEATURE_FMA)
   return fmaf(a, b, c);
 #else
-  // Without the instruction, fmaf is a library call that no loop vectorises. The product is exact in float64; the sum
-  // is rounded to odd there (Boldo and Melquiond, 2008), which makes the second rounding, to float32, the only one.
-  // Integers instead of comparisons, because SSE2 cannot compare 64 bits.
+  // Without the instruction, fmaf is a library call, which prevents vectorization. The product is
+  // exact in float64. The float64 sum is rounded to odd (Boldo and Melquiond, 2008), so that the
+  // rounding to float32 gives the correctly rounded result. Integer operations replace
+  // comparisons, because SSE2 cannot compare 64-bit lanes.
   const double product = double(a) * double(b);
   const double sum = product + double(c);
   const double back = sum - product;
@@ -56,7 +57,7 @@ EMD_HD float fused(float a, float b, float c) {
 #endif
 }
 
-// a * b + c where the product is exact: rounded once, whichever way it is computed.
+// a * b + c for an exact product. Both branches round once.
 EMD_HD float exact_product_plus(float a, float b, float c) {
 #if defined(__CUDA_ARCH__) || defined(__FMA__) || defined(__ARM_FEATURE_FMA)
   return fmaf(a, b, c);
@@ -65,8 +66,8 @@ EMD_HD float exact_product_plus(float a, float b, float c) {
 #endif
 }
 
-// sqrt(x) for a normal number: correctly rounded on a CPU, to a relative error of 2^-23 on a GPU, where the last bit
-// costs eight times as much as all before it.
+// sqrt(x) for a normal number. It is correctly rounded on a CPU. On a GPU the relative error is
+// 2^-23, because a correctly rounded root costs eight times as much.
 EMD_HD float square_root(float x) {
 #if defined(__CUDA_ARCH__)
   float root;

@@ -1,4 +1,5 @@
-// Group normalization with an affine map: y = (u - mean) rstd weight + bias, times 1 + scale, plus shift; u = x + add.
+// Group normalization with an affine map: with u = x + add,
+// y = ((u - mean) rstd weight + bias) (1 + scale) + shift.
 #pragma once
 
 #include "arithmetic.h"
@@ -7,8 +8,9 @@
 
 namespace emd {
 
-// One channel of one sample: y = (x - center) gain + offset. The centre is subtracted first, since x gain - center gain
-// would cancel where the mean is large beside the deviation.
+// Affine map of one channel of one sample: y = (x - center) gain + offset. The center is
+// subtracted first, since x gain - center gain would cancel where the mean is large compared to
+// the deviation.
 struct ChannelMap {
   float center, gain, offset;
 };
@@ -23,13 +25,13 @@ EMD_HD float group_norm(float x, float center, float gain, float offset) {
   return Silu ? silu(y) : y;
 }
 
-// The gradient of the map's output, before the activation.
+// Gradient with respect to the input of the activation.
 template <bool Silu>
 EMD_HD float group_norm_inner_gradient(float grad, float x, float center, float gain, float offset) {
   return Silu ? grad * silu_derivative(fused(x - center, gain, offset)) : grad;
 }
 
-// The gradient of x is inner * gain + (x - center) slope + constant.
+// The gradient of x is inner gain + (x - center) slope + constant.
 struct ChannelGradient {
   float slope, constant;
 };
@@ -38,7 +40,8 @@ EMD_HD float group_norm_gradient(float inner, float x, float center, float gain,
   return fused(inner, gain, fused(x - center, slope, constant));
 }
 
-// With k = weight (1 + scale): sum_k is the group's sum of k inner, sum_k_normal that of k inner (u - mean) rstd.
+// With k = weight (1 + scale), over the elements of a group: sum_k is the sum of k inner, and
+// sum_k_normal the sum of k inner (u - mean) rstd.
 EMD_HD ChannelGradient channel_gradient(double sum_k, double sum_k_normal, double rstd, double elements) {
   return {float(-rstd * rstd * sum_k_normal / elements), float(-rstd * sum_k / elements)};
 }

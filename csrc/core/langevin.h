@@ -1,4 +1,4 @@
-// The Langevin step of the E-step (design: "E-step").
+// The Langevin step of the E-step (docs/algorithm.md).
 #pragma once
 
 #include <math.h>
@@ -8,16 +8,16 @@
 
 namespace emd {
 
-// state + g (gradient - state) + sqrt(2 g) noise, with kick = sqrt(2 g).
-EMD_HD float langevin_step(float state, float gradient, float step_size, float kick, float noise) {
-  return (state + product(step_size, gradient - state)) + product(kick, noise);
+// state + step_size (gradient - state) + noise_scale noise, with noise_scale = sqrt(2 step_size).
+EMD_HD float langevin_step(float state, float gradient, float step_size, float noise_scale, float noise) {
+  return (state + product(step_size, gradient - state)) + product(noise_scale, noise);
 }
 
-// The same step without its noise: (1 - g) drift + g gradient.
+// The same step without noise: (1 - step_size) drift + step_size gradient.
 EMD_HD float langevin_drift(float drift, float gradient, float step_size) {
   return product(1.0f - step_size, drift) + product(step_size, gradient);
 }
 
-EMD_HD float langevin_kick(float step_size) { return sqrtf(2.0f * step_size); }
+EMD_HD float langevin_noise_scale(float step_size) { return sqrtf(2.0f * step_size); }
 
 }  // namespace emd

@@ -1,4 +1,4 @@
-// The gradient of the M-step's regression, w / 2 mean(drift^2) in value, with respect to the generator's output.
+// Gradient of the M-step loss weight / 2 mean(drift^2) with respect to the generator's output.
 #pragma once
 
 #include "arithmetic.h"
@@ -6,7 +6,7 @@
 
 namespace emd {
 
-// What multiplies drift: -w (alpha / sigma) grad / n.
+// The factor of drift: -weight (alpha / sigma) grad / elements.
 EMD_HD float m_step_gradient_factor(float grad, float weight, float alpha, float sigma, float elements) {
   return -product(product(grad, weight), alpha / sigma) / elements;
 }

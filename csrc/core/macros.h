@@ -1,10 +1,10 @@
-// What the same per-element formulas need to compile for a CPU loop and for a CUDA kernel.
+// Function attributes for formulas that compile in CPU loops and in CUDA kernels.
 #pragma once
 
 #if defined(__CUDACC__)
 #define EMD_HD __host__ __device__ __forceinline__
 #else
-// Always inlined: these headers are compiled once per instruction set, and a shared out-of-line copy could be the one
-// with instructions that the running machine does not have.
+// Always inlined: these headers are compiled once per instruction set. The linker would keep one
+// out-of-line copy, possibly with instructions that the running machine lacks.
 #define EMD_HD inline __attribute__((always_inline))
 #endif

@@ -1,4 +1,4 @@
-// From random words to uniform and normal numbers (Box and Muller, 1958).
+// Uniform and normal numbers from random words (Box and Muller, 1958).
 #pragma once
 
 #include <math.h>
@@ -9,19 +9,19 @@
 
 namespace emd {
 
-// Strictly inside (0, 1): the least is 2^-33, the greatest 1 - 2^-24.
+// A number in the open interval (0, 1), from 2^-33 to 1 - 2^-24.
 EMD_HD float uniform_from_word(uint32_t word) {
   const float u = exact_product_plus(float(word), 0x1p-32f, 0x1p-33f);
   return u < 0x1.fffffep-1f ? u : 0x1.fffffep-1f;
 }
 
-// -2 ln u for a normal float32 u in (0, 1), to 3 units in the last place: u = 2^e (1 + f), f from sqrt(1/2) - 1 to
-// sqrt(2) - 1, so that near u = 1 the exponent is 0 and nothing cancels.
+// -2 ln u for a normal float32 u in (0, 1), to 3 units in the last place. u = 2^e (1 + f), with f
+// from sqrt(1/2) - 1 to sqrt(2) - 1, so that the exponent is 0 near u = 1 and nothing cancels.
 EMD_HD float minus_two_log(float u) {
   const uint32_t kSqrtHalf = 0x3f3504f3u;
   const int32_t exponent = int32_t(bits_of(u) - kSqrtHalf) >> 23;
   const float f = float_of(bits_of(u) - (uint32_t(exponent) << 23)) - 1.0f;
-  // Minimax for -2 ln(1 + f) / f with the value at 0 exact; relative error 3e-8.
+  // Minimax polynomial for -2 ln(1 + f) / f, exact at 0. The relative error is 3e-8.
   float q = fused(-0.17469682196967065f, f, 0.2861504192418942f);
   q = fused(q, f, -0.2983594788295583f);
   q = fused(q, f, 0.33141016570607984f);
@@ -37,15 +37,16 @@ struct Pair {
   float first, second;
 };
 
-// (cos, sin)(2 pi u) for u in [0, 1]. The angle stays in revolutions: taking off quarter turns is exact, as it would
-// not be in radians.
+// (cos, sin)(2 pi u) for u in [0, 1]. The angle stays in revolutions, where the subtraction of
+// quarter turns is exact. In radians it would not be.
 EMD_HD Pair cos_sin_of_revolutions(float u) {
   const float kRound = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits
   const float shifted = fused(u, 4.0f, kRound);
   const uint32_t quarter = bits_of(shifted);
   const float r = fused(shifted - kRound, -0.25f, u);  // |r| <= 1/8, exact
   const float y = r * r;
-  // Minimax for sin(2 pi r) / r (relative error 3e-9) and cos(2 pi r) (absolute error 3e-8).
+  // Minimax polynomials for sin(2 pi r) / r (relative error 3e-9) and cos(2 pi r) (absolute error
+  // 3e-8).
   float s = fused(-75.39356282213731f, y, 81.5923535548803f);
   s = fused(s, y, -41.341661454923866f);
   s = fused(s, y, 6.283185286833361f) * r;

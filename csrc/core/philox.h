@@ -1,4 +1,5 @@
-// Philox4x32-10 (Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
+// Philox4x32-10 (Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC
+// 2011).
 #pragma once
 
 #include <stdint.h>
@@ -18,7 +19,7 @@ struct Halves {
 EMD_HD Halves multiply(uint32_t a, uint32_t b) {
   uint64_t product;
 #if defined(__CUDA_ARCH__)
-  // One instruction for both halves; the compiler on its own multiplies twice.
+  // One instruction gives both halves. The compiler would multiply twice.
   asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
 #else
   product = uint64_t{a} * b;
@@ -33,7 +34,7 @@ EMD_HD Words philox_round(Words c, uint32_t k0, uint32_t k1) {
 
 EMD_HD Words philox(Words counter, uint32_t k0, uint32_t k1) {
   constexpr uint32_t kWeyl0 = 0x9E3779B9u, kWeyl1 = 0xBB67AE85u;
-  // Written out, since a loop here would keep the compiler from vectorising the loop over blocks around it.
+  // Unrolled by hand: a loop here would prevent vectorization of the surrounding loop over blocks.
   Words c = philox_round(counter, k0, k1);
   c = philox_round(c, k0 + 1 * kWeyl0, k1 + 1 * kWeyl1);
   c = philox_round(c, k0 + 2 * kWeyl0, k1 + 2 * kWeyl1);

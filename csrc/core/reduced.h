@@ -1,4 +1,4 @@
-// bfloat16 and float16, and their conversion from and to float32: to nearest, ties to even.
+// bfloat16 and float16, and conversions from and to float32. Rounding is to nearest, ties to even.
 #pragma once
 
 #include <stdint.h>
@@ -24,8 +24,9 @@ EMD_HD float to_float(float x) { return x; }
 
 EMD_HD float to_float(Bfloat16 x) { return float_of(uint32_t{x.bits} << 16); }
 
-// Branch-free: a normal number moves its exponent by a product, a subnormal one is an integer times 2^-24. CPUs have an
-// instruction for it, but GCC makes no loop of vectors of that (rows that are but converted use it: cpu/kernels/types.h).
+// Branch-free: a product shifts the exponent of a normal number, and a subnormal number is an
+// integer times 2^-24. CPUs have an instruction for it, but GCC does not vectorize loops with it.
+// Rows that are converted as a whole use it (cpu/kernels/types.h).
 EMD_HD float to_float(Float16 x) {
 #if defined(__CUDA_ARCH__)
   return __half2float(__ushort_as_half(x.bits));
@@ -55,7 +56,8 @@ EMD_HD void from_float(float x, Float16& out) {
 #else
   const uint32_t sign = (bits_of(x) >> 16) & 0x8000u;
   const uint32_t magnitude = bits_of(x) & 0x7fffffffu;
-  // Adding 1/2 leaves a multiple of 2^-24 in the low bits, rounded as float32 rounds: to nearest, ties to even.
+  // Adding 1/2 leaves a multiple of 2^-24 in the low bits. The float32 addition rounds it
+  // correctly.
   const uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - 0x3f000000u;
   const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
   const uint32_t finite = magnitude < 0x38800000u ? subnormal : normal;

@@ -10,7 +10,7 @@ EMD_HD float denoising_error(float output, float x0, float x_t, float c_skip, fl
   return (product(c_skip, x_t) + product(c_out, output)) - x0;
 }
 
-// What multiplies the error in the gradient with respect to the output.
+// The factor of the error in the gradient with respect to the output.
 EMD_HD float denoising_gradient_factor(float grad, float weight, float c_out, float elements) {
   return product(2.0f * product(grad, weight), c_out) / elements;
 }

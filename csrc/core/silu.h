@@ -6,15 +6,16 @@
 
 namespace emd {
 
-// exp(-|y|), relative error 2e-7; constant from |y| = 87 on: far enough for a sigmoid, and no denormals. Bounded as an
-// integer, which has the order of a positive float: of two floats GCC makes a comparison and a choice.
+// exp(-|y|) with a relative error of 2e-7. It is constant from |y| = 87 on, which is enough for a
+// sigmoid and avoids denormals. The minimum is taken of the bits as integers, which order as
+// positive floats do: for floats GCC emits a comparison and a select.
 EMD_HD float exp_of_minus_abs(float y) {
   const int32_t magnitude = int32_t(bits_of(y) & 0x7fffffffu), bound = 0x42ae0000;  // 87.0f
   const float bounded = float_of(uint32_t(magnitude < bound ? magnitude : bound));
   const float kRound = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits
   const float shifted = fused(bounded, -1.4426950408889634f, kRound);
   const float minus_r = fused(shifted - kRound, 0.6931471805599453f, bounded);
-  // Minimax for exp(r) with the value at 0 exact; relative error 9e-8.
+  // Minimax polynomial for exp(r), exact at 0. The relative error is 9e-8.
   float p = fused(-0.008290314633014512f, minus_r, 0.04189792933697198f);
   p = fused(p, minus_r, -0.16667636196119506f);
   p = fused(p, minus_r, 0.4999914953028628f);
@@ -23,7 +24,7 @@ EMD_HD float exp_of_minus_abs(float y) {
   return float_of(bits_of(p) + (bits_of(shifted) << 23));
 }
 
-// The choice by the sign bit, which is the one an instruction makes without a comparison.
+// A select by the sign bit takes one instruction and no comparison.
 EMD_HD bool is_negative(float y) { return int32_t(bits_of(y)) < 0; }
 
 EMD_HD float silu(float y) {

@@ -13,7 +13,7 @@ at::Tensor as_float(const std::optional<at::Tensor>& numbers, at::IntArrayRef si
   return numbers->to(at::kFloat).contiguous();
 }
 
-// What y will have, as the fake implementation in emd_fast/ops says.
+// Memory format of y. The fake implementation in emd_fast/ops has the same rule.
 at::MemoryFormat layout_of(const at::Tensor& x) {
   if (x.is_contiguous()) return at::MemoryFormat::Contiguous;
   for (const at::MemoryFormat format : {at::MemoryFormat::ChannelsLast, at::MemoryFormat::ChannelsLast3d}) {
@@ -43,8 +43,8 @@ GroupNormInputs::GroupNormInputs(const at::Tensor& input, int64_t num_groups, co
   float *zeros = absent.mutable_data_ptr<float>(), *ones = zeros + channels;
   std::fill(zeros, ones, 0.0f);
   std::fill(ones, ones + channels, 1.0f);
-  const auto of_channels = [&](const at::Tensor& given) {
-    return given.defined() ? OfChannels{given.const_data_ptr<float>(), channels} : OfChannels{zeros, 0};
+  const auto per_channel = [&](const at::Tensor& given) {
+    return given.defined() ? PerChannel{given.const_data_ptr<float>(), channels} : PerChannel{zeros, 0};
   };
   op.x = x.const_data_ptr();
   op.type = type_of(x.scalar_type());
@@ -53,13 +53,13 @@ GroupNormInputs::GroupNormInputs(const at::Tensor& input, int64_t num_groups, co
   op.channels = channels;
   op.positions = c10::multiply_integers(x.sizes().slice(2));
   op.groups = num_groups;
-  // Where there is but one position the layouts are one, and the loops over channels are the long ones.
+  // With one position both layouts are equal, and channels_last has the longer inner loops.
   op.channels_last = layout != at::MemoryFormat::Contiguous || op.positions == 1;
   op.weight = weight.defined() ? weight.const_data_ptr<float>() : ones;
   op.bias = bias.defined() ? bias.const_data_ptr<float>() : zeros;
-  op.add = of_channels(add);
-  op.scale = of_channels(scale);
-  op.shift = of_channels(shift);
+  op.add = per_channel(add);
+  op.scale = per_channel(scale);
+  op.shift = per_channel(shift);
 }
 
 int64_t grain_of(int64_t elements_of_an_item) {
@@ -72,7 +72,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> group_norm(
     const std::optional<at::Tensor>& scale, const std::optional<at::Tensor>& shift, bool silu) {
   GroupNormInputs inputs(input, num_groups, weight, bias, add, scale, shift, silu);
   GroupNorm& op = inputs.op;
-  const at::Tensor y = fresh(at::empty_like(inputs.x, inputs.layout));
+  const at::Tensor y = with_huge_pages(at::empty_like(inputs.x, inputs.layout));
   const at::Tensor mean = at::empty({op.samples, op.groups}, at::kFloat), rstd = at::empty_like(mean);
   op.eps = eps;
   op.y = y.mutable_data_ptr();
@@ -87,11 +87,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> group_norm(
   op.scratch = scratch.mutable_data_ptr<float>();
   const at::Tensor moments = at::empty({op.samples * 2 * op.channels}, at::kDouble);
   op.moments = moments.mutable_data_ptr<double>();
-  passes(op, op,
-         {{kernels().group_norm_moments, Items::chunks},
-          {kernels().group_norm_maps, Items::samples},
-          {kernels().group_norm_apply, Items::chunks}},
-         [](GroupNorm&, int64_t, int64_t) {});
+  run_passes(op, op,
+             {{kernels().group_norm_moments, Items::chunks},
+              {kernels().group_norm_maps, Items::samples},
+              {kernels().group_norm_apply, Items::chunks}},
+             [](GroupNorm&, int64_t, int64_t) {});
   return {y, mean, rstd};
 }
 

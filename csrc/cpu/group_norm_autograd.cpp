@@ -1,6 +1,6 @@
-// The derivative that emd_fast/ops/group_norm.py gives emd_fast::group_norm on every device, for CPU tensors once more:
-// on small ones the Python of torch.library costs more time than the kernels. Both call the same ops, which ask for the
-// backend.
+// The autograd formula of emd_fast/ops/group_norm.py in C++, for CPU tensors. On small tensors the
+// Python of torch.library takes longer than the kernels. Both versions call the same ops, with the
+// backend as an argument.
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
@@ -42,7 +42,7 @@ at::Tensor or_undefined(const Maybe& tensor) { return tensor.value_or(at::Tensor
 Maybe if_defined(const at::Tensor& tensor) { return tensor.defined() ? Maybe(tensor) : std::nullopt; }
 
 struct Derivative : torch::autograd::Function<Derivative> {
-  static constexpr bool is_traceable = true;  // it calls ops of the dispatcher alone
+  static constexpr bool is_traceable = true;  // it only calls ops through the dispatcher
 
   static variable_list forward(AutogradContext* ctx, const at::Tensor& x, const c10::SymInt& num_groups,
                                const Maybe& weight, const Maybe& bias, double eps, const Maybe& add, const Maybe& scale,
@@ -65,7 +65,7 @@ struct Derivative : torch::autograd::Function<Derivative> {
     const variable_list saved = ctx->get_saved_variables();
     const std::array<at::Tensor, 6> inputs = {saved[0], saved[3], saved[4], saved[5], saved[6], saved[7]};
     std::array<bool, 6> needs = {};
-    size_t given = 0;  // only tensors that were given have an edge
+    size_t given = 0;  // only tensors that were given have an autograd edge
     for (size_t i = 0; i < needs.size(); i++) needs[i] = inputs[i].defined() && ctx->needs_input_grad(given++);
     const Gradients found = backward_op().call(
         grads[0], saved[0], saved[1], saved[2], ctx->saved_data["num_groups"].toSymInt(), if_defined(inputs[1]),

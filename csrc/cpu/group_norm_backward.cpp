@@ -8,7 +8,7 @@
 namespace emd::cpu {
 namespace {
 
-// float64, to be rounded once.
+// Accumulators in float64, so that a gradient is rounded once.
 at::Tensor gradient_for(bool needed, const std::optional<at::Tensor>& of, const at::Tensor& x) {
   return needed && of ? at::zeros(of->sizes(), at::kDouble) : at::empty({0}, x.options());
 }
@@ -21,14 +21,14 @@ at::Tensor rounded(const at::Tensor& gradient, const std::optional<at::Tensor>& 
   return gradient.scalar_type() == at::kDouble ? gradient.to(of->scalar_type()) : gradient;
 }
 
-// Where the gradients of weight (C), bias (C), add, scale and shift (B, C) go; null where not needed.
+// Outputs: the gradients of weight (C), bias (C), add, scale and shift (B, C). Null if not needed.
 struct ParameterGradients {
   double *weight, *bias, *add, *scale, *shift;
 
   bool any() const { return weight || bias || add || scale || shift; }
 };
 
-// That of add, of one group of a sample.
+// Gradient of add for one group of a sample.
 void gradient_of_add(const GroupNormBackward& op, int64_t sample, int64_t group, double* out) {
   const GroupNorm& norm = op.forward;
   const int64_t width = norm.group_channels(), channel = group * width, row = sample * norm.channels + channel;
@@ -48,7 +48,8 @@ void gradient_of_add(const GroupNormBackward& op, int64_t sample, int64_t group,
   }
 }
 
-// Of the channels of some groups, from the sums over positions, in float64, samples in order.
+// Gradients for the channels of some groups, in float64, from the sums over positions. Samples are
+// added in order.
 void parameter_gradients(const GroupNormBackward& op, const ParameterGradients& out, int64_t group,
                          int64_t last_group) {
   const GroupNorm& norm = op.forward;
@@ -95,7 +96,7 @@ Gradients group_norm_backward(const at::Tensor& grad, const at::Tensor& input, c
   norm.rstd = rstds.mutable_data_ptr<float>();
   const at::Tensor like_x = grad.to(x.scalar_type()).contiguous(inputs.layout);
   op.grad = like_x.const_data_ptr();
-  const at::Tensor grad_x = needs[0] ? fresh(at::empty_like(x, inputs.layout)) : at::empty({0}, x.options());
+  const at::Tensor grad_x = needs[0] ? with_huge_pages(at::empty_like(x, inputs.layout)) : at::empty({0}, x.options());
   op.grad_x = needs[0] ? grad_x.mutable_data_ptr() : nullptr;
   const at::Tensor sums = at::empty({3, norm.samples, norm.channels}, at::kDouble);
   op.sums = sums.mutable_data_ptr<double>();
@@ -116,12 +117,12 @@ Gradients group_norm_backward(const at::Tensor& grad, const at::Tensor& input, c
                                                   {kernels().group_norm_backward_sums, Items::chunks},
                                                   {kernels().group_norm_backward_totals, Items::samples}};
       if (op.grad_x) all.push_back({kernels().group_norm_backward_apply, Items::chunks});
-      // In grad_x itself where that is float32.
+      // The inner gradient is stored in grad_x itself if that is float32.
       const int64_t size = norm.channels * norm.positions;
       const bool keeps_inner = op.grad_x && by_sample(norm) && size <= kCachedElements;
       const bool in_place = norm.type == Type::float32;
       const at::Tensor kept = at::empty({keeps_inner && !in_place ? at::get_num_threads() : 0, size}, at::kFloat);
-      passes(op, norm, all, [&](GroupNormBackward& mine, int64_t thread, int64_t sample) {
+      run_passes(op, norm, all, [&](GroupNormBackward& mine, int64_t thread, int64_t sample) {
         if (!keeps_inner) return;
         mine.inner = in_place ? static_cast<float*>(op.grad_x) + sample * size
                               : kept.mutable_data_ptr<float>() + thread * size;

@@ -1,4 +1,4 @@
-// Chooses the instruction set once, at the first call.
+// Selection of the instruction set, at the first call.
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -27,7 +27,7 @@ struct Candidate {
   bool runs_here;
 };
 
-// Slowest first.
+// Candidates, slowest first.
 std::vector<Candidate> candidates() {
   std::vector<Candidate> all = {{&baseline::table, true}};
 #ifdef EMD_X86

@@ -5,7 +5,7 @@
 
 namespace emd::cpu {
 
-// Names of the instruction sets that kernels were compiled for, slowest first.
+// Names of the instruction sets that the kernels were compiled for, slowest first.
 std::vector<std::string> isas_built();
 
 }  // namespace emd::cpu

@@ -1,10 +1,12 @@
-// All loops for one instruction set: CMake compiles this file once for each, with EMD_ISA its name and the flags of it.
-// No header of torch or of the C++ library may be included here: the linker keeps one copy of an inline function, and
-// that could be the one with instructions which the running machine lacks.
+// All CPU loops for one instruction set. CMake compiles this file once per instruction set, with
+// its name as EMD_ISA and its flags. Do not include headers of torch or of the C++ library here:
+// the linker keeps one copy of an inline function, possibly with instructions that the running
+// machine lacks.
 #include "kernels.h"
 
 #include "kernels/group_norm.h"
 #include "kernels/group_norm_backward.h"
+#include "kernels/group_norm_channels_last.h"
 #include "kernels/langevin_eps.h"
 #include "kernels/langevin_z.h"
 #include "kernels/m_step_loss.h"

@@ -1,5 +1,5 @@
-// The compiled loops: plain data, no torch, so that they can be compiled once per instruction set without sharing a
-// single inline function with the rest of the library.
+// Interface of the CPU loops. It uses plain structs without torch, so that the loops can be
+// compiled once per instruction set without sharing inline functions with the rest of the library.
 #pragma once
 
 #include <stdint.h>
@@ -8,8 +8,8 @@
 
 namespace emd::cpu {
 
-// Elements are processed in tiles that stay in the first-level cache: parts of a sample, or, where samples are small,
-// several whole ones. A tile starts at a multiple of four elements, as Philox blocks do.
+// Elements of a tile, which stays in the L1 cache. A tile is a part of a sample, or several whole
+// samples if they are small. It starts at a multiple of four elements, as Philox blocks do.
 constexpr int64_t kTile = 1024;
 
 EMD_HD int64_t samples_per_tile(const Shape& shape) {
@@ -17,7 +17,7 @@ EMD_HD int64_t samples_per_tile(const Shape& shape) {
   return padded < kTile / 2 && shape.elements > 0 ? kTile / padded : 1;
 }
 
-// Of those that hold only one sample.
+// For tiles that hold (a part of) one sample.
 EMD_HD int64_t tiles_per_sample(const Shape& shape) { return (shape.elements + kTile - 1) / kTile; }
 
 EMD_HD int64_t tiles_of(const Shape& shape) {
@@ -25,8 +25,8 @@ EMD_HD int64_t tiles_of(const Shape& shape) {
   return together > 1 ? (shape.samples + together - 1) / together : shape.samples * tiles_per_sample(shape);
 }
 
-// Numbers (samples, channels), or one row (channels) for all samples.
-struct OfChannels {
+// Numbers (samples, channels), or one row (channels) that all samples share.
+struct PerChannel {
   const float* data;
   int64_t step;  // from one sample to the next
 
@@ -42,14 +42,15 @@ struct GroupNorm {
   int64_t samples, channels, positions, groups;
   double eps;
   const float *weight, *bias;         // (channels)
-  OfChannels add, scale, shift;       // zeros for all samples where not given
+  PerChannel add, scale, shift;       // shared zeros if not given
   float *mean, *rstd;                 // (samples, groups)
   void* y;
-  float* scratch;    // channels_last: (samples, chunks, 2, channels) moments of chunks, then (samples, 3, channels) maps
-  double* moments;   // channels_last: (samples, 2, channels) means and sums of squared deviations
+  // channels_last: (samples, chunks, 2, channels) moments of chunks, then (samples, 3, channels) maps.
+  float* scratch;
+  double* moments;  // channels_last: (samples, 2, channels) means and sums of squared deviations
 
   EMD_HD int64_t group_channels() const { return channels / groups; }
-  // Positions that are taken together where channels come last: about 8192 elements, to stay in the cache.
+  // Positions per chunk in channels_last: about 8192 elements, which stay in the cache.
   EMD_HD int64_t chunk() const {
     const int64_t fitting = channels > 0 ? 8192 / channels : 1;
     return fitting < 4 ? 4 : fitting > 256 ? 256 : fitting;
@@ -60,27 +61,29 @@ struct GroupNorm {
 struct GroupNormBackward {
   GroupNorm forward;  // y is not written
   const void* grad;
-  void* grad_x;     // null where not needed
-  double* sums;     // (3, samples, channels): of the inner gradient i, of i n and of n, the normalised x
-  bool sums_x;      // whether the last of the sums is needed
+  void* grad_x;     // null if not needed
+  // (3, samples, channels): sums of the inner gradient i, of i n and of n, the normalized x.
+  double* sums;
+  bool sums_x;      // whether the sums of n are needed
   float* scratch;   // the inner gradient of a group or a tile; channels_last: the sums of chunks,
-                    // (samples, chunks, 3, channels), then the numbers of channels, (samples, 5, channels)
-  float* inner;     // channels_last: where the inner gradient of a sample waits for what is subtracted from it; null
-                    // where it is computed twice
+                    // (samples, chunks, 3, channels), then the numbers of channels, (samples, 5,
+                    // channels)
+  // channels_last: the inner gradient of a sample between two passes. Null if it is computed twice.
+  float* inner;
 };
 
-// A convolution 3x3 of stride 1 and padding 1, from x (samples, height, width, in) to y (samples, height, width, out).
-// Channels lie side by side in both.
+// 3x3 convolution with stride 1 and padding 1, from x (samples, height, width, in) to y (samples,
+// height, width, out). Channels are contiguous in both.
 struct Winograd {
-  static constexpr int64_t kChannels = 8;  // that channels have to be a multiple of
-  static constexpr int64_t kBlock = 24;    // most tiles in a block
+  static constexpr int64_t kChannels = 8;  // in and out must be multiples of this
+  static constexpr int64_t kBlock = 24;    // maximum tiles per block
 
-  const float *x, *weight, *bias;           // bias (out), null where there is none
+  const float *x, *weight, *bias;           // bias (out), or null
   int64_t of_sample, of_row, of_column;     // strides of x
   int64_t strides[4];                       // of the weight (out, in, 3, 3)
   float* y;
   int64_t samples, height, width, in, out;
-  int64_t block;    // tiles that are transformed and multiplied together, from cache to cache
+  int64_t block;    // tiles that are transformed and multiplied together, within the cache
   float* products;  // (16, in, out) transformed weights
   float* scratch;   // (16, block, in + out)
 
@@ -88,7 +91,7 @@ struct Winograd {
   EMD_HD int64_t blocks() const { return (tiles() + block - 1) / block; }
 };
 
-// One table per instruction set. Each function does the items first to last - 1 of its op.
+// One table per instruction set. Each function processes items first to last - 1 of its op.
 struct Kernels {
   const char* isa;
   void (*uniform)(const Uniform&, int64_t first, int64_t last);
@@ -96,7 +99,7 @@ struct Kernels {
   void (*perturb)(const Perturb&, int64_t first, int64_t last);
   void (*langevin_eps)(const LangevinEps&, int64_t first, int64_t last);
   void (*langevin_z)(const LangevinZ&, int64_t first, int64_t last);
-  // Sums are taken tile by tile, in a fixed order, into partial[sample * tiles_per_sample + tile].
+  // Stores the sum of each tile in partial[sample * tiles_per_sample + tile].
   void (*m_step_loss)(const MStepLoss&, double* partial, int64_t first, int64_t last);
   void (*m_step_gradient)(const MStepGradient&, int64_t first, int64_t last);
   void (*score_matching_loss)(const ScoreMatchingLoss&, double* partial, int64_t first, int64_t last);
@@ -110,12 +113,13 @@ struct Kernels {
   void (*group_norm_backward_sums)(const GroupNormBackward&, int64_t first, int64_t last);      // sample, chunk
   void (*group_norm_backward_totals)(const GroupNormBackward&, int64_t first, int64_t last);   // sample
   void (*group_norm_backward_apply)(const GroupNormBackward&, int64_t first, int64_t last);     // sample, chunk
-  // Null where products of vectors are not added to a sum in one instruction.
+  // Null without fused multiply-add instructions on vectors.
   void (*winograd_weight)(const Winograd&, int64_t first, int64_t last);  // items: input channel
   void (*winograd)(const Winograd&, int64_t first, int64_t last);         // items: block
 };
 
-// The table for this machine, or for the lower instruction set that the environment variable EMD_FAST_ISA names.
+// The table for this machine, or for the instruction set that the environment variable
+// EMD_FAST_ISA names.
 const Kernels& kernels();
 
 }  // namespace emd::cpu

@@ -4,7 +4,8 @@
 
 namespace emd::cpu {
 
-// A tensor that was just made and not written yet, its memory in huge pages where that is large enough to pay.
-at::Tensor fresh(at::Tensor tensor);
+// Requests huge pages for a new tensor, not written yet, if it is large enough. Returns the
+// tensor.
+at::Tensor with_huge_pages(at::Tensor tensor);
 
 }  // namespace emd::cpu

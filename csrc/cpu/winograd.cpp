@@ -9,11 +9,12 @@
 namespace emd::cpu {
 namespace {
 
-// Elements per thread below which a thread costs more than it saves.
+// Minimum number of elements per thread. With fewer, a thread costs more than it saves.
 constexpr int64_t kGrain = 65536;
 
-// The weight is transformed in every call: a tile saves what that costs for this many pairs of channels (measured on two
-// cores: slower at 16 tiles of 256 channels and at 64 of 1280, faster at 64 of 256 and at 128 of 512).
+// The weight is transformed in every call. One tile saves the cost of that for this many pairs of
+// channels. (Measured on two cores: slower for 16 tiles with 256 channels and 64 with 1280, faster
+// for 64 with 256 and 128 with 512.)
 constexpr int64_t kWeightsWorth = 2048;
 
 bool all_are(int64_t wanted, at::IntArrayRef numbers) {
@@ -28,8 +29,9 @@ bool is_plain(const at::Tensor& tensor) {
 
 bool winograd_serves(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                      at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
-  if (kernels().winograd == nullptr || groups != 1 || !all_are(1, stride) || !all_are(1, padding) || !all_are(1, dilation) ||
-      !is_plain(x) || !is_plain(weight) || (bias && !is_plain(*bias)) || x.dim() != 4 || weight.dim() != 4) {
+  if (kernels().winograd == nullptr || groups != 1 || !all_are(1, stride) || !all_are(1, padding) ||
+      !all_are(1, dilation) || !is_plain(x) || !is_plain(weight) || (bias && !is_plain(*bias)) || x.dim() != 4 ||
+      weight.dim() != 4) {
     return false;
   }
   const int64_t in = x.size(1), out = weight.size(0), height = x.size(2), width = x.size(3);
@@ -57,8 +59,9 @@ at::Tensor winograd(const at::Tensor& x, const at::Tensor& weight, const std::op
   op.height = x.size(2);
   op.width = x.size(3);
   op.out = weight.size(0);
-  const at::Tensor y = fresh(at::empty({op.samples, op.out, op.height, op.width}, x.options(), at::MemoryFormat::ChannelsLast));
-  // Fewer in a block where there would not be one for every thread; a few together in any case, for the products.
+  const at::Tensor y = with_huge_pages(
+      at::empty({op.samples, op.out, op.height, op.width}, x.options(), at::MemoryFormat::ChannelsLast));
+  // Smaller blocks if there would not be one per thread. At least 6 tiles, for the matmuls.
   const int64_t threads = at::get_num_threads();
   op.block = std::clamp<int64_t>((op.tiles() + threads - 1) / threads, 6, Winograd::kBlock);
   const int64_t scratch = 16 * op.block * (op.in + op.out);

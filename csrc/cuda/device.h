@@ -1,4 +1,5 @@
-// A CUDA device as the ops see it: the device of the tensors, which need not be the current one, and its current stream.
+// A CUDA device of csrc/ops: that of the tensors, which need not be the current device. Work is
+// queued on its current stream.
 #pragma once
 
 #include <c10/cuda/CUDAGuard.h>

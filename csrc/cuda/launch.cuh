@@ -1,4 +1,4 @@
-// The one place where kernels are launched.
+// Kernel launch. All kernels are launched here.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -11,8 +11,8 @@
 
 namespace emd::cuda {
 
-// Not std::runtime_error: its header and that of std::string take longer to compile, for each architecture, than most
-// kernels.
+// Not std::runtime_error: its header and that of std::string take longer to compile, per
+// architecture, than most kernels.
 class LaunchError : public std::exception {
  public:
   explicit LaunchError(const char* what, const char* why = "") {
@@ -25,7 +25,8 @@ class LaunchError : public std::exception {
 };
 
 template <class... Parameters>
-void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, Stream stream, const Parameters&... parameters) {
+void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, Stream stream,
+            const Parameters&... parameters) {
   if (blocks == 0) return;
   if (blocks > INT32_MAX) throw LaunchError("too many elements for one CUDA kernel");
   cudaLaunchConfig_t config = {};

@@ -1,4 +1,4 @@
-// The noise of a thread's run, by the noise contract.
+// Noise of a thread's run, by the noise contract (docs/algorithm.md).
 #pragma once
 
 #include "../core/normal.h"
@@ -22,21 +22,21 @@ __device__ inline void four_normals(const Words& words, float* n) {
 }
 
 template <class Four>
-__device__ Run drawn(Four four, const NoiseSource& noise, const Share& share) {
+__device__ Float8 drawn(Four four, const NoiseSource& noise, const ElementRange& range) {
   const NoiseKey key = key_of(noise);
-  const uint32_t block = uint32_t(share.element / 4), sample = uint32_t(share.sample);
-  Run run;
+  const uint32_t block = uint32_t(range.element / 4), sample = uint32_t(range.sample);
+  Float8 run;
   four(words_of(key, block, sample), run.at);
   four(words_of(key, block + 1, sample), run.at + 4);
   return run;
 }
 
-__device__ inline Run uniforms(const NoiseSource& noise, const Share& share) {
-  return drawn([](const Words& words, float* u) { four_uniforms(words, u); }, noise, share);
+__device__ inline Float8 uniforms(const NoiseSource& noise, const ElementRange& range) {
+  return drawn([](const Words& words, float* u) { four_uniforms(words, u); }, noise, range);
 }
 
-__device__ inline Run normals(const NoiseSource& noise, const Share& share) {
-  return drawn([](const Words& words, float* n) { four_normals(words, n); }, noise, share);
+__device__ inline Float8 normals(const NoiseSource& noise, const ElementRange& range) {
+  return drawn([](const Words& words, float* n) { four_normals(words, n); }, noise, range);
 }
 
 }  // namespace emd::cuda

@@ -7,15 +7,17 @@ template <bool kVector>
 struct Body {
   Normal op;
 
-  __device__ void operator()(const Share& share) const { store<kVector>(op.out, share, normals(op.noise, share)); }
+  __device__ void operator()(const ElementRange& range) const {
+    store<kVector>(op.out, range, normals(op.noise, range));
+  }
 };
 
 }  // namespace
 
 void run(const Normal& op, Stream stream) {
-  const Deal deal = deal_of(op.shape);
-  if (vector(op.out, op.shape)) return for_elements(Body<true>{op}, deal, stream);
-  for_elements(Body<false>{op}, deal, stream);
+  const Partition partition = partition_of(op.shape);
+  if (vector(op.out, op.shape)) return for_elements(Body<true>{op}, partition, stream);
+  for_elements(Body<false>{op}, partition, stream);
 }
 
 }  // namespace emd::cuda

@@ -1,5 +1,5 @@
-// The devices that the ops are compiled for. A device has empty(size, dtype, call), a new tensor, and run(op, call),
-// which computes one of the structures of core/arguments.h.
+// The devices that the ops are compiled for. A device has empty(size, dtype, call), which returns
+// a new tensor, and run(op, call), which computes one of the structs of core/arguments.h.
 #pragma once
 
 #include <torch/library.h>
@@ -9,8 +9,8 @@
 #include "../cuda/device.h"
 #endif
 
-// add<Device>(library) tells the dispatcher of torch what an op does on that device. The tests define their own, to run
-// the code for CUDA without a GPU.
+// EMD_REGISTER(add) calls add<Device>(library), which registers an op for each device. The tests
+// define their own macro, to run the CUDA code without a GPU.
 #if defined(EMD_REGISTER)
 #elif defined(EMD_CUDA)
 #define EMD_REGISTER(add)                                                     \

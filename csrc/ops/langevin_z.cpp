@@ -6,14 +6,14 @@ namespace {
 constexpr int64_t kZStream = 3;
 
 template <class Device>
-void langevin_z(at::Tensor& z, at::Tensor z_grad, double step_size, const std::optional<at::Tensor>& step_sizes,
-                const at::Tensor& noise, int64_t substep) {
+void langevin_z(at::Tensor& z, at::Tensor z_grad, double step_size,
+                const std::optional<at::Tensor>& step_size_per_sample, const at::Tensor& noise, int64_t substep) {
   const Call call(z);
   LangevinZ op = {};
   op.shape = call.shape;
   op.z = call.state(z);
   op.gradient = call.source(z_grad);
-  op.step_size = call.per_sample(step_sizes, step_size);
+  op.step_size = call.per_sample(step_size_per_sample, step_size);
   op.noise = call.noise(noise, kZStream, substep);
   Device::run(op, call);
 }

@@ -3,7 +3,7 @@
 namespace emd {
 namespace {
 
-// The value is that of the drift alone; the other arguments matter to the gradient only.
+// The value depends on drift and weight only. The other arguments are for the gradient.
 template <class Device>
 at::Tensor m_step_loss(const at::Tensor& /*generated*/, const at::Tensor& drift, const at::Tensor& /*alpha*/,
                        const at::Tensor& /*sigma*/, const at::Tensor& weight) {

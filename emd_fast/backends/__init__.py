@@ -1,4 +1,4 @@
-"""Who computes an op: the choice between the backends, and the report of it."""
+"""Selection of the backend that computes an op, and `backend_report`."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ import torch
 from emd_fast.backends import attention_table, native, reference, triton, xformers
 
 NAMES = ("reference", "cpu", "triton", "cuda", "auto")
-# Fastest first: what "auto" tries for tensors of a device.
+# Backends that "auto" tries for each device, fastest first.
 _PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 
 
 class _Active(threading.local):
-    # A thread-local object and no ContextVar: torch.compile reads and guards this one, so that compiled code follows
-    # use_backend as eager code does. And no attribute of the class: PyTorch 2.11 would read that one, later ones would
-    # not notice when it gets one of its own.
+    # Thread-local, and not a ContextVar: torch.compile reads and guards it, so that compiled code
+    # follows use_backend as eager code does. Set in __init__, and not on the class: PyTorch 2.11
+    # would read the class attribute, and later versions would miss an instance attribute added to
+    # it.
     def __init__(self) -> None:
         self.name = "auto"
 
@@ -29,13 +30,14 @@ _active = _Active()
 
 
 class use_backend:
-    """Context manager: inside it, and in the backward of what ran inside it, ops use this backend in this thread.
+    """Context manager: ops called inside use this backend, and so do their backward passes.
+
+    It applies to the current thread. A backward pass may run on another.
 
     Args:
-        name: "reference", "cpu", "triton", "cuda" or "auto".
-
-    A named backend that cannot run a call raises RuntimeError there; "auto" (the default) takes the fastest that can
-    and warns once when that is the reference.
+        name: "reference", "cpu", "triton", "cuda" or "auto". A named backend that cannot run a
+            call raises RuntimeError at that call. "auto", the default, takes the fastest backend
+            that can run it, and warns once when that is the reference.
 
     Raises:
         ValueError: an unknown name.
@@ -45,7 +47,7 @@ class use_backend:
         if name not in NAMES:
             raise ValueError(f"backend must be one of {', '.join(NAMES)}, got {name!r}")
         self.name = name
-        self.previous: list[str] = []  # one for each block that this object has open
+        self.previous: list[str] = []  # a stack: one object may be entered repeatedly
 
     def __enter__(self) -> None:
         self.previous.append(_active.name)
@@ -56,12 +58,12 @@ class use_backend:
 
 
 def active() -> str:
-    """The backend asked for in this thread."""
+    """Name of the backend that `use_backend` has selected in this thread."""
     return _active.name
 
 
 def why_not(op: str, backend: str, device_type: str) -> str | None:
-    """None where `backend` can run `op` on tensors of this device type, otherwise the reason."""
+    """Reason why `backend` cannot run `op` on tensors of this device type. None if it can."""
     if backend in ("reference", "sdpa"):
         return None
     if backend == "triton":
@@ -74,18 +76,18 @@ def why_not(op: str, backend: str, device_type: str) -> str | None:
 
 
 def require(op: str, backend: str, device_type: str) -> None:
-    """Raises RuntimeError where a backend that was asked for by name cannot run `op`, with the reason."""
+    """Raises RuntimeError, with the reason, if this backend cannot run `op`."""
     if reason := why_not(op, backend, device_type):
         raise RuntimeError(f"backend {backend!r} cannot run {op} on {device_type} tensors: {reason}")
 
 
 @functools.cache
 def implementation(op: str, backend: str, device_type: str) -> Callable[..., Any]:
-    """The function that computes `op`, with the arguments of its schema."""
+    """The function that computes `op`. It takes the arguments of the op's schema."""
     if backend == "auto":
         backend = _fastest(op, device_type)
         if backend == "reference" and op in native.OPS:
-            _say_once(device_type, _reasons(op, device_type))
+            _warn_once(device_type, _reasons(op, device_type))
     else:
         require(op, backend, device_type)
     if backend == "reference":
@@ -97,10 +99,11 @@ def implementation(op: str, backend: str, device_type: str) -> Callable[..., Any
 
 
 def backend_report() -> dict[str, dict[str, dict[str, str | None]]]:
-    """For every op, the backend that serves cpu and cuda tensors here, and why not a faster one.
+    """Backend that serves each op on cpu and cuda tensors on this machine.
 
     Returns:
-        report[op][device_type] = {"backend": name, "reason": None or why each faster backend cannot serve}.
+        report[op][device_type] = {"backend": name, "reason": why each faster backend cannot run
+        the op, or None}.
     """
     by_backend: dict[str, dict[str, dict[str, str | None]]] = {
         op: {
@@ -110,28 +113,29 @@ def backend_report() -> dict[str, dict[str, dict[str, str | None]]]:
         for op in sorted(reference.OPS)
         if not op.endswith("_backward") and op != "attention"
     }
-    return {"attention": _report_of_attention(), **by_backend}
+    return {"attention": _attention_report(), **by_backend}
 
 
 def for_attention(
     device: torch.device, head_dim: int, dtype: torch.dtype, tokens: int, keys: int, gradient: bool
 ) -> str:
-    """The backend of attention where none is named: it has backends besides those of every op, and a table of them."""
+    """Backend of attention under "auto": "sdpa" on a CPU, that of attention_table.py on a GPU."""
     if device.type != "cuda":
         return "sdpa"
     architecture = attention_table.architecture(device)
     return _or_sdpa(attention_table.choose(architecture, head_dim, dtype, tokens, keys, gradient))
 
 
-@attention_table.constant_when_compiled  # what is installed does not change, and looking for it cannot be compiled
+# Evaluated at compile time: installed packages do not change, and the look-up cannot be traced.
+@attention_table.constant_when_compiled
 def _or_sdpa(chosen: str) -> str:
     if reason := why_not("attention", chosen, "cuda"):
-        _say_once_of_attention(chosen, reason)
+        _warn_once_about_attention(chosen, reason)
         return "sdpa"
     return chosen
 
 
-def _report_of_attention() -> dict[str, dict[str, str | None]]:
+def _attention_report() -> dict[str, dict[str, str | None]]:
     here = attention_table.architecture(torch.device("cuda")) if torch.cuda.is_available() else None
     chosen = attention_table.backends(here)
     others = [backend for backend in ("triton", "xformers") if backend not in chosen]
@@ -159,12 +163,12 @@ def _reasons(op: str, device_type: str) -> str | None:
 
 
 @functools.cache
-def _say_once(device_type: str, reasons: str | None) -> None:
+def _warn_once(device_type: str, reasons: str | None) -> None:
     warnings.warn(
         f"emd_fast: {device_type} tensors are served by the reference backend ({reasons})", RuntimeWarning, stacklevel=4
     )
 
 
 @functools.cache
-def _say_once_of_attention(chosen: str, reason: str) -> None:
+def _warn_once_about_attention(chosen: str, reason: str) -> None:
     warnings.warn(f"emd_fast: attention is served by sdpa and not by {chosen} ({reason})", RuntimeWarning, stacklevel=5)

@@ -1,8 +1,9 @@
-"""Who computes attention on a GPU where nobody names a backend: the first row of TABLE that fits the call.
+"""Backend of attention on a GPU under "auto": the first row of TABLE that matches the call.
 
-A row is a measurement: the backend that was fastest there, forward and backward together where a gradient is wanted,
-since what one backend saves another cannot read. **No attention was measured on a GPU so far**, so the one row leaves
-everything to PyTorch. The tiles of the Triton kernels are a table of their own, in triton/attention_tiles.py.
+A row states a measurement: the fastest backend for these calls. For calls with a gradient, it
+counts forward and backward together, since one backend cannot read what another has saved. **No
+attention was measured on a GPU so far**, so the only row selects PyTorch's. The tile sizes of the
+Triton kernels have a table of their own, triton/attention_tiles.py.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ _ANY = (0, 2**63 - 1)
 
 @dataclass(frozen=True)
 class Row:
-    """What is left out fits everything.
+    """A row of the table: a backend and the calls it serves. A field left out matches every call.
 
     Args:
         backend: "sdpa", "triton", "xformers" or "reference".
         architectures: compute capabilities, 90 for 9.0.
-        head_dims, dtypes: those that were measured.
-        tokens, keys: first and last length, of queries and of keys.
-        gradient: True for calls that will be differentiated, False for others.
+        head_dims, dtypes: the measured ones.
+        tokens, keys: smallest and largest length of queries and keys.
+        gradient: True for calls that will be differentiated, False for the others.
     """
 
     backend: str
@@ -52,13 +53,14 @@ class Row:
 
 
 TABLE = (
-    # For example Row("triton", (90,), (40, 80), (torch.bfloat16,), tokens=(1024, 4096), keys=(77, 77), gradient=False).
+    # For example
+    # Row("triton", (90,), (40, 80), (torch.bfloat16,), tokens=(1024, 4096), gradient=False).
     Row("sdpa"),
 )
 
 
 def choose(architecture: int, head_dim: int, dtype: torch.dtype, tokens: int, keys: int, gradient: bool) -> str:
-    """The backend of the first row that fits; "sdpa" where none does."""
+    """Backend of the first row that matches the call, or "sdpa" if none does."""
     for row in TABLE:
         if row.fits(architecture, head_dim, dtype, tokens, keys, gradient):
             return row.backend
@@ -66,19 +68,19 @@ def choose(architecture: int, head_dim: int, dtype: torch.dtype, tokens: int, ke
 
 
 def backends(architecture: int | None = None) -> list[str]:
-    """Every backend that the table names for this GPU (for any, when None), in its order."""
+    """Backends that the table names for this architecture (for any if None), in its order."""
     rows = (r for r in TABLE if architecture is None or not r.architectures or architecture in r.architectures)
     return list(dict.fromkeys(row.backend for row in rows))
 
 
 def constant_when_compiled(function: Callable[P, T]) -> Callable[P, T]:
-    """torch.compiler.assume_constant_result without what that imports: the compiler, and Triton with it."""
+    """Same as torch.compiler.assume_constant_result, without importing the compiler and Triton."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
-@constant_when_compiled  # compiled code asks before it runs, and not while
+@constant_when_compiled  # evaluated at compile time
 def architecture(device: torch.device) -> int:
-    """The compute capability of a GPU, 90 for 9.0."""
+    """Compute capability of a GPU, 90 for 9.0."""
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor

@@ -1,4 +1,4 @@
-"""Finds and loads the kernels that csrc/ builds; nothing is loaded before an op asks for it."""
+"""Finds and loads the compiled kernels of csrc/, at the first call of an op that needs them."""
 
 from __future__ import annotations
 
@@ -24,16 +24,19 @@ CUDA_OPS = frozenset(
         "uniform",
     }
 )
-"""The ops that compiled kernels serve on CUDA tensors."""
+"""Ops with a compiled kernel for CUDA tensors."""
 
 OPS = CUDA_OPS | {"group_norm", "group_norm_backward"}
-"""Those on CPU tensors."""
+"""Ops with a compiled kernel for CPU tensors."""
 
 _FACTS = Path(__file__).resolve().parents[1] / "_build.json"  # written by setup.py
 
 
 def why_not(op: str, device_type: str) -> str | None:
-    """None where a compiled kernel serves `op` on tensors of this device type, otherwise the reason, one line."""
+    """Reason (one line) why no compiled kernel serves `op` on this device type.
+
+    None if one does.
+    """
     if op not in {"cpu": OPS, "cuda": CUDA_OPS}.get(device_type, ()):
         return "it does not have this op"
     module, reason = _load()
@@ -43,10 +46,10 @@ def why_not(op: str, device_type: str) -> str | None:
 
 
 def load() -> ModuleType:
-    """The compiled module emd_fast._C, its kernels registered.
+    """Imports the compiled module emd_fast._C, which registers its kernels.
 
     Raises:
-        RuntimeError: it cannot be used here.
+        RuntimeError: the module cannot be used here. The message gives the reason.
     """
     module, reason = _load()
     if module is None:
@@ -55,12 +58,12 @@ def load() -> ModuleType:
 
 
 def is_loaded() -> bool:
-    """Whether the compiled module can be used here, its kernels registered."""
+    """Whether the compiled module can be used here. Loads it if so."""
     return _load()[0] is not None
 
 
 def facts() -> dict[str, Any]:
-    """How the compiled module was built, and the instruction set it uses here; {"reason": ...} where there is none."""
+    """Facts of the build and the instruction set in use; {"reason": ...} without a module."""
     module, reason = _load()
     if module is None:
         return {"reason": reason}
@@ -75,23 +78,24 @@ def facts() -> dict[str, Any]:
 
 
 def _build() -> dict[str, str | None]:
-    """What setup.py tells of the build; empty where there was none."""
+    """Contents of the file that setup.py writes about the build. Empty if there was no build."""
     try:
-        told: dict[str, str | None] = json.loads(_FACTS.read_text())
+        build: dict[str, str | None] = json.loads(_FACTS.read_text())
     except (OSError, ValueError):
         return {}
-    return told
+    return build
 
 
 @functools.cache
 def _load() -> tuple[ModuleType | None, str | None]:
-    """The module, or None and the reason."""
+    """The module, or None with the reason."""
     build = _build()
     if not build:
         return None, "not built: emd_fast was not installed (pip install --no-build-isolation -e .)"
     if build["reason"]:
         return None, build["reason"]
-    # torch keeps its C++ interface within a minor version only, and a mismatch may crash instead of failing to load.
+    # The C++ interface of torch is stable within a minor version only. A mismatch may crash
+    # instead of failing to load.
     if _minor(str(build["torch"])) != _minor(torch.__version__):
         return None, f"built against torch {build['torch']}, running {torch.__version__}: install emd_fast again"
     try:

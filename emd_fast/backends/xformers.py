@@ -1,4 +1,4 @@
-"""Attention by xFormers, where it is installed. It is imported when a call first asks for it, never before."""
+"""Attention by xFormers, which is imported at the first call that uses it."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 
 
 def why_not(device_type: str) -> str | None:
-    """None where xFormers serves attention on tensors of this device type, otherwise the reason, one line."""
+    """Reason (one line) why xFormers cannot serve this device type. None if it can."""
     if device_type != "cuda":
         return "it serves cuda tensors only"
     return _ops()[1]
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """softmax(scale q k^T) v on (B, tokens, heads, head_dim), the layout that xFormers has too; its own autograd.
+    """Attention by xFormers on (B, tokens, heads, head_dim), its own layout. Differentiable.
 
     Raises:
         RuntimeError: xFormers has no kernel for this call.
@@ -33,12 +33,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 @functools.cache
 def _ops() -> tuple[Any, str | None]:
-    """The module xformers.ops, or None and the reason."""
+    """The module xformers.ops, or None with the reason."""
     if importlib.util.find_spec("xformers") is None:
         return None, "xFormers is not installed"
     try:
         module = importlib.import_module("xformers.ops")
-    except Exception as error:  # a build for another torch or CUDA raises whatever its parts raise
+    except Exception as error:  # a build for another torch or CUDA may raise anything
         return None, f"xFormers does not import: {' '.join(str(error).split())}"
     if not hasattr(module, "memory_efficient_attention"):
         return None, "this xFormers has no memory_efficient_attention"

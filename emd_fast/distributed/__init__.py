@@ -1,21 +1,22 @@
-"""From one process to a cluster: the process group, how a network is spread over it, and what its ranks owe each other.
+"""The process group, the sharding of networks over it, and collectives on plain values.
 
-Reading order: group.py, agreement.py, modes.py, sharding.py, fsdp.py, shards.py. Nothing here knows of the algorithm.
+Reading order: group.py, agreement.py, modes.py, sharding.py, fsdp.py, trainable_parameters.py.
+Nothing here knows of the algorithm.
 """
 
-from emd_fast.distributed.agreement import Agreement, FailedOnMain, GroupError, check_same, on_main, raise_together
+from emd_fast.distributed.agreement import AsyncMax, FailedOnMain, GroupError, check_same, on_main, raise_together
 from emd_fast.distributed.fsdp import gathered, is_fsdp, is_sharded, sync_gradients
 from emd_fast.distributed.group import LostRank, barrier, is_main, local_size, process_group, rank, share, world_size
 from emd_fast.distributed.modes import check_group, make_mesh, resolve
 from emd_fast.distributed.sharding import blocks_of, device_of, shard
-from emd_fast.distributed.shards import Shards, local
+from emd_fast.distributed.trainable_parameters import TrainableParameters, local
 
 __all__ = [
-    "Agreement",
+    "AsyncMax",
     "FailedOnMain",
     "GroupError",
     "LostRank",
-    "Shards",
+    "TrainableParameters",
     "barrier",
     "blocks_of",
     "check_group",

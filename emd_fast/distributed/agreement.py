@@ -1,4 +1,4 @@
-"""What the ranks tell each other, in plain values: the same result or error on all of them, and whether they agree."""
+"""Collectives on plain Python values: results, errors, equality checks and a maximum."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ T = TypeVar("T")
 
 
 class GroupError(ValueError):
-    """What all ranks find wrong at the same moment, in the same words: the main one alone has to say it."""
+    """An error that every rank raises with the same message.
+
+    Only rank 0 prints it (`main` is True there).
+    """
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
@@ -26,60 +29,73 @@ class GroupError(ValueError):
 
 
 class FailedOnMain(RuntimeError):
-    """What another rank is told of an error that the main one meets, and says."""
+    """Raised on the other ranks for an error that rank 0 met in `on_main`.
+
+    Rank 0 prints its own error.
+    """
 
     main = False
 
 
 def on_main(work: Callable[[], T]) -> T:
-    """What `work` returns on the main process, on all of them; the others wait.
+    """Calls `work` on rank 0 only and returns its result on every rank. The other ranks wait.
 
     Raises:
-        Whatever `work` raises there; FailedOnMain, with its message, on the other ranks.
+        FailedOnMain: on the other ranks, with the message of the error on rank 0.
+        Any error of `work`: on rank 0, unchanged.
     """
     if group.world_size() == 1:
         return work()
-    told: list[Any] = [None, None]
+    outcome: list[Any] = [None, None]  # the result, the error's message
     failure: BaseException | None = None
     if group.is_main():
         try:
-            told[0] = work()
+            outcome[0] = work()
         except BaseException as error:
-            failure, told[1] = error, f"{type(error).__name__} on rank 0: {error}"
-            vars(error)["main"] = True  # the others know
-    dist.broadcast_object_list(told, src=0)
+            failure, outcome[1] = error, f"{type(error).__name__} on rank 0: {error}"
+            vars(error)["main"] = True  # the other ranks receive it here: rank 0 prints it
+    dist.broadcast_object_list(outcome, src=0)
     if failure is not None:
         raise failure
-    if told[1] is not None:
-        raise FailedOnMain(told[1])
-    return told[0]
+    if outcome[1] is not None:
+        raise FailedOnMain(outcome[1])
+    return outcome[0]
 
 
 def raise_together(error: ValueError | None) -> None:
-    """Raises what any rank met on all of them: alone with an error, a rank would leave the others waiting for it."""
-    told: list[str | None] = [None] * group.world_size()
+    """Raises the error of any rank on every rank. All ranks must call it, also without an error.
+
+    A rank that raised alone would leave the others waiting in their next collective.
+
+    Raises:
+        ValueError: the error of this rank, or that of the first other rank, with its number.
+    """
+    reasons: list[str | None] = [None] * group.world_size()
     if group.world_size() > 1:
-        dist.all_gather_object(told, None if error is None else str(error))
+        dist.all_gather_object(reasons, None if error is None else str(error))
     if error is not None:
         raise error
-    for other, reason in enumerate(told):
+    for other, reason in enumerate(reasons):
         if reason is not None:
             raise ValueError(f"{reason} (rank {other})")
 
 
 def check_same(facts: dict[str, Any]) -> None:
-    """Whether all ranks have the same facts, plain values, and the same code: ranks that differ would train something
-    that none of them was asked for, or wait for each other for ever. All ranks call it alike.
+    """Checks that every rank has the same `facts` (plain values) and the same source code.
+
+    Ranks that differ would train a mixture of two configurations or wait for each other forever.
+    All ranks must call it.
 
     Raises:
-        GroupError: on all ranks alike, naming the first rank that differs from rank 0, in what, and both values.
+        GroupError: on every rank. It names the first rank that differs from rank 0, the key, and
+            both values.
     """
     if group.world_size() == 1:
         return
-    told: list[Any] = [None] * group.world_size()
-    dist.all_gather_object(told, {**facts, **_code()})
-    first = told[0]
-    for other, its in enumerate(told):
+    gathered: list[Any] = [None] * group.world_size()
+    dist.all_gather_object(gathered, {**facts, **_code()})
+    first = gathered[0]
+    for other, its in enumerate(gathered):
         for key in sorted({*first, *its}):
             if first.get(key) != its.get(key):
                 raise GroupError(
@@ -90,18 +106,22 @@ def check_same(facts: dict[str, Any]) -> None:
 
 @functools.cache
 def _code() -> dict[str, str]:
-    """What tells two installations apart; the source, since a version number stays while files are edited."""
+    """Digest of our source files, and the version of PyTorch.
+
+    Our version number does not change with an edit.
+    """
     folder, digest = Path(__file__).parents[1], hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
         digest.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes())
     return {"the source of emd_fast": digest.hexdigest()[:12], "the version of PyTorch": str(torch.__version__)}
 
 
-class Agreement:
-    """The largest number that any rank has given, told to all ranks in the same call.
+class AsyncMax:
+    """Maximum over the ranks of an int, returned one call later.
 
-    The answer is that of the call before, which has arrived by then: nobody waits, and no GPU is asked. In one process
-    it is the number itself.
+    A call starts an all-reduce of its number and returns the result of the previous call, so that
+    no rank waits. The first call returns 0. The all-reduce runs on the CPU: no GPU synchronizes.
+    In one process a call returns its own number.
     """
 
     def __init__(self) -> None:
@@ -110,18 +130,18 @@ class Agreement:
     def __call__(self, number: int) -> int:
         if group.world_size() == 1:
             return number
-        before, flag = self._pending, torch.tensor([number])
+        previous, flag = self._pending, torch.tensor([number])
         self._pending = (flag, dist.all_reduce(flag, dist.ReduceOp.MAX, async_op=True))
-        return _arrived(before)
+        return _wait(previous)
 
     def final(self, number: int) -> int:
-        """The answer of this call and of the one before it; this one waits."""
-        before = self(number)
+        """Maximum of this call and of the previous one. This call waits for the other ranks."""
+        previous = self(number)
         pending, self._pending = self._pending, None
-        return max(before, number, _arrived(pending))
+        return max(previous, number, _wait(pending))
 
 
-def _arrived(pending: tuple[Tensor, Any] | None) -> int:
+def _wait(pending: tuple[Tensor, Any] | None) -> int:
     if pending is None:
         return 0
     flag, work = pending

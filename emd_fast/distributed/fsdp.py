@@ -1,4 +1,7 @@
-"""Networks that FSDP2 has sharded, by whomever: which they are, and when their parameters are gathered."""
+"""Detection of FSDP2 networks, and control over when their parameters are gathered.
+
+It makes no difference who sharded them: this library or the caller.
+"""
 
 from __future__ import annotations
 
@@ -14,29 +17,30 @@ _HELD: WeakSet[nn.Module] = WeakSet()
 
 
 def is_fsdp(module: Any) -> bool:
-    """Whether it is a module that FSDP2 manages."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # importing it to ask would cost everybody who never used it
+    """Whether `fully_shard` was applied to this module."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # not imported here: the import takes seconds
     return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
 def is_sharded(network: nn.Module) -> bool:
-    """Whether FSDP2 holds any of its parameters."""
+    """Whether `fully_shard` was applied to any module of this network."""
     return any(True for _ in _fsdp_modules(network))
 
 
 def sync_gradients(network: nn.Module, wanted: bool) -> None:
-    """Whether the next backward pass of a sharded network ends in the reduction of its gradients."""
+    """Enables or disables gradient reduction in the next backward pass of a sharded network."""
     for module in _fsdp_modules(network):
         module.set_requires_gradient_sync(wanted, recurse=False)
 
 
 @contextlib.contextmanager
 def gathered(*modules: Any) -> Iterator[None]:
-    """Inside, FSDP2 parameters are gathered once and kept for all passes, backward passes included.
+    """Context manager: gathers FSDP2 parameters once and keeps them for all passes inside.
 
-    Gathering comes before whatever the block does to the parameters, so that a block that freezes them freezes the
-    gathered ones: FSDP2 reads the dtype of its gradients from the sharded ones, once. Blocks nest, and leave everything
-    sharded when an error leaves them. Plain modules, DDP and what is no module at all pass untouched.
+    Backward passes do not reshard either. Parameters are gathered before the block runs, so that a
+    block that freezes parameters freezes the gathered ones. FSDP2 reads the dtype of its gradients
+    once, from the sharded parameters. Blocks may nest. All modules are resharded at the end, also
+    after an error. Plain modules, DDP modules and arguments that are not modules are ignored.
     """
     mine = [m for m in _unique(_fsdp_modules(*modules)) if m not in _HELD]
     undo: list[Callable[[], None]] = []
@@ -60,9 +64,9 @@ def gathered(*modules: Any) -> Iterator[None]:
 
 
 def _hold(module: Any) -> Callable[[], None]:
-    """Keeps what is gathered after the passes of this module; returns what puts its own policy back.
+    """Turns off resharding after passes of a module. Returns a function that restores its policy.
 
-    FSDP2 has setters for the policy and no getters, hence the look inside.
+    FSDP2 has setters for the policy but no getters, so this reads private attributes.
     """
     state = module._get_fsdp_state()
     automatic = state._auto_reshard_after_forward
@@ -73,7 +77,8 @@ def _hold(module: Any) -> Callable[[], None]:
     def restore() -> None:
         state._auto_reshard_after_forward = automatic
         for group, after_forward, after_backward in policies:
-            # What FSDP2 does at a first pass, had this not been one: its root stays gathered between the passes.
+            # FSDP2 decides at the first pass that its root stays gathered between forward and
+            # backward. That pass may have run inside the block, so the same decision is made here.
             group.post_forward_mesh_info = None if automatic and state._is_root else after_forward
             group.reshard_after_backward = after_backward
 
@@ -81,14 +86,18 @@ def _hold(module: Any) -> Callable[[], None]:
 
 
 def _forget_pass(module: Any) -> None:
-    """An error in the middle of a pass leaves a module in it, where it would not give its parameters back."""
+    """Resets the state of a pass that an error has interrupted.
+
+    FSDP2 would otherwise not reshard.
+    """
     state = module._get_fsdp_state()
     if hasattr(module, "reset_iter_state"):
         if state._is_root:
             module.reset_iter_state()
         return
-    # What that does, before PyTorch has it; of what is gathered already nothing is still under way.
-    if state._is_root is None:  # no pass has begun
+    # The body of reset_iter_state, for a PyTorch that lacks it. No gather is in flight at this
+    # point.
+    if state._is_root is None:  # no pass has started
         return
     for part in (state, *_groups(state)):
         part._training_state = type(part._training_state).IDLE

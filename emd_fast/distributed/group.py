@@ -1,4 +1,4 @@
-"""The process group: how it starts and ends, which of its ranks this process is, which samples are its own."""
+"""The process group: start and end, rank and world size, and the slice of a batch per rank."""
 
 from __future__ import annotations
 
@@ -13,19 +13,22 @@ import torch.distributed as dist
 
 
 class LostRank(RuntimeError):
-    """Another rank has ended or cannot be reached, in the middle of what takes both."""
+    """The connection to another rank was lost during a collective."""
 
 
 @contextlib.contextmanager
 def process_group() -> Iterator[None]:
-    """The process group that torchrun's variables describe, taken down at the end.
+    """Context manager: starts the process group that torchrun's environment variables describe.
 
-    gloo serves CPU tensors, nccl CUDA tensors; each process takes the GPU of its LOCAL_RANK. Outside of torchrun, and
-    where there is a process group already, nothing happens.
+    The group is destroyed at the end. gloo serves CPU tensors and nccl CUDA tensors. Each process
+    uses the GPU of its LOCAL_RANK. Without those variables, or inside an existing process group,
+    it does nothing.
 
     Raises:
-        LostRank: inside, the connection to another rank was lost. Any other error as it is; its attribute `main` is
-        False where the main rank meets the same, and says it.
+        LostRank: the connection to another rank was lost inside the block.
+        Any other error of the block, unchanged. Its attribute `main` is then set: False on a rank
+        whose error rank 0 raises too, with the same message. The command line prints no error
+        whose `main` is False.
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ or dist.is_initialized():
         yield
@@ -43,31 +46,34 @@ def process_group() -> Iterator[None]:
         if isinstance(error, dist.DistError) or "/gloo/" in str(error):
             reason = re.sub(r"\[\S*/gloo/\S*\] |\. This is typically.*", "", str(error).splitlines()[0])
             raise LostRank(f"rank {own} has lost another rank, which may say why: {reason}") from error
-        if not hasattr(error, "main"):  # else it is settled who says it
-            vars(error)["main"] = not _left_to_main(store, str(error))
+        if not hasattr(error, "main"):  # an error that has it was raised on all ranks together
+            vars(error)["main"] = not _main_prints(store, str(error))
         raise
     finally:
         dist.destroy_process_group()
 
 
-def _left_to_main(store: dist.Store, message: str) -> bool:
-    """Whether this is not the main rank, and that one has the same to say within a moment."""
-    said = f"emd_fast {message}"
+def _main_prints(store: dist.Store, message: str) -> bool:
+    """Whether this rank is not 0 and rank 0 fails with the same message within two seconds.
+
+    The ranks exchange messages through the store. A collective would hang if one failed alone.
+    """
+    key = f"emd_fast {message}"
     try:
         if is_main():
-            store.set(said, "")
-            # The store may end with this process: not before the others have read it.
-            _come(store, [f"{said} {other}" for other in range(1, world_size())])
-        elif _come(store, [said]):
-            store.set(f"{said} {rank()}", "")
+            store.set(key, "")
+            # This process may host the store, so it waits until the others have read the message.
+            _wait_for_keys(store, [f"{key} {other}" for other in range(1, world_size())])
+        elif _wait_for_keys(store, [key]):
+            store.set(f"{key} {rank()}", "")
             return True
-    except RuntimeError:  # the store has ended
+    except RuntimeError:  # the process that hosts the store has ended
         pass
     return False
 
 
-def _come(store: dist.Store, keys: list[str]) -> bool:
-    """Whether they are there within two seconds; store.wait() would print a warning where they are not."""
+def _wait_for_keys(store: dist.Store, keys: list[str]) -> bool:
+    """Whether the store has these keys within two seconds. (store.wait() warns on a timeout.)"""
     end = time.monotonic() + 2
     while not store.check(keys):
         if time.monotonic() > end:
@@ -77,11 +83,12 @@ def _come(store: dist.Store, keys: list[str]) -> bool:
 
 
 def _unused(store: dist.Store) -> dist.Store:
-    """The part of torchrun's store that no earlier attempt has written to.
+    """Returns the store, with a new prefix where an earlier attempt of torchrun has used it.
 
-    With --max-restarts and its default rendezvous, torchrun gives all attempts one store, in which gloo finds the
-    addresses of ranks that are dead. Other rendezvous give each attempt a store of its own, and their machines need not
-    agree on the number of the attempt: hence each looks for what this machine has left there.
+    With --max-restarts and the default rendezvous, all attempts share one store, in which gloo
+    would find the addresses of dead ranks. Other rendezvous backends give each attempt its own
+    store, and their machines may count attempts differently. So each machine looks for its own
+    earlier marks.
     """
     attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     mark = f"emd_fast machine {os.environ.get('GROUP_RANK', 0)} attempt"
@@ -92,32 +99,38 @@ def _unused(store: dist.Store) -> dist.Store:
 
 
 def rank() -> int:
-    """Of this process; 0 without a process group."""
+    """Rank of this process. 0 without a process group."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """Processes in the group; 1 without one."""
+    """Number of processes in the group. 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def local_size() -> int:
-    """Processes on this machine, as torchrun says; all of them where it does not."""
+    """Number of processes on this machine (LOCAL_WORLD_SIZE).
+
+    The world size where that is not set.
+    """
     return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes and speaks."""
+    """Whether this is rank 0, which writes files and prints."""
     return rank() == 0
 
 
 def barrier() -> None:
-    """Waits for all ranks, on the host."""
+    """Blocks the host until every rank has called it."""
     if world_size() > 1:
-        # Of a CPU tensor: with nccl alongside, dist.barrier would make a GPU wait.
+        # An all-reduce of a CPU tensor: with nccl, dist.barrier() would synchronize a GPU.
         dist.all_reduce(torch.zeros(1))
 
 
 def share(samples: int) -> tuple[int, int]:
-    """The first sample of this rank and the one after its last, of `samples` in all; shares differ by one at most."""
+    """This rank's part of `samples` samples, as (first, one after the last).
+
+    Sizes differ by at most 1.
+    """
     return rank() * samples // world_size(), (rank() + 1) * samples // world_size()

@@ -1,4 +1,4 @@
-"""The ways to lay a network out over the ranks, and their device meshes."""
+"""Parallel modes (replicate, fsdp, hybrid) and their device meshes."""
 
 from __future__ import annotations
 
@@ -13,11 +13,15 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 MODES = ("auto", "replicate", "fsdp", "hybrid")
-REPLICATED_UP_TO = 1_000_000_000  # parameters: 16 GB of float32 weights, gradients and AdamW state a network
+# In parameters. A network of this size has 16 GB of float32 weights, gradients and AdamW state.
+REPLICATED_UP_TO = 1_000_000_000
 
 
 def resolve(mode: str, parameters: int, ranks: int = 0) -> tuple[str, str]:
-    """The mode that "auto" stands for, for a network of so many parameters on so many ranks (all when 0), and why.
+    """Resolves "auto" to a mode for this number of parameters. Returns the mode and the reason.
+
+    Args:
+        ranks: number of ranks; the world size when 0.
 
     Raises:
         ValueError: an unknown mode.
@@ -39,23 +43,24 @@ def resolve(mode: str, parameters: int, ranks: int = 0) -> tuple[str, str]:
 
 
 def check_group(ranks: int, group_size: int) -> None:
-    """Whether groups of so many ranks make up all of them.
+    """Checks that `group_size` divides `ranks`.
 
     Raises:
-        GroupError: they do not.
+        GroupError: it does not.
     """
     if group_size < 1 or ranks % group_size:
         raise GroupError(f"shard_group must divide the {ranks} ranks, got {group_size}")
 
 
 def make_mesh(mode: str, device: torch.device | str, group_size: int = 0) -> DeviceMesh | None:
-    """The device mesh of a mode: None for "replicate", one dimension for "fsdp", two for "hybrid".
+    """Device mesh of a mode: None for "replicate", one dimension for "fsdp", two for "hybrid".
 
     Args:
-        group_size: ranks that hold one copy together ("hybrid"); those of one machine when 0.
+        group_size: number of ranks that share one copy ("hybrid"); the ranks of one machine when
+            0.
 
     Raises:
-        GroupError: a group size that does not divide the number of ranks.
+        GroupError: the group size does not divide the number of ranks.
     """
     if mode == "replicate":
         return None

@@ -1,4 +1,4 @@
-"""Spreading a network over the process group, from the weights that rank 0 has."""
+"""Replicates or shards a network over the process group, from the weights of rank 0."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from emd_fast.distributed import group
 from emd_fast.distributed.fsdp import is_sharded
 from emd_fast.distributed.modes import make_mesh, resolve
-from emd_fast.distributed.shards import local
+from emd_fast.distributed.trainable_parameters import local
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -27,23 +27,26 @@ def shard(
     device: torch.device | str | None = None,
     blocks: Sequence[nn.Module] | None = None,
 ) -> nn.Module:
-    """Spreads a network over the process group, in place, starting from the weights of rank 0.
+    """Replicates or shards a network over the process group, in place, from the weights of rank 0.
 
-    "replicate": a whole copy on every rank; `Shards.reduce_gradients` sums the gradients, once. "fsdp": FSDP2, block by
-    block; "hybrid": the same within groups of ranks, copies across. "auto": `resolve`. In one process nothing happens.
+    "replicate" puts a whole copy on every rank; `TrainableParameters.reduce_gradients` sums the
+    gradients once per step. "fsdp" applies FSDP2 block by block. "hybrid" shards within groups of
+    ranks and replicates across groups. "auto" is resolved by `resolve`. In one process the network
+    is returned unchanged.
 
     Args:
-        network: its parameters on the device they are to live on. Or, on all ranks but the first, on the meta device:
-            then no other rank ever holds the whole of it, and the first need not have it on its GPU.
-        precision: what FSDP2 computes and gathers in, torch.bfloat16 or None for the parameters' own; weights,
-            gradients and their reduction stay float32. A network whose parameters all are frozen is converted to it
-            and has no float32 copy.
-        mesh: of `make_mesh`; networks of one trainer share it. Made here when None.
-        device: where it is to live; `device_of` when None.
-        blocks: the modules that are gathered one at a time; `blocks_of` when None.
+        network: its parameters on the target device. On ranks other than 0 they may be on the meta
+            device: no rank but 0 then ever holds the whole network, and rank 0 may keep it on the
+            CPU.
+        precision: dtype in which FSDP2 computes and gathers, torch.bfloat16 or None for the dtype
+            of the parameters. Weights, gradients and reductions stay float32. A network without
+            any trainable parameter is converted to it and keeps no float32 copy.
+        mesh: result of `make_mesh`, shared by the networks of one trainer. Created here when None.
+        device: the target device; `device_of(network)` when None.
+        blocks: modules that are gathered one at a time; `blocks_of(network)` when None.
 
     Returns:
-        The network. FSDP2 networks are left as they are.
+        The network. Networks that already use FSDP2 are left unchanged.
 
     Raises:
         ValueError: an unknown mode.
@@ -67,25 +70,30 @@ def shard(
         for parameter in network.parameters():
             parameter.data = parameter.data.to(precision)
     for parameter in network.parameters():
-        # FSDP2 takes no weight in channels_last, as `fuse` lays them out on a GPU; its gathered copies are contiguous.
+        # FSDP2 does not accept channels_last weights, which `fuse` makes on a GPU. Its gathered
+        # copies are contiguous.
         parameter.data = parameter.data.contiguous()
-    # Inputs are not cast: a time in bfloat16 has three digits. Autocast casts where a matrix product wants it.
+    # Inputs are not cast: the time input would keep three digits in bfloat16. Autocast casts at
+    # each matmul.
     policy = MixedPrecisionPolicy(
         param_dtype=precision,
         reduce_dtype=torch.float32 if precision is not None else None,
         cast_forward_inputs=False,
     )
     mesh = mesh if mesh is not None else make_mesh(mode, device)
-    # A number alone cannot be split (EDM2 has some): every rank keeps it, and `Shards` sums its gradient.
-    numbers = {p for p in network.parameters() if not p.dim()}
-    options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "ignored_params": numbers}
+    # FSDP2 cannot shard a 0-d parameter (EDM2 has some). Every rank keeps a copy, and
+    # `TrainableParameters` sums its gradient.
+    scalars = {p for p in network.parameters() if not p.dim()}
+    options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "ignored_params": scalars}
     for module in blocks_of(network) if blocks is None else blocks:
         fully_shard(module, **options)
-    # True also at the root: left gathered after a pass without gradients, it would miss the next optimizer step.
+    # Also at the root: if it stayed gathered after a pass without gradients, it would miss the
+    # next optimizer step.
     fully_shard(network, **options, reshard_after_forward=True)
     for module in network.modules():
         if isinstance(module, FSDPModule):
-            # Sums, as for "replicate": each rank's loss is already its part of the mean over the global batch.
+            # Sum, as "replicate" does: each rank's loss is already its part of the mean over the
+            # global batch.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     if whole is not None:
@@ -95,28 +103,35 @@ def shard(
 
 
 def device_of(network: nn.Module) -> torch.device:
-    """Where its first tensor lives. Where some rank has it on the meta device: this process's GPU, or the CPU where
-    there is none. All ranks call it alike."""
+    """Device of the network's first tensor.
+
+    Where any rank has that tensor on the meta device: the GPU of this process, or the CPU without
+    one. All ranks must call it.
+    """
     tensor = next(iter(_named(network).values()), torch.zeros(()))
-    if not _anywhere(tensor.is_meta):
+    if not _on_any_rank(tensor.is_meta):
         return tensor.device
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def _anywhere(holds: bool) -> bool:
-    """Whether it holds on any rank."""
+def _on_any_rank(condition: bool) -> bool:
+    """Whether the condition is true on any rank."""
     if group.world_size() == 1:
-        return holds
-    flag = torch.tensor([int(holds)])
+        return condition
+    flag = torch.tensor([int(condition)])
     dist.all_reduce(flag, dist.ReduceOp.MAX)
     return bool(flag)
 
 
 def _leave_to_rank_0(network: nn.Module) -> dict[str, Tensor] | None:
-    """None where every rank has the network. Else it is on the meta device afterwards, on all of them, and rank 0 gets
-    what was in it."""
+    """Moves a network that some rank has on the meta device to the meta device on every rank.
+
+    Returns:
+        None where every rank has the weights (nothing is moved). Otherwise the weights by name on
+        rank 0, and an empty dict on the others.
+    """
     tensors = _named(network)
-    if not _anywhere(any(t.is_meta for t in tensors.values())):
+    if not _on_any_rank(any(t.is_meta for t in tensors.values())):
         return None
     if group.is_main() and any(t.is_meta for t in tensors.values()):
         raise ValueError("a network on the meta device must have its weights on rank 0")
@@ -127,8 +142,11 @@ def _leave_to_rank_0(network: nn.Module) -> dict[str, Tensor] | None:
 
 @torch.no_grad()
 def _take_from_rank_0(network: nn.Module, whole: dict[str, Tensor], device: torch.device) -> None:
-    """Gives a network on the meta device its memory; its shards, one tensor at a time, from the whole ones that rank 0
-    holds; what is not sharded is left to `_broadcast`."""
+    """Allocates a network on the meta device and fills it from the weights of rank 0.
+
+    Shards are distributed one tensor at a time. Tensors that are not sharded are filled on rank 0
+    only; `_broadcast` sends them on.
+    """
     network.to_empty(device=device)
     tensor: Any
     for name, tensor in _named(network).items():
@@ -144,12 +162,12 @@ def _take_from_rank_0(network: nn.Module, whole: dict[str, Tensor], device: torc
 
 
 def _named(network: nn.Module) -> dict[str, Tensor]:
-    """Parameters and all buffers, those that a state dict leaves out too."""
+    """Parameters and buffers by name, non-persistent buffers included."""
     return {**dict(network.named_parameters()), **dict(network.named_buffers())}
 
 
 def blocks_of(network: nn.Module) -> list[nn.Module]:
-    """The entries of the outermost module lists: what networks repeat, and hence what is worth gathering alone."""
+    """Entries of the outermost ModuleLists and ModuleDicts, usually the repeated blocks."""
     found: list[nn.Module] = []
 
     def visit(module: nn.Module, listed: bool) -> None:
@@ -167,7 +185,7 @@ def blocks_of(network: nn.Module) -> list[nn.Module]:
 
 @torch.no_grad()
 def _broadcast(network: nn.Module) -> None:
-    """What is not sharded of the parameters and buffers of rank 0, on every rank."""
+    """Copies the parameters and buffers of rank 0 that are not sharded to every rank."""
     for tensor in _named(network).values():
         if group.world_size() == 1 or hasattr(tensor, "device_mesh"):
             continue

@@ -20,6 +20,7 @@ from emd_fast.diffusion.denoiser import Condition, base, column
 from emd_fast.distributed import gathered
 from emd_fast.em.score_difference import ScoreDifference
 from emd_fast.noise import Noise
+from emd_fast.ops import _check
 
 GeneratorLike = Callable[[Tensor, Condition], Tensor]
 MAX_STEPS = 2**16
@@ -233,8 +234,8 @@ def check_e_step(
         raise ValueError(f"steps must be in [1, {MAX_STEPS}), got {steps}")
     if _readable(noise.state) and (offset := noise.state.tolist()[3]) + steps > MAX_STEPS:
         raise ValueError(f"substeps must stay below {MAX_STEPS}, got {steps} steps from substep {offset} of the noise")
-    _check_step_size("gamma_eps", gamma_eps, z, open_low=True)
-    _check_step_size("gamma_z", gamma_z, z, open_low=False)
+    _check.step_size(gamma_eps, z, name="gamma_eps", within=_check.GAMMA_EPS, synchronize=True)
+    _check.step_size(gamma_z, z, name="gamma_z", within=_check.GAMMA_Z, synchronize=True)
     if isinstance(guidance, Tensor):
         _check_per_sample("guidance", guidance, z)
         check_values("guidance", guidance)
@@ -256,16 +257,6 @@ def _check_per_sample(name: str, value: Tensor, like: Tensor) -> None:
 def _check_number(name: str, value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
-
-
-def _check_step_size(name: str, value: float | Tensor, like: Tensor, open_low: bool) -> None:
-    if isinstance(value, Tensor):
-        _check_per_sample(name, value, like)
-        check_values(name, value, low=0.0, high=1.0, open_low=open_low)
-        return
-    _check_number(name, value)
-    if not (0 < value if open_low else 0 <= value) or not value < 1:
-        raise ValueError(f"{name} must be in {'(' if open_low else '['}0, 1), got {value}")
 
 
 def _readable(value: Tensor) -> bool:

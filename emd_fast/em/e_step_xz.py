@@ -14,7 +14,7 @@ from emd_fast.diffusion.denoiser import Condition, base, column
 from emd_fast.distributed import gathered
 from emd_fast.em.e_step import EStep, GeneratorLike, LangevinStep, Watch, check_e_step, check_values, frozen
 from emd_fast.em.score_difference import ScoreDifference
-from emd_fast.noise import Noise, Stream
+from emd_fast.noise import Noise, NoiseStream
 
 
 def e_step_xz(
@@ -65,8 +65,8 @@ def e_step_xz(
                 mean = alpha_x * g(latent, cond).float()
             residual = (x - mean.detach()) / sigma_x**2
             (z_grad,) = torch.autograd.grad(mean, latent, residual)
-            n = ops.normal(x.shape, noise, stream=Stream.LANGEVIN_EPS, substep=k)
-            m = ops.normal(z.shape, noise, stream=Stream.LANGEVIN_Z, substep=k)
+            n = ops.normal(x.shape, noise, stream=NoiseStream.LANGEVIN_EPS, substep=k)
+            m = ops.normal(z.shape, noise, stream=NoiseStream.LANGEVIN_Z, substep=k)
             delta = difference.at(x)
             x = x + step_x * sigma_x**2 * (delta - residual) + torch.sqrt(2 * step_x) * sigma_x * n
             noises = (1 - step_x) * noises + torch.sqrt(2 * step_x) * n

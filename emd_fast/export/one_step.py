@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from emd_fast import ops
 from emd_fast.diffusion.denoiser import Condition
-from emd_fast.noise import Noise, Stream
+from emd_fast.noise import Noise
 from emd_fast.teachers.diffusers.architectures import Network
 from emd_fast.teachers.diffusers.folder import Folder
 

@@ -1,4 +1,7 @@
-"""The fused ops. Each has a file of its name here, in every backend that has it, in tests/ and in benchmarks/."""
+"""The fused ops.
+
+Each op has a file of its name here, in every backend that has it, in tests/ and in benchmarks/.
+"""
 
 from emd_fast.ops.attention import attention
 from emd_fast.ops.group_norm import group_norm

@@ -1,21 +1,53 @@
-"""The checks that every op makes before anything is written. Each message names the argument and what was expected."""
+"""Argument checks of the ops, made before anything is written.
+
+Each message names the argument, what was expected and what came.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from emd_fast.noise import LIMITS, Noise, Stream
+from emd_fast.noise import LIMITS, Noise, NoiseStream
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 
 
+@dataclass(frozen=True)
+class Interval:
+    """The finite values that an argument may have. `str` words it for an error message."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        above = value > self.low if self.open_low else value >= self.low
+        below = value < self.high if self.open_high else value <= self.high
+        return math.isfinite(value) and above and below
+
+    def __str__(self) -> str:
+        if self.high == math.inf:
+            return "finite" if self.low == -math.inf else f"{'above' if self.open_low else 'at least'} {self.low:g}"
+        return f"in {'(' if self.open_low else '['}{self.low:g}, {self.high:g}{')' if self.open_high else ']'}"
+
+
+FINITE = Interval()
+POSITIVE = Interval(0, open_low=True)
+STEP_SIZE = Interval(0, 1)
+# The narrower ranges of `e_step` and of the configuration.
+GAMMA_EPS = Interval(0, 1, open_low=True, open_high=True)
+GAMMA_Z = Interval(0, 1, open_high=True)
+
+
 def tensor(name: str, value: Tensor, *, shape: Iterable[int] | None = None, like: Tensor | None = None) -> None:
-    """A float32, bfloat16 or float16 tensor of this shape, on the device of `like`."""
+    """Checks for a float32, bfloat16 or float16 tensor of this shape, on the device of `like`."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if value.dtype not in FLOATING:
@@ -27,14 +59,14 @@ def tensor(name: str, value: Tensor, *, shape: Iterable[int] | None = None, like
 
 
 def batched(name: str, value: Tensor) -> None:
-    """A tensor with a batch dimension."""
+    """Checks for a floating-point tensor with a batch dimension."""
     tensor(name, value)
     if value.dim() == 0:
         raise ValueError(f"{name} must have a batch dimension, got a tensor without dimensions")
 
 
 def state(name: str, value: Tensor, *, like: Tensor | None = None) -> None:
-    """What an op updates in place: float32, contiguous, outside of autograd."""
+    """Checks a tensor that an op updates in place: float32, contiguous, without autograd."""
     batched(name, value)
     if like is not None:
         tensor(name, value, shape=like.shape, like=like)
@@ -47,13 +79,13 @@ def state(name: str, value: Tensor, *, like: Tensor | None = None) -> None:
 
 
 def written_apart(written: dict[str, Tensor], read: dict[str, Tensor]) -> None:
-    """What is written shares no memory with anything else: two tensors that are only read may."""
+    """Checks that no written tensor shares memory with another. Tensors that are only read may."""
     if torch.compiler.is_compiling():
         return
     spans = []
     for name, value in (*written.items(), *read.items()):
         if value.is_meta or isinstance(value, FakeTensor):
-            return  # there is no memory
+            return  # these have no memory
         spans.append((name, *_span(value)))
     for i, (name, first, last) in enumerate(spans[: len(written)]):
         for other, start, end in spans[i + 1 :]:
@@ -62,7 +94,7 @@ def written_apart(written: dict[str, Tensor], read: dict[str, Tensor]) -> None:
 
 
 def _span(value: Tensor) -> tuple[int, int]:
-    """Where it begins and ends in memory; (0, 0), which overlaps nothing, where it has no elements."""
+    """Start and end address. (0, 0), which overlaps nothing, for a tensor without elements."""
     size = value.numel()
     if not size:
         return 0, 0
@@ -73,49 +105,70 @@ def _span(value: Tensor) -> tuple[int, int]:
 
 
 def per_sample(name: str, value: Tensor, like: Tensor, *, positive: bool = False) -> None:
-    """(B,) float32, finite, positive where asked."""
+    """Checks for (B,) float32 with finite values, all above 0 if `positive`.
+
+    B is that of `like`.
+    """
     tensor(name, value, shape=like.shape[:1], like=like)
     if value.dtype != torch.float32:
         raise TypeError(f"{name} must be float32, got {value.dtype}")
     if value.requires_grad:
         raise ValueError(f"{name} must not require a gradient: the op has no derivative in it")
-    if _readable(value):
-        _values(name, value, low=0.0 if positive else -math.inf, open_low=positive)
+    _values(name, value, POSITIVE if positive else FINITE)
 
 
-def _readable(value: Tensor) -> bool:
-    return value.device.type == "cpu" and not torch.compiler.is_compiling() and type(value) is Tensor
+def _readable(value: Tensor, synchronize: bool) -> bool:
+    """Whether the values may be read: never in compiled code or during a CUDA graph capture."""
+    if torch.compiler.is_compiling() or type(value) is not Tensor:
+        return False
+    if value.device.type == "cpu":
+        return True
+    capturing = value.is_cuda and torch.cuda.is_current_stream_capturing()
+    return synchronize and not value.is_meta and not capturing
 
 
-def _values(name: str, value: Tensor, *, low: float, high: float = math.inf, open_low: bool = False) -> None:
-    if not value.numel():
+def _values(name: str, value: Tensor, within: Interval, synchronize: bool = False) -> None:
+    if not _readable(value, synchronize) or not value.numel():
         return
-    low_end, high_end = torch.aminmax(value)
-    smallest, largest = low_end.item(), high_end.item()
-    below = smallest <= low if open_low and low > -math.inf else smallest < low
-    # A NaN passes no comparison, so ask for what must hold.
-    if not (math.isfinite(smallest) and math.isfinite(largest)) or below or largest > high:
-        wanted = "finite" if low == -math.inf else f"{'above' if open_low else 'at least'} {low:g}"
-        wanted += "" if high == math.inf else f" and at most {high:g}"
-        raise ValueError(f"{name} must be {wanted}, got values from {smallest:g} to {largest:g}")
+    low, high = torch.aminmax(value)
+    # The copies of two numbers from a GPU would synchronize twice.
+    smallest, largest = (low.item(), high.item()) if value.device.type == "cpu" else torch.stack((low, high)).tolist()
+    if smallest not in within or largest not in within:
+        raise ValueError(f"{name} must be {within}, got values from {smallest:g} to {largest:g}")
 
 
 def finite(name: str, value: Tensor) -> None:
-    if _readable(value):
-        _values(name, value, low=-math.inf)
+    _values(name, value, FINITE)
 
 
-def step_size(value: float | Tensor, like: Tensor) -> tuple[float, Tensor | None]:
-    """A number or (B,) float32 in [0, 1], as the pair that the schemas take."""
+def step_size(
+    value: float | Tensor,
+    like: Tensor,
+    *,
+    name: str = "step_size",
+    within: Interval = STEP_SIZE,
+    synchronize: bool = False,
+) -> tuple[float, Tensor | None]:
+    """Checks a step size: a number, or (B,) float32, with values in the interval.
+
+    Args:
+        like: a tensor with the batch size and the device of the call.
+        name: the argument's name in error messages.
+        within: the permitted values.
+        synchronize: reads the values of a GPU tensor too, which makes the host wait.
+
+    Returns:
+        The two arguments `step_size` and `step_size_per_sample` of the op schemas. The first is
+        ignored where the second is not None.
+    """
     if isinstance(value, Tensor):
-        per_sample("step_size", value, like)
-        if _readable(value):
-            _values("step_size", value, low=0.0, high=1.0)
+        per_sample(name, value, like)
+        _values(name, value, within, synchronize)
         return 0.0, value
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"step_size must be a number or a tensor, got {type(value).__name__}")
-    if not 0 <= value <= 1:
-        raise ValueError(f"step_size must be in [0, 1], got {value}")
+        raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
+    if value not in within:
+        raise ValueError(f"{name} must be {within}, got {value}")
     return float(value), None
 
 
@@ -142,16 +195,19 @@ def dtype(name: str, value: torch.dtype) -> torch.dtype:
 
 
 def noise(value: Noise, stream: int, substep: int, batch: int, device: torch.device | None = None) -> Tensor:
-    """The state tensor of the noise, after a check of every number that is known without asking a device."""
+    """Checks noise, stream and substep, and returns the state tensor.
+
+    Numbers in the state are checked on the CPU only: reading them from a GPU would synchronize.
+    """
     if not isinstance(value, Noise):
         raise TypeError(f"noise must be an emd_fast.Noise, got {type(value).__name__}")
     if device is not None and value.device != device:
         raise ValueError(f"noise must be on {device} as the other tensors are, got {value.device}")
-    for name, number, limit in (("stream", stream, Stream.LIMIT), ("substep", substep, LIMITS["substep"])):
+    for name, number, limit in (("stream", stream, NoiseStream.LIMIT), ("substep", substep, LIMITS["substep"])):
         integer(name, number)
         if number < 0 or number >= limit:
             raise ValueError(f"{name} must be in [0, {limit}), got {number}")
-    if _readable(value.state):
+    if _readable(value.state, synchronize=False):
         _, _, first_sample, offset = value.state.tolist()
         if substep + offset >= LIMITS["substep"]:
             raise ValueError(f"substep must stay below 65536, got {substep} and {offset} in the noise")

@@ -1,4 +1,4 @@
-"""How an op is made: its schema, once, and the implementation that hands the call to a backend."""
+"""Definition of an op: its schema, and an implementation that dispatches to a backend."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ from torch import Tensor
 from emd_fast import backends
 
 LIBRARY = torch.library.Library("emd_fast", "DEF")
-# The same schemas without the choice of a backend, for the compiled code of csrc/ to implement.
+# The same schemas without the argument `backend`. The compiled code of csrc/ implements them.
 _NATIVE = torch.library.Library("emd_fast_native", "DEF")
-# The ops once more, for compiled code that serves them on CPU tensors without Python, and leaves other backends to it.
-_CHOSEN = torch.library.Library("emd_fast_chosen", "DEF")
+# The same schemas again. Where compiled code overrides an op of emd_fast for CPU tensors, to skip
+# the Python dispatch, it calls the op here for the other backends.
+_FALLBACK = torch.library.Library("emd_fast_fallback", "DEF")
 
 
 def define(name: str, arguments: str, returns: str, fake: Callable[..., Any]) -> Callable[..., Any]:
-    """Defines emd_fast::name(arguments, str backend) -> returns, and returns the callable op.
+    """Defines the op emd_fast::name(arguments, str backend) -> returns, and returns it.
 
-    The backend is an argument, so that the choice made in the forward pass reaches the backward pass, on any thread
-    and through torch.compile. `fake` gets the arguments without it.
+    The backend is an argument of the op. So the choice of the forward pass reaches the backward
+    pass, on any thread and through torch.compile. `fake` is called without that argument.
     """
     LIBRARY.define(f"{name}({arguments}, str backend) -> {returns}")
     _NATIVE.define(f"{name}({arguments}) -> {returns}")
-    _CHOSEN.define(f"{name}({arguments}, str backend) -> {returns}")
+    _FALLBACK.define(f"{name}({arguments}, str backend) -> {returns}")
     op = getattr(torch.ops.emd_fast, name).default
     written = [i for i, argument in enumerate(op._schema.arguments) if argument.is_write]
 
@@ -34,18 +35,19 @@ def define(name: str, arguments: str, returns: str, fake: Callable[..., Any]) ->
         result = backends.implementation(name, backend, _device_type(given))(*given)
         for i in written:
             if not given[i].is_inference():
-                # Compiled kernels write past autograd, which must still notice that a tensor it saved has changed.
+                # Compiled kernels write without autograd's knowledge. The version counter tells it
+                # that a saved tensor has changed.
                 torch.autograd.graph.increment_version(given[i])
         return result
 
-    for library in (LIBRARY, _CHOSEN):
+    for library in (LIBRARY, _FALLBACK):
         library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"emd_fast::{name}", lambda *args: fake(*args[:-1]), lib=LIBRARY)
     return op
 
 
 def differentiable(name: str, setup_context: Callable[..., None], backward: Callable[..., Any]) -> None:
-    """Gives emd_fast::name its derivative."""
+    """Registers the autograd formula of emd_fast::name."""
     torch.library.register_autograd(f"emd_fast::{name}", backward, setup_context=setup_context, lib=LIBRARY)
 
 

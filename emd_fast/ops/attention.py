@@ -13,7 +13,8 @@ from emd_fast.ops._define import define, differentiable
 BACKENDS = ("triton", "sdpa", "xformers", "reference")
 _MAX_HEAD_DIM = 256
 
-# These two have the backends of ours, "triton" and "reference"; PyTorch's and xFormers' bring their own derivatives.
+# Only our backends, "triton" and "reference", use these two ops. "sdpa" and "xformers" have their
+# own autograd.
 _op = define(
     "attention",
     "Tensor q, Tensor k, Tensor v, float scale",
@@ -52,28 +53,34 @@ differentiable("attention", _setup_context, _backward)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, backend: str | None = None) -> Tensor:
-    """softmax(scale q k^T) v. Differentiable; only the gradients that are asked for are computed.
+    """Attention: softmax(scale q k^T) v, without a mask. Differentiable in q, k and v.
+
+    The backward pass computes only the gradients that are needed.
 
     Args:
-        q: (B, tokens, heads, head_dim) float32, bfloat16 or float16, unit stride in head_dim, head_dim up to 256; read
-            as it lies otherwise, as a slice of a packed projection for example.
-        k, v: (B, keys, heads, head_dim), dtype of q; keys may be fewer or more than tokens. Without keys the result
-            is 0, as PyTorch has it.
+        q: (B, tokens, heads, head_dim) float32, bfloat16 or float16, with head_dim from 1 to 256
+            and unit stride in head_dim. The other strides are free: a slice of a packed projection
+            is not copied.
+        k, v: (B, keys, heads, head_dim), dtype of q. There may be fewer or more keys than tokens.
+            Without keys the result is 0, as in PyTorch.
         scale: 1 / sqrt(head_dim) when None.
-        backend: "sdpa" (torch.nn.functional.scaled_dot_product_attention), "triton" (the kernel of this library),
-            "xformers" (memory_efficient_attention) or "reference" (float32 arithmetic). None takes what use_backend
-            names; without that "sdpa" on the CPU, and on a GPU what the table in backends/attention_table.py has.
+        backend: "sdpa" (torch.nn.functional.scaled_dot_product_attention), "triton" (the kernel of
+            this library), "xformers" (memory_efficient_attention) or "reference" (float32
+            arithmetic). None takes the backend of `use_backend`. Under "auto" that is "sdpa" on
+            the CPU, and on a GPU the backend in the table of backends/attention_table.py.
 
     Returns:
         (B, tokens, heads, head_dim), dtype of q.
 
-    Products of float32 are computed in float32 by "triton", unless torch.backends.cuda.matmul allows TF32.
+    "triton" multiplies float32 in float32, unless torch.backends.cuda.matmul allows TF32.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, shape, dtype or device, or an unknown backend.
-        RuntimeError: a backend that cannot run here, and why.
+        TypeError, ValueError: an argument of the wrong type, shape, dtype or device, or an unknown
+            backend.
+        RuntimeError: the backend cannot run here. The message gives the reason.
 
-    Source: Vaswani et al. (arXiv 1706.03762); "triton" computes it in the manner of Dao (arXiv 2307.08691).
+    Source: Vaswani et al. (arXiv 1706.03762). "triton" follows FlashAttention-2 (Dao, arXiv
+    2307.08691).
     """
     _check_arguments(q, k, v, scale, backend)
     if scale is None:

@@ -36,7 +36,8 @@ _backward_op = define(
 )
 
 
-# Where each tensor stands among the inputs, in the order in which the backward op returns gradients.
+# Position of each tensor among the inputs, in the order of the gradients that the backward op
+# returns.
 _TENSORS = {"x": 0, "weight": 2, "bias": 3, "add": 5, "scale": 6, "shift": 7}
 
 
@@ -74,25 +75,30 @@ def group_norm(
     shift: Tensor | None = None,
     activation: str | None = None,
 ) -> Tensor:
-    """y = activation(norm(x + add) (1 + scale) + shift), norm being group normalisation with weight and bias.
+    """Group normalization, fused: y = activation(norm(x + add) (1 + scale) + shift).
+
+    `norm` includes weight and bias. Differentiable in all tensors.
 
     Args:
-        x: (B, C, ...) float32, bfloat16 or float16; contiguous and channels_last are read as they lie.
-        num_groups: divides C.
-        weight, bias: (C,), any of the three dtypes, or None.
+        x: (B, C, ...) float32, bfloat16 or float16. Contiguous and channels_last tensors are not
+            copied.
+        num_groups: a divisor of C.
+        weight, bias: (C,) in any of the three dtypes, or None.
         eps: added to the variance; positive.
-        add: (B, C), added to x before the norm (Stable Diffusion and SongUNet add the embedding there).
-        scale, shift: (B, C), applied after the norm (ADM).
+        add: (B, C), added to x before the norm. Stable Diffusion and SongUNet add the embedding
+            here.
+        scale, shift: (B, C), applied after the norm, as in ADM.
         activation: None or "silu".
 
     Returns:
-        Like x in shape, dtype and layout. Mean and variance are float32. Differentiable in all tensors.
+        A tensor of the shape, dtype and layout of x. Mean and variance are computed in float32.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device.
 
-    Source: Wu and He, "Group Normalization" (arXiv 1803.08494); Dhariwal and Nichol (arXiv 2105.05233) for scale and
-    shift.
+    Source: Wu and He, "Group Normalization" (arXiv 1803.08494). Scale and shift: Dhariwal and
+        Nichol
+    (arXiv 2105.05233).
     """
     _check.tensor("x", x)
     if x.dim() < 2:

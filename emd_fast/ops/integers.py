@@ -19,17 +19,17 @@ _op = define(
 
 
 def integers(high: int, size: Iterable[int], noise: Noise, *, stream: int, substep: int = 0) -> Tensor:
-    """Integers below `high`, the same on every backend and for every split of the batch.
+    """Random integers below `high`, the same on every backend and for every split of the batch.
 
     Args:
         high: 1 <= high <= 2^31.
-        size: (B, ...); sample b of the batch is the global sample `first_sample + b` of the noise.
-        noise: seed, step, first sample and substep; the result is on its device.
-        stream: what the numbers are for, in [0, 2^16).
-        substep: added to the substep of the noise; their sum is below 2^16.
+        size: (B, ...). Sample b of the batch has the global index `first_sample + b` of the noise.
+        noise: seed, step, first sample and substep. The result is on its device.
+        stream: the purpose of the numbers, in [0, 2^16). See `emd_fast.noise.NoiseStream`.
+        substep: added to the substep of the noise. The sum must stay below 2^16.
 
     Returns:
-        int64 of this size, in [0, high).
+        An int64 tensor of this size with values in [0, high).
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, or a number outside its range.

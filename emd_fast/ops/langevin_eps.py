@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from emd_fast import backends
-from emd_fast.noise import Noise, Stream
+from emd_fast.noise import Noise, NoiseStream
 from emd_fast.ops import _check
 from emd_fast.ops._define import define
 
 _op = define(
     "langevin_eps",
     "Tensor(a!) eps, Tensor(b!) drift, Tensor? x, Tensor[] outputs, Tensor coefs, Tensor alpha, Tensor sigma, "
-    "float step_size, Tensor? step_sizes, Tensor noise, SymInt substep, ScalarType cotangent_dtype",
+    "float step_size, Tensor? step_size_per_sample, Tensor noise, SymInt substep, ScalarType cotangent_dtype",
     "Tensor",
     fake=lambda eps, *args: eps.new_empty(eps.shape, dtype=args[-1]),
 )
@@ -33,30 +33,35 @@ def langevin_eps(
     substep: int = 0,
     cotangent_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """One Langevin step on eps with its noise cancelled out in drift, from the raw outputs of the networks.
+    """Langevin step on eps, and on its noise-free part drift, from the raw network outputs.
 
-        delta = coefs[:, 0] x + coefs[:, 1] outputs[0] + ...        teacher score minus student score
+        delta = coefs[:, 0] x + coefs[:, 1] outputs[0] + ...        teacher score minus fake score
         drift = (1 - step_size) drift + step_size sigma delta
         eps   = eps + step_size (sigma delta - eps) + sqrt(2 step_size) n
 
     Args:
-        eps, drift: (B, ...) float32, contiguous; updated in place.
-        x: like eps in shape, float32, bfloat16 or float16, any strides; None where its coefficient is 0.
-        outputs: 1 to 4 network outputs, each as x.
+        eps, drift: (B, ...) float32, contiguous. Both are updated in place.
+        x: the shape of eps, float32, bfloat16 or float16, any strides. None where its coefficient
+            is 0.
+        outputs: 1 to 4 network outputs, each with the shape and dtypes of x.
         coefs: (B, 1 + len(outputs)) float32, column 0 for x; (B, len(outputs)) when x is None.
         alpha, sigma: (B,) float32.
         step_size: gamma_eps in [0, 1], a number or (B,) float32.
         noise, substep: n is drawn from stream 2 at this substep.
-        cotangent_dtype: of the result; that of outputs[0] when None.
+        cotangent_dtype: dtype of the result; that of outputs[0] when None.
 
     Returns:
-        alpha delta, (B, ...) contiguous: the cotangent that the generator's backward pass takes.
+        alpha delta, (B, ...) contiguous: the cotangent of the generator's backward pass.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, shape, dtype or device; nothing is written then.
+        TypeError, ValueError: an argument of the wrong type, shape, dtype or device. Nothing is
+            written in that case.
 
-    Source: Xie et al., "EM Distillation for One-step Diffusion Models" (arXiv 2405.16852), in the form of
-    docs/algorithm.md. Products are rounded before they are added, so that equal outputs give exactly 0.
+    Each product is rounded before it is added, so that equal outputs give a delta of exactly 0.
+
+    Source: Xie et al., "EM Distillation for One-step Diffusion Models" (arXiv 2405.16852), in the
+        form
+    of docs/algorithm.md.
     """
     _check.state("eps", eps)
     _check.state("drift", drift, like=eps)
@@ -73,14 +78,14 @@ def langevin_eps(
     _check.finite("coefs", coefs)
     _check.per_sample("alpha", alpha, eps)
     _check.per_sample("sigma", sigma, eps, positive=True)
-    number, per_sample = _check.step_size(step_size, eps)
-    state = _check.noise(noise, Stream.LANGEVIN_EPS, substep, len(eps), eps.device)
+    step_size, step_size_per_sample = _check.step_size(step_size, eps)
+    state = _check.noise(noise, NoiseStream.LANGEVIN_EPS, substep, len(eps), eps.device)
     cotangent_dtype = _check.dtype("cotangent_dtype", outputs[0].dtype if cotangent_dtype is None else cotangent_dtype)
     others = {
         "coefs": coefs,
         "alpha": alpha,
         "sigma": sigma,
-        **({} if per_sample is None else {"step_size": per_sample}),
+        **({} if step_size_per_sample is None else {"step_size": step_size_per_sample}),
     }
     _check.written_apart({"eps": eps, "drift": drift}, {**read, **others})
     return _op(
@@ -91,8 +96,8 @@ def langevin_eps(
         coefs.detach(),
         alpha,
         sigma,
-        number,
-        per_sample,
+        step_size,
+        step_size_per_sample,
         state,
         substep,
         cotangent_dtype,

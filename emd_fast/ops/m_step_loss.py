@@ -37,14 +37,15 @@ differentiable("m_step_loss", _setup_context, _backward)
 
 
 def m_step_loss(generated: Tensor, drift: Tensor, alpha: Tensor, sigma: Tensor, weight: Tensor) -> Tensor:
-    """The regression of alpha generated on alpha generated + sigma drift, the target held fixed, for each sample.
+    """M-step loss per sample: regression of alpha generated on alpha generated + sigma drift.
 
-    Its value is weight / 2 mean(drift^2), its gradient -weight (alpha / sigma) drift / n for n elements a sample:
-    both without the difference of two large numbers. Differentiable in `generated`.
+    The second is the target and is detached. The value is weight / 2 mean(drift^2), and the
+    gradient is -weight (alpha / sigma) drift / n for n elements per sample. Neither is computed as
+    a difference of two large numbers. Differentiable in `generated`.
 
     Args:
-        generated: (B, ...) float32, bfloat16 or float16, any strides: g(z_K).
-        drift: like generated in shape, float32, contiguous.
+        generated: g(z_K), (B, ...) float32, bfloat16 or float16, any strides.
+        drift: the shape of generated, float32, contiguous.
         alpha, sigma, weight: (B,) float32.
 
     Returns:

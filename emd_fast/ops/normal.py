@@ -21,22 +21,23 @@ _op = define(
 def normal(
     size: Iterable[int], noise: Noise, *, stream: int, substep: int = 0, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Standard normal numbers, the same on every backend and for every split of the batch.
+    """Standard normal numbers, the same for every split of the batch.
 
     Args:
-        size: (B, ...); sample b of the batch is the global sample `first_sample + b` of the noise.
-        noise: seed, step, first sample and substep; the result is on its device.
-        stream: what the numbers are for, in [0, 2^16).
-        substep: added to the substep of the noise; their sum is below 2^16.
-        dtype: float32, bfloat16 or float16 (rounded from float32).
+        size: (B, ...). Sample b of the batch has the global index `first_sample + b` of the noise.
+        noise: seed, step, first sample and substep. The result is on its device.
+        stream: the purpose of the numbers, in [0, 2^16). See `emd_fast.noise.NoiseStream`.
+        substep: added to the substep of the noise. The sum must stay below 2^16.
+        dtype: float32, bfloat16 or float16. The reduced types are rounded from float32.
 
     Returns:
-        `dtype` of this size; float32 within 5e-6 of exact arithmetic on the uniform numbers.
+        A tensor of this size and dtype. Every backend is within 5e-6 of exact arithmetic on the
+        uniform numbers (in float32); backends may differ from each other within this bound.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, or a number outside its range.
 
-    Source: Philox4x32-10 (Salmon et al., SC 2011) and the transform of Box and Muller (1958).
+    Source: Philox4x32-10 (Salmon et al., SC 2011) and the Box-Muller transform (1958).
     """
     size = _check.size(size)
     state = _check.noise(noise, stream, substep, size[0])

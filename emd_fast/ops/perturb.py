@@ -43,20 +43,23 @@ def perturb(
     substep: int = 0,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """x_t = alpha x0 + sigma eps, with eps given or drawn inside the kernel. Differentiable in x0.
+    """Forward process: x_t = alpha x0 + sigma eps, eps given or drawn in the kernel.
+
+    Differentiable in x0.
 
     Args:
         x0: (B, ...), float32, bfloat16 or float16, any strides.
         alpha, sigma: (B,) float32.
-        eps: like x0 in shape; or None, and then
-        noise, stream, substep: what to draw it from, as for `normal`.
-        dtype: of the result; that of x0 when None.
+        eps: the shape of x0; None to draw it from `noise`.
+        noise, stream, substep: as for `normal`. Required where eps is None.
+        dtype: dtype of the result; that of x0 when None.
 
     Returns:
-        (B, ...) contiguous. The sum is in float32, rounded once.
+        (B, ...) contiguous. The sum is computed in float32 and rounded once.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, shape, dtype or device, or both or none of eps and noise.
+        TypeError, ValueError: an argument of the wrong type, shape, dtype or device, or both or
+            none of eps and noise.
     """
     _check.batched("x0", x0)
     _check.per_sample("alpha", alpha, x0)

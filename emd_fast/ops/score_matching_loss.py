@@ -37,11 +37,13 @@ differentiable("score_matching_loss", _setup_context, _backward)
 def score_matching_loss(
     output: Tensor, x0: Tensor, x_t: Tensor, c_skip: Tensor, c_out: Tensor, weight: Tensor
 ) -> Tensor:
-    """weight mean((c_skip x_t + c_out output - x0)^2) for each sample: denoising score matching on a raw output.
+    """Denoising score matching loss per sample: weight mean((c_skip x_t + c_out output - x0)^2).
+
+    Differentiable in `output`.
 
     Args:
-        output: (B, ...) float32, bfloat16 or float16, any strides. Differentiable.
-        x0, x_t: like output in shape, each float32, bfloat16 or float16, any strides.
+        output: raw network output, (B, ...) float32, bfloat16 or float16, any strides.
+        x0, x_t: the shape of output, each float32, bfloat16 or float16, any strides.
         c_skip, c_out, weight: (B,) float32.
 
     Returns:
@@ -50,8 +52,9 @@ def score_matching_loss(
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device.
 
-    Source: Vincent, "A connection between score matching and denoising autoencoders" (2011); preconditioning of
-    Karras et al. (arXiv 2206.00364).
+    Source: Vincent, "A connection between score matching and denoising autoencoders" (2011), with
+        the
+    preconditioning of Karras et al. (arXiv 2206.00364).
     """
     _check.batched("output", output)
     for name, value in (("x0", x0), ("x_t", x_t)):

@@ -19,16 +19,16 @@ _op = define(
 
 
 def uniform(size: Iterable[int], noise: Noise, *, stream: int, substep: int = 0) -> Tensor:
-    """Uniform numbers strictly inside (0, 1), the same on every backend and for every split of the batch.
+    """Uniform numbers in the open interval (0, 1), equal bit for bit on every backend and split.
 
     Args:
-        size: (B, ...); sample b of the batch is the global sample `first_sample + b` of the noise.
-        noise: seed, step, first sample and substep; the result is on its device.
-        stream: what the numbers are for, in [0, 2^16).
-        substep: added to the substep of the noise; their sum is below 2^16.
+        size: (B, ...). Sample b of the batch has the global index `first_sample + b` of the noise.
+        noise: seed, step, first sample and substep. The result is on its device.
+        stream: the purpose of the numbers, in [0, 2^16). See `emd_fast.noise.NoiseStream`.
+        substep: added to the substep of the noise. The sum must stay below 2^16.
 
     Returns:
-        float32 of this size.
+        A float32 tensor of this size.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, or a number outside its range.

@@ -48,7 +48,7 @@ def train(trainer: EMDTrainer, settings: RunConfig, folder: Path, sinks: tuple[s
     checkpoint_folder = folder / "checkpoints"
     if main:
         checkpoint.clear_unfinished(checkpoint_folder)
-    agree, saved, stop = distributed.Agreement(), first if first else -1, 0
+    agree, saved, stop = distributed.AsyncMax(), first if first else -1, 0
     best = Best(trainer, task, settings, folder) if settings.evaluation.every else None
     flops = math.nan
     began = time.monotonic()

@@ -52,7 +52,7 @@ class DigitFeatures:
         noise = Noise(seed, device=self.device)
         for step in range(steps):
             noise.set(step=step)
-            chosen = ops.integers(len(images), (_BATCH,), noise, stream=Stream.TEACHER_ORDER)
+            chosen = ops.integers(len(images), (_BATCH,), noise, stream=NoiseStream.TEACHER_ORDER)
             level = torch.full((_BATCH,), _AUGMENTATION, device=self.device)
             # Noise on the images regularises: features must not fit the train split more closely than
             # new digits.
@@ -177,6 +177,6 @@ def digits_metrics(
 
 
 def _subset(data: tuple[Tensor, Tensor], n: int, seed: int, substep: int) -> tuple[Tensor, Tensor]:
-    drawn = ops.uniform((len(data[0]),), Noise(seed), stream=Stream.SHOWN, substep=substep)
+    drawn = ops.uniform((len(data[0]),), Noise(seed), stream=NoiseStream.SHOWN, substep=substep)
     chosen = drawn.argsort(stable=True)[:n]
     return data[0][chosen], data[1][chosen]

@@ -12,7 +12,7 @@ from emd_fast import ops
 from emd_fast.config import TeacherConfig
 from emd_fast.diffusion.denoiser import Denoiser
 from emd_fast.diffusion.schedules import EDM
-from emd_fast.noise import Noise, Stream
+from emd_fast.noise import Noise
 from emd_fast.tasks.digits_data import CLASSES, SHAPE, SIGMA_DATA, load
 from emd_fast.teachers.small_unet import SmallUNet, initialise
 from emd_fast.train.average import EMA
@@ -71,13 +71,13 @@ def train(
 
     for step in range(config.steps):
         noise.set(step=step)
-        chosen = ops.integers(len(images), (config.batch_size,), noise, stream=Stream.TEACHER_ORDER)
+        chosen = ops.integers(len(images), (config.batch_size,), noise, stream=NoiseStream.TEACHER_ORDER)
         x0, cond = images[chosen], labels[chosen] if config.conditional else None
         t = torch.exp(
             config.log_sigma_mean
-            + config.log_sigma_std * ops.normal((config.batch_size,), noise, stream=Stream.TEACHER_TIME)
+            + config.log_sigma_std * ops.normal((config.batch_size,), noise, stream=NoiseStream.TEACHER_TIME)
         )
-        x_t = ops.perturb(x0, torch.ones_like(t), t, noise=noise, stream=Stream.TEACHER_NOISE)
+        x_t = ops.perturb(x0, torch.ones_like(t), t, noise=noise, stream=NoiseStream.TEACHER_NOISE)
         c_skip, c_out = trained.coefficients(t)
         loss = ops.score_matching_loss(trained(x_t, t, cond), x0, x_t, c_skip, c_out, 1 / c_out**2).mean()
 

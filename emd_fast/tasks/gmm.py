@@ -17,7 +17,7 @@ from emd_fast.config import RunConfig
 from emd_fast.diffusion.denoiser import Denoiser
 from emd_fast.diffusion.sampler import heun
 from emd_fast.diffusion.schedules import EDM
-from emd_fast.noise import Noise, Stream
+from emd_fast.noise import Noise
 from emd_fast.reporting import pictures
 from emd_fast.tasks import OnStep
 from emd_fast.tasks.mixture_metrics import mixture_comparison, mixture_metrics
@@ -70,7 +70,7 @@ class Mixture:
 
     def evaluate(self, trainer: EMDTrainer, untrained: EMDTrainer, folder: Path | None) -> dict[str, Any]:
         n, seed = self.config.samples, trainer.config.seed
-        z = ops.normal((n, 2), Noise(seed), stream=Stream.SHOWN)
+        z = ops.normal((n, 2), Noise(seed), stream=NoiseStream.SHOWN)
         samples = {
             "teacher": heun(trainer.teacher, z),
             "init": untrained.generate(n, ema=False),

@@ -15,7 +15,7 @@ from torch import Tensor
 from emd_fast import ops
 from emd_fast.metrics.distance import frechet
 from emd_fast.metrics.neighbours import precision_recall
-from emd_fast.noise import Noise, Stream
+from emd_fast.noise import Noise, NoiseStream
 
 # Substeps of noise stream 9 for the exact samples. Generated samples use low substeps of it.
 _EXACT_MODE, _EXACT_NOISE = 60_002, 60_003
@@ -118,8 +118,7 @@ def mixture_comparison(
 
 def _exact(weights: Tensor, means: Tensor, std: float, n: int, seed: int, first_sample: int = 0) -> Tensor:
     noise = Noise(seed, first_sample=first_sample)
-    drawn = ops.uniform((n,), noise, stream=Stream.SHOWN, substep=_EXACT_MODE).double()
+    drawn = ops.uniform((n,), noise, stream=NoiseStream.SHOWN, substep=_EXACT_MODE).double()
     mode = torch.searchsorted(weights.cumsum(0), drawn).clamp(max=len(weights) - 1)
-    return (
-        means[mode] + std * ops.normal((n, means.shape[1]), noise, stream=Stream.SHOWN, substep=_EXACT_NOISE).double()
-    )
+    offset = ops.normal((n, means.shape[1]), noise, stream=NoiseStream.SHOWN, substep=_EXACT_NOISE).double()
+    return means[mode] + std * offset

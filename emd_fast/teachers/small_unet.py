@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, scaled_dot_product_attention, silu
 
 from emd_fast import ops
-from emd_fast.noise import Noise, Stream
+from emd_fast.noise import Noise, NoiseStream
 from emd_fast.teachers.labels import check_labels
 
 _GROUPS = 4  # of every norm: groups of 4 and 8 channels
@@ -170,7 +170,7 @@ def initialise(module: nn.Module, seed: int) -> None:
             elif isinstance(layer, (nn.Conv2d, nn.Linear, nn.Embedding)):
                 fan_in = 1 if isinstance(layer, nn.Embedding) else parameter[0].numel()
                 noise = Noise(seed, device=parameter.device)
-                drawn = ops.normal(parameter.shape, noise, stream=Stream.WEIGHTS, substep=index[parameter])
+                drawn = ops.normal(parameter.shape, noise, stream=NoiseStream.WEIGHTS, substep=index[parameter])
                 parameter.copy_(drawn / math.sqrt(fan_in))
             else:
                 raise TypeError(f"initialise knows no rule for the parameter {name!r} of {type(layer).__name__}")

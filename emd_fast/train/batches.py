@@ -12,7 +12,7 @@ from emd_fast import ops
 from emd_fast.config import EMDConfig, StepSize, TimeDistribution
 from emd_fast.diffusion.denoiser import Condition
 from emd_fast.diffusion.schedules import Schedule
-from emd_fast.noise import Noise, Stream
+from emd_fast.noise import Noise, NoiseStream
 from emd_fast.train.conditions import Table
 
 
@@ -50,16 +50,16 @@ class Draws:
         """z_0 and eps_0 of the E-step, of so many samples."""
         self.noise.set(first_sample=first)
         return (
-            ops.normal((size, *self.latent_shape), self.noise, stream=Stream.E_STEP_Z),
-            ops.normal((size, *self.sample_shape), self.noise, stream=Stream.E_STEP_EPS),
+            ops.normal((size, *self.latent_shape), self.noise, stream=NoiseStream.E_STEP_Z),
+            ops.normal((size, *self.sample_shape), self.noise, stream=NoiseStream.E_STEP_EPS),
         )
 
     def student(self, first: int, size: int, substep: int) -> tuple[Tensor, Tensor]:
         """z and eps of an update of the student."""
         self.noise.set(first_sample=first)
         return (
-            ops.normal((size, *self.latent_shape), self.noise, stream=Stream.STUDENT_Z, substep=substep),
-            ops.normal((size, *self.sample_shape), self.noise, stream=Stream.STUDENT_EPS, substep=substep),
+            ops.normal((size, *self.latent_shape), self.noise, stream=NoiseStream.FAKE_SCORE_Z, substep=substep),
+            ops.normal((size, *self.sample_shape), self.noise, stream=NoiseStream.FAKE_SCORE_EPS, substep=substep),
         )
 
     def times(self, distribution: TimeDistribution, size: int, *, stream: int, substep: int = 0) -> Tensor:
@@ -90,11 +90,11 @@ class Draws:
         if self.prompts is not None:
             # Drawn on the host, which has to look the prompts up, and would wait for the device otherwise.
             host = Noise(self.config.seed, step=self._step, first_sample=start)
-            drawn = ops.integers(len(self.prompts), size, host, stream=Stream.CONDITION, substep=substep)
+            drawn = ops.integers(len(self.prompts), size, host, stream=NoiseStream.CONDITION, substep=substep)
             return self.looked_up(drawn)
         if not self.config.num_classes:
             return None
-        return ops.integers(self.config.num_classes, size, self.noise, stream=Stream.CONDITION, substep=substep)
+        return ops.integers(self.config.num_classes, size, self.noise, stream=NoiseStream.CONDITION, substep=substep)
 
     def looked_up(self, indices: Tensor) -> Condition:
         """The prompts at indices (n,) int64 on the CPU, on the device."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from emd_fast.config import ConfigError, EMDConfig, from_dict
-from emd_fast.distributed import Shards
+from emd_fast.distributed import TrainableParameters
 from emd_fast.train import checkpoint, optimizers
 from emd_fast.train.checkpoint import CheckpointError
 
@@ -42,7 +42,7 @@ class State:
     """
 
     modules: Mapping[str, nn.Module]
-    shards: Mapping[str, Shards]
+    shards: Mapping[str, TrainableParameters]
     optimizers: Mapping[str, torch.optim.Optimizer]
 
     def tensors(self) -> dict[str, Tensor]:

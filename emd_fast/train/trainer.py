@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from emd_fast import distributed, ops
 from emd_fast.config import ConfigError, EMDConfig, to_dict
 from emd_fast.diffusion.denoiser import Condition, Denoiser, base
-from emd_fast.distributed import Shards, gathered
+from emd_fast.distributed import TrainableParameters, gathered
 from emd_fast.em.cuda_graph import GraphedEStep
 from emd_fast.em.e_step import EStep, Watch, frozen, unchecked_e_step
 from emd_fast.em.e_step_xz import e_step_xz
 from emd_fast.em.fake_score_step import student_step
 from emd_fast.em.m_step import WEIGHTINGS, m_step
-from emd_fast.noise import Noise, Stream
+from emd_fast.noise import Noise, NoiseStream
 from emd_fast.train import average as ema
 from emd_fast.train import checkpoint, conditions, diagnostics, networks, optimizers
 from emd_fast.train.activation_checkpoint import activation_checkpoint
@@ -112,7 +112,7 @@ class EMDTrainer:
             networks.fuse_all(self.teacher, self.generator, self.student, compile=config.compile)
         self.ema = ema.EMA(self.generator, ema.profile(config))
         self._spread(mode)
-        self.shards = {"generator": Shards(self.generator), "student": Shards(self.student)}
+        self.shards = {"generator": TrainableParameters(self.generator), "student": TrainableParameters(self.student)}
         self.generator_optimizer = optimizers.make(config, self.shards["generator"].parameters, config.generator_lr)
         self.student_optimizer = optimizers.make(config, self.shards["student"].parameters, config.student_lr)
         if config.activation_checkpointing:
@@ -289,7 +289,7 @@ class EMDTrainer:
     def _e_step(self, piece: _Piece, watch: Watch | None = None) -> EStep:
         config = self.config
         z, eps = self.draws.e_step(piece.first, piece.size)
-        t = self.draws.times(config.time_distribution, piece.size, stream=Stream.E_STEP_TIME)
+        t = self.draws.times(config.time_distribution, piece.size, stream=NoiseStream.E_STEP_TIME)
         vsd = config.objective == "vsd"
         gamma_eps = self.draws.step_size(config.gamma_eps, t)
         gamma_z = 0.0 if vsd else self.draws.step_size(config.gamma_z, t)
@@ -340,7 +340,7 @@ class EMDTrainer:
         def loss_of(piece: _Piece) -> Tensor:
             z, eps = self.draws.student(piece.first, piece.size, substep)
             times = self.config.student_time_distribution
-            t = self.draws.times(times, piece.size, stream=Stream.STUDENT_TIME, substep=substep)
+            t = self.draws.times(times, piece.size, stream=NoiseStream.FAKE_SCORE_TIME, substep=substep)
             return student_step(self.generator, self.student, z, eps, t, cond=piece.cond)
 
         with gathered(self.generator, self.student):
@@ -449,7 +449,7 @@ class EMDTrainer:
     def shown(self, n: int, first_sample: int = 0) -> tuple[Tensor, Condition]:
         """The z (n, ...) of n shown samples, and prompts or classes in turn where the trainer has some."""
         noise = Noise(self.config.seed, first_sample=first_sample, device=self.device)
-        z = ops.normal((n, *self.latent_shape), noise, stream=Stream.SHOWN)
+        z = ops.normal((n, *self.latent_shape), noise, stream=NoiseStream.SHOWN)
         which = range(first_sample, first_sample + n)
         if self.prompts is not None:
             return z, self.draws.looked_up(torch.tensor(which, dtype=torch.int64) % len(self.prompts))
@@ -469,7 +469,7 @@ class EMDTrainer:
         x = self.generate(n, cond, ema=False)
         cond = self.shown(n)[1] if cond is None else cond
         # The substep is that of no z.
-        eps = ops.normal(x.shape, Noise(self.config.seed, device=self.device), stream=Stream.SHOWN, substep=1)
+        eps = ops.normal(x.shape, Noise(self.config.seed, device=self.device), stream=NoiseStream.SHOWN, substep=1)
         drawn = self.config.time_distribution
         middle = torch.full((n,), -math.log(drawn.low * drawn.high), device=self.device)
         t = self.schedule.t_from_log_snr(middle).clamp(self.schedule.t_min, self.schedule.t_max)

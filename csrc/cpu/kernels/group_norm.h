@@ -1,3 +1,4 @@
+// group_norm in the contiguous layout, and what both layouts share.
 #pragma once
 
 #include <math.h>
@@ -9,26 +10,26 @@
 namespace emd::cpu::EMD_ISA {
 namespace {
 
-// Calls function(a value of the type of the elements, whether there is an activation, as a type).
+// Calls function(a value of the element type, Constant<whether there is an activation>).
 template <class Function>
 inline void with_kind(const GroupNorm& op, Function function) {
   with_type(op.type, [&](auto element) {
-    op.silu ? function(element, Known<true>()) : function(element, Known<false>());
+    op.silu ? function(element, Constant<true>()) : function(element, Constant<false>());
   });
 }
 
-// Mean and sum of squared deviations of n numbers. Never E[x^2] - E[x]^2, which cancels where the mean is large.
+// Count, mean and sum of squared deviations. E[x^2] - E[x]^2 would cancel where the mean is large.
 struct Moments {
   double n, mean, squares;
 };
 
-// Chan, Golub, LeVeque (1979).
+// Moments of the union of two sets (Chan, Golub, LeVeque, 1979).
 EMD_HD Moments merged(const Moments& a, const Moments& b) {
   const double n = a.n + b.n, difference = b.mean - a.mean;
   return {n, a.mean + difference * (b.n / n), a.squares + b.squares + difference * difference * (a.n * b.n / n)};
 }
 
-// Of at most a tile.
+// Moments of at most one tile.
 template <class T>
 inline Moments tile_moments(const T* x, int64_t n) {
   const float mean = sum<float>(n, [=](int64_t i) { return to_float(x[i]); }) / float(n);
@@ -39,7 +40,8 @@ inline Moments tile_moments(const T* x, int64_t n) {
   return {double(n), double(mean), double(sum<float>(n, square))};
 }
 
-// Part by part in the cache: each read once from memory, and twice from there.
+// Moments of n contiguous numbers, tile by tile: each tile is read once from memory and twice from
+// cache.
 template <class T>
 inline Moments dense_moments(const T* x, int64_t n) {
   Moments all = {0, 0, 0};
@@ -50,7 +52,7 @@ inline Moments dense_moments(const T* x, int64_t n) {
   return all;
 }
 
-// Of a channel of a sample, with the moments of its group.
+// Affine map of a channel of a sample, from the mean and rstd of its group.
 EMD_HD ChannelMap map_of(const GroupNorm& op, int64_t sample, int64_t channel, float mean, float rstd) {
   return channel_map(mean, rstd, op.weight[channel], op.bias[channel], op.add.of(sample)[channel],
                      op.scale.of(sample)[channel], op.shift.of(sample)[channel]);
@@ -58,8 +60,8 @@ EMD_HD ChannelMap map_of(const GroupNorm& op, int64_t sample, int64_t channel, f
 
 inline float rstd_of(const Moments& group, double eps) { return float(1.0 / sqrt(group.squares / group.n + eps)); }
 
-// The numbers of a channel of a sample that its elements need: the same for all of them, or, in a tile of several
-// channels, one entry of each per element.
+// kCount coefficients of a channel, for the loops over its elements. Numbers holds one set for all
+// elements. NumbersTile, for a tile of several channels, holds one set per element.
 template <int kCount>
 struct Numbers {
   float value[kCount];
@@ -70,11 +72,12 @@ struct Numbers {
 template <int kCount>
 struct alignas(64) NumbersTile {
   static constexpr int64_t kVector = 16;
-  float data[kCount][kTile + kVector];  // room for the last vector of write
+  float data[kCount][kTile + kVector];  // padded for the last vector of write()
 
   EMD_HD float operator()(int k, int64_t i) const { return data[k][i]; }
 
-  // In order, and in whole vectors: each writes over what the one before wrote too much.
+  // Writes whole vectors. Call it in order of `at`: a call overwrites the excess of the previous
+  // one.
   void write(int64_t at, int64_t n, const Numbers<kCount>& numbers) {
     for (int64_t i = at; i < at + n; i += kVector) {
       for (int k = 0; k < kCount; k++) {
@@ -87,12 +90,12 @@ struct alignas(64) NumbersTile {
 
 enum MapNumbers { kCenter, kGain, kOffset, kMapNumbers };
 
-// y[i] from x[i]. Asks memory for what lies `ahead` elements behind it, to be read while others are computed: an address
-// behind the end is harmless, a prefetch never faults.
+// Applies the map to n elements. Prefetches the elements at `prefetch_distance`. An address past
+// the end is harmless, since a prefetch never faults.
 template <bool kSilu, class T, class Map>
-inline void apply_map(int64_t n, const T* x, T* y, const Map& map, int64_t ahead) {
+inline void apply_map(int64_t n, const T* x, T* y, const Map& map, int64_t prefetch_distance) {
   for_blocks(n, [=, &map](int64_t first, auto count) __attribute__((always_inline)) {
-    __builtin_prefetch(x + first + ahead);
+    __builtin_prefetch(x + first + prefetch_distance);
 #pragma omp simd
     for (int64_t i = first; i < first + count; i++) {
       from_float(emd::group_norm<kSilu>(to_float(x[i]), map(kCenter, i), map(kGain, i), map(kOffset, i)), y[i]);
@@ -100,8 +103,9 @@ inline void apply_map(int64_t n, const T* x, T* y, const Map& map, int64_t ahead
   });
 }
 
-// Channels before positions. A row is the positions of one channel of one sample, an item the rows of one group of one
-// sample. Elements are taken in parts of at most a tile: of one row, or of several whole ones.
+// Contiguous layout (channels before positions). A row holds the positions of one channel of one
+// sample. An item holds the rows of one group of one sample. Elements are processed in parts of at
+// most one tile: a part of one row, or several whole rows.
 
 struct Rows {
   int64_t first, count, start, size;  // start of their elements in the tensor
@@ -109,13 +113,14 @@ struct Rows {
   EMD_HD int64_t width() const { return size / count; }
 };
 
-// Items that are taken together: they fit a tile.
+// Number of items that fit into one tile, at least 1.
 inline int64_t items_together(const GroupNorm& op) {
   const int64_t together = kTile / (op.group_channels() * op.positions);
   return together > 1 ? together : 1;
 }
 
-// The numbers of the rows of a part, found before any of them is used: their loop over channels is one of vectors.
+// Coefficients of the rows of a part. They are computed for all rows first, so that the loop
+// vectorizes.
 template <int kCount>
 struct RowNumbers {
   static constexpr int64_t kRows = 64;
@@ -128,7 +133,7 @@ struct RowNumbers {
   }
 };
 
-// Calls function(r, item) for count rows from row on.
+// Calls function(r, item) for `count` rows from `row` on.
 template <class Function>
 inline void for_items_of(const GroupNorm& op, int64_t row, int64_t count, Function function) {
   const int64_t width = op.group_channels();
@@ -164,7 +169,8 @@ inline void write_maps(const GroupNorm& op, int64_t row, int64_t count, RowNumbe
   }
 }
 
-// Calls function(rows, numbers) for the parts of items first to last - 1; write(row, count, numbers) finds the numbers.
+// Calls function(rows, numbers) for each part of items first to last - 1. write(row, count,
+// numbers) computes the coefficients.
 template <int kCount, class Write, class Function>
 inline void for_parts(const GroupNorm& op, int64_t first, int64_t last, Write write, Function function) {
   const int64_t positions = op.positions, end = last * op.group_channels(), most = RowNumbers<kCount>::kRows;
@@ -180,8 +186,8 @@ inline void for_parts(const GroupNorm& op, int64_t first, int64_t last, Write wr
   }
 }
 
-// Calls function(first, n, numbers) for the rows of a part one by one, or, where rows are short and would leave blocks
-// unfilled, for all at once.
+// Calls function(first, n, numbers) for each row of a part, or once for all rows if they are short
+// and would leave vectors unfilled.
 template <int kCount, class Function>
 inline void for_runs(const Rows& rows, const RowNumbers<kCount>& numbers, Function function) {
   const int64_t n = rows.width();
@@ -210,8 +216,8 @@ inline Moments item_moments(const GroupNorm& op, int64_t item) {
   return group;
 }
 
-// Of the items that share a tile, the same numbers as item_moments: step by step for all of them, so that the processor
-// need not wait for the end of one sum before it starts the next.
+// Moments of the items that share a tile, equal to those of item_moments. Each step runs over all
+// items, so that the processor starts the next sum before the previous one ends.
 template <class T>
 inline void moments_of_tile(const GroupNorm& op, int64_t begin, int64_t end) {
   const int64_t items = end - begin, n = op.group_channels() * op.positions;
@@ -232,8 +238,8 @@ inline void moments_of_tile(const GroupNorm& op, int64_t begin, int64_t end) {
   for (int64_t g = 0; g < items; g++) rstd[g] = rstd_of({double(n), 0, double(squares[g])}, op.eps);
 }
 
-// Items are small enough in most networks to be in the cache still when they are read again; meanwhile the next comes
-// from memory.
+// In most networks an item is still in the cache when it is read again. The next item is
+// prefetched meanwhile.
 template <class T, bool kSilu>
 inline void group_norm_rows(const GroupNorm& op, int64_t first, int64_t last) {
   const int64_t together = items_together(op);
@@ -263,139 +269,6 @@ inline void group_norm_rows(const GroupNorm& op, int64_t first, int64_t last) {
 
 void group_norm(const GroupNorm& op, int64_t first, int64_t last) {
   with_kind(op, [&](auto element, auto silu) { group_norm_rows<decltype(element), silu>(op, first, last); });
-}
-
-// Channels last, in three passes: the moments of every channel in every chunk of positions; from them the moments of
-// groups and the maps of channels; the maps applied.
-
-struct Chunk {
-  int64_t sample, positions, start;  // start of its elements in the tensor
-};
-
-inline Chunk chunk_of(const GroupNorm& op, int64_t item) {
-  const int64_t sample = item / op.chunks(), position = item % op.chunks() * op.chunk();
-  const int64_t rest = op.positions - position;
-  return {sample, rest < op.chunk() ? rest : op.chunk(), (sample * op.positions + position) * op.channels};
-}
-
-// Calls function(channel, count, start) for blocks of channels, start being where their elements are, in the order in
-// which they lie: several positions at once would read what belongs to a channel once for all of them, but the processor
-// foresees memory best in that order.
-template <class Function>
-inline void for_blocks_of(const GroupNorm& op, const Chunk& chunk, Function function) {
-  for (int64_t position = 0; position < chunk.positions; position++) {
-    const int64_t start = chunk.start + position * op.channels;
-    for_blocks(op.channels, [&](int64_t channel, auto count) __attribute__((always_inline)) {
-      function(channel, count, start + channel);
-    });
-  }
-}
-
-inline float* chunk_moments(const GroupNorm& op, int64_t item) { return op.scratch + item * 2 * op.channels; }
-
-// (samples, 3, channels): center, gain, offset.
-inline float* channel_maps(const GroupNorm& op, int64_t sample) {
-  return op.scratch + op.samples * op.chunks() * 2 * op.channels + sample * 3 * op.channels;
-}
-
-template <class T>
-inline void chunk_moments_of(const GroupNorm& op, int64_t item) {
-  const Chunk chunk = chunk_of(op, item);
-  const int64_t channels = op.channels;
-  const T* x = static_cast<const T*>(op.x);
-  float *mean = chunk_moments(op, item), *squares = mean + channels;
-  memset(mean, 0, size_t(2 * channels) * sizeof(float));
-  for_blocks_of(op, chunk, [=](int64_t channel, auto count, int64_t start) __attribute__((always_inline)) {
-#pragma omp simd
-    for (int64_t j = 0; j < count; j++) mean[channel + j] += to_float(x[start + j]);
-  });
-  const float inverse = 1.0f / float(chunk.positions);
-#pragma omp simd
-  for (int64_t c = 0; c < channels; c++) mean[c] *= inverse;
-  const int64_t next = chunk.positions * channels;  // the next chunk comes from memory meanwhile
-  for_blocks_of(op, chunk, [=](int64_t channel, auto count, int64_t start) __attribute__((always_inline)) {
-    __builtin_prefetch(x + start + next);
-#pragma omp simd
-    for (int64_t j = 0; j < count; j++) {
-      const float apart = to_float(x[start + j]) - mean[channel + j];
-      squares[channel + j] += product(apart, apart);
-    }
-  });
-}
-
-void group_norm_moments(const GroupNorm& op, int64_t first, int64_t last) {
-  with_type(op.type, [&](auto element) {
-    for (int64_t item = first; item < last; item++) chunk_moments_of<decltype(element)>(op, item);
-  });
-}
-
-void group_norm_maps(const GroupNorm& op, int64_t first, int64_t last) {
-  const int64_t channels = op.channels, width = op.group_channels(), chunks = op.chunks();
-  for (int64_t sample = first; sample < last; sample++) {
-    double *mean = op.moments + sample * 2 * channels, *squares = mean + channels;
-    memset(mean, 0, size_t(2 * channels) * sizeof(double));
-    for (int64_t item = sample * chunks; item < (sample + 1) * chunks; item++) {
-      const double share = double(chunk_of(op, item).positions) / double(op.positions);
-      const float* part = chunk_moments(op, item);
-#pragma omp simd
-      for (int64_t c = 0; c < channels; c++) mean[c] += share * double(part[c]);
-    }
-    for (int64_t item = sample * chunks; item < (sample + 1) * chunks; item++) {
-      const double n = double(chunk_of(op, item).positions);
-      const float* part = chunk_moments(op, item);
-#pragma omp simd
-      for (int64_t c = 0; c < channels; c++) {
-        const double apart = double(part[c]) - mean[c];
-        squares[c] += double(part[channels + c]) + n * (apart * apart);
-      }
-    }
-    const float* add = op.add.of(sample);
-#pragma omp simd
-    for (int64_t c = 0; c < channels; c++) mean[c] += double(add[c]);
-    float* maps = channel_maps(op, sample);
-    for (int64_t g = 0; g < op.groups; g++) {
-      Moments group = {double(width * op.positions), 0, 0};
-      for (int64_t c = g * width; c < (g + 1) * width; c++) group.mean += mean[c];
-      group.mean /= double(width);
-      for (int64_t c = g * width; c < (g + 1) * width; c++) {
-        const double apart = mean[c] - group.mean;
-        group.squares += squares[c] + double(op.positions) * (apart * apart);
-      }
-      const float group_mean = float(group.mean), rstd = rstd_of(group, op.eps);
-      op.mean[sample * op.groups + g] = group_mean;
-      op.rstd[sample * op.groups + g] = rstd;
-#pragma omp simd
-      for (int64_t c = g * width; c < (g + 1) * width; c++) {
-        const ChannelMap map = map_of(op, sample, c, group_mean, rstd);
-        maps[c] = map.center;
-        maps[channels + c] = map.gain;
-        maps[2 * channels + c] = map.offset;
-      }
-    }
-  }
-}
-
-template <class T, bool kSilu>
-inline void apply_to_chunk(const GroupNorm& op, int64_t item) {
-  const Chunk chunk = chunk_of(op, item);
-  const int64_t channels = op.channels;
-  const float *center = channel_maps(op, chunk.sample), *gain = center + channels, *offset = gain + channels;
-  const T* x = static_cast<const T*>(op.x);
-  T* y = static_cast<T*>(op.y);
-  for_blocks_of(op, chunk, [=](int64_t channel, auto count, int64_t start) __attribute__((always_inline)) {
-    __builtin_prefetch(x + start + kTile);
-#pragma omp simd
-    for (int64_t j = 0; j < count; j++) {
-      const int64_t c = channel + j;
-      from_float(emd::group_norm<kSilu>(to_float(x[start + j]), center[c], gain[c], offset[c]), y[start + j]);
-    }
-  });
-}
-
-void group_norm_apply(const GroupNorm& op, int64_t first, int64_t last) {
-  with_kind(op, [&](auto element, auto silu) {
-    for (int64_t item = first; item < last; item++) apply_to_chunk<decltype(element), silu>(op, item);
-  });
 }
 
 }  // namespace

@@ -1,12 +1,12 @@
 #pragma once
 
-#include "group_norm.h"
+#include "group_norm_channels_last.h"
 
 namespace emd::cpu::EMD_ISA {
 namespace {
 
-// inner[i], the gradient before the activation; then function(first, count) for its block. Meanwhile memory is asked for
-// the tile behind this one.
+// Computes inner[i], the gradient with respect to the activation's input, and calls
+// function(first, count) after each block. Prefetches the next tile.
 template <bool kSilu, class T, class Map, class Function>
 inline void inner_gradient(int64_t n, const T* grad, const T* x, float* inner, const Map& map, Function function) {
   for_blocks(n, [=, &map](int64_t first, auto count) __attribute__((always_inline)) {
@@ -21,7 +21,8 @@ inline void inner_gradient(int64_t n, const T* grad, const T* x, float* inner, c
   });
 }
 
-enum GradientNumbers { kSlope = kMapNumbers, kConstant, kGradientNumbers };  // after those of the map
+// Continues MapNumbers.
+enum GradientNumbers { kSlope = kMapNumbers, kConstant, kGradientNumbers };
 
 template <class T, class Gradient>
 inline void gradient_of_x(int64_t n, const float* inner, const T* x, T* out, const Gradient& of) {
@@ -35,12 +36,13 @@ inline void gradient_of_x(int64_t n, const float* inner, const T* x, T* out, con
   });
 }
 
-// sums is (3, samples, channels).
+// Plane k of the sums (3, samples, channels).
 inline double* sums_of(const GroupNormBackward& op, int k) {
   return op.sums + k * op.forward.samples * op.forward.channels;
 }
 
-// From the sums of the group's channels, of which it makes those of i n those of i (x - center).
+// Gradient coefficients of a group, from the sums of its channels. In place, multiplies the sums
+// of i (x - center) and of x - center by rstd, which makes them those of i n and n.
 inline ChannelGradient group_gradient(const GroupNormBackward& op, int64_t sample, int64_t group) {
   const GroupNorm& norm = op.forward;
   const int64_t width = norm.group_channels(), channel0 = group * width, row0 = sample * norm.channels + channel0;
@@ -58,7 +60,7 @@ inline ChannelGradient group_gradient(const GroupNormBackward& op, int64_t sampl
   return channel_gradient(sum_k, sum_k_normal, rstd, double(width * norm.positions));
 }
 
-// The sums of rows of a part, one after the other.
+// Sums of the rows of a part, added row by row.
 struct RowSums {
   float inner[RowNumbers<1>::kRows], product[RowNumbers<1>::kRows];
   int64_t row = 0;
@@ -69,7 +71,7 @@ struct RowSums {
   }
 };
 
-// The inner gradient of a row and its sums. Memory is asked for where the gradient of x will go, too.
+// Inner gradient of a row, and its sums. Prefetches the destination of the gradient of x too.
 template <bool kSilu, class T>
 inline void row_sums(int64_t n, int64_t, const T* grad, const T* x, float* inner, const T* out,
                      const Numbers<kMapNumbers>& map, RowSums& sums) {
@@ -90,7 +92,7 @@ inline void row_sums(int64_t n, int64_t, const T* grad, const T* x, float* inner
   sums.add(sum_of_lanes<kBlock>(inner_sum), sum_of_lanes<kBlock>(product_sum));
 }
 
-// Of rows of a width that share a tile.
+// The same for several rows of this width in one tile.
 template <bool kSilu, class T>
 inline void row_sums(int64_t n, int64_t width, const T* grad, const T* x, float* inner, const T* out,
                      const NumbersTile<kMapNumbers>& map, RowSums& sums) {
@@ -103,13 +105,15 @@ inline void row_sums(int64_t n, int64_t width, const T* grad, const T* x, float*
   }
 }
 
-// To the totals of the channels: what a part has of each, after the parts of it before.
+// Adds the sums of a part to the totals of its channels, or stores them if it is the first part of
+// a row.
 inline void add_to_totals(double* totals, const float* sums, int64_t count, bool continues) {
 #pragma omp simd
   for (int64_t r = 0; r < count; r++) totals[r] = (continues ? totals[r] : 0) + double(sums[r]);
 }
 
-// Of items that are taken together: scratch holds their inner gradient, so that the exponential is taken once.
+// Backward pass of items that share a tile. scratch holds the inner gradient, so that the
+// exponential is computed once.
 template <class T, bool kSilu>
 inline void backward_of_items(const GroupNormBackward& op, int64_t begin, int64_t end) {
   const GroupNorm& norm = op.forward;
@@ -125,7 +129,8 @@ inline void backward_of_items(const GroupNormBackward& op, int64_t begin, int64_
         for_runs(rows, numbers, [&](int64_t first, int64_t n, const auto& map) {
           row_sums<kSilu>(n, width, grad + first, x + first, inner + first, out + first, map, sums);
         });
-        const bool continues = rows.start > rows.first * norm.positions;  // the row of the part before
+        // Whether the previous part has the same row.
+        const bool continues = rows.start > rows.first * norm.positions;
         add_to_totals(sums_of(op, 0) + rows.first, sums.inner, rows.count, continues);
         add_to_totals(sums_of(op, 1) + rows.first, sums.product, rows.count, continues);
         if (!op.sums_x) return;
@@ -171,20 +176,20 @@ void group_norm_backward(const GroupNormBackward& op, int64_t first, int64_t las
   });
 }
 
-// Channels last: the sums of every channel in every chunk of positions; their totals, and with them what the gradient
-// of x needs of each channel; the gradient of x.
+// channels_last, in passes: the maps of the forward pass; the sums of every channel in every chunk
+// of positions; their totals, with the gradient coefficients of each channel; the gradient of x.
 
 inline float* chunk_sums(const GroupNormBackward& op, int64_t item) {
   return op.scratch + item * 3 * op.forward.channels;
 }
 
-// (samples, 5, channels): center, gain, offset, slope, constant.
+// Coefficients (samples, 5, channels): center, gain, offset, slope, constant.
 inline float* channel_numbers(const GroupNormBackward& op, int64_t sample) {
   const GroupNorm& norm = op.forward;
   return op.scratch + norm.samples * norm.chunks() * 3 * norm.channels + sample * 5 * norm.channels;
 }
 
-// op.inner, at the elements of a chunk as they lie in the tensor.
+// op.inner, shifted so that the tensor's element indices of this sample address it.
 inline float* inner_of(const GroupNormBackward& op, const Chunk& chunk) {
   return op.inner ? op.inner - chunk.sample * op.forward.positions * op.forward.channels : nullptr;
 }
@@ -226,7 +231,7 @@ void group_norm_backward_sums(const GroupNormBackward& op, int64_t first, int64_
   });
 }
 
-// The maps of the forward pass, again.
+// Recomputes the maps of the forward pass.
 void group_norm_backward_maps(const GroupNormBackward& op, int64_t first, int64_t last) {
   const GroupNorm& norm = op.forward;
   for (int64_t sample = first; sample < last; sample++) {

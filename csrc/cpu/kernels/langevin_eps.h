@@ -10,11 +10,11 @@ void langevin_eps(const LangevinEps& op, int64_t first, int64_t last) {
   for_tiles(op.shape, first, last, [&](const Tile& tile) {
     Buffer delta_buffer, drawn, buffer;
     const int64_t n = tile.size();
-    Ahead ahead(tile);
-    ahead.of(op.eps);
-    ahead.of(op.drift);
-    for (int t = 0; t < op.terms; t++) ahead.of(op.term[t]);
-    tile_normals(op.noise, tile, ahead, drawn);
+    Prefetcher prefetcher(tile);
+    prefetcher.add(op.eps);
+    prefetcher.add(op.drift);
+    for (int t = 0; t < op.terms; t++) prefetcher.add(op.term[t]);
+    tile_normals(op.noise, tile, prefetcher, drawn);
     float* delta = delta_buffer.data;
     for (int t = 0; t < op.terms; t++) {
       const float* term = read(op.term[t], tile, op.shape.elements, buffer);
@@ -38,9 +38,9 @@ void langevin_eps(const LangevinEps& op, int64_t first, int64_t last) {
         [=](auto alpha, auto sigma, auto step_size) {
 #pragma omp simd
           for (int64_t i = 0; i < n; i++) {
-            const float gamma = at(step_size, i), gradient = product(at(sigma, i), delta[i]);
-            drift[i] = langevin_drift(drift[i], gradient, gamma);
-            eps[i] = langevin_step(eps[i], gradient, gamma, langevin_kick(gamma), noise[i]);
+            const float step = at(step_size, i), gradient = product(at(sigma, i), delta[i]);
+            drift[i] = langevin_drift(drift[i], gradient, step);
+            eps[i] = langevin_step(eps[i], gradient, step, langevin_noise_scale(step), noise[i]);
             out[i] = product(at(alpha, i), delta[i]);
           }
         },

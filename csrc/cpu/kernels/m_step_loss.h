@@ -27,7 +27,8 @@ void m_step_gradient(const MStepGradient& op, int64_t first, int64_t last) {
         [=](auto grad, auto weight, auto alpha, auto sigma) {
 #pragma omp simd
           for (int64_t i = 0; i < n; i++) {
-            const float factor = m_step_gradient_factor(at(grad, i), at(weight, i), at(alpha, i), at(sigma, i), elements);
+            const float factor =
+                m_step_gradient_factor(at(grad, i), at(weight, i), at(alpha, i), at(sigma, i), elements);
             out[i] = product(factor, drift[i]);
           }
         },

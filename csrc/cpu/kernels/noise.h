@@ -1,4 +1,4 @@
-// The noise of a tile, by the noise contract: a number depends on its sample and element, and on nothing else.
+// Noise of a tile, by the noise contract (docs/algorithm.md).
 #pragma once
 
 #include "../../core/normal.h"
@@ -15,10 +15,11 @@ struct alignas(64) Blocks {
   uint32_t word[4][kBlocks];
 };
 
-// Calls use(l, words) with the random words of a tile, kBlocks at a time, l the number of the first block. Where the tile
-// holds several samples, each has whole blocks. In between memory is asked for the next tile.
+// Calls use(l, words) with the random words of a tile, kBlocks blocks at a time. l is the index of
+// the first block. In a tile of several samples each sample has whole blocks. Prefetches the next
+// tile.
 template <class Use>
-inline void for_blocks(const NoiseSource& source, const Tile& tile, const Ahead& ahead, Use use) {
+inline void for_blocks(const NoiseSource& source, const Tile& tile, const Prefetcher& prefetcher, Use use) {
   alignas(64) uint32_t block[kTileBlocks], sample[kTileBlocks];
   const NoiseKey noise = key_of(source);
   const int per_sample = int((tile.count + 3) / 4), n = int(tile.samples) * per_sample;
@@ -33,13 +34,13 @@ inline void for_blocks(const NoiseSource& source, const Tile& tile, const Ahead&
   for (int l = n; l < rounded; l++) block[l] = sample[l] = 0;
   Blocks blocks;
   for (int l = 0; l < rounded; l += kBlocks) {
-    ahead.ask(l / kBlocks, rounded / kBlocks);
+    prefetcher.prefetch(l / kBlocks, rounded / kBlocks);
     philox_blocks(block + l, sample + l, noise.stream_substep, noise.step, noise.key0, noise.key1, blocks.word);
     use(l, blocks.word);
   }
 }
 
-// Takes out the numbers that fill up the last block of each sample.
+// Removes the unused numbers of the last block of each sample.
 inline void drop_padding(const Tile& tile, float* out) {
   if (tile.samples == 1 || tile.count % 4 == 0) return;
   const int64_t padded = (tile.count + 3) / 4 * 4;
@@ -49,7 +50,7 @@ inline void drop_padding(const Tile& tile, float* out) {
 }
 
 inline void tile_uniforms(const NoiseSource& noise, const Tile& tile, Buffer& out) {
-  for_blocks(noise, tile, Ahead(tile), [&](int first, const uint32_t (*word)[kBlocks]) {
+  for_blocks(noise, tile, Prefetcher(tile), [&](int first, const uint32_t (*word)[kBlocks]) {
     float* to = out.data + 4 * first;
 #pragma omp simd
     for (int l = 0; l < kBlocks; l++) {
@@ -62,8 +63,8 @@ inline void tile_uniforms(const NoiseSource& noise, const Tile& tile, Buffer& ou
   drop_padding(tile, out.data);
 }
 
-inline void tile_normals(const NoiseSource& noise, const Tile& tile, const Ahead& ahead, Buffer& out) {
-  for_blocks(noise, tile, ahead, [&](int first, const uint32_t (*word)[kBlocks]) {
+inline void tile_normals(const NoiseSource& noise, const Tile& tile, const Prefetcher& prefetcher, Buffer& out) {
+  for_blocks(noise, tile, prefetcher, [&](int first, const uint32_t (*word)[kBlocks]) {
     float* to = out.data + 4 * first;
 #pragma omp simd
     for (int l = 0; l < kBlocks; l++) {

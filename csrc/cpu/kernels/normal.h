@@ -8,7 +8,7 @@ namespace {
 void normal(const Normal& op, int64_t first, int64_t last) {
   for_tiles(op.shape, first, last, [&](const Tile& tile) {
     Buffer drawn;
-    tile_normals(op.noise, tile, Ahead(tile), drawn);
+    tile_normals(op.noise, tile, Prefetcher(tile), drawn);
     if (op.out.type == Type::float32) {
       memcpy(static_cast<float*>(op.out.data) + tile.flat, drawn.data, size_t(tile.size()) * sizeof(float));
     } else {

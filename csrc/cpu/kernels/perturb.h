@@ -11,9 +11,9 @@ void perturb(const Perturb& op, int64_t first, int64_t last) {
     Buffer drawn, x0_buffer, out_buffer;
     const float* eps = drawn.data;
     if (op.draws) {
-      Ahead ahead(tile);
-      ahead.of(op.x0);
-      tile_normals(op.noise, tile, ahead, drawn);
+      Prefetcher prefetcher(tile);
+      prefetcher.add(op.x0);
+      tile_normals(op.noise, tile, prefetcher, drawn);
     } else {
       eps = read(op.eps, tile, op.shape.elements, drawn);
     }

@@ -1,8 +1,8 @@
-// Philox for many counters at once.
+// Vectorized Philox for many counters.
 //
-// Each 32-bit word sits in a lane of 64, because the one fast multiplication that gives both halves of a product works
-// there, and takes the low halves: what collects in the high ones is never read. A round is then two products, two
-// shifts and two exclusive ors.
+// Each 32-bit word is in the low half of a 64-bit lane. The fast multiplication that gives both
+// halves of a product reads the low halves only, so the contents of the high halves do not matter.
+// A round takes two products, two shifts and two exclusive ors per vector.
 #pragma once
 
 #include <stdint.h>
@@ -58,13 +58,13 @@ EMD_HD Lanes high_half(Lanes a) { return _mm_srli_epi64(a, 32); }
 EMD_HD Lanes exclusive_or(Lanes a, Lanes b, Lanes c) { return _mm_xor_si128(_mm_xor_si128(b, c), a); }
 #endif
 
-constexpr int kBlocks = 32;  // of four words, in one call
+constexpr int kBlocks = 32;  // blocks of four words per call
 
 // word[i][l] is word i of the block whose counter is (c0[l], c1[l], c2, c3).
 inline void philox_blocks(const uint32_t* c0, const uint32_t* c1, uint32_t c2, uint32_t c3, uint32_t key0,
                           uint32_t key1, uint32_t (*word)[kBlocks]) {
 #if defined(__SSE2__)
-  constexpr int kGroups = 4;  // independent chains, to hide the latency of the products
+  constexpr int kGroups = 4;  // independent dependency chains, to hide the latency of the products
   const Lanes m0 = all_lanes(0xD2511F53u), m1 = all_lanes(0xCD9E8D57u);
   for (int l = 0; l < kBlocks; l += kGroups * kLanes) {
     Lanes w0[kGroups], w1[kGroups], w2[kGroups], w3[kGroups];

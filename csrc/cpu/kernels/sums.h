@@ -1,6 +1,6 @@
-// Sums that do not depend on the width of a vector: 64 lanes, added in pairs at the end. They are four of the widest
-// vectors, since an addition starts every cycle and takes four. A short row has 16 lanes: adding up 64 would take longer
-// than the row.
+// Sums whose result does not depend on the vector width: 64 lanes, added pairwise at the end. 64
+// lanes are four of the widest vectors, since an addition starts every cycle and takes four
+// cycles. A short row uses 16 lanes, because the reduction of 64 would take longer than the row.
 #pragma once
 
 #include <stdint.h>
@@ -10,27 +10,28 @@
 namespace emd::cpu::EMD_ISA {
 namespace {
 
-// A loop over a number of elements that the compiler knows is nothing but the arithmetic; one over any number costs as
-// much again to enter as a short row.
+// Elements per block. A loop with a constant trip count compiles to the arithmetic only. The setup
+// of a loop with a variable trip count costs as much as a short row.
 constexpr int64_t kBlock = 16;
 
-// A value that the compiler knows where it is handed over.
+// A compile-time constant, passed as a function argument.
 template <auto kValue>
-struct Known {
+struct Constant {
   EMD_HD constexpr operator decltype(kValue)() const { return kValue; }
 };
 
-// Calls function(first, count) for the blocks of n elements; the last may be shorter.
+// Calls function(first, count) for the blocks of n elements. The last block may be shorter.
 template <class Function>
 EMD_HD void for_blocks(int64_t n, Function function) {
   int64_t i = 0;
-  for (; i + kBlock <= n; i += kBlock) function(i, Known<kBlock>());
+  for (; i + kBlock <= n; i += kBlock) function(i, Constant<kBlock>());
   if (i < n) function(i, n - i);
 }
 
 constexpr int kSumLanes = 64, kShortSum = 256;
 
-// Widths that the compiler knows: a loop over them goes through memory, and waits for it at every turn.
+// Recursive, so that all widths are constants. A loop over them would store and reload at each
+// step.
 template <int kLanes, class Number>
 EMD_HD Number sum_of_lanes(const Number* lanes) {
   if constexpr (kLanes == 1) {
@@ -43,14 +44,14 @@ EMD_HD Number sum_of_lanes(const Number* lanes) {
   }
 }
 
-// lanes[j] becomes the sum of the numbers of lane j so far. The first is added to 0: zeros stored before, or a copy, are
-// stored in other widths than they are read, and the read waits for the store.
+// Adds a number to lane j. The first number is added to a literal 0: zeros stored before the loop
+// would have another store width than the load, which stalls store forwarding.
 template <class Number>
 EMD_HD void add_to_lane(Number* lanes, int64_t j, int64_t first, Number number) {
   lanes[j] = (first == 0 ? 0 : lanes[j]) + number;
 }
 
-// After the first block, where it is not a whole one.
+// Clears the other lanes after a first block that is not full.
 template <class Number>
 EMD_HD void clear_lanes_from(Number* lanes, int64_t count) {
   for (int64_t j = count; j < kBlock; j++) lanes[j] = 0;
@@ -85,7 +86,7 @@ EMD_HD Number long_sum(int64_t n, Term term) {
   return sum_of_lanes<kSumLanes>(lanes);
 }
 
-// The sum of term(i) for i below n.
+// Sum of term(i) for 0 <= i < n.
 template <class Number, class Term>
 EMD_HD Number sum(int64_t n, Term term) {
   return n < kShortSum ? short_sum<Number>(n, term) : long_sum<Number>(n, term);

@@ -1,4 +1,4 @@
-// Tiles: what one pass over the first-level cache takes of each tensor.
+// Tiles: the part of each tensor that is processed in the L1 cache.
 #pragma once
 
 #include <stdint.h>
@@ -8,10 +8,10 @@
 namespace emd::cpu::EMD_ISA {
 namespace {
 
-// `count` elements from `element` on, of each of `samples` samples; element is 0 where there are several.
+// `count` elements from `element` on of each of `samples` samples. `element` is 0 if samples > 1.
 struct Tile {
   int64_t sample, samples, element, count;
-  int64_t flat;  // where it starts in a contiguous tensor
+  int64_t flat;  // index of its first element in a contiguous tensor
 
   int64_t size() const { return samples * count; }
 };
@@ -20,7 +20,7 @@ struct alignas(64) Buffer {
   float data[kTile];
 };
 
-// The tile of number `index` when every tile holds (part of) one sample.
+// Tile number `index` if every tile holds (a part of) one sample.
 inline Tile sample_tile(const Shape& shape, int64_t index) {
   const int64_t parts = tiles_per_sample(shape);
   const int64_t sample = index / parts, element = index % parts * kTile, rest = shape.elements - element;
@@ -74,7 +74,8 @@ inline void finish(const Target& target, const Tile& tile, const float* row) {
   finish_row(target.data, target.type, tile.flat, tile.size(), row);
 }
 
-// The tile of a tensor as float32: in place where it lies so in memory, otherwise in the buffer.
+// The tile of a tensor as float32: a pointer to the tensor if it is contiguous float32, else to
+// the buffer.
 inline const float* read(const Source& source, const Tile& tile, int64_t elements, Buffer& buffer) {
   if (source.dense && (tile.samples == 1 || source.sample_stride == elements)) {
     return read_row(source.data, source.type, tile.sample * source.sample_stride + tile.element, tile.size(),
@@ -91,25 +92,25 @@ inline const float* read(const Source& source, const Tile& tile, int64_t element
   return buffer.data;
 }
 
-// Asks memory for the next tile of tensors, a part at a time between parts of a computation: a processor has only so
-// many requests under way, and asking for a whole tile at once waits for memory instead of hiding it.
-class Ahead {
+// Prefetches the next tile of tensors in parts, between parts of a computation. The number of
+// outstanding memory requests is limited: a prefetch of a whole tile at once would stall.
+class Prefetcher {
  public:
-  explicit Ahead(const Tile& tile) : tile_(tile) {}
+  explicit Prefetcher(const Tile& tile) : tile_(tile) {}
 
-  void of(const void* data, Type type, int64_t tile_start) {
+  void add(const void* data, Type type, int64_t tile_start) {
     const int64_t size = bytes_of(type);
     start_[count_] = static_cast<const char*>(data) + (tile_start + tile_.size()) * size;
     bytes_[count_++] = tile_.size() * size;
   }
-  void of(const float* state) { of(state, Type::float32, tile_.flat); }
-  // Of a strided source nothing is known that would be worth asking for.
-  void of(const Source& source) {
-    if (source.dense) of(source.data, source.type, tile_.sample * source.sample_stride + tile_.element);
+  void add(const float* state) { add(state, Type::float32, tile_.flat); }
+  // The next tile of a strided source is not contiguous and is not prefetched.
+  void add(const Source& source) {
+    if (source.dense) add(source.data, source.type, tile_.sample * source.sample_stride + tile_.element);
   }
 
-  // An address behind the end is harmless: a prefetch never faults.
-  void ask(int part, int parts) const {
+  // An address past the end is harmless: a prefetch never faults.
+  void prefetch(int part, int parts) const {
     for (int i = 0; i < count_; i++) {
       const int64_t from = bytes_[i] * part / parts & ~int64_t{63}, to = bytes_[i] * (part + 1) / parts;
       for (int64_t at = from; at < to; at += 64) __builtin_prefetch(start_[i] + at, 0, 2);
@@ -123,7 +124,8 @@ class Ahead {
   int count_ = 0;
 };
 
-// A number of each sample, inside a loop over elements: one for all of a tile of one sample, else one per element.
+// A per-sample number in a loop over elements: one float for a tile of one sample, else one per
+// element.
 EMD_HD float at(float number, int64_t) { return number; }
 EMD_HD float at(const float* numbers, int64_t i) { return numbers[i]; }
 
@@ -138,7 +140,8 @@ struct Expanded : Buffer {
   const float* begin() const { return data; }
 };
 
-// Calls function(number...) with floats for a tile of one sample, otherwise with arrays of one number per element.
+// Calls function(number...) with floats for a tile of one sample, else with arrays of one number
+// per element.
 template <class Function, class... Numbers>
 inline void with_numbers(const Tile& tile, Function function, const Numbers&... numbers) {
   if (tile.samples == 1) {

@@ -1,4 +1,4 @@
-// Rows of numbers: conversion between float32 and the reduced types.
+// Conversion of rows between float32 and the reduced types.
 #pragma once
 
 #include <stdint.h>
@@ -27,7 +27,7 @@ inline void row_from_float(const float* row, int64_t n, T* out) {
 }
 
 #if defined(__F16C__)
-// GCC does not vectorise the conversions of half precision by itself.
+// GCC does not vectorize the float16 conversions by itself.
 inline void row_to_float(const Float16* row, int64_t n, float* out) {
   int64_t i = 0;
   for (; i + 8 <= n; i += 8) {
@@ -46,7 +46,7 @@ inline void row_from_float(const float* row, int64_t n, Float16* out) {
 }
 #endif
 
-// Calls function(a value of the type).
+// Calls function with a value of the type.
 template <class Function>
 inline void with_type(Type type, Function function) {
   switch (type) {
@@ -56,7 +56,8 @@ inline void with_type(Type type, Function function) {
   }
 }
 
-// The elements [at, at + n) of a dense array as float32: in place where they are, otherwise in the buffer.
+// Elements [at, at + n) of a contiguous array as float32: a pointer to the array if it is float32,
+// else to the buffer.
 inline const float* read_row(const void* data, Type type, int64_t at, int64_t n, float* buffer) {
   switch (type) {
     case Type::float32: return static_cast<const float*>(data) + at;
@@ -66,7 +67,8 @@ inline const float* read_row(const void* data, Type type, int64_t at, int64_t n,
   return buffer;
 }
 
-// Where to compute the elements from `at` on: in place, or in the buffer that finish_row converts.
+// Destination for the elements from `at` on: the array if it is float32, else the buffer, which
+// finish_row converts.
 inline float* begin_row(void* data, Type type, int64_t at, float* buffer) {
   return type == Type::float32 ? static_cast<float*>(data) + at : buffer;
 }

@@ -1,6 +1,6 @@
-// Convolutions 3x3 with stride 1 in channels_last, by Winograd's F(2x2, 3x3): four outputs take 16 products for each pair
-// of channels where the definition takes 36. Lavin and Gray (arXiv 1509.09308). The transforms of input and output only
-// add, so that nothing is lost to rounding that the shorter sums do not give back.
+// 3x3 convolutions with stride 1 in channels_last, by Winograd's F(2x2, 3x3) (Lavin and Gray,
+// arXiv 1509.09308). Four outputs take 16 products per pair of channels instead of 36. The
+// transforms of input and output only add. Their rounding errors are offset by the shorter sums.
 #pragma once
 
 #include "../kernels.h"
@@ -15,7 +15,8 @@ namespace {
 
 #if defined(EMD_WINOGRAD)
 
-// Channels are taken in vectors. kRows tiles are multiplied by two vectors at once: that many sums the registers hold.
+// A vector of channels. kRows tiles are multiplied by two vectors at once, as many sums as the
+// registers hold.
 struct Vector8 {
   static constexpr int64_t kLanes = 8, kRows = 6;
   __m256 v;
@@ -44,15 +45,15 @@ struct Vector16 {
 };
 #endif
 
-// The weight of each of the 16 products, (in, out), lies in panels of two vectors, the last of them perhaps of one: a
-// panel is (in, its outputs).
+// Width of a panel. Each of the 16 weight matrices (in, out) is stored in panels (in, width) of
+// two vectors of outputs. The last panel may have one vector.
 template <class Vector>
 EMD_HD int64_t panel_width(const Winograd& op, int64_t first_out) {
   const int64_t left = op.out - first_out, most = 2 * Vector::kLanes;
   return left < most ? left : most;
 }
 
-// G g G^T of the weights of some input channels; G = (1 0 0; 1/2 1/2 1/2; 1/2 -1/2 1/2; 0 0 1).
+// Weight transform G g G^T for some input channels. G = (1 0 0; 1/2 1/2 1/2; 1/2 -1/2 1/2; 0 0 1).
 template <class Vector>
 inline void winograd_weight(const Winograd& op, int64_t first, int64_t last) {
   constexpr int64_t kWidest = 2 * Vector::kLanes;
@@ -91,7 +92,7 @@ inline void winograd_weight(const Winograd& op, int64_t first, int64_t last) {
   }
 }
 
-// A tile: two by two outputs of an image.
+// Position of a tile of two by two outputs.
 struct WinogradTile {
   int64_t sample, row, column;
 };
@@ -101,7 +102,8 @@ EMD_HD WinogradTile winograd_tile(const Winograd& op, int64_t tile) {
   return {tile / in_sample, place / in_row * 2, place % in_row * 2};
 }
 
-// B^T d B of four by four inputs d, zeros around the image; B^T = (1 0 -1 0; 0 1 1 0; 0 -1 1 0; 0 1 0 -1).
+// Input transform B^T d B of four by four inputs d, zero outside the image.
+// B^T = (1 0 -1 0; 0 1 1 0; 0 -1 1 0; 0 1 0 -1).
 template <class Vector>
 inline void winograd_input(const Winograd& op, const WinogradTile& tile, float* to, int64_t next) {
   const int64_t row = tile.row - 1, column = tile.column - 1;
@@ -135,7 +137,7 @@ inline void winograd_input(const Winograd& op, const WinogradTile& tile, float* 
   }
 }
 
-// y (kRows, out) of x (kRows, in) and a panel of kWide vectors.
+// Matmul of x (kRows, in) with a panel of kWide vectors, to columns of y (kRows, out).
 template <class Vector, int64_t kRows, int kWide>
 inline void winograd_product(const Winograd& op, const float* x, const float* panel, int64_t width, float* y) {
   Vector sums[kRows][kWide];
@@ -168,7 +170,7 @@ inline void winograd_products(const Winograd& op, int64_t rows, const float* x, 
   for (; r < rows; r++) winograd_product<Vector, 1, kWide>(op, x + r * op.in, panel, width, y + r * op.out);
 }
 
-// A^T m A, and the bias; A^T = (1 1 1 0; 0 1 -1 -1).
+// Output transform A^T m A, plus the bias. A^T = (1 1 1 0; 0 1 -1 -1).
 template <class Vector>
 inline void winograd_output(const Winograd& op, const WinogradTile& tile, const float* from, int64_t next) {
   float* to = op.y + ((tile.sample * op.height + tile.row) * op.width + tile.column) * op.out;
@@ -222,7 +224,7 @@ inline void winograd_blocks(const Winograd& op, int64_t first, int64_t last) {
   }
 }
 
-// Calls a function of the widest vector that the channels are a multiple of.
+// Calls function with the widest vector type whose lanes divide the channels.
 template <class Function>
 EMD_HD void with_vectors([[maybe_unused]] const Winograd& op, const Function& function) {
 #if defined(__AVX512F__)

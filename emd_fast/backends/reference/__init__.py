@@ -1,4 +1,4 @@
-"""Plain PyTorch: the definition of right, and what serves where nothing faster can."""
+"""Reference backend in plain PyTorch. It defines the correct result and runs everywhere."""
 
 from emd_fast.backends.reference.attention import attention, attention_backward
 from emd_fast.backends.reference.group_norm import group_norm, group_norm_backward

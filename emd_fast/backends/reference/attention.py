@@ -15,8 +15,11 @@ def _logits(q: Tensor, k: Tensor, scale: float) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The result, and two numbers (B, heads, tokens) float32 for each query: its largest logit in base 2, and the
-    weight that this one has. A weight is share * 2^(logit - top).
+    """Attention, with two numbers per query for the backward pass.
+
+    Returns:
+        out; top (B, heads, tokens) float32, the largest logit in base 2; share (B, heads, tokens)
+        float32, the weight of that logit. Each weight is share * 2^(logit - top).
     """
     logits = _logits(q, k, scale)
     weights = logits.softmax(-1)
@@ -37,7 +40,7 @@ def attention_backward(
     scale: float,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients to q, k and v that are asked for, contiguous; an empty tensor in place of each other one."""
+    """Contiguous gradients of q, k and v. A gradient that `needs` excludes is an empty tensor."""
     weights = _logits(q, k, scale).softmax(-1)
     grad = wide(grad)
 

@@ -7,12 +7,12 @@ from torch import Tensor
 
 
 def wide(x: Tensor) -> Tensor:
-    """x in the precision of the arithmetic: float32, or float64 where a check of the formulas passes that."""
+    """Casts x to float32, the precision of the arithmetic. float64 (in tests) stays float64."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
-    """(B,) shaped to broadcast against (B, ...)."""
+    """Reshapes (B,) to broadcast against (B, ...)."""
     return values.reshape(-1, *[1] * (like.dim() - 1))
 
 
@@ -21,5 +21,5 @@ def mean_per_sample(x: Tensor) -> Tensor:
 
 
 def elements(x: Tensor) -> int:
-    """The elements of one sample."""
+    """Number of elements of one sample."""
     return x[0].numel() if len(x) else 0

@@ -7,7 +7,7 @@ from emd_fast.backends.reference.common import wide
 
 
 def _flat(x: Tensor) -> Tensor:
-    """(B, C, *spatial) as (B, C, positions), in the precision of the arithmetic."""
+    """Reshapes (B, C, *spatial) to (B, C, positions), in the precision of the arithmetic."""
     return wide(x).reshape(*x.shape[:2], -1 if x.numel() else 0)
 
 
@@ -18,7 +18,7 @@ def _per_channel(values: Tensor) -> Tensor:
 def _affine(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """slope and offset (B or 1, C, 1) that the whole of weight, bias, scale and shift amounts to."""
+    """Combines weight, bias, scale and shift to slope and offset, each (B or 1, C, 1)."""
     slope = x.new_ones(1, x.shape[1], 1) if weight is None else _per_channel(weight)[None]
     offset = x.new_zeros(1, x.shape[1], 1) if bias is None else _per_channel(bias)[None]
     if scale is not None:
@@ -35,12 +35,12 @@ def _normalised(x: Tensor, add: Tensor | None, mean: Tensor, rstd: Tensor, num_g
 
 
 def _like(values: Tensor, x: Tensor) -> Tensor:
-    """values (B, C, positions) in the shape, dtype and layout of x."""
+    """Converts values (B, C, positions) to the shape, dtype and layout of x."""
     return torch.empty_like(x, memory_format=layout(x)).copy_(values.reshape(x.shape))
 
 
 def layout(x: Tensor) -> torch.memory_format:
-    """The layout of the result: that of x where it is channels_last, contiguous otherwise."""
+    """Memory format of the result: channels_last if x is, contiguous otherwise."""
     for dim, channels_last in ((4, torch.channels_last), (5, torch.channels_last_3d)):
         if x.dim() == dim and not x.is_contiguous() and x.is_contiguous(memory_format=channels_last):
             return channels_last

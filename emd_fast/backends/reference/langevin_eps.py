@@ -5,7 +5,7 @@ from torch import Tensor
 
 from emd_fast.backends.reference.common import per_sample, wide
 from emd_fast.backends.reference.normal import normal
-from emd_fast.noise import Stream
+from emd_fast.noise import NoiseStream
 
 
 def langevin_eps(
@@ -17,7 +17,7 @@ def langevin_eps(
     alpha: Tensor,
     sigma: Tensor,
     step_size: float,
-    step_sizes: Tensor | None,
+    step_size_per_sample: Tensor | None,
     noise: Tensor,
     substep: int,
     cotangent_dtype: torch.dtype,
@@ -25,19 +25,23 @@ def langevin_eps(
     terms = [*([] if x is None else [x]), *outputs]
     delta = torch.zeros_like(eps)
     for k, term in zip(coefs.unbind(1), terms, strict=True):
-        delta = delta + per_sample(k, eps) * wide(term)  # two roundings: equal outputs must cancel to exactly 0
-    gamma, root = step(step_size, step_sizes, eps)
+        # Two roundings and no fused multiply-add: equal outputs must cancel to exactly 0.
+        delta = delta + per_sample(k, eps) * wide(term)
+    step, noise_scale = resolve_step_size(step_size, step_size_per_sample, eps)
     pull = per_sample(sigma, eps) * delta
-    drift.copy_((1 - gamma) * drift + gamma * pull)
-    n = normal(list(eps.shape), noise, Stream.LANGEVIN_EPS, substep, torch.float32)
-    eps.copy_(eps + gamma * (pull - eps) + root * n)
+    drift.copy_((1 - step) * drift + step * pull)
+    n = normal(list(eps.shape), noise, NoiseStream.LANGEVIN_EPS, substep, torch.float32)
+    eps.copy_(eps + step * (pull - eps) + noise_scale * n)
     return (per_sample(alpha, eps) * delta).to(cotangent_dtype).contiguous()
 
 
-def step(step_size: float, step_sizes: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
-    """gamma and sqrt(2 gamma), in float32 as the kernels have them."""
-    if step_sizes is None:
-        gamma = torch.full((), step_size, dtype=like.dtype, device=like.device)
+def resolve_step_size(step_size: float, step_size_per_sample: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the step size, broadcastable to `like`, and the noise scale sqrt(2 step_size).
+
+    A number is converted to the dtype of `like` first: the kernels compute the scale in float32.
+    """
+    if step_size_per_sample is None:
+        step = torch.full((), step_size, dtype=like.dtype, device=like.device)
     else:
-        gamma = per_sample(step_sizes, like)
-    return gamma, torch.sqrt(2 * gamma)
+        step = per_sample(step_size_per_sample, like)
+    return step, torch.sqrt(2 * step)

@@ -4,14 +4,14 @@ import torch
 from torch import Tensor
 
 from emd_fast.backends.reference.common import wide
-from emd_fast.backends.reference.langevin_eps import step
+from emd_fast.backends.reference.langevin_eps import resolve_step_size
 from emd_fast.backends.reference.normal import normal
-from emd_fast.noise import Stream
+from emd_fast.noise import NoiseStream
 
 
 def langevin_z(
-    z: Tensor, z_grad: Tensor, step_size: float, step_sizes: Tensor | None, noise: Tensor, substep: int
+    z: Tensor, z_grad: Tensor, step_size: float, step_size_per_sample: Tensor | None, noise: Tensor, substep: int
 ) -> None:
-    gamma, root = step(step_size, step_sizes, z)
-    m = normal(list(z.shape), noise, Stream.LANGEVIN_Z, substep, torch.float32)
-    z.copy_(z + gamma * (wide(z_grad) - z) + root * m)
+    step, noise_scale = resolve_step_size(step_size, step_size_per_sample, z)
+    m = normal(list(z.shape), noise, NoiseStream.LANGEVIN_Z, substep, torch.float32)
+    z.copy_(z + step * (wide(z_grad) - z) + noise_scale * m)

@@ -7,7 +7,8 @@ from emd_fast.backends.reference.common import elements, mean_per_sample, per_sa
 
 
 def m_step_loss(generated: Tensor, drift: Tensor, alpha: Tensor, sigma: Tensor, weight: Tensor) -> Tensor:
-    # The residual of the regression is sigma drift: alpha generated - (alpha generated + sigma drift) would lose it.
+    # The residual is sigma drift. The difference alpha generated - (alpha generated + sigma drift)
+    # would cancel most of its digits.
     return weight / 2 * mean_per_sample(wide(drift).square())
 
 

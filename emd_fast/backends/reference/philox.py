@@ -1,4 +1,4 @@
-"""Philox4x32-10 (Salmon et al., SC 2011) in int64 tensors, and the counter layout of docs/algorithm.md."""
+"""Philox4x32-10 (Salmon et al., SC 2011) on int64 tensors, with the counter of docs/algorithm.md."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _ROUNDS = 10
 
 
 def _multiply(constant: int, x: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low word of a product of two 32-bit numbers; by halves, since int64 cannot hold it."""
+    """High and low word of a 32-bit product, computed in halves since int64 cannot hold it."""
     low = constant * (x & 0xFFFF)
     high = constant * (x >> 16) + (low >> 16)
     return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
 def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Four words in [0, 2^32) for each counter; counter and key are int64 tensors of such words that broadcast."""
+    """Four words in [0, 2^32) per counter. Counter and key are int64 tensors that broadcast."""
     x0, x1, x2, x3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):
@@ -33,7 +33,7 @@ def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Ten
 
 
 def blocks(size: list[int], noise: Tensor, stream: int, substep: int) -> Tensor:
-    """The words (B, blocks, 4) that cover a tensor of this size, (B, ...)."""
+    """Random words (B, blocks, 4) for a tensor of size (B, ...)."""
     seed, step, first_sample, substep_offset = noise.unbind()
     batch, elements = size[0], math.prod(size[1:])
     block = torch.arange((elements + 3) // 4, device=noise.device)[None, :]

@@ -1,4 +1,4 @@
-"""Triton kernels for GPU tensors. Triton itself is imported when an op first asks for a kernel, never before."""
+"""Triton kernels for GPU tensors. Triton is imported at the first call that uses a kernel."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ OPS = frozenset(
         "uniform",
     }
 )
-"""The ops that Triton kernels serve."""
+"""Ops with a Triton kernel."""
 
 
 def why_not(op: str, device_type: str) -> str | None:
-    """None where a Triton kernel serves `op` on tensors of this device type, otherwise the reason, one line."""
+    """Reason (one line) why no Triton kernel serves `op` on this device type. None if one does."""
     if op not in OPS:
         return "it does not have this op"
     if device_type not in ("cpu", "cuda"):
         return "it serves cuda tensors only"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
-    # Triton reads the variable where a kernel is defined: set later, it turns nothing into an interpreted kernel.
+    # Triton reads this variable when a kernel is defined. Setting it later has no effect.
     if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "CPU tensors need TRITON_INTERPRET=1"
     return _triton_fails()
 
 
 def implementation(op: str) -> Callable[..., Any]:
-    """The function that computes `op`, with the arguments of the reference function of that name."""
+    """The function that computes `op`, with the signature of the reference function."""
     module = importlib.import_module(f"emd_fast.backends.triton.{op.removesuffix('_backward')}")
     function: Callable[..., Any] = getattr(module, op)
     return function
@@ -54,6 +54,6 @@ def implementation(op: str) -> Callable[..., Any]:
 def _triton_fails() -> str | None:
     try:
         importlib.import_module("triton")
-    except Exception as error:  # a broken installation raises whatever its parts raise
+    except Exception as error:  # a broken installation may raise anything
         return f"Triton does not import: {' '.join(str(error).split())}"
     return None

@@ -12,10 +12,10 @@ __all__ = ["attention", "attention_backward"]
 
 @triton.jit
 def _softmax_step(logits, base_2, top, total, inside, MASKED: tl.constexpr):
-    """The softmax of rows that arrive in parts: weights of this part, and the factor by which earlier ones shrink.
+    """Online softmax: weights of this block of keys, and the factor that rescales earlier blocks.
 
-    Logits count times `base_2`, in base 2, whose exponential is one instruction. A mask works on what is scaled
-    already: a scale of 0 times minus infinity is not a number.
+    Logits are multiplied by `base_2`, so that exp2, one instruction, replaces exp. The weights are
+    masked after exp2: logits of -inf would become NaN at a scale of 0.
     """
     highest = logits
     if MASKED:
@@ -69,7 +69,8 @@ def attention_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
 
     whole = keys // BLOCK_N * BLOCK_N
-    for TAIL in tl.static_range(2 if RAGGED_N else 1):  # only the last block of keys, where it is short, has masks
+    # Only the last, partial block of keys is masked.
+    for TAIL in tl.static_range(2 if RAGGED_N else 1):
         for start in range(whole if TAIL else 0, keys if TAIL else whole, BLOCK_N):
             inside = start + column < keys
             k0 = load(k_rows, inside, 0, D0, HEAD_DIM, TAIL)
@@ -102,7 +103,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Te
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     top = torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32, device=q.device)
     share = torch.empty_like(top)
-    if not q.numel() or not k.numel():  # sums over nothing
+    if not q.numel() or not k.numel():  # empty sums
         return out.zero_(), top.fill_(-float("inf")), share.zero_()
     attention_launch.run("forward", attention_kernel, out, top, share, q, k, v, q=q, k=k, scale=scale)
     return out, top, share

@@ -1,10 +1,13 @@
-"""The gradients of attention: two kernels, since no two programs may add to one number.
+"""Backward pass of attention, in two kernels, so that no two programs add to the same element.
 
-One goes over the keys for a block of queries and gives the gradient to q; the other goes over the queries for a block
-of keys and gives those to k and v. Both compute the weights p again, as share 2^(logit - top) with the two numbers that
-the forward pass saved for each query: a log-sum in their place, one number, would round as coarsely as the logits are
-large, and so would every weight. With g the gradient of the result, that of the logits is p (g v^T - delta), delta the
-product of g and the result.
+`attention_to_queries_kernel` loops over the keys for a block of queries and computes the gradient
+of q. `attention_to_keys_kernel` loops over the queries for a block of keys and computes those of k
+and v.
+
+Both recompute the weights p as share 2^(logit - top), from two numbers per query that the forward
+pass saved. A single log-sum-exp would be rounded relative to the size of the logits, and the error
+would appear in every weight. With g the gradient of the output, the gradient of the logits is p (g
+v^T - delta), where delta is the row sum of g times the output.
 """
 
 import torch
@@ -106,7 +109,7 @@ def attention_to_queries_kernel(
             if NEGATIVE:
                 logits = -logits
             weights = tl.exp2(logits * base_2 - top[:, None]) * share[:, None]
-            if TAIL:  # a key that is not there has logits of 0, which may be far above the top
+            if TAIL:  # keys past the end have logits of 0, which may be far above the top
                 weights = tl.where(inside[None, :], weights, 0.0)
             to_logits = (weights * (to_weights - deltas[:, None])).to(k0.dtype)
             acc0 = tl.dot(to_logits, k0, acc0, input_precision=PRECISION)
@@ -148,7 +151,7 @@ def attention_to_keys_kernel(
     UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """All products are transposed, (keys, queries), so that what is added to the gradients is not."""
+    """Matmuls here are transposed, (keys, queries), so that the accumulators need no transpose."""
     tile, head, sample = place(heads, tiles)
     column = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.arange(0, BLOCK_M)
@@ -174,7 +177,7 @@ def attention_to_keys_kernel(
     whole = tokens // BLOCK_M * BLOCK_M
     for TAIL in tl.static_range(2 if RAGGED_M else 1):
         for start in range(whole if TAIL else 0, tokens if TAIL else whole, BLOCK_M):
-            # A query that is not there has a gradient of 0, and so adds nothing.
+            # Queries past the end have a gradient of 0 and add nothing, so they need no mask.
             inside = start + row < tokens
             q0 = load(q_rows, inside, 0, D0, HEAD_DIM, TAIL)
             g0 = load(g_rows, inside, 0, D0, HEAD_DIM, TAIL)
@@ -231,11 +234,12 @@ def attention_backward(
         torch.empty(t.shape, dtype=t.dtype, device=t.device) if need else t.new_empty(0)
         for t, need in zip((q, k, v), needs, strict=True)
     )
-    if not q.numel() or not k.numel():  # sums over nothing
+    if not q.numel() or not k.numel():  # empty sums
         return to_q.zero_(), to_k.zero_(), to_v.zero_()
-    if k.shape[1] == 1:  # the one weight is 1, whatever q and k are: exactly 0, not a difference of two equal sums
+    if k.shape[1] == 1:  # the only weight is 1, so q and k have gradients of exactly 0
         to_q, to_k, needs = to_q.zero_(), to_k.zero_(), [False, False, needs[2]]
-    if grad.stride(3) != 1 and grad.shape[3] > 1:  # an expanded gradient, as that of a sum
+    # An expanded gradient, for example that of sum()
+    if grad.stride(3) != 1 and grad.shape[3] > 1:
         grad = grad.contiguous()
     delta = None
     if needs[0] or needs[1]:

@@ -1,4 +1,4 @@
-"""How the kernels of attention are launched, and how a tensor is read as it lies."""
+"""Launch of the attention kernels on tensors of any strides."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from emd_fast.backends.attention_table import architecture
 from emd_fast.backends.triton import launch
 from emd_fast.backends.triton.attention_tiles import Tiles, pick, widths
 
-_INTERPRETED = 80  # whose tiles Triton's interpreter takes
-_VECTOR = 16  # bytes that one thread reads at once
+_INTERPRETED = 80  # the architecture whose tiles Triton's interpreter uses
+_VECTOR = 16  # bytes of one vector load
 
 
 def run(role: str, kernel: Any, *args: Tensor | None, q: Tensor, k: Tensor, scale: float = 1.0) -> None:
-    """Launches a kernel on tensors (B, tokens or keys, heads, head_dim), read as they lie, and contiguous others.
+    """Launches a kernel of attention.
 
-    A program has one tile of queries (of keys, for "to_keys") of one head.
+    Each program has one tile of queries of one head, or of keys for the role "to_keys".
+
+    Args:
+        args: tensors (B, tokens or keys, heads, head_dim) of any strides, and contiguous others.
     """
     (batch, tokens, heads, head_dim), keys = q.shape, k.shape[1]
     choice, (d0, d1), unit = tiles(role, q, k), widths(head_dim), _unit(args)
@@ -50,23 +53,26 @@ def run(role: str, kernel: Any, *args: Tensor | None, q: Tensor, k: Tensor, scal
 
 
 def tiles(role: str, q: Tensor, k: Tensor) -> Tiles:
-    """`pick` for these tensors."""
+    """Tile sizes for these tensors, by `pick`."""
     capability = architecture(q.device) if q.device.type == "cuda" else _INTERPRETED
     return pick(role, q.shape[3], q.dtype, capability, (k if role == "to_keys" else q).shape[1])
 
 
 def _view(x: Tensor | None, unit: int) -> Any:
-    """What a kernel takes for a tensor: (it, its strides in units) for (B, tokens, heads, head_dim)."""
+    """Kernel argument for a 4-d tensor: (tensor, three strides in units).
+
+    Others are passed as is.
+    """
     return (x, *(stride // unit for stride in _strides(x))) if x is not None and x.dim() == 4 else x
 
 
 def _strides(x: Tensor) -> tuple[int, ...]:
-    # A stride along which there is nothing to step may be any number.
+    # PyTorch permits any stride for a dimension of size 1.
     return tuple(stride if size > 1 else 0 for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True))
 
 
 def _unit(args: tuple[Tensor | None, ...]) -> int:
-    """Elements of 16 bytes where every row starts at a multiple of them, otherwise 1."""
+    """Number of elements in 16 bytes if all rows of all tensors are 16-byte aligned, else 1."""
     tensors = [x for x in args if x is not None and x.dim() == 4]
     aligned = all(
         value % _VECTOR == 0
@@ -77,5 +83,5 @@ def _unit(args: tuple[Tensor | None, ...]) -> int:
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """float32 is multiplied as such, unless the user has allowed TF32 for products of matrices."""
+    """Precision of float32 matmuls: "ieee", or "tf32" if the user has allowed it for matmuls."""
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

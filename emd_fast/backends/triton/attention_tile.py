@@ -1,8 +1,9 @@
-"""What the kernels of attention share: where a program stands, and its tiles of rows of one head.
+"""Device functions of the attention kernels: program index, and loads and stores of tiles of rows.
 
-A tensor (B, tokens, heads, head_dim) comes as (pointer, stride of a sample, of a token, of a head), the strides in
-units of UNIT elements: 16 bytes where all of them allow it, so that the compiler knows that rows can be read as
-vectors (a head of 40 numbers of bfloat16 has 80 bytes, and a stride of 40 alone does not tell it).
+A tensor (B, tokens, heads, head_dim) is passed as (pointer, sample stride, token stride, head
+stride). Strides are in units of UNIT elements. UNIT is 16 bytes where all strides permit, which
+tells the compiler that it may use vector loads. (A head of 40 bfloat16 elements has 80 bytes; the
+compiler cannot infer 16-byte alignment from a stride of 40.)
 
 A row is read as one tile of D0 columns, or as two of D0 and D1 (attention_tiles.widths).
 """
@@ -13,7 +14,10 @@ import triton.language as tl
 
 @triton.jit
 def place(heads, tiles):
-    """The tile, head and sample of this program: neighbours share a head, and with it what they both read."""
+    """Tile, head and sample of this program.
+
+    Neighbouring programs share a head, for the L2 cache.
+    """
     program = tl.program_id(0)
     above = program // tiles
     return program % tiles, above % heads, (above // heads).to(tl.int64)
@@ -21,20 +25,20 @@ def place(heads, tiles):
 
 @triton.jit
 def rows_of(view, sample, head, row, UNIT: tl.constexpr):
-    """Pointers (rows, 1) to the first number of these rows. Offsets have 64 bits."""
+    """Pointers (rows, 1) to the first element of these rows, with 64-bit offsets."""
     start = (sample * view[1] + head.to(tl.int64) * view[3]) * UNIT
     return view[0] + start + (row.to(tl.int64) * view[2] * UNIT)[:, None]
 
 
 @triton.jit
 def after(rows, view, BLOCK: tl.constexpr, UNIT: tl.constexpr):
-    """The same rows of the next block."""
+    """Pointers to the same rows of the next block."""
     return rows + tl.cast(view[2], tl.int64) * (BLOCK * UNIT)
 
 
 @triton.jit
 def load(rows, inside, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr, RAGGED: tl.constexpr):
-    """Columns FIRST to FIRST + WIDTH of these rows: 0 beyond head_dim, and where RAGGED in rows not `inside`."""
+    """Loads columns FIRST to FIRST + WIDTH. 0 beyond head_dim and, if RAGGED, outside `inside`."""
     column = FIRST + tl.arange(0, WIDTH)[None, :]
     if FIRST + WIDTH > HEAD_DIM:
         if RAGGED:

@@ -1,7 +1,7 @@
-"""The tiles of the attention kernels: a table by chip, kernel and head dim.
+"""Tile sizes of the attention kernels, a table by architecture, kernel and head_dim.
 
-No choice was timed. Each is the largest of a few that compiles without spilling registers and within the shared memory
-of its chips, which tests/test_attention_compile.py checks.
+No entry was timed. Each is the largest of a few candidates that compiles without register spills
+and within the shared memory of its architectures. tests/test_attention_compile.py checks both.
 """
 
 from __future__ import annotations
@@ -13,18 +13,19 @@ import torch
 
 @dataclass(frozen=True)
 class Tiles:
-    """One choice: queries and keys of a tile, warps of a program, and stages of its pipeline of loads."""
+    """Launch parameters: queries and keys per tile, warps, and stages of the load pipeline."""
 
     block_m: int
     block_n: int
     warps: int
     stages: int
-    apart: bool = False  # the gradients to k and to v by a launch each, where the two do not fit the registers
+    # One launch for k and one for v, where both gradients do not fit the registers.
+    apart: bool = False
 
 
-_LIMITS = (64, 96, 128, 160, 256)  # the columns: head dims up to these
-# "mma": sm_80, sm_86, sm_89, sm_120, which have at least 99 KB of shared memory and keep operands in registers.
-# "float32": fused multiply-adds, on every chip; they keep their operands in registers too.
+_LIMITS = (64, 96, 128, 160, 256)  # the columns of the table: largest head_dim of each
+# "mma": sm_80, sm_86, sm_89 and sm_120. They have at least 99 KB of shared memory and keep operands
+# in registers. "float32": no tensor cores, any architecture. Operands are in registers too.
 _TABLE = {
     ("mma", "forward"): ((128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 3), (64, 32, 8, 2)),
     ("mma", "to_queries"): ((64, 64, 4, 3), (128, 32, 8, 3), (128, 32, 8, 3), (64, 32, 4, 3), (32, 32, 8, 2)),
@@ -39,14 +40,15 @@ _TABLE = {
     ("float32", "to_queries"): ((16, 16, 4, 2), (32, 16, 4, 2), (16, 16, 8, 2), (16, 16, 8, 2), (16, 16, 8, 2)),
     ("float32", "to_keys"): ((16, 32, 4, 2), (16, 32, 4, 2), (16, 32, 8, 2), (16, 16, 8, 2), (16, 16, 8, 2)),
 }
-_APART = 128  # above this head dim two gradients of 16 bits are one too many
+_APART = 128  # above this head_dim, 16-bit gradients of k and v do not fit one launch
 
 
 def widths(head_dim: int) -> tuple[int, int]:
-    """The one or two powers of two, at least 16, that hold a row; the second is 0 where one does.
+    """Splits head_dim into one or two tile widths. The second is 0 if one is enough.
 
-    Tiles are powers of two and products of matrices want 16 columns. A row is split where two powers take at most three
-    quarters of the next one: 40 = 32 + 16 in place of 64, 80 = 64 + 16 in place of 128, 160 = 128 + 32 in place of 256.
+    Widths are powers of two, and tl.dot requires at least 16 columns. A row is split where two
+    widths take at most three quarters of one: 40 = 32 + 16 instead of 64, 80 = 64 + 16 instead of
+    128, 160 = 128 + 32 instead of 256.
     """
     whole = max(1 << (head_dim - 1).bit_length(), 16)
     if whole < 64 or 4 * head_dim > 3 * whole:
@@ -56,16 +58,20 @@ def widths(head_dim: int) -> tuple[int, int]:
 
 
 def pick(role: str, head_dim: int, dtype: torch.dtype, architecture: int, length: int) -> Tiles:
-    """The tiles of a kernel: "forward", "to_queries", "to_keys" or "delta"; from its arguments alone.
+    """Tile sizes of a kernel. They depend on the arguments only.
 
     Args:
-        architecture: the compute capability, 90 for 9.0; 80 at least.
-        length: of the side that the programs share out: keys for "to_keys", queries for the others. Half a tile of
-            128 and half the warps do for lengths up to 64.
+        role: "forward", "to_queries", "to_keys" or "delta".
+        architecture: compute capability, 90 for 9.0; at least 80.
+        length: number of keys for "to_keys", of queries for the other roles. Up to a length of 64,
+            a tile of 128 is halved, with half the warps.
+
+    Raises:
+        RuntimeError: an architecture below 80.
     """
     kind = _chip(architecture)
     if role == "delta":
-        return Tiles(16, 16, 4, 1)  # 16 rows of 64 numbers of 16 bits are one vector for each thread
+        return Tiles(16, 16, 4, 1)  # 16 rows of 64 16-bit elements: one vector load per thread
     if dtype == torch.float32:
         kind = "float32"
     column = next(i for i, limit in enumerate(_LIMITS) if head_dim <= limit)
@@ -78,7 +84,7 @@ def pick(role: str, head_dim: int, dtype: torch.dtype, architecture: int, length
 
 
 def _chip(architecture: int) -> str:
-    """The class of a GPU, by its instruction for products of matrices and its shared memory."""
+    """Table key of a GPU, by its matmul instruction and shared memory."""
     if architecture < 80:
         raise RuntimeError(f"backend 'triton' cannot run attention on sm_{architecture}: it needs sm_80 or newer")
     if 90 <= architecture < 120:

@@ -30,9 +30,10 @@ def _with_added(x, add, sample, channel, own):
 
 @triton.jit
 def _finish(remains, squares, elements):
-    """Exact to the last bit or so: a float32 mean is off, and what remains of x - centre on average says by how much.
+    """Corrects the float32 rounding error of a mean, and the sum of squares with it.
 
-    Returns that, and the sum of squared deviations from the mean so corrected.
+    The mean of x - centre is the error of `centre`. Returns it, and the sum of squared deviations
+    from the corrected mean.
     """
     residual = tl.div_rn(remains, elements)
     return residual, tl.maximum(squares - elements * residual * residual, 0.0)
@@ -77,13 +78,13 @@ def group_norm_kernel(
     SILU: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """A block that fits into the registers: read once, written once."""
+    """Forward pass for groups that fit into registers: one read and one write of x."""
     sample, chunk, channel, own = place(CHANNELS, BLOCK, ROWS, CHUNKS, WIDE)
     start = sample * CHANNELS * positions
     group, there, member = groups_of(own, CHANNELS, WIDTH, BLOCK, ROWS, GROUPS)
     at, inside = offsets(channel, own, chunk * COLUMNS, positions, CHANNELS, COLUMNS, LAST)
     u = _with_added(tl.load(x + start + at, mask=inside, other=0.0).to(tl.float32), add, sample, channel, own)
-    # The mean first, then what is apart from it.
+    # Two passes over registers: the mean, then the deviations from it.
     centre = tl.div_rn(to_groups(tl.sum(tl.where(inside, u, 0.0), axis=1), member), elements)
     apart = tl.where(inside, u - to_rows(centre, member)[:, None], 0.0)
     remains, total = to_groups(tl.sum(apart, axis=1), member), to_groups(tl.sum(apart * apart, axis=1), member)
@@ -116,11 +117,12 @@ def group_moments_kernel(
     SILU: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Mean and sum of squared deviations of a chunk of each group, to (B, groups, CHUNKS)."""
+    """First pass for large groups: mean and squared deviations per chunk, (B, groups, CHUNKS)."""
     sample, chunk, channel, own = place(CHANNELS, BLOCK, ROWS, CHUNKS, WIDE)
     start = sample * CHANNELS * positions
     group, there, member = groups_of(own, CHANNELS, WIDTH, BLOCK, ROWS, GROUPS)
-    # Every place of the tile keeps moments of its own (Welford 1962), so that nothing is exchanged in the loop.
+    # Each element of the tile keeps its own moments (Welford 1962), so that the loop has no
+    # reduction across threads.
     count = tl.zeros([1, COLUMNS], tl.float32)
     m = tl.zeros([ROWS, COLUMNS], tl.float32)
     s = tl.zeros([ROWS, COLUMNS], tl.float32)
@@ -129,12 +131,13 @@ def group_moments_kernel(
         at, inside = offsets(channel, own, first, positions, CHANNELS, COLUMNS, LAST)
         u = tl.load(x + start + at, mask=inside, other=0.0).to(tl.float32)
         count += tl.where(first + tl.arange(0, COLUMNS)[None, :] < positions, 1.0, 0.0)
-        share = 1.0 / (step + 1.0)  # a place that is inside has been so in every step
+        # An element inside the tensor now was inside in every earlier step.
+        share = 1.0 / (step + 1.0)
         before = tl.where(inside, u - m, 0.0)
         m = tl.fma(before, share, m)
         s = tl.fma(before, tl.where(inside, u - m, 0.0), s)
     m = _with_added(m, add, sample, channel, own)
-    # Then those of all places become one (Chan, Golub, LeVeque 1979).
+    # The moments of all elements are merged (Chan, Golub, LeVeque 1979).
     elements = WIDTH * tl.minimum(positions - chunk * STEPS * COLUMNS, STEPS * COLUMNS).to(tl.float32)
     centre = tl.div_rn(to_groups(tl.sum(count * m, axis=1), member), elements)
     apart = m - to_rows(centre, member)[:, None]
@@ -175,7 +178,7 @@ def group_norm_apply_kernel(
     WIDE: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """The moments of all chunks become those of the group, in every program that needs them; then the map."""
+    """Second pass: each program merges the moments of the chunks of its groups and normalizes."""
     sample, chunk, channel, own = place(CHANNELS, BLOCK, ROWS, CHUNKS, WIDE)
     start = sample * CHANNELS * positions
     group, there, member = groups_of(own, CHANNELS, WIDTH, BLOCK, ROWS, GROUPS)

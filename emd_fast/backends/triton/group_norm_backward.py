@@ -36,7 +36,10 @@ def _maps(
     CHANNELS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """centre, gain and offset of each channel, y = (x - centre) gain + offset before the activation; and its rstd."""
+    """Per channel: centre, gain and offset of y = (x - centre) gain + offset, and rstd.
+
+    y is the value before the activation.
+    """
     at = sample * (CHANNELS // WIDTH) + group
     centre = to_rows(tl.load(mean + at, mask=there, other=0.0), member)
     deviation = to_rows(tl.load(rstd + at, mask=there, other=0.0), member)
@@ -48,7 +51,7 @@ def _maps(
 
 @triton.jit
 def _inner(grad, x, at, inside, centre, gain, offset, SILU: tl.constexpr):
-    """The gradient before the activation, and x - centre; 0 outside."""
+    """Gradient with respect to the activation's input, and x - centre. Both are 0 outside."""
     apart = tl.where(inside, tl.load(x + at, mask=inside, other=0.0).to(tl.float32) - centre[:, None], 0.0)
     inner = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
     if SILU:
@@ -68,7 +71,11 @@ def _store_gradient(grad_x, inner, apart, at, inside, gain, along, constant):
 def _store_sums(
     sums, inner, product, normal, sample, chunk, channel, own, CHANNELS: tl.constexpr, CHUNKS: tl.constexpr
 ):
-    """Of the inner gradient, of that times the normalised value, of the latter: to sums (B, CHUNKS, 3, CHANNELS)."""
+    """Stores three sums per channel to sums (B, CHUNKS, 3, CHANNELS).
+
+    They are the sums of the inner gradient, of its product with the normalized x, and of the
+    latter.
+    """
     at = (sample * CHUNKS + chunk) * (3 * CHANNELS) + channel
     tl.store(sums + at, inner, mask=own)
     tl.store(sums + at + CHANNELS, product, mask=own)
@@ -102,7 +109,7 @@ def group_norm_backward_kernel(
     SILU: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """A block that fits into the registers: x and grad read once, grad_x written once."""
+    """Backward pass for groups that fit into registers: reads x and grad once."""
     sample, chunk, channel, own = place(CHANNELS, BLOCK, ROWS, CHUNKS, WIDE)
     start = sample * CHANNELS * positions
     group, there, member = groups_of(own, CHANNELS, WIDTH, BLOCK, ROWS, GROUPS)
@@ -115,7 +122,7 @@ def group_norm_backward_kernel(
     if sums is not None:
         of_normal = deviation * tl.sum(apart, axis=1)
         _store_sums(sums, of_inner, of_product, of_normal, sample, chunk, channel, own, CHANNELS, CHUNKS)
-    # gain is rstd times what the sums are weighed by.
+    # gain is rstd times the weight of each channel in the two sums.
     a = tl.div_rn(to_groups(gain * of_inner, member), elements)
     b = tl.div_rn(to_groups(gain * of_product, member), elements)
     constant, along = -to_rows(a, member), -deviation * to_rows(b, member)
@@ -149,7 +156,7 @@ def group_norm_backward_sums_kernel(
     SILU: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """What a chunk adds to the two sums of each group, to parts (B, groups, 2, CHUNKS); its sums of each channel."""
+    """First pass for large groups: sums of a chunk, per group (B, groups, 2, CHUNKS) and channel."""
     sample, chunk, channel, own = place(CHANNELS, BLOCK, ROWS, CHUNKS, WIDE)
     start = sample * CHANNELS * positions
     group, there, member = groups_of(own, CHANNELS, WIDTH, BLOCK, ROWS, GROUPS)
@@ -205,7 +212,7 @@ def group_norm_backward_apply_kernel(
     WIDE: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """The sums of all chunks become those of the group, in every program that needs them; then the gradient."""
+    """Second pass: each program adds the sums of the chunks of its groups and computes grad_x."""
     sample, chunk, channel, own = place(CHANNELS, BLOCK, ROWS, CHUNKS, WIDE)
     start = sample * CHANNELS * positions
     group, there, member = groups_of(own, CHANNELS, WIDTH, BLOCK, ROWS, GROUPS)

@@ -1,4 +1,4 @@
-"""The gradients of weight, bias, add, scale and shift from the sums over positions that the backward pass leaves."""
+"""Gradients of weight, bias, add, scale and shift, from per-channel sums of the backward pass."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from emd_fast.backends.triton import launch
 from emd_fast.backends.triton.groups import Call, affine, groups_of, numbers, place, to_groups, to_rows
 
-# Rows of those sums that a program reads at a time, and channels.
+# Rows of those sums, and channels, that a program reads per iteration.
 _STRIP = 32
 _CHANNELS = 32
 
@@ -34,7 +34,10 @@ def group_norm_vectors_kernel(
     CHUNKS: tl.constexpr,
     STRIP: tl.constexpr,
 ):
-    """The gradients (B, C) from the sums over positions: those of all chunks, in their order."""
+    """Gradients (B, C) of add, scale and shift.
+
+    The sums of the chunks are added in a fixed order.
+    """
     sample, _, channel, own = place(CHANNELS, BLOCK, ROWS, 1, False)
     group, there, member = groups_of(own, CHANNELS, WIDTH, BLOCK, ROWS, GROUPS)
     inner = tl.zeros([ROWS], tl.float32)
@@ -80,7 +83,7 @@ def group_norm_parameters_kernel(
     STRIP: tl.constexpr,
     STRIPS: tl.constexpr,
 ):
-    """The gradients (C,): rows are samples and their chunks, added in their order."""
+    """Gradients (C,) of weight and bias. Rows are samples and chunks, added in a fixed order."""
     channel = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     own = channel < CHANNELS
     inner = tl.zeros([STRIP, COLUMNS], tl.float32)
@@ -109,10 +112,12 @@ def parameter_gradients(
     affine_args: tuple[Any, ...],
     gradients: list[Tensor | None],
 ) -> None:
-    """Fills the gradients that there are; both lists are of weight, bias, add, scale and shift.
+    """Fills the gradients of weight, bias, add, scale and shift that are not None.
 
     Args:
-        sums: (B, chunks, 3, C) float32.
+        sums: (B, chunks, 3, C) float32, from the backward pass.
+        affine_args: the five tensors as kernel arguments, in this order.
+        gradients: the five outputs, in this order. None where a gradient is not needed.
     """
     by_weight, by_bias, _, by_scale, _ = affine_args
     grad_weight, grad_bias, *of_samples = gradients
@@ -134,7 +139,7 @@ def parameter_gradients(
             group_norm_parameters_kernel,
             -(-channels // _CHANNELS),
             (grad_weight, grad_bias, sums, by_scale, rows),
-            # A power of two, so that few sizes of a batch ask for another kernel.
+            # STRIPS is a power of two, so that few batch sizes compile another kernel.
             {
                 "CHANNELS": channels,
                 "CHUNKS": plan.chunks,

@@ -1,7 +1,8 @@
-"""How group_norm's work is shared out: the channels and positions that a program has, and the groups among them.
+"""Partition of group_norm over programs: channels, positions and groups of each program.
 
-A tile has channels as rows and positions as columns, whichever of the two are neighbours in memory. A block is whole
-groups: their number of channels is seldom a power of two, so a few rows of a tile may be idle.
+The rows of a tile are channels and its columns are positions, in either memory layout. A block of
+channels consists of whole groups. Its number of channels is seldom a power of two, so some rows of
+a tile may be idle.
 """
 
 from __future__ import annotations
@@ -18,43 +19,51 @@ from torch import Tensor
 
 from emd_fast.backends.reference.group_norm import layout
 
-# Elements that one program keeps, of x and in the backward pass of grad too: 32 a thread of 16 warps. More would spill.
+# Elements that one program keeps in registers (x, and grad in the backward pass): 32 per thread of
+# 16 warps. More would spill.
 _RESIDENT = 16384
-_SMALL = 4096  # of such a block where several groups fit: more programs rather than larger ones
-_STREAMED = 2048  # elements of a tile that is read and dropped: 8 a thread of 8 warps, a 128-bit access of bfloat16
-_ROWS_LAST, _ROWS_FIRST = 256, 32  # channels of a block at most: 512 bytes of bfloat16; enough to waste few rows
-_GROUPS = 16  # of a block at most: sums over groups cost rows times groups
-_CHUNKS = 256
+# Elements of such a block where several groups fit: more programs are better than larger ones.
+_SMALL = 4096
+# Elements of a tile in a loop: 8 per thread of 8 warps, one 128-bit access of bfloat16.
+_STREAMED = 2048
+# Maximum channels per block. channels_last: 512 bytes of bfloat16. Contiguous: enough to waste few
+# rows.
+_ROWS_LAST, _ROWS_FIRST = 256, 32
+_GROUPS = 16  # maximum groups per block: a sum over groups costs rows times groups
+_CHUNKS = 256  # maximum chunks of the positions of a block
 _INT32 = 2**31
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The choices of one launch. A tile is `rows` channels by `columns` positions."""
+    """Parameters of one launch. A tile is `rows` channels by `columns` positions."""
 
-    block: int  # channels of a program, whole groups
+    block: int  # channels of a program: whole groups
     rows: int
-    groups: int  # of a block; like rows a power of two, of which the last may be idle
+    groups: int  # groups of a block, rounded up to a power of two as `rows` is
     columns: int
-    steps: int  # tiles that a program takes, one after the other
+    steps: int  # tiles that a program processes in a loop
     chunks: int  # programs that share the positions of a block
     warps: int
-    wide: bool  # the elements of one sample need 64-bit numbers; where a sample starts always has them
+    wide: bool  # offsets inside a sample need 64 bits; the offset of a sample always has 64
 
     @property
     def resident(self) -> bool:
-        """One program has all of its groups at once, in one tile."""
+        """Whether one tile holds all elements of its groups."""
         return self.chunks * self.steps == 1
 
 
 @functools.cache
 def pick(channels: int, width: int, positions: int, channels_last: bool, tensors: int) -> Plan:
-    """The plan for groups of `width` channels, in a pass that reads so many tensors like x.
+    """Plan for groups of `width` channels.
 
-    It depends on nothing but its arguments, and not on the batch: every rank takes the same, and the sums over a
-    sample are the same in every batch.
+    It depends on its arguments only, and not on the batch size. So all ranks choose the same plan,
+    and the sums over a sample are equal in every batch.
+
+    Args:
+        tensors: number of tensors of the size of x that the pass reads.
     """
-    # Blocks start at multiples of 8 channels, 16 bytes of bfloat16, wherever samples do.
+    # Blocks start at multiples of 8 channels (16 bytes of bfloat16) if samples do.
     unit = math.lcm(width, 8) if channels_last and channels % 8 == 0 else width
     columns = _power_of_two(positions)
     block = _block(channels, unit, width, _SMALL // columns)
@@ -67,7 +76,8 @@ def pick(channels: int, width: int, positions: int, channels_last: bool, tensors
         rows = _power_of_two(block)
         columns = min(max(_STREAMED // rows, 1), columns)
         tiles = _ceil(positions, columns)
-        # Each program of the second pass reads what all of the first left: for four times the work, twice as many.
+        # Each program of the second pass reads the results of all programs of the first. So the
+        # number of programs grows with the square root of the work.
         chunks = min(tiles, _power_of_two(math.isqrt(tiles) + 1), _CHUNKS)
         steps = _ceil(tiles, chunks)
         chunks = _ceil(tiles, steps)
@@ -77,7 +87,10 @@ def pick(channels: int, width: int, positions: int, channels_last: bool, tensors
 
 
 def _block(channels: int, unit: int, width: int, most: int) -> int:
-    """The multiple of `unit` that leaves the fewest rows idle, of such the one with most rows."""
+    """Multiple of `unit` that leaves the fewest rows idle.
+
+    Among equals, the one with most rows.
+    """
     best, key = unit, (0.0, 0, 0)
     for block in range(unit, _power_of_two(channels) + unit, unit):
         rows = _power_of_two(block)
@@ -90,13 +103,13 @@ def _block(channels: int, unit: int, width: int, most: int) -> int:
 
 @dataclass(frozen=True)
 class Call:
-    """x as it lies, and its plan."""
+    """Input x in its memory format, with the plan and the constants of the launch."""
 
     x: Tensor
     format: torch.memory_format
     plan: Plan
     constants: dict[str, Any]
-    elements: float  # of a group
+    elements: float  # elements of one group
 
     @property
     def positions(self) -> int:
@@ -111,11 +124,14 @@ class Call:
 
 
 def prepare(x: Tensor, num_groups: int, silu: bool, tensors: int) -> Call:
-    """For x (B, C, ...), not empty; layouts other than contiguous and channels_last are copied, as for the CPU."""
+    """Prepares a call on x (B, C, ...), not empty.
+
+    Layouts other than contiguous and channels_last are copied, as the CPU backend does.
+    """
     format = layout(x)
     x = x.contiguous(memory_format=format)
     channels, positions = x.shape[1], math.prod(x.shape[2:])
-    # Where there is one position the layouts are one, and channels the neighbours.
+    # With one position the two layouts are equal, and channels are adjacent in memory.
     last = format != torch.contiguous_format or positions == 1
     width = channels // num_groups
     plan = pick(channels, width, positions, last, tensors)
@@ -136,7 +152,7 @@ def prepare(x: Tensor, num_groups: int, silu: bool, tensors: int) -> Call:
 
 
 def by_channel(values: Tensor | None) -> tuple[Any, ...] | None:
-    """What a kernel takes for a tensor (C,) or (B, C): it, and the strides of sample and channel."""
+    """Kernel argument for a tensor (C,) or (B, C): (tensor, sample stride, channel stride)."""
     if values is None:
         return None
     return (values, 0, *values.stride()) if values.dim() == 1 else (values, *values.stride())
@@ -152,7 +168,7 @@ def _ceil(n: int, by: int) -> int:
 
 @triton.jit
 def place(CHANNELS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, WIDE: tl.constexpr):
-    """sample, chunk, channel (ROWS,) and which of them are there. Neighbours in memory are neighbours in time."""
+    """Sample, chunk, channels (ROWS,) and their mask. Adjacent programs read adjacent memory."""
     program = tl.program_id(0)
     blocks: tl.constexpr = (CHANNELS + BLOCK - 1) // BLOCK
     row = tl.arange(0, ROWS)
@@ -168,7 +184,7 @@ def place(CHANNELS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, CHUNK
 def groups_of(
     own, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr
 ):
-    """group (GROUPS,), which of them are there, and which row belongs to which: member (GROUPS, ROWS)."""
+    """Groups (GROUPS,), their mask, and member (GROUPS, ROWS), the rows that belong to each."""
     blocks: tl.constexpr = (CHANNELS + BLOCK - 1) // BLOCK
     nth = tl.arange(0, GROUPS)
     group = tl.program_id(0) % blocks * (BLOCK // WIDTH) + nth
@@ -179,19 +195,19 @@ def groups_of(
 
 @triton.jit
 def to_groups(by_row, member):
-    """Sums over the channels of each group."""
+    """Sums rows (ROWS,) over the channels of each group, to (GROUPS,)."""
     return tl.sum(tl.where(member, by_row[None, :], 0.0), axis=1)
 
 
 @triton.jit
 def to_rows(by_group, member):
-    """What each channel's group has; 0 for rows without one."""
+    """Broadcasts group values (GROUPS,) to the rows of their channels. 0 for idle rows."""
     return tl.sum(tl.where(member, by_group[:, None], 0.0), axis=0)
 
 
 @triton.jit
 def offsets(channel, own, first, positions, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr, LAST: tl.constexpr):
-    """Within a sample, of the tile (ROWS, COLUMNS) whose first position is `first`; and what of it is inside."""
+    """Offsets in a sample, and mask, of the tile (ROWS, COLUMNS) from position `first` on."""
     position = first + tl.arange(0, COLUMNS)
     inside = own[:, None] & (position < positions)[None, :]
     if LAST:
@@ -201,14 +217,14 @@ def offsets(channel, own, first, positions, CHANNELS: tl.constexpr, COLUMNS: tl.
 
 @triton.jit
 def numbers(values, sample, channel, own):
-    """float32 (ROWS,) of a tensor from by_channel."""
+    """Loads float32 (ROWS,) from an argument that `by_channel` has made."""
     offset = sample * values[1] + channel.to(tl.int64) * values[2]
     return tl.load(values[0] + offset, mask=own, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def affine(weight, bias, scale, shift, sample, channel, own):
-    """slope and offset (ROWS,) that weight, bias, scale and shift amount to."""
+    """Combines weight, bias, scale and shift to slope and offset (ROWS,)."""
     slope = tl.where(own, 1.0, 0.0)
     offset = tl.zeros_like(slope)
     if weight is not None:

@@ -5,8 +5,8 @@ from torch import Tensor
 
 from emd_fast.backends.triton import launch
 from emd_fast.backends.triton.philox import normals
-from emd_fast.backends.triton.tile import load, of_sample, step, store, tile
-from emd_fast.noise import Stream
+from emd_fast.backends.triton.tile import load, of_sample, resolve_step_size, store, tile
+from emd_fast.noise import NoiseStream
 
 
 @triton.jit
@@ -24,7 +24,7 @@ def langevin_eps_kernel(
     alpha,
     sigma,
     step_size,
-    step_sizes,
+    step_size_per_sample,
     noise,
     stream,
     substep,
@@ -39,20 +39,20 @@ def langevin_eps_kernel(
     RUN: tl.constexpr,
 ):
     sample, row, column, block, inside = tile(batch, sizes, down, across, ROWS, COLUMNS, PLANES, WIDE)
-    # Each product is rounded before it is added (launch.submit): equal outputs must cancel to exactly 0.
+    # launch.OPTIONS disables fused multiply-add: equal outputs must cancel to exactly 0.
     delta = _coefficient(coefs, sample, 0) * load(terms[0], sizes, sample, row, column, inside, PLANES)
     for i in tl.static_range(1, len(terms)):
         term = load(terms[i], sizes, sample, row, column, inside, PLANES)
         delta = delta + _coefficient(coefs, sample, i) * term
     store(cotangent, of_sample(alpha, sample) * delta, sizes, sample, row, column, inside, PLANES)
 
-    gamma, root = step(step_size, step_sizes, sample)
+    step_size, noise_scale = resolve_step_size(step_size, step_size_per_sample, sample)
     pull = of_sample(sigma, sample) * delta
     d = load(drift, sizes, sample, row, column, inside, PLANES)
-    store(drift, (1 - gamma) * d + gamma * pull, sizes, sample, row, column, inside, PLANES)
+    store(drift, (1 - step_size) * d + step_size * pull, sizes, sample, row, column, inside, PLANES)
     e = load(eps, sizes, sample, row, column, inside, PLANES)
     n = normals(noise, stream, substep, sample, block, ROWS, COLUMNS, RUN)
-    store(eps, e + gamma * (pull - e) + root * n, sizes, sample, row, column, inside, PLANES)
+    store(eps, e + step_size * (pull - e) + noise_scale * n, sizes, sample, row, column, inside, PLANES)
 
 
 def langevin_eps(
@@ -64,7 +64,7 @@ def langevin_eps(
     alpha: Tensor,
     sigma: Tensor,
     step_size: float,
-    step_sizes: Tensor | None,
+    step_size_per_sample: Tensor | None,
     noise: Tensor,
     substep: int,
     cotangent_dtype: torch.dtype,
@@ -84,9 +84,9 @@ def langevin_eps(
         launch.by_sample(alpha),
         launch.by_sample(sigma),
         float(step_size),
-        None if step_sizes is None else launch.by_sample(step_sizes),
+        None if step_size_per_sample is None else launch.by_sample(step_size_per_sample),
         noise,
-        Stream.LANGEVIN_EPS,
+        NoiseStream.LANGEVIN_EPS,
         substep,
         like=eps,
         sizes=sizes,

@@ -4,8 +4,8 @@ from torch import Tensor
 
 from emd_fast.backends.triton import launch
 from emd_fast.backends.triton.philox import normals
-from emd_fast.backends.triton.tile import load, step, store, tile
-from emd_fast.noise import Stream
+from emd_fast.backends.triton.tile import load, resolve_step_size, store, tile
+from emd_fast.noise import NoiseStream
 
 
 @triton.jit(do_not_specialize=["stream", "substep", "batch", "down", "across"])
@@ -13,7 +13,7 @@ def langevin_z_kernel(
     z,
     z_grad,
     step_size,
-    step_sizes,
+    step_size_per_sample,
     noise,
     stream,
     substep,
@@ -28,15 +28,15 @@ def langevin_z_kernel(
     RUN: tl.constexpr,
 ):
     sample, row, column, block, inside = tile(batch, sizes, down, across, ROWS, COLUMNS, PLANES, WIDE)
-    gamma, root = step(step_size, step_sizes, sample)
+    step_size, noise_scale = resolve_step_size(step_size, step_size_per_sample, sample)
     old = load(z, sizes, sample, row, column, inside, PLANES)
     pull = load(z_grad, sizes, sample, row, column, inside, PLANES)
     m = normals(noise, stream, substep, sample, block, ROWS, COLUMNS, RUN)
-    store(z, old + gamma * (pull - old) + root * m, sizes, sample, row, column, inside, PLANES)
+    store(z, old + step_size * (pull - old) + noise_scale * m, sizes, sample, row, column, inside, PLANES)
 
 
 def langevin_z(
-    z: Tensor, z_grad: Tensor, step_size: float, step_sizes: Tensor | None, noise: Tensor, substep: int
+    z: Tensor, z_grad: Tensor, step_size: float, step_size_per_sample: Tensor | None, noise: Tensor, substep: int
 ) -> None:
     if not z.numel():
         return
@@ -46,9 +46,9 @@ def langevin_z(
         z_view,
         z_grad_view,
         float(step_size),
-        None if step_sizes is None else launch.by_sample(step_sizes),
+        None if step_size_per_sample is None else launch.by_sample(step_size_per_sample),
         noise,
-        Stream.LANGEVIN_Z,
+        NoiseStream.LANGEVIN_Z,
         substep,
         like=z,
         sizes=sizes,

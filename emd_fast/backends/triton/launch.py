@@ -1,4 +1,4 @@
-"""How a kernel is launched: the shape of its tiles, the strides it reads at, and the device it runs on."""
+"""Launch of element-wise kernels: tile shape, collapsed strides and device."""
 
 import contextlib
 import math
@@ -11,21 +11,22 @@ from torch import Tensor
 
 from emd_fast.backends.triton import tuning
 
-TILE = 1024  # elements a program: 8 a thread of 4 warps, which is one 128-bit access of bfloat16
-REDUCED_TILE = 2048  # where a program leaves a single sum behind, more of them make its last steps cheaper
+TILE = 1024  # elements per program: 8 per thread of 4 warps, one 128-bit access of bfloat16
+REDUCED_TILE = 2048  # for a program that stores one sum: more elements amortize the reduction
 _WARPS = 4
 _PLANE_ROWS = 32  # 64 bytes of bfloat16: two whole sectors of a channels_last tensor
 _INT32 = 2**31
-# No product is contracted into a sum: equal outputs must give a delta of exactly 0.
+# No fused multiply-add: equal network outputs must give a delta of exactly 0.
 OPTIONS = {"enable_fp_fusion": False}
 
 
 @dataclass(frozen=True)
 class Launch:
-    """The choices of one launch. A tile is `rows` by `columns` elements.
+    """Parameters of one launch. A tile is `rows` by `columns` elements.
 
-    Rows are samples and columns their elements; or, with `planes`, rows and columns are the two dimensions of one
-    sample (channels and positions, for channels_last tensors), which needs no division to find an element in memory.
+    Without `planes`, rows are samples and columns are their elements. With `planes`, rows and
+    columns are the two dimensions of one sample (channels and positions of a channels_last
+    tensor). The offset of an element then needs no division.
     """
 
     rows: int
@@ -34,18 +35,23 @@ class Launch:
     across: int  # tiles over the columns
     programs: int
     planes: bool
-    wide: bool  # the elements of one sample need 64-bit numbers; offsets in memory always have them
+    wide: bool  # element indices inside a sample need 64 bits; memory offsets always have 64
     warps: int
 
 
 def pick(batch: int, sizes: Sequence[int], tile: int = TILE, warps: int = _WARPS) -> Launch:
-    """The launch for samples of these collapsed sizes, of programs with (at most) so many elements and warps.
+    """Launch parameters for samples of these collapsed sizes.
 
-    It depends on nothing but its arguments, and the tile not even on the batch: every rank takes the same, and a sum
-    over a sample is the same in every batch.
+    They depend on the arguments only, and the tile does not depend on the batch size. So all ranks
+    choose the same tile, and a sum over a sample is equal in every batch.
+
+    Args:
+        tile: maximum number of elements per program.
+        warps: maximum number of warps per program.
     """
     elements = math.prod(sizes)
-    # The four words of a Philox block serve four neighbours, which must lie in one row of the tile.
+    # The four words of a Philox block belong to four consecutive elements. They must be in one
+    # row.
     planes = len(sizes) == 2 and sizes[1] % 4 == 0
     if planes:
         rows = min(_power_of_two(sizes[0]), _PLANE_ROWS)
@@ -57,18 +63,21 @@ def pick(batch: int, sizes: Sequence[int], tile: int = TILE, warps: int = _WARPS
         rows = tile // columns
         down, across = 1, _ceil(elements, columns)
         programs = _ceil(batch, rows) * across
-    warps = max(warps * rows * columns // tile, 1)  # a thread has as many elements in a tile of a small image
+    # Keeps the elements per thread in a smaller tile.
+    warps = max(warps * rows * columns // tile, 1)
     return Launch(rows, columns, down, across, programs, planes, wide=elements + 2 * tile >= _INT32, warps=warps)
 
 
 def collapse(shape: Sequence[int], *strides: Sequence[int]) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
-    """The fewest dimensions that describe one sample in all tensors at once.
+    """Merges dimensions of a sample where the strides of all tensors permit.
 
     Args:
-        shape: of one sample. strides: those of each tensor within a sample.
+        shape: shape of one sample.
+        strides: strides of each tensor within a sample.
 
     Returns:
-        sizes, and for each tensor its strides; contiguous tensors have one dimension of stride 1.
+        The merged sizes, and the strides of each tensor. If all tensors are contiguous, this is
+        one dimension of stride 1.
     """
     sizes: list[int] = []
     kept: list[list[int]] = [[] for _ in strides]
@@ -89,19 +98,19 @@ def collapse(shape: Sequence[int], *strides: Sequence[int]) -> tuple[tuple[int, 
 
 
 def views(*tensors: Tensor) -> tuple[tuple[int, ...], list[tuple[Any, ...]]]:
-    """The collapsed sizes of a sample, and what a kernel takes for each tensor: (tensor, batch stride, strides)."""
+    """Collapsed sizes of a sample, and per tensor the argument (tensor, batch stride, strides)."""
     shape = tensors[0].shape
     sizes, strides = collapse(shape[1:], *(x.stride()[1:] for x in tensors))
     return sizes, [(x, x.stride(0), s) for x, s in zip(tensors, strides, strict=True)]
 
 
 def by_sample(x: Tensor) -> tuple[Any, ...]:
-    """What a kernel takes for a tensor (B,) or (B, k): it, and its strides."""
+    """Kernel argument for a tensor (B,) or (B, k): (tensor, strides...)."""
     return (x, *x.stride())
 
 
 def neighbours(*tensors: Tensor) -> int:
-    """How many neighbours one thread should draw: as many as it needs for 128 bits of the narrowest tensor."""
+    """Consecutive elements that a thread should draw: 128 bits of the narrowest dtype."""
     return 8 if any(x.element_size() == 2 for x in tensors) else 4
 
 
@@ -113,9 +122,11 @@ def run(
     tile: int | None = None,
     **constants: Any,
 ) -> None:
-    """Launches kernel(*args, batch, sizes, down, across, ...) over samples of these sizes, on the device of `like`.
+    """Launches kernel(*args, batch, sizes, down, across, ...) over samples of these sizes.
 
-    `tile` is given where the result depends on it; other kernels may be tuned.
+    Args:
+        like: a tensor with the batch size and the device of the call.
+        tile: fixed tile size, for a kernel whose result depends on it. Others may be tuned.
     """
 
     def launched(args: tuple[Any, ...], launch: Launch) -> None:
@@ -152,7 +163,7 @@ def submit(
     device: torch.device,
     options: Mapping[str, Any] = OPTIONS,
 ) -> None:
-    """The one place where a kernel is launched: on the tensors' device, which need not be the current one."""
+    """Launches a kernel on the device of its tensors, which need not be the current device."""
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernel[(programs,)](*args, **constants, num_warps=warps, **options)
 

@@ -1,7 +1,8 @@
-"""The noise contract (docs/algorithm.md, "The noise") inside a kernel: words, uniform and normal numbers.
+"""Philox words, uniform and normal numbers inside a kernel (docs/algorithm.md, "The noise").
 
-A function here returns a tile of ROWS by COLUMNS elements, drawn in blocks of four neighbours of a row. All four words
-of a block and both numbers of a Box-Muller pair are used.
+`uniforms` and `normals` return a tile of ROWS by COLUMNS elements. A Philox block covers four
+consecutive elements of a row. All four words of a block and both numbers of a Box-Muller pair are
+used.
 """
 
 import triton
@@ -10,17 +11,18 @@ import triton.language as tl
 
 @triton.jit
 def _multiply(x, MULTIPLIER: tl.constexpr):
-    # In 64 bits, because one mul.wide gives both halves: two instructions fewer a round than mul.hi and mul.lo.
+    # A 64-bit product, because one mul.wide gives both halves. This saves two instructions per
+    # round against mul.hi and mul.lo.
     product = x.to(tl.uint64) * MULTIPLIER
     return (product >> 32).to(tl.uint32), product.to(tl.uint32)
 
 
 @triton.jit
 def words(noise, stream, substep, sample, block):
-    """The four uint32 words of Philox4x32-10 blocks (Salmon et al., SC 2011).
+    """Four uint32 words per block of Philox4x32-10 (Salmon et al., SC 2011).
 
-    noise points to seed, step, first sample and substep (int64), which are read here: a captured graph that replays
-    sees what they are then.
+    `noise` points to seed, step, first sample and substep (int64). The kernel reads them, so a
+    replayed CUDA graph uses their current values.
     """
     seed = tl.load(noise)
     x0 = block.to(tl.uint32)
@@ -43,13 +45,16 @@ def words(noise, stream, substep, sample, block):
 
 @triton.jit
 def _uniform(word):
-    # The product with a power of two is exact, so that fma rounds once where the contract rounds once.
+    # The product with a power of two is exact, so fma rounds once, as the noise contract does.
     return tl.minimum(tl.fma(word.to(tl.float32), 2.0**-32, 2.0**-33), 1 - 2.0**-24)
 
 
 @triton.jit
 def _minus_two_log(u):
-    """-2 ln u, as csrc/core/normal.h has it: u = 2^e (1 + f) with f around 0, so that nothing cancels near u = 1."""
+    """-2 ln u, by the polynomial of csrc/core/normal.h.
+
+    u = 2^e (1 + f) with f around 0, so that nothing cancels near u = 1.
+    """
     bits = u.to(tl.int32, bitcast=True)
     exponent = (bits - 0x3F3504F3) >> 23
     f = (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
@@ -66,7 +71,10 @@ def _minus_two_log(u):
 
 @triton.jit
 def _cos_sin_of_revolutions(u):
-    """(cos, sin)(2 pi u), as csrc/core/normal.h has it: quarter turns come off exactly, unlike in radians."""
+    """(cos, sin)(2 pi u), by the polynomials of csrc/core/normal.h.
+
+    Quarter turns are subtracted exactly, which radians would not permit.
+    """
     shifted = tl.fma(u, 4.0, 12582912.0)  # 1.5 * 2^23 leaves the nearest integer in the low bits
     quarter = shifted.to(tl.int32, bitcast=True)
     r = tl.fma(shifted - 12582912.0, -0.25, u)
@@ -85,7 +93,8 @@ def _cos_sin_of_revolutions(u):
 
 @triton.jit
 def _normal_pair(word0, word1):
-    # The fast square root is right to a unit in the last place or two: 1e-6 of the largest radius.
+    # The fast square root is accurate to one or two units in the last place, 1e-6 at the largest
+    # radius.
     radius = tl.sqrt(_minus_two_log(_uniform(word0)))
     cosine, sine = _cos_sin_of_revolutions(_uniform(word1))
     return radius * cosine, radius * sine
@@ -117,10 +126,14 @@ def _drawn(
     COLUMNS: tl.constexpr,
     RUN: tl.constexpr,
 ):
-    """What FOUR makes of each block, element by element; `first` is the block of the first column.
+    """Applies FOUR to each block and arranges the results by element.
 
-    A thread makes RUN neighbours, 4 or 8: the number that it loads and stores at a time. Otherwise they would have to
-    be exchanged between threads. The joins only name what a thread has; the last one is the fastest index.
+    A thread draws RUN consecutive elements, 4 or 8, as many as it loads and stores at a time. Any
+    other number would exchange data between threads. The joins move no data between threads; the
+    last join is the fastest index.
+
+    Args:
+        first: Philox block of the first column.
     """
     run = first + tl.arange(0, COLUMNS // RUN)[None, :] * (RUN // 4)
     a0, a1, a2, a3 = FOUR(noise, stream, substep, sample, run)

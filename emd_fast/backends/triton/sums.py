@@ -1,7 +1,7 @@
-"""Means over a sample: the same to the last bit in every run and every batch, since no two programs add to one number.
+"""Means over a sample, reproducible bit for bit in every run and every batch.
 
-A kernel leaves one sum for each sample and tile; `weighted_mean` adds those in their order. Which tiles there are
-depends on the sizes of a sample alone.
+A kernel stores one sum per sample and tile, and `weighted_mean` adds them in a fixed order. There
+are no atomics. The tiles depend on the sizes of a sample only.
 """
 
 import math
@@ -15,7 +15,7 @@ from torch import Tensor
 from emd_fast.backends.triton import launch
 from emd_fast.backends.triton.tile import of_sample
 
-_STRIP = 1024  # sums that a program adds at a time
+_STRIP = 1024  # sums that a program adds per iteration
 
 
 @triton.jit
@@ -28,7 +28,7 @@ def store_sum(
     ROWS: tl.constexpr,
     PLANES: tl.constexpr,
 ):
-    """The sum of `value` over each sample's part of the tile, to sums (B, down * across)."""
+    """Stores the sum of `value` over each sample's part of the tile in sums (B, down * across)."""
     program = tl.program_id(0)
     value = tl.where(inside, value, 0.0)
     if PLANES:
@@ -53,9 +53,9 @@ def weighted_mean_kernel(out, sums, weight, factor, elements, tiles, STRIP: tl.c
 def weighted_mean(
     kernel: Any, *args: Any, like: Tensor, sizes: tuple[int, ...], weight: Tensor, factor: float
 ) -> Tensor:
-    """weight * factor * the mean over each sample of what `kernel` sums. Returns (B,) float32."""
+    """weight * factor * mean per sample, (B,) float32, of the terms that `kernel` sums."""
     if not like.numel():
-        return weight * math.nan  # a mean over nothing; (0,) for no samples
+        return weight * math.nan  # NaN, the mean of an empty sample; shape (0,) for an empty batch
     batch = like.shape[0]
     loss = torch.empty(batch, dtype=torch.float32, device=like.device)
     choice = launch.pick(batch, sizes, launch.REDUCED_TILE)

@@ -1,7 +1,8 @@
-"""Where a program's tile lies: which sample, which elements, and where those are in the memory of each tensor.
+"""Tile of a program: its samples and elements, and loads and stores at any strides.
 
-A kernel takes a tensor as a view, (pointer, batch stride, strides), and tensors (B,) or (B, k) as (pointer,
-strides...); launch.py makes both. Strides of 1 become compile-time constants, which makes contiguous tensors fast.
+A tensor is passed as a view (pointer, batch stride, strides), and a tensor (B,) or (B, k) as
+(pointer, strides...). launch.py makes both. Triton turns strides of 1 into compile-time constants,
+which makes contiguous tensors fast.
 """
 
 import triton
@@ -19,7 +20,12 @@ def tile(
     PLANES: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """sample (a number, or (ROWS, 1)), row, column (1, COLUMNS), first Philox block of a row, and what is inside."""
+    """Position of this program's tile.
+
+    Returns:
+        sample, a scalar or (ROWS, 1); row (ROWS, 1); column (1, COLUMNS); the first Philox block
+        of each row; the mask (ROWS, COLUMNS).
+    """
     program = tl.program_id(0)
     if WIDE:
         program = program.to(tl.int64)
@@ -38,7 +44,7 @@ def tile(
         for d in tl.static_range(1, len(sizes)):
             elements = elements * sizes[d]
         inside = (row < batch) & (column < elements)
-        sample = tl.minimum(row, batch - 1)  # numbers of a sample need no mask then
+        sample = tl.minimum(row, batch - 1)  # so that per-sample loads need no mask
     return sample, row, column, block, inside
 
 
@@ -60,7 +66,7 @@ def _offset(view, sizes, sample, row, column, PLANES: tl.constexpr):
 
 @triton.jit
 def load(view, sizes, sample, row, column, inside, PLANES: tl.constexpr):
-    """float32; anything at all outside of `inside`."""
+    """Loads a tile as float32. Values outside the mask are undefined."""
     return tl.load(view[0] + _offset(view, sizes, sample, row, column, PLANES), mask=inside).to(tl.float32)
 
 
@@ -72,13 +78,13 @@ def store(view, value, sizes, sample, row, column, inside, PLANES: tl.constexpr)
 
 @triton.jit
 def of_sample(values, sample):
-    """One number of each sample, from (pointer, stride)."""
+    """Loads one number per sample, from (pointer, stride)."""
     return tl.load(values[0] + sample * values[1])
 
 
 @triton.jit
-def step(step_size, step_sizes, sample):
-    """gamma and sqrt(2 gamma), of the call or of each sample."""
-    if step_sizes is not None:
-        step_size = of_sample(step_sizes, sample)
+def resolve_step_size(step_size, step_size_per_sample, sample):
+    """Step size (one number, or one per sample) and noise scale sqrt(2 step_size) of a tile."""
+    if step_size_per_sample is not None:
+        step_size = of_sample(step_size_per_sample, sample)
     return step_size, tl.sqrt_rn(2 * step_size)

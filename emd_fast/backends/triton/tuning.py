@@ -1,6 +1,7 @@
-"""Launches chosen by measurement instead of by the frozen table, where EMD_FAST_AUTOTUNE=1 asks for it.
+"""Autotuning of launches, enabled by EMD_FAST_AUTOTUNE=1.
 
-Only kernels whose every element stands alone: their numbers are the same in any tile, so ranks may choose differently.
+It serves element-wise kernels only. Their results do not depend on the tile, so ranks may choose
+differently.
 """
 
 import functools
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 CANDIDATES = tuple((tile, warps) for tile in (512, 1024, 2048, 4096) for warps in (2, 4, 8) if tile >= 128 * warps)
-"""(elements, warps) of a program: at least four elements a thread, a Philox block."""
+"""(elements, warps) of a program, with at least four elements per thread, one Philox block."""
 _ROUNDS, _LAUNCHES = 5, 10
 
 Choice = tuple[int, int]
@@ -21,7 +22,10 @@ _chosen: dict[Hashable, Choice] = {}
 
 
 def wanted(device: torch.device) -> bool:
-    """Whether a launch on this device may be measured now: not while a graph is captured, which a wait would break."""
+    """Whether to tune launches on this device.
+
+    False during a graph capture, where a wait is illegal.
+    """
     asked = os.environ.get("EMD_FAST_AUTOTUNE") == "1" and device.type == "cuda"
     return asked and not torch.cuda.is_current_stream_capturing()
 
@@ -32,13 +36,14 @@ def fastest(
     launch: Callable[[tuple[Any, ...], Choice], None],
     device: torch.device,
 ) -> Choice:
-    """The candidate that takes the least time for these arguments; measured once for their sizes, strides and dtypes.
+    """Fastest candidate for these arguments, measured once per kernel, sizes, strides and dtypes.
 
     Args:
-        kernel: a function of Triton.
-        args: those of the kernel; tensors among them may be written, so copies of them are used.
-        launch: launch(args, candidate).
-        device: of the tensors.
+        kernel: a Triton function.
+        args: the kernel's arguments. The measurement runs on copies, since the kernel may write
+            them.
+        launch: called as launch(args, candidate).
+        device: device of the tensors.
     """
     key = (kernel.fn.__name__, _map(_facts, args))
     if key not in _chosen:
@@ -49,14 +54,14 @@ def fastest(
 
 
 def _facts(leaf: Any) -> Any:
-    """What a time depends on: not on the number of a substep."""
+    """Properties of an argument that determine the time. The value of a number is none of them."""
     return (leaf.shape, leaf.stride(), leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else type(leaf)
 
 
 def _copy(leaf: Any) -> Any:
     if not isinstance(leaf, Tensor):
         return leaf
-    # With the storage, so that the copy has the same strides, those of an expanded tensor too.
+    # Copies the storage, so that the copy has the same strides, also for an expanded tensor.
     storage = leaf.untyped_storage().clone()
     return leaf.new_empty(0).set_(storage, leaf.storage_offset(), leaf.shape, leaf.stride())
 

@@ -1,4 +1,4 @@
-"""What a rank holds of a network's parameters: what an optimizer works on, and a checkpoint writes."""
+"""Trainable parameters of one network on one rank, for the optimizer and the checkpoint."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from emd_fast.distributed import group
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of it: the tensor itself, or the local part of a DTensor, sharing its memory."""
+    """Local part of a DTensor, sharing its memory. Any other tensor is returned as it is."""
     detached = tensor.detach()
     return detached.to_local() if hasattr(detached, "to_local") else tensor
 
 
-class Shards:
-    """What this rank holds of the trainable parameters of a network: what an optimizer works on.
+class TrainableParameters:
+    """The trainable parameters of a network as this rank's optimizer sees them.
 
-    For a sharded network these are plain tensors on the memory of its shards, so that any optimizer will do; otherwise
-    the parameters themselves.
+    For a sharded network these are plain tensors that share the memory of its shards, so that any
+    optimizer works on them. Otherwise they are the parameters themselves.
 
     Args:
-        network: spread by `shard`, or plain.
+        network: a network that `shard` has processed, or a plain one.
 
     Raises:
-        ValueError: nothing in it requires a gradient.
+        ValueError: no parameter requires a gradient.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -46,49 +46,62 @@ class Shards:
             whole.grad = own.grad = None
 
     def reduce_gradients(self) -> None:
-        """The gradients of all ranks, summed, in `parameters`: one all-reduce a dtype for what every rank holds whole;
-        what is sharded has been reduced in the backward pass."""
+        """Sums the gradients over the ranks into the `grad` of `parameters`.
+
+        Replicated parameters take one all-reduce per dtype. FSDP2 has reduced the sharded ones in
+        the backward pass.
+        """
         for whole, own in zip(self.whole, self.parameters, strict=True):
             if own is not whole:
                 own.grad = None if whole.grad is None else local(whole.grad)
         if group.world_size() > 1:
-            gradients = [g for i, g in self._gradients() if not self._is_part(i)]
+            gradients = [g for i, g in self._gradients() if not self._is_sharded(i)]
             for dtype in dict.fromkeys(g.dtype for g in gradients):
-                some = [g for g in gradients if g.dtype == dtype]
-                flat = torch.cat([g.reshape(-1) for g in some])
+                same = [g for g in gradients if g.dtype == dtype]
+                flat = torch.cat([g.reshape(-1) for g in same])
                 dist.all_reduce(flat)
-                parts = flat.split([g.numel() for g in some])
-                torch._foreach_copy_(some, [part.view_as(g) for part, g in zip(parts, some, strict=True)])
+                parts = flat.split([g.numel() for g in same])
+                torch._foreach_copy_(same, [part.view_as(g) for part, g in zip(parts, same, strict=True)])
 
     def gradient_norms(self) -> Tensor:
-        """(n,) the norm of each tensor's gradient over all ranks, n those that have one; the same on every rank."""
+        """Norm of each parameter's gradient over all ranks, (n,) for n parameters with a gradient.
+
+        The result is the same on every rank.
+        """
         gradients = self._gradients()
         norms = torch.stack(list(torch._foreach_norm([g for _, g in gradients])))
-        if (sharers := self._sharers()) is not None:
-            # What every rank of them holds whole counts once.
+        if (sharers := self._shard_group()) is not None:
+            # A replicated gradient must count once, and the all-reduce adds it once per rank.
             squares = norms.square()
             for place, (i, _) in enumerate(gradients):
-                if not self._is_part(i):
+                if not self._is_sharded(i):
                     squares[place] /= dist.get_world_size(sharers)
             dist.all_reduce(squares, group=sharers)
             norms = squares.sqrt()
         return norms
 
     def note_bad(self, norms: Tensor) -> None:
-        """Remembers, on the device, the first tensor whose gradient is not finite."""
+        """Records on the device which parameter is the first whose gradient norm is not finite."""
         bad = ~torch.isfinite(norms)
-        if self._indices is None or len(self._indices) != len(norms):  # made once: copying them makes the host wait
+        # Built once: the copy to a GPU blocks the host.
+        if self._indices is None or len(self._indices) != len(norms):
             self._indices = torch.tensor([index for index, _ in self._gradients()], device=norms.device)
         first = self._indices.gather(0, bad.int().argmax(keepdim=True))[0]
         self.last_bad = torch.where(bad.any(), first, self.last_bad)
 
     def bad(self) -> str | None:
-        """The name of that tensor, or None; asks the device."""
+        """Name of the parameter that `note_bad` has recorded last, or None.
+
+        Synchronizes with the device.
+        """
         index = int(self.last_bad)
         return None if index < 0 else self.names[index]
 
     def like(self, index: int, tensor: Tensor) -> Tensor:
-        """A tensor of the optimizer for parameter `index` as part of a whole, where the parameter is one."""
+        """Wraps an optimizer state tensor of parameter `index` as a DTensor if that is sharded.
+
+        State of another shape than the parameter is returned as it is.
+        """
         whole: Any = self.whole[index]
         if not hasattr(whole, "to_local") or tensor.shape != self.parameters[index].shape:
             return tensor
@@ -103,16 +116,16 @@ class Shards:
             stride=whole.stride(),
         )
 
-    def _is_part(self, index: int) -> bool:
-        """Whether this rank holds a part of parameter `index`, not the whole."""
+    def _is_sharded(self, index: int) -> bool:
+        """Whether this rank holds only a part of parameter `index`."""
         return self.parameters[index] is not self.whole[index]
 
     def _gradients(self) -> list[tuple[int, Tensor]]:
         return [(i, p.grad) for i, p in enumerate(self.parameters) if p.grad is not None]
 
-    def _sharers(self) -> dist.ProcessGroup | None:
-        """The ranks among which a tensor is split, or None."""
-        first: Any = next((whole for i, whole in enumerate(self.whole) if self._is_part(i)), None)
+    def _shard_group(self) -> dist.ProcessGroup | None:
+        """Process group over which parameters are sharded, or None without sharding."""
+        first: Any = next((whole for i, whole in enumerate(self.whole) if self._is_sharded(i)), None)
         if first is None:
             return None
         split = [i for i, placement in enumerate(first.placements) if placement.is_shard()]
