@@ -1,6 +1,7 @@
 """From one process to a cluster: the process group, how a network is spread over it, and what its ranks owe each other.
 
-Reading order: group.py, agreement.py, modes.py, sharding.py, fsdp.py, shards.py. Nothing here knows of the algorithm.
+Reading order: group.py, agreement.py, modes.py, sharding.py, fsdp.py, shards.py, rows.py. Nothing here knows of the
+algorithm.
 """
 
 from emd_fast.distributed.agreement import Agreement, FailedOnMain, GroupError, check_same, on_main, raise_together

@@ -1,4 +1,4 @@
-"""A run and its folder: config.toml, teacher.pt, checkpoints/, log.jsonl, metrics.json, report.md, samples/.
+"""A run and its folder: config.toml, teacher/, checkpoints/, log.jsonl, metrics.json, report.md, samples/.
 
 The same command on the same folder goes on where the run stopped, and says so; on a finished run it says that. Inside
 a process group all ranks run the same functions; the main one writes and speaks.
