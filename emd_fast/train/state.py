@@ -135,7 +135,7 @@ class SavedFacts:
 
     config: EMDConfig
     step: int
-    skipped: int
+    skipped: float
     teacher: dict[str, Any]
     counters: dict[str, list[dict[str, int]]]
 
@@ -151,10 +151,10 @@ def read_facts(path: str | Path, facts: Mapping[str, Any]) -> SavedFacts:
         case {
             "config": dict() as config,
             "step": int() as step,
-            "skipped": int() as skipped,
+            "skipped": int() | float() as skipped,
             "teacher": {"path": None | str(), "sha256": str()} as teacher,
             "groups": dict() as counters,
-        } if min(step, skipped) >= 0 and max(step, skipped) < 2**62 and all(map(_are_counters, counters.values())):
+        } if 0 <= step < 2**62 and 0 <= skipped < 2**62 and all(map(_are_counters, counters.values())):
             pass
         case _:
             raise CheckpointError(f"{path} is not a checkpoint of a trainer: its facts are missing or of another form")
