@@ -1,14 +1,62 @@
-"""What numpy writes into pickles, as names for `plain_pickle`: numbers and arrays."""
+"""Arrays of numpy as data: in pickles, as names for `pickles.read`, and in .npz archives."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from emd_fast.io.plain_pickle import Built, PickleError
+from emd_fast.io.pickles import Built, PickleError
+
+_MAX_HEADER = 10_000  # bytes of the header of an .npy, which numpy parses as a Python literal
+
+
+def read_npz(path: Path, names: Collection[str], largest: int) -> dict[str, np.ndarray]:
+    """Reads arrays of an .npz by name, without pickle. The others are not read, whatever their size.
+
+    Args:
+        names: of the wanted arrays.
+        largest: bytes that an array may have.
+
+    Returns:
+        Those of the wanted arrays that are there.
+
+    Raises:
+        ValueError: an array that is larger, has objects in it, or another size than its header says.
+        OSError, zipfile.BadZipFile: a file that cannot be read.
+    """
+    with zipfile.ZipFile(path) as archive:
+        members = {member.filename: member for member in archive.infolist()}
+        wanted = {name: members[f"{name}.npy"] for name in names if f"{name}.npy" in members}
+        if not wanted:
+            there = ", ".join(sorted(members))[:200].replace(".npy", "")
+            raise ValueError(f"it has {there or 'nothing'}, and no {' or '.join(names)}")
+        return {name: _read_npy(archive, member, name, largest) for name, member in wanted.items()}
+
+
+def _read_npy(archive: zipfile.ZipFile, member: zipfile.ZipInfo, name: str, largest: int) -> np.ndarray:
+    if member.file_size > largest + _MAX_HEADER or member.flag_bits & 1:
+        raise ValueError(f"{name} has {member.file_size:,} bytes, at most {largest:,} are read; or it is encrypted")
+    with archive.open(member) as file:
+        version = np.lib.format.read_magic(file)
+        head = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
+        if head is None:
+            raise ValueError(f"{name} is an array of format {version}, which is not supported")
+        try:
+            shape, columns, dtype = head(file, max_header_size=_MAX_HEADER)
+        except (RecursionError, MemoryError):
+            raise ValueError(f"{name} has a header that is nested without end") from None
+        if dtype.hasobject:
+            raise ValueError(f"{name} holds objects, which only a pickle can hold")
+        content = file.read(largest + 1)
+        size = math.prod(shape) * dtype.itemsize if all(0 <= n <= largest for n in shape) else -1
+        if size != len(content):
+            raise ValueError(f"{name} has {len(content)} bytes, which is not the size that its header says")
+        return np.frombuffer(content, dtype).reshape(shape, order="F" if columns else "C")
 
 
 class _Type(Built):
@@ -27,14 +75,14 @@ class PlainArray(Built):
         pass
 
     def value(self) -> np.ndarray:
-        """The array, of float32 or float64.
+        """The array, of float32 or float64, sharing the memory of the bytes.
 
         Raises:
             PickleError: another type, or a shape that is not that of the bytes.
         """
         match self.state:
             case (int(), tuple() as shape, _Type() as kind, bool() as columns, bytes() | bytearray() as content):
-                sizes = all(type(n) is int and n >= 0 for n in shape)
+                sizes = len(shape) <= 8 and all(type(n) is int and 0 <= n < 2**40 for n in shape)
                 if not kind.is_one_of(("f4", "f8")):
                     raise PickleError("an array of numpy must be of float32 or float64, little-endian")
                 if sizes and math.prod(shape) * int(kind.code[1]) == len(content):
