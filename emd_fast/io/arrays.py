@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import zipfile
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -12,7 +13,12 @@ import numpy as np
 
 from emd_fast.io.pickles import Built, PickleError
 
-_MAX_HEADER = 10_000  # bytes of the header of an .npy, which numpy parses as a Python literal
+_MAX_DIMS = 8
+# numpy itself parses the header as a Python literal.
+_HEADER = re.compile(
+    rb"\{'descr': '([<|][biufU]\d{1,4})', 'fortran_order': (True|False), "
+    rb"'shape': \(((?:\d{1,12}L?, ?)*(?:\d{1,12}L?)?)\), \} *\n"
+)
 
 
 def read_npz(path: Path, names: Collection[str], largest: int) -> dict[str, np.ndarray]:
@@ -39,24 +45,24 @@ def read_npz(path: Path, names: Collection[str], largest: int) -> dict[str, np.n
 
 
 def _read_npy(archive: zipfile.ZipFile, member: zipfile.ZipInfo, name: str, largest: int) -> np.ndarray:
-    if member.file_size > largest + _MAX_HEADER or member.flag_bits & 1:
-        raise ValueError(f"{name} has {member.file_size:,} bytes, at most {largest:,} are read; or it is encrypted")
+    # Other methods of compression cannot be read piece by piece.
+    if member.flag_bits & 1 or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"{name} is encrypted, or compressed in a way that numpy does not write")
     with archive.open(member) as file:
-        version = np.lib.format.read_magic(file)
-        head = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
-        if head is None:
-            raise ValueError(f"{name} is an array of format {version}, which is not supported")
-        try:
-            shape, columns, dtype = head(file, max_header_size=_MAX_HEADER)
-        except (RecursionError, MemoryError):
-            raise ValueError(f"{name} has a header that is nested without end") from None
-        if dtype.hasobject:
-            raise ValueError(f"{name} holds objects, which only a pickle can hold")
-        content = file.read(largest + 1)
-        size = math.prod(shape) * dtype.itemsize if all(0 <= n <= largest for n in shape) else -1
-        if size != len(content):
-            raise ValueError(f"{name} has {len(content)} bytes, which is not the size that its header says")
-        return np.frombuffer(content, dtype).reshape(shape, order="F" if columns else "C")
+        start = file.read(10)
+        header = _HEADER.fullmatch(file.read(int.from_bytes(start[8:], "little")))
+        if start[:8] != b"\x93NUMPY\x01\x00" or header is None:
+            raise ValueError(f"{name} is not an array of numbers or text as numpy writes it")
+        kind, columns, sizes = (group.decode() for group in header.groups())
+        shape = tuple(int(size) for size in re.findall(r"\d+", sizes))
+        dtype = np.dtype(kind)
+        size = math.prod(shape) * dtype.itemsize
+        if len(shape) > _MAX_DIMS or max(size, member.file_size) > largest + 2**16:
+            raise ValueError(f"{name} has {max(size, member.file_size):,} bytes, at most {largest:,} are read")
+        content = file.read(size + 1)
+        if len(content) != size:
+            raise ValueError(f"{name} does not have the {size:,} bytes that its header says")
+        return np.frombuffer(content, dtype).reshape(shape, order="F" if columns == "True" else "C")
 
 
 class _Type(Built):
@@ -82,7 +88,7 @@ class PlainArray(Built):
         """
         match self.state:
             case (int(), tuple() as shape, _Type() as kind, bool() as columns, bytes() | bytearray() as content):
-                sizes = len(shape) <= 8 and all(type(n) is int and 0 <= n < 2**40 for n in shape)
+                sizes = len(shape) <= _MAX_DIMS and all(type(n) is int and 0 <= n < 2**40 for n in shape)
                 if not kind.is_one_of(("f4", "f8")):
                     raise PickleError("an array of numpy must be of float32 or float64, little-endian")
                 if sizes and math.prod(shape) * int(kind.code[1]) == len(content):

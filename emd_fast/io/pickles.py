@@ -18,7 +18,7 @@ from typing import Any, Protocol
 Names = Mapping[str, Callable[..., Any]]
 
 _NEWEST = 5
-_MOST_OPCODES = 2_000_000  # a network of EDM has about 200 for each module
+_MOST_OPCODES = 1_000_000  # a network of EDM has about 200 for each module
 _LARGEST_NUMBER = 2**127  # a longer one costs time in every product
 _LARGEST_KEY = 2**16  # larger integers can be chosen so that their hashes collide
 
