@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import pickletools
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 Names = Mapping[str, Callable[..., Any]]
 
@@ -33,7 +33,7 @@ class Source(Protocol):
     def read(self, n: int = ..., /) -> bytes: ...
     def readline(self) -> bytes: ...
     def tell(self) -> int: ...
-    def seek(self, offset: int, whence: int = ..., /) -> Any: ...
+    def seek(self, offset: int, whence: Literal[0, 2] = ..., /) -> Any: ...
 
 
 class Name:

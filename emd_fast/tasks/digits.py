@@ -89,7 +89,7 @@ def _read_teacher(path: Path, config: TeacherConfig) -> Denoiser:
     remedy = "remove it to train the teacher again"
     state = checkpoint.load(path, remedy=remedy)
     teacher = digits.denoiser(digits.network(config))
-    weights = state.get("teacher")
+    weights: Any = state.get("teacher")
     if _forms(weights) != _forms(teacher.state_dict()) or not _is_of(state.get("config"), config):
         raise checkpoint.CheckpointError(f"{path} was trained with another [teacher] configuration; {remedy}")
     teacher.load_state_dict(weights)

@@ -85,7 +85,8 @@ def _network(source: mmap.mmap) -> Saved:
     arguments, positional = _plain(state.get("_init_kwargs")), _plain(state.get("_init_args"))
     if not isinstance(arguments, dict) or not isinstance(positional, list):
         raise PickleError(f"{root.class_name!r} does not say what arguments it was built with")
-    tensors, left = {}, len(source)
+    tensors: dict[str, Tensor] = {}
+    left = len(source)
     for name, record in _tensors(root):
         if len(tensors) == _MOST_TENSORS:
             raise PickleError(f"the network has more than {_MOST_TENSORS:,} tensors: refused")

@@ -312,4 +312,4 @@ def read_rows(folder: Path, manifest: Manifest, into: Mapping[str, Rows]) -> Non
 
 def _bytes(tensor: Tensor) -> memoryview:
     """The memory of a contiguous tensor on the CPU."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
