@@ -22,9 +22,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 _CONTEXT = mp.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    ["torch.distributed.fsdp", "torch.distributed.checkpoint", "emd_fast.cli.commands", "emd_fast.run.distill"]
-)
+_CONTEXT.set_forkserver_preload(["torch.distributed.fsdp", "emd_fast.cli.commands", "emd_fast.run.distill"])
 
 
 class Ranks:

@@ -96,7 +96,7 @@ def test_a_damaged_best_is_said_and_the_next_evaluation_replaces_it(tmp_path, fi
     figures += [1.0, 2.0, 3.0]
     run.distill(settings(**EVERY), tmp_path)
     path = checkpoint.best_of(tmp_path / "checkpoints")
-    (path / "__0_0.distcp").write_bytes(b"gone")
+    (path / "rank-00000.bin").write_bytes(b"gone")
     with pytest.raises(checkpoint.CheckpointError, match="best is truncated, damaged"):
         run.open_run(tmp_path, best=True)
     figures += [5.0]

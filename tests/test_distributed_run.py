@@ -188,12 +188,12 @@ def damaged(path) -> str:
 def test_damage_that_one_rank_finds_is_told_to_all(ranks, tmp_path):
     path = tmp_path / "x"
     ranks(2, train, config(), 1, None, path)
-    file = path / "__1_0.distcp"
+    file = path / "rank-00001.bin"
     contents = bytearray(file.read_bytes())
     contents[len(contents) // 2] ^= 1
     file.write_bytes(contents)
     for said in ranks(2, damaged, path):
-        assert "x is truncated, damaged" in said and "__1_0.distcp" in said
+        assert "x is truncated, damaged" in said and "rank-00001.bin" in said
 
 
 def cannot_write(folder) -> str:

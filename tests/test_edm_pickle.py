@@ -4,59 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import pickle
 import pickletools
 import struct
-import sys
 
 import edm_files
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from hostile_pickles import Call, as_ema, as_state, call, dumps, saved, stack_call, storage, text, whole
+from watch import watched
 
-from emd_fast.io import plain_pickle
-from emd_fast.io.plain_pickle import PickleError
+from emd_fast.io import pickles
+from emd_fast.io.pickles import PickleError
 from emd_fast.teachers import edm, edm_pickle
-
-# What happens while a file is read -----------------------------------------------------------------------------------
-
-_FORBIDDEN = ("exec", "compile", "import", "os.", "subprocess.", "socket.", "shutil.", "ctypes.", "pickle.", "code.")
-_seen: list[str] | None = None
-
-
-def _hook(event, arguments):
-    if _seen is None:
-        return
-    writes = event == "open" and (
-        arguments[1] not in ("r", "rb") if isinstance(arguments[1], str) else arguments[2] & 3
-    )
-    if event.startswith(_FORBIDDEN) or writes:
-        _seen.append(f"{event} {arguments[:2]}")
-
-
-sys.addaudithook(_hook)  # stays until the process ends, and does nothing outside of `watched`
-
-
-@contextlib.contextmanager
-def watched():
-    """What is inside runs no source, imports nothing, starts nothing and writes nothing."""
-    global _seen
-    _seen = found = []
-    try:
-        yield
-    finally:
-        _seen = None
-    assert not found, found
-
-
-def test_the_watch_sees():
-    for act in (lambda: exec("1"), lambda: os.system("true"), lambda: pickle.loads(pickle.dumps(nn.Linear))):
-        with pytest.raises(AssertionError), watched():
-            act()
-    with pytest.raises(AssertionError), watched():
-        open(os.devnull, "w").close()
 
 
 @pytest.fixture
@@ -75,38 +36,7 @@ def read(tmp_path):
     return of
 
 
-# What pickles of the attackers are made of ---------------------------------------------------------------------------
-
-
-def text(value):
-    encoded = value.encode()
-    return b"X" + struct.pack("<I", len(encoded)) + encoded
-
-
-def call(module, name, *arguments):
-    """GLOBAL and REDUCE: module.name(*arguments), the arguments being opcodes already."""
-    return b"c" + f"{module}\n{name}\n".encode() + b"(" + b"".join(arguments) + b"tR"
-
-
-def stack_call(module, name, *arguments):
-    return text(module) + text(name) + b"\x93(" + b"".join(arguments) + b"tR"
-
-
-def whole(body, protocol=4):
-    return b"\x80" + bytes([protocol]) + body + b"."
-
-
-def as_ema(body):
-    """{"ema": body}"""
-    return whole(b"}" + text("ema") + body + b"s")
-
-
-def as_state(body):
-    """A network whose state is this: the place where a reader has most reason to go on."""
-    meta = b"}(" + text("type") + text("class") + text("class_name") + text("EDMPrecond") + text("version") + b"K\x06"
-    meta += text("module_src") + text(edm_files.HOSTILE) + text("state") + body + b"u"
-    return as_ema(b"ctorch_utils.persistence\n_reconstruct_persistent_obj\n" + meta + b"\x85R")
-
+# What the attackers write ---------------------------------------------------------------------------------------------
 
 SHELL = text("touch /tmp/emd_fast_ran")
 SOURCE = text("open('/tmp/emd_fast_ran', 'w')")
@@ -197,7 +127,7 @@ MALFORMED = {
     "huge bytearray": (whole(b"\x96" + struct.pack("<Q", 2**62)), "only 1 remain"),
     "huge frame": (b"\x80\x04\x95" + struct.pack("<Q", 2**62) + b"N.", "holds something else"),
     "negative length": (whole(b"\x8b" + struct.pack("<i", -5)), "count < 0"),
-    "huge number": (as_ema(b"\x8b" + struct.pack("<i", 2**20) + b"\x7f" * 2**20), "not a network"),
+    "huge number": (as_ema(b"\x8b" + struct.pack("<i", 2**20) + b"\x7f" * 2**20), "8388607 bits"),
     "not UTF-8": (whole(b"X\x02\x00\x00\x00\xff\xfe"), "utf-8"),
     "bytes behind the end": (as_ema(b"N") + b"x", "follow"),
     "a second pickle": (as_ema(b"N") + whole(call("os", "system", SHELL)), "follow"),
@@ -261,69 +191,6 @@ def test_an_extension_that_somebody_registered_is_refused(read):
 # Tensors --------------------------------------------------------------------------------------------------------------
 
 
-def saved(storage, offset=0, size=(2,), stride=(1,), names=("w",), table="_parameters", arguments=(), kwargs=None):
-    """A file with a network that has one tensor under each name."""
-    tensor = _Call("torch._utils", "_rebuild_tensor_v2", storage, offset, size, stride, False, {})
-    module = edm_files.Module("EDMPrecond", *arguments, **(kwargs or {}))
-    module.__dict__[table] = dict.fromkeys(names, tensor)
-    return _dumps(module)
-
-
-class _Call:
-    """Pickles as a call of module.name."""
-
-    def __init__(self, module, name, *arguments):
-        self.function, self.arguments = _Word(module, name), arguments
-
-    def __reduce__(self):
-        return self.function, self.arguments
-
-
-class _Word:
-    """Pickles as a global."""
-
-    def __init__(self, module, name):
-        self.module, self.name = module, name
-
-    def __call__(self):
-        raise AssertionError
-
-
-class _Pickler(pickle._Pickler):
-    """Python's own, with GLOBAL written for words that name nothing here."""
-
-    def save(self, obj, *arguments, **options):
-        if isinstance(obj, _Word):
-            self.write(b"c" + f"{obj.module}\n{obj.name}\n".encode())
-        else:
-            super().save(obj, *arguments, **options)
-
-
-def _dumps(network):
-    file = io.BytesIO()
-    with edm_files.nvlabs_modules():
-        _Pickler(file, 4).dump({"ema": network})
-    return file.getvalue()
-
-
-def storage(content, kind=("torch", "FloatStorage"), count=None, key="0", **more):
-    """What torch.storage._load_from_bytes is given: a file of torch in its old form, with every part for a change."""
-    count = len(content) // 4 if count is None else count
-    file = io.BytesIO()
-
-    class Old(_Pickler):
-        def persistent_id(self, obj):
-            return more.get("identifier", ("storage", _Word(*kind), key, "cpu", count, None)) if obj == "<it>" else None
-
-    pickle.dump(more.get("magic", 0x1950A86A20F9469CFC6C), file, 2)
-    pickle.dump(1001, file, 2)
-    pickle.dump({"protocol_version": 1001, "little_endian": more.get("little_endian", True)}, file, 2)
-    Old(file, 2).dump(more.get("object", "<it>"))
-    pickle.dump(more.get("keys", [key]), file, 2)
-    file.write(struct.pack("<q", more.get("written", count)) + content)
-    return _Call("torch.storage", "_load_from_bytes", file.getvalue() + more.get("behind", b""))
-
-
 FLOATS = np.arange(8, dtype="<f4").tobytes()
 
 
@@ -375,22 +242,22 @@ BAD_TENSORS = {
     "integers": (saved(storage(FLOATS, ("torch", "LongStorage"), 4)), "torch.LongStorage"),
     "untyped": (saved(storage(FLOATS, ("torch.storage", "UntypedStorage"))), "torch.storage.UntypedStorage"),
     "os.system as a type": (saved(storage(FLOATS, ("os", "system"))), "os.system"),
-    "os.system inside": (saved(storage(FLOATS, object=_Call("os", "system", "true"))), "os.system"),
+    "os.system inside": (saved(storage(FLOATS, object=Call("os", "system", "true"))), "os.system"),
     "a storage inside": (saved(storage(FLOATS, object=storage(FLOATS))), "torch.storage._load_from_bytes"),
-    "the type is called": (saved(storage(FLOATS, object=_Call("torch", "FloatStorage", "x"))), "called"),
+    "the type is called": (saved(storage(FLOATS, object=Call("torch", "FloatStorage", "x"))), "called"),
     "no identifier": (saved(storage(FLOATS, object=3)), "announces"),
     "another identifier": (saved(storage(FLOATS, identifier=("module", "os", "x"))), "not described"),
     "another key": (saved(storage(FLOATS, keys=["1"])), "announces"),
     "another magic number": (saved(storage(FLOATS, magic=1)), "form in which torch"),
     "big-endian": (saved(storage(FLOATS, little_endian=False)), "little-endian"),
-    "a zip archive": (saved(_Call("torch.storage", "_load_from_bytes", b"PK\x03\x04" + FLOATS)), "form in which torch"),
-    "a tar archive": (saved(_Call("torch.storage", "_load_from_bytes", b"sys_info" + FLOATS)), "form in which torch"),
+    "a zip archive": (saved(Call("torch.storage", "_load_from_bytes", b"PK\x03\x04" + FLOATS)), "form in which torch"),
+    "a tar archive": (saved(Call("torch.storage", "_load_from_bytes", b"sys_info" + FLOATS)), "form in which torch"),
     "a hostile pickle": (
-        saved(_Call("torch.storage", "_load_from_bytes", CALLS["os.system by GLOBAL"][0])),
+        saved(Call("torch.storage", "_load_from_bytes", CALLS["os.system by GLOBAL"][0])),
         "os.system",
     ),
-    "an empty storage": (saved(_Call("torch.storage", "_load_from_bytes", b"")), "form in which torch"),
-    "text": (saved(_Call("torch.storage", "_load_from_bytes", "PK")), "not made of bytes"),
+    "an empty storage": (saved(Call("torch.storage", "_load_from_bytes", b"")), "form in which torch"),
+    "text": (saved(Call("torch.storage", "_load_from_bytes", "PK")), "not made of bytes"),
     "many views of one storage": (saved(storage(bytes(40_000)), names=[str(i) for i in range(100)]), "more bytes"),
     "a parameter that is text": (saved("x").replace(b"_rebuild_tensor_v2", b"_rebuild_parameter"), "not a tensor"),
 }
@@ -406,17 +273,17 @@ def test_modules_that_are_no_tree(read):
     inner = edm_files.Module("Linear")
     outer = edm_files.Module("EDMPrecond")
     outer.__dict__["_modules"] = {"a": inner, "b": inner}
-    assert "not a tree" in read(_dumps(outer))
+    assert "not a tree" in read(dumps(outer))
     for _ in range(40):
         inner, child = edm_files.Module("Linear"), inner
         inner.__dict__["_modules"] = {"x": child}
     outer.__dict__["_modules"] = {"a": inner}
-    assert "not a tree" in read(_dumps(outer))
+    assert "not a tree" in read(dumps(outer))
     outer.__dict__["_modules"] = {"a": 3}
-    assert "not a module" in read(_dumps(outer))
+    assert "not a module" in read(dumps(outer))
     outer.__dict__["_modules"] = {}
     outer.__dict__["_buffers"] = {"a": 3}
-    assert "not a tensor" in read(_dumps(outer))
+    assert "not a tensor" in read(dumps(outer))
 
 
 # Files as they should be ----------------------------------------------------------------------------------------------
@@ -483,4 +350,4 @@ def test_plain_values():
             if protocol < 5 and isinstance(value, bytearray):
                 continue
             names = {"builtins set": set}
-            assert plain_pickle.read(io.BytesIO(pickle.dumps(value, protocol)), names) == value
+            assert pickles.read(io.BytesIO(pickle.dumps(value, protocol)), names) == value

@@ -71,6 +71,7 @@ class Compiled(torch.optim.Optimizer):
                 state = self.state[parameter]
                 if not state:
                     state["exp_avg"] = self._new_buffer(parameter, True)
+                    state["exp_avg_sq"] = self._new_buffer(parameter, False)
                 assert isinstance(state["exp_avg"], Coarse)
                 state["exp_avg"].copy_(state["exp_avg"].dequantize().lerp(parameter.grad.sign(), 0.5))
                 parameter.sub_(group["lr"] * state["exp_avg"].dequantize())

@@ -130,7 +130,7 @@ def test_what_cannot_be_replayed_is_one_clear_line(folder, tmp_path, capsys):
 @pytest.mark.usefixtures("without_pictures")
 def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(tmp_path, capsys):
     run.distill(settings(), tmp_path)
-    file = checkpoint.path_of(tmp_path / "checkpoints", 6) / "__0_0.distcp"
+    file = checkpoint.path_of(tmp_path / "checkpoints", 6) / "rank-00000.bin"
     file.write_bytes(file.read_bytes()[:100])
     assert "checkpoint of step 4, 2 steps earlier" in replay(tmp_path, 6, 0).weights
     assert "step-00000006 is truncated" in capsys.readouterr().err

@@ -177,7 +177,7 @@ def test_a_run_works_outside_of_the_main_thread(tmp_path):
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(tmp_path, capsys):
     run.distill(settings(), tmp_path / "damaged")
     run.distill(settings(emd__steps=8), tmp_path / "whole")
-    last = checkpoint.path_of(tmp_path / "damaged" / "checkpoints", 6) / "__0_0.distcp"
+    last = checkpoint.path_of(tmp_path / "damaged" / "checkpoints", 6) / "rank-00000.bin"
     last.write_bytes(last.read_bytes()[:500])
     run.distill(settings(emd__steps=8), tmp_path / "damaged")
     said = capsys.readouterr().err
@@ -187,7 +187,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(tmp_path, ca
 
 def test_when_no_checkpoint_can_be_read_nothing_is_overwritten(tmp_path):
     run.distill(settings(emd__steps=2), tmp_path)
-    path = checkpoint.path_of(tmp_path / "checkpoints", 2) / "__0_0.distcp"
+    path = checkpoint.path_of(tmp_path / "checkpoints", 2) / "rank-00000.bin"
     path.write_bytes(b"gone")
     with pytest.raises(CheckpointError, match="delete them to start over"):
         run.distill(settings(), tmp_path)

@@ -1,6 +1,7 @@
 """The process group, the sharding of networks over it, and collectives on plain values.
 
-Reading order: group.py, agreement.py, modes.py, sharding.py, fsdp.py, trainable_parameters.py.
+Reading order: group.py, agreement.py, modes.py, sharding.py, fsdp.py, trainable_parameters.py,
+rows.py.
 Nothing here knows of the algorithm.
 """
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from emd_fast import ops
 from emd_fast.diffusion.denoiser import Condition
-from emd_fast.noise import Noise
+from emd_fast.noise import Noise, NoiseStream
 from emd_fast.teachers.diffusers.architectures import Network
 from emd_fast.teachers.diffusers.folder import Folder
 
@@ -88,7 +88,7 @@ class OneStep(nn.Module):
         """
         device = next(self.parameters()).device
         noise = Noise(self.metadata.seed if seed is None else seed, first_sample=first_sample, device=device)
-        z = ops.normal((n, *self.latent_shape), noise, stream=Stream.SHOWN)
+        z = ops.normal((n, *self.latent_shape), noise, stream=NoiseStream.SHOWN)
         if cond is None and self.metadata.num_classes:
             cond = torch.arange(first_sample, first_sample + n, device=device) % self.metadata.num_classes
         return self(z, cond)

@@ -1,1 +1,1 @@
-"""Files that are there whole or not at all; pickles read as data."""
+"""Files and folders that are there whole or not at all; pickles and arrays read as data."""

@@ -1,8 +1,9 @@
-"""Statistics of real images: EDM's .npz files, EDM2's .pkl files, and those that are made here."""
+"""Statistics of real images: .npz files of EDM and ADM, .pkl files of EDM2, and those that are made here."""
 
 from __future__ import annotations
 
 import io
+import mmap
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,16 +12,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from emd_fast.io import plain_arrays
+from emd_fast.io import arrays
+from emd_fast.io.arrays import PlainArray, read_npz
 from emd_fast.io.files import write_whole
-from emd_fast.io.plain_arrays import PlainArray
-from emd_fast.io.plain_pickle import PickleError, read
+from emd_fast.io.pickles import PickleError, read
 from emd_fast.metrics.detector import sha256_of
 from emd_fast.metrics.distance import Moments
 from emd_fast.metrics.images import size
 
 _WANTED = "an .npz of EDM with mu and sigma, or a .pkl of EDM2"
-_LARGEST = 2**30  # bytes of an array; 2048 features have a covariance of 32 MiB
+_LARGEST = 2**29  # bytes of an array: 8,192 features; 2,048 have a covariance of 32 MiB
 
 
 class BadReference(ValueError):
@@ -72,7 +73,7 @@ class Reference:
 
 
 def load(path: str | Path) -> Reference:
-    """Reads a reference. Nothing in the file is run.
+    """Reads a reference. Nothing in the file is run, and of an .npz only the statistics are read.
 
     Raises:
         BadReference: no such file, something else, or statistics that cannot be.
@@ -103,27 +104,42 @@ def save(path: str | Path, moments: Moments, shape: tuple[int, ...], detector: s
 
 
 def _npz(path: Path) -> tuple[dict[str, Moments], dict[str, Any]]:
-    with zipfile.ZipFile(path) as archive:
-        if max((member.file_size for member in archive.infolist()), default=0) > _LARGEST:
-            raise ValueError("it holds an array of more than 1 GiB")
-    with np.load(path, allow_pickle=False) as file:
-        missing = {"mu", "sigma"} - set(file.files)
-        if missing:
-            raise ValueError(
-                f"it has {', '.join(sorted(file.files)) or 'nothing'}, and no {' or '.join(sorted(missing))}"
-            )
-        n = int(file["n"]) if "n" in file.files else None
-        facts: dict[str, Any] = {}
-        if "shape" in file.files:
-            facts["shape"] = tuple(file["shape"].tolist())
-        if "detector" in file.files:
-            facts["detector"] = str(file["detector"])
-        return {"fid": _moments(file["mu"], file["sigma"], n)}, facts
+    found = read_npz(path, ("mu", "sigma", "n", "shape", "detector"), _LARGEST)
+    if missing := {"mu", "sigma"} - found.keys():
+        raise ValueError(f"it has {', '.join(sorted(found))}, and no {' or '.join(sorted(missing))}")
+    return {"fid": _moments(found["mu"], found["sigma"], _count(found.get("n")))}, {
+        "shape": _shape(found.get("shape")),
+        "detector": _text(found.get("detector")),
+    }
 
 
-def _moments(mu: Any, sigma: Any, n: int | None) -> Moments:
+def _count(array: np.ndarray | None) -> int | None:
+    if array is None:
+        return None
+    if array.shape != () or array.dtype.kind not in "iu" or not 0 <= int(array) < 2**62:
+        raise ValueError("n must be a number of images")
+    return int(array)
+
+
+def _shape(array: np.ndarray | None) -> tuple[int, ...] | None:
+    if array is None:
+        return None
+    if array.shape != (3,) or array.dtype.kind not in "iu" or not 0 < int(array.min()) <= int(array.max()) < 2**20:
+        raise ValueError("shape must be (C, H, W) of the images")
+    return tuple(array.tolist())
+
+
+def _text(array: np.ndarray | None) -> str | None:
+    if array is None:
+        return None
+    if array.shape != () or array.dtype.kind != "U" or array.nbytes > 1024:
+        raise ValueError("detector must be a text of at most 256 characters")
+    return str(array)
+
+
+def _moments(mu: np.ndarray, sigma: np.ndarray, n: int | None) -> Moments:
     for name, array in (("mu", mu), ("sigma", sigma)):
-        if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
+        if array.dtype.kind != "f" or array.dtype.itemsize > 8:
             raise ValueError(f"{name} must be an array of floating-point numbers")
     mean, covariance = (torch.from_numpy(array.astype(np.float64)) for array in (mu, sigma))
     return Moments(mean, covariance, n)
@@ -133,19 +149,30 @@ def _moments(mu: Any, sigma: Any, n: int | None) -> Moments:
 
 
 def _pkl(path: Path) -> tuple[dict[str, Moments], dict[str, Any]]:
-    data = read(io.BytesIO(path.read_bytes()), plain_arrays.NAMES)
+    with open(path, "rb") as file:
+        if not file.read(1):
+            raise PickleError("the file is empty")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as source:
+            data, left = read(source, arrays.NAMES), len(source)
     if type(data) is not dict:
         raise PickleError("it holds no table")
     n = data.get("num_images")
-    n = n if type(n) is int else None
+    n = n if type(n) is int and 0 <= n < 2**62 else None
     found = {}
     for name, entry in data.items():
-        if type(entry) is dict and {"mu", "sigma"} <= set(entry):
-            found[str(name)] = _moments(_value(entry["mu"]), _value(entry["sigma"]), n)
+        if type(entry) is dict and {"mu", "sigma"} <= entry.keys():
+            mu, sigma = (_value(key, entry[key]) for key in ("mu", "sigma"))
+            # Many entries with one array would cost out of all proportion to the size of the file.
+            left -= mu.nbytes + sigma.nbytes
+            if left < 0:
+                raise PickleError("the arrays claim more bytes than the file has")
+            found[str(name)] = _moments(mu, sigma, n)
     if not found:
         raise PickleError(f"it has {', '.join(map(repr, data))[:100] or 'nothing'}, and no entry with mu and sigma")
     return found, {}
 
 
-def _value(entry: Any) -> Any:
-    return entry.value() if isinstance(entry, PlainArray) else entry
+def _value(key: str, entry: Any) -> np.ndarray:
+    if not isinstance(entry, PlainArray):
+        raise PickleError(f"{key} must be an array of numpy")
+    return entry.value()

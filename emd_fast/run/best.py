@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 from emd_fast import distributed
 from emd_fast.config import RunConfig
@@ -38,14 +39,14 @@ class Best:
         if not checkpoint.exists(self.path):
             return math.inf
         try:
-            notes = checkpoint.facts(self.path)["notes"]
-        except (CheckpointError, KeyError) as error:
+            _, figures, basis = _judged(self.path, checkpoint.facts(self.path))
+        except CheckpointError as error:
             say(f"the best checkpoint is left out, the next evaluation replaces it: {error}")
             return math.inf
-        if notes["basis"] != self._basis:
+        if basis != self._basis:
             say(f"{self.path} was evaluated with other files or samples: the next evaluation replaces it")
             return math.inf
-        return notes["figures"]["frechet"]
+        return figures["frechet"]
 
     def due(self) -> bool:
         """Whether the last step completed another `evaluation.every` images, or the run."""
@@ -83,7 +84,20 @@ def best_of_run(folder: Path) -> dict[str, float] | None:
     if not checkpoint.exists(path):
         return None
     try:
-        facts = checkpoint.facts(path, verify=False)
-        return {"step": facts["step"], **facts["notes"]["figures"]}
-    except (CheckpointError, KeyError):
+        step, figures, _ = _judged(path, checkpoint.facts(path, verify=False))
+    except CheckpointError:
         return None
+    return {"step": step, **figures}
+
+
+def _judged(path: Path, facts: dict[str, Any]) -> tuple[int, dict[str, float], dict[str, Any]]:
+    """Step, figures and basis in the facts of a best checkpoint.
+
+    Raises:
+        CheckpointError: facts of another form.
+    """
+    match facts:
+        case {"step": int() as step, "notes": {"figures": {"frechet": _} as figures, "basis": dict() as basis}}:
+            if all(type(figure) in (int, float) for figure in figures.values()):
+                return step, figures, basis
+    raise CheckpointError(f"{path} does not say how it was judged")

@@ -1,6 +1,6 @@
 """The folder of a run: lock, configuration, and whether it holds the same or a finished run.
 
-A run folder has config.toml, teacher.pt, checkpoints/, log.jsonl, metrics.json, report.md and
+A run folder has config.toml, teacher/, checkpoints/, log.jsonl, metrics.json, report.md and
 samples/.
 """
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import shutil
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from emd_fast.reporting import journal
 from emd_fast.reporting.progress import say
 from emd_fast.run import distill as run
 from emd_fast.tasks import task_of
+from emd_fast.train import checkpoint
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ def conduct(settings: RunConfig, folder: Path) -> Path:
         for seed in range(seeds):
             own = folder / f"{re.sub('[^A-Za-z0-9]+', '-', variant.name).strip('-')}-seed{seed}"
             own.mkdir(exist_ok=True)
-            if (folder / "teacher.pt").exists() and not (own / "teacher.pt").exists():
-                shutil.copyfile(folder / "teacher.pt", own / "teacher.pt")
+            if checkpoint.exists(folder / "teacher") and not checkpoint.exists(own / "teacher"):
+                checkpoint.save(own / "teacher", checkpoint.load(folder / "teacher"))
             emd = dataclasses.replace(variant.settings.emd, seed=seed)
             say(f"study: {variant.name}, seed {seed}")
             metrics = run.distill(dataclasses.replace(variant.settings, emd=emd), own)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from emd_fast import ops
-from emd_fast.config import RunConfig, TeacherConfig, from_dict, to_dict
+from emd_fast.config import ConfigError, RunConfig, TeacherConfig, from_dict, to_dict
 from emd_fast.diffusion.denoiser import Denoiser
 from emd_fast.diffusion.sampler import heun
-from emd_fast.noise import Noise, Stream
+from emd_fast.noise import Noise, NoiseStream
 from emd_fast.reporting import pictures
 from emd_fast.tasks import OnStep, digits_data, digits_teacher
 from emd_fast.tasks.digits_metrics import DigitFeatures, digits_metrics
@@ -30,20 +30,15 @@ class Digits:
         self.config = config
 
     def make_teacher(self, folder: Path, on_step: OnStep | None) -> Denoiser:
-        path = folder / "teacher.pt"
+        path = folder / "teacher"
         teacher = self._load_or_train(path, on_step)
         teacher.source = str(path.resolve())
         return teacher
 
     def _load_or_train(self, path: Path, on_step: OnStep | None) -> Denoiser:
         config = self.config.teacher
-        if path.exists():
-            state = checkpoint.load(path)
-            if from_dict(TeacherConfig, state["config"]) != config:
-                raise checkpoint.CheckpointError(f"{path} was trained with another [teacher] configuration")
-            teacher = digits_teacher.denoiser(digits_teacher.network(config))
-            teacher.load_state_dict(state["teacher"])
-            return teacher.eval()
+        if checkpoint.exists(path):
+            return _read_teacher(path, config)
         callback = None if on_step is None else lambda step, loss: on_step(step, config.steps, loss)
         teacher = digits_teacher.train(config, callback)
         checkpoint.save(path, {"config": to_dict(config), "teacher": teacher.state_dict()})
@@ -73,7 +68,7 @@ class Digits:
     def evaluate(self, trainer: EMDTrainer, untrained: EMDTrainer, folder: Path | None) -> dict[str, Any]:
         images = digits_data.load("test")[0]
         labels, cond = _held_out(trainer)
-        z = ops.normal((len(labels), *digits_data.SHAPE), Noise(trainer.config.seed), stream=Stream.SHOWN)
+        z = ops.normal((len(labels), *digits_data.SHAPE), Noise(trainer.config.seed), stream=NoiseStream.SHOWN)
         samples = {
             "teacher": heun(trainer.teacher, z, cond),
             "init": untrained.generate(len(labels), cond, ema=False),
@@ -87,6 +82,30 @@ class Digits:
             for name, x in {"real": images, **samples}.items():
                 pictures.save_grid(folder / "samples" / f"{name}.png", x[rows], columns=10)
         return metrics
+
+
+def _read_teacher(path: Path, config: TeacherConfig) -> Denoiser:
+    remedy = "remove it to train the teacher again"
+    state = checkpoint.load(path, remedy=remedy)
+    teacher = digits_teacher.denoiser(digits_teacher.network(config))
+    weights: Any = state.get("teacher")
+    if _forms(weights) != _forms(teacher.state_dict()) or not _is_of(state.get("config"), config):
+        raise checkpoint.CheckpointError(f"{path} was trained with another [teacher] configuration; {remedy}")
+    teacher.load_state_dict(weights)
+    return teacher.eval()
+
+
+def _forms(tensors: Any) -> dict[str, Any]:
+    """Shape and dtype of each tensor; none where there are no tensors."""
+    items = tensors.items() if isinstance(tensors, dict) else ()
+    return {name: (value.shape, value.dtype) for name, value in items if isinstance(value, Tensor)}
+
+
+def _is_of(saved: Any, config: TeacherConfig) -> bool:
+    try:
+        return isinstance(saved, dict) and from_dict(TeacherConfig, saved) == config
+    except (ConfigError, TypeError):
+        return False
 
 
 def _held_out(trainer: EMDTrainer) -> tuple[Tensor, Tensor | None]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from emd_fast import ops
-from emd_fast.noise import Noise, Stream
+from emd_fast.noise import Noise, NoiseStream
 
 SHAPE = (1, 8, 8)
 CLASSES = 10
@@ -47,7 +47,7 @@ def load(split: str) -> tuple[Tensor, Tensor]:
     images = torch.from_numpy(counts).float().reshape(-1, *SHAPE) / 8 - 1
     labels = torch.from_numpy(targets).long()
 
-    drawn = ops.uniform((len(labels),), Noise(_SPLIT_SEED), stream=Stream.TEACHER_ORDER)
+    drawn = ops.uniform((len(labels),), Noise(_SPLIT_SEED), stream=NoiseStream.TEACHER_ORDER)
     held_out = torch.zeros(len(labels), dtype=torch.bool)
     for digit in range(CLASSES):
         members = (labels == digit).nonzero()[:, 0]

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy, silu
 from emd_fast import ops
 from emd_fast.metrics.distance import frechet
 from emd_fast.metrics.neighbours import precision_recall
-from emd_fast.noise import Noise, Stream
+from emd_fast.noise import Noise, NoiseStream
 from emd_fast.tasks import digits_data
 from emd_fast.tasks.digits_teacher import learning_rate_factor
 from emd_fast.teachers.small_unet import initialise
@@ -56,7 +56,9 @@ class DigitFeatures:
             level = torch.full((_BATCH,), _AUGMENTATION, device=self.device)
             # Noise on the images regularises: features must not fit the train split more closely than
             # new digits.
-            noisy = ops.perturb(images[chosen], torch.ones_like(level), level, noise=noise, stream=Stream.TEACHER_NOISE)
+            noisy = ops.perturb(
+                images[chosen], torch.ones_like(level), level, noise=noise, stream=NoiseStream.TEACHER_NOISE
+            )
             for group in optimizer.param_groups:
                 group["lr"] = _LEARNING_RATE * learning_rate_factor(step, steps, warmup=20)
             optimizer.zero_grad(set_to_none=True)

@@ -12,7 +12,7 @@ from emd_fast import ops
 from emd_fast.config import TeacherConfig
 from emd_fast.diffusion.denoiser import Denoiser
 from emd_fast.diffusion.schedules import EDM
-from emd_fast.noise import Noise
+from emd_fast.noise import Noise, NoiseStream
 from emd_fast.tasks.digits_data import CLASSES, SHAPE, SIGMA_DATA, load
 from emd_fast.teachers.small_unet import SmallUNet, initialise
 from emd_fast.train.average import EMA

@@ -17,7 +17,7 @@ from emd_fast.config import RunConfig
 from emd_fast.diffusion.denoiser import Denoiser
 from emd_fast.diffusion.sampler import heun
 from emd_fast.diffusion.schedules import EDM
-from emd_fast.noise import Noise
+from emd_fast.noise import Noise, NoiseStream
 from emd_fast.reporting import pictures
 from emd_fast.tasks import OnStep
 from emd_fast.tasks.mixture_metrics import mixture_comparison, mixture_metrics

@@ -3,7 +3,7 @@
 Such a file is a dict whose entry "ema" is the network. Every network and layer is a call of
 `torch_utils.persistence._reconstruct_persistent_obj` with the name of its class, the source of the class's module, and
 its `__dict__`; every tensor is a call of torch with a storage that is a file of torch in itself. What is taken is the
-name of the class, the arguments it was built with, and the tensors. The file is read by `plain_pickle`.
+name of the class, the arguments it was built with, and the tensors. The file is read by `io.pickles`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from emd_fast.io import plain_arrays
-from emd_fast.io.plain_pickle import Built, Name, PickleError, read
+from emd_fast.io import arrays
+from emd_fast.io.pickles import Built, Name, PickleError, read
 
 _DTYPES = {
     "torch FloatStorage": torch.float32,
@@ -31,7 +31,8 @@ _DTYPES = {
 }
 # The head of a file of torch before 1.6: how a tensor's storage is pickled to this day.
 _TORCH_MAGIC, _TORCH_FORMAT = 0x1950A86A20F9469CFC6C, 1001
-_DEEPEST, _MOST_VALUES, _MOST_ELEMENTS = 32, 10_000, 2**40  # of modules, constructor arguments, a tensor
+_DEEPEST, _MOST_TENSORS = 32, 20_000  # of modules; of a network
+_MOST_VALUES, _MOST_ELEMENTS = 10_000, 2**40  # of constructor arguments; of a tensor
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,11 @@ def _network(source: mmap.mmap) -> Saved:
     arguments, positional = _plain(state.get("_init_kwargs")), _plain(state.get("_init_args"))
     if not isinstance(arguments, dict) or not isinstance(positional, list):
         raise PickleError(f"{root.class_name!r} does not say what arguments it was built with")
-    tensors, left = {}, len(source)
+    tensors: dict[str, Tensor] = {}
+    left = len(source)
     for name, record in _tensors(root):
+        if len(tensors) == _MOST_TENSORS:
+            raise PickleError(f"the network has more than {_MOST_TENSORS:,} tensors: refused")
         # Many views of one storage would cost out of all proportion to the size of the file.
         left -= record.storage.elements().nbytes
         if left < 0:
@@ -134,7 +138,7 @@ class _Storage:
             raise PickleError("a storage is not in the form in which torch pickles it")
         if system.get("little_endian") is not True:
             raise PickleError("a storage is not little-endian")
-        head = read(source, dict.fromkeys(_DTYPES, plain_arrays.never), _announced)
+        head = read(source, dict.fromkeys(_DTYPES, arrays.never), _announced)
         if not isinstance(head, _Announced) or read(source, {}) != [head.key]:
             raise PickleError("a storage does not hold what it announces")
         found = _Elements(head.dtype, head.count, memoryview(self.content)[source.tell() + 8 :])
@@ -232,7 +236,7 @@ _NAMES: dict[str, Callable[..., Any]] = {
     "dnnlib.util EasyDict": _ordered,
     "builtins set": _set,
     "__builtin__ set": _set,
-    **plain_arrays.NAMES,
+    **arrays.NAMES,
 }
 
 

@@ -1,87 +1,74 @@
-"""Checkpoints, which are there whole or not at all.
+"""Checkpoints: writes and reads folders of tensors and plain values, whole or not at all.
 
-A file holds one state of tensors and plain values (a teacher): `save`, `load`. A training checkpoint is a folder that
-torch.distributed.checkpoint has written, each rank its part, with a manifest of what is in it: `Writer`, `facts`,
-`restore`; `load` reads it too, whole.
+Each rank writes the rows that it holds of the tensors into a file of its own (`checkpoint_format`),
+and any number of ranks reads them. A `Writer` writes the checkpoints of a training, in the
+background too; `save` writes from one process. `facts` and `restore` read into tensors that are
+there; `load` reads everything.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import pickle
 import re
-import shutil
 import threading
-import warnings
-import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from emd_fast import distributed
-from emd_fast.io.files import write_text, write_whole
+from emd_fast.distributed import rows
+from emd_fast.distributed.rows import Rows
+from emd_fast.io import folders
+from emd_fast.io.files import write_whole
+from emd_fast.train import checkpoint_format
+from emd_fast.train.checkpoint_format import (
+    MANIFEST,
+    Chunk,
+    Entry,
+    FormatError,
+    Manifest,
+    OtherVersion,
+    Written,
+    write_rows,
+)
 
-_FORMAT = "emd_fast checkpoint"
-_VERSION = 2
 _NAME = re.compile(r"step-(\d{8})")
-_MANIFEST = "manifest.json"
+_EARLIER = "use an earlier one"
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written or read: one line that names the file and the remedy."""
+    """A checkpoint that cannot be written or read: one line that names the folder and the remedy."""
 
 
-# Files ----------------------------------------------------------------------------------------------------------------
+# Writing --------------------------------------------------------------------------------------------------------------
 
 
-def save(path: str | Path, state: dict[str, Any]) -> None:
-    """Writes a state of tensors and plain values into one file.
+def save(path: str | Path, state: Mapping[str, Any]) -> None:
+    """Writes a folder from this process alone.
 
-    Raises:
-        CheckpointError: it cannot be written; what stood at `path` before is intact.
-    """
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, lambda file: torch.save({"format": _FORMAT, "version": _VERSION, **state}, file))
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        raise _cannot_write(path, error) from error
-
-
-def load(path: str | Path) -> dict[str, Any]:
-    """Reads what `save` or a `Writer` wrote, to the CPU, in this process alone.
-
-    A folder gives its facts and, by part, its tensors: {"step": ..., "generator": {name: tensor}, ...}.
+    Args:
+        state: {"part": {name: tensor}, ...}, and plain values under other keys, as `load` returns them.
 
     Raises:
-        CheckpointError: a missing, truncated or foreign file.
+        CheckpointError: it cannot be written; what was at `path` before is intact.
     """
-    path = _standing(path)
-    if path.is_dir():
-        return _load_folder(path)
-    if not path.is_file():
-        raise CheckpointError(f"no checkpoint at {path}")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile, ValueError, KeyError, OSError) as error:
-        raise _damaged(path, type(error).__name__) from error
-    if not isinstance(state, dict) or state.get("format") != _FORMAT:
-        raise CheckpointError(f"{path} is not a checkpoint of emd_fast")
-    _check_version(path, state)
-    return state
+    parts = {part: value for part, value in state.items() if isinstance(value, Mapping) and _are_tensors(value)}
+    tensors = {f"{part}.{name}": tensor for part, value in parts.items() for name, tensor in value.items()}
+    facts = {name: value for name, value in state.items() if name not in parts}
+    _write_folder(Path(path), rows.to_write(tensors, 0, 1), facts, None, None)
 
 
-# Folders: writing -----------------------------------------------------------------------------------------------------
+def _are_tensors(value: Mapping[str, Any]) -> bool:
+    return bool(value) and all(isinstance(item, Tensor) for item in value.values())
 
 
 class Writer:
-    """Writes training checkpoints, one at a time; all ranks call it alike."""
+    """Writes training checkpoints, one at a time. All ranks make the same calls."""
 
     def __init__(self) -> None:
         self._group: dist.ProcessGroup | None = None
@@ -100,26 +87,29 @@ class Writer:
         """Writes a folder under a temporary name, and renames it once all of it is on the disk.
 
         Args:
-            tensors: by "part.name"; DTensors are written by the ranks that hold them.
+            tensors: by "part.name"; the same names in the same order on every rank. Plain tensors are equal on all
+                ranks. DTensors are replicated or sharded on dimension 0.
             facts: plain values, the same on every rank.
             background: returns as soon as the tensors are copied to the host's memory; `wait`, or the next `save`,
                 waits for the rest and raises what it met.
             then: called on rank 0 after the rename.
 
         Raises:
-            CheckpointError: it cannot be written; what stood at `path` before is intact.
+            CheckpointError: it cannot be written; what was at `path` before is intact.
         """
         self.wait()
         path = Path(path)
         if self._group is None and distributed.world_size() > 1:
             # A group of its own: from another thread, its collectives would mix with those of the training.
             self._group = dist.new_group(backend="gloo")
+        try:
+            mine = rows.to_write(tensors, distributed.rank(), distributed.world_size())
+        except ValueError as error:
+            raise _cannot_write(path, str(error)) from error
         if not background:
-            _write_folder(path, tensors, facts, self._group, then)
+            _write_folder(path, mine, facts, self._group, then)
             return
-        from torch.distributed.checkpoint.staging import BlockingAsyncStager
-
-        copied = BlockingAsyncStager().stage(tensors)
+        copied = {name: replace(own, values=own.values.to("cpu", copy=True)) for name, own in mine.items()}
 
         def work() -> None:
             try:
@@ -146,57 +136,61 @@ class Writer:
 
 def _write_folder(
     path: Path,
-    tensors: dict[str, Tensor],
+    mine: Mapping[str, Rows],
     facts: Mapping[str, Any],
     group: dist.ProcessGroup | None,
     then: Callable[[], object] | None,
 ) -> None:
-    dcp = _dcp()
     temporary = path.with_name(f".{path.name}.tmp")
-    main = distributed.is_main()
+    rank = 0 if group is None else distributed.rank()
 
     def prepare() -> None:
-        if main:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(temporary, ignore_errors=True)
-
-    def write() -> dict[str, list[Any]]:
-        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(temporary), process_group=group, no_dist=group is None)
-        mine = [*temporary.glob(f"__{distributed.rank()}_*"), *([temporary / ".metadata"] if main else [])]
-        return {file.name: [file.stat().st_size, _digest(file)] for file in mine}
+        if rank == 0:
+            folders.remove(temporary)
+            temporary.mkdir(parents=True)
 
     def finish() -> None:
-        if main:
-            manifest: dict[str, Any] = {"format": _FORMAT, "version": _VERSION, "facts": dict(facts), "files": files}
-            manifest["sha256"] = _own_digest(manifest)
-            write_text(temporary / _MANIFEST, json.dumps(manifest, indent=1))
-            _sync(temporary)
-            _put_in_place(temporary, path)
+        if rank == 0:
+            manifest = Manifest(dict(facts), tuple(each.file for each in written), _table(mine, written)).encode()
+            checkpoint_format.decode(manifest)  # what could not be read is not written
+            write_whole(temporary / MANIFEST, lambda file: file.write(manifest))
+            folders.replace(temporary, path)
             if then is not None:
                 then()
 
     try:
         _together(path, prepare, group)
-        files = {name: entry for part in _together(path, write, group) for name, entry in part.items()}
+        written: list[Written] = _together(path, lambda: write_rows(temporary, rank, mine), group)
         _together(path, finish, group)
     except CheckpointError:
-        if main:  # half a checkpoint on a disk that may be full serves nobody
-            _remove(temporary)
+        if rank == 0:  # half a checkpoint on a disk that may be full serves nobody
+            folders.remove(temporary)
         raise
 
 
+def _table(mine: Mapping[str, Rows], written: Iterable[Written]) -> dict[str, Entry]:
+    chunks: dict[str, list[tuple[int, Chunk]]] = {}
+    for rank, each in enumerate(written):
+        for name, first, begin, count in each.chunks:
+            chunks.setdefault(name, []).append((first, Chunk(rank, begin, count)))
+    return {
+        name: Entry(own.values.dtype, own.shape, tuple(chunk for _, chunk in sorted(chunks.get(name, []))))
+        for name, own in mine.items()
+    }
+
+
 def _together(path: Path, work: Callable[[], Any], group: dist.ProcessGroup | None) -> list[Any]:
-    """What every rank's `work` returned; an error on one is an error on all.
+    """What every rank's `work` returned. An error on one is an error on all.
 
     Raises:
         CheckpointError: the first rank's that failed.
     """
-    failure: BaseException | None = None
+    failure: Exception | None = None
     done: Any = None
     try:
         done = work()
-    except BaseException as error:
-        failure = _cause(error)
+    except Exception as error:
+        failure = error
     told = [(done, None if failure is None else _reason(failure))]
     if group is not None:
         told = told * distributed.world_size()
@@ -204,85 +198,26 @@ def _together(path: Path, work: Callable[[], Any], group: dist.ProcessGroup | No
     for rank, (_, reason) in enumerate(told):
         if reason is not None:
             where = f" (rank {rank})" if len(told) > 1 else ""
-            raise CheckpointError(
-                f"cannot write the checkpoint {path}: {reason}{where}; what was there before is intact"
-            ) from failure
+            raise _cannot_write(path, f"{reason}{where}") from failure
     return [result for result, _ in told]
 
 
-def _put_in_place(temporary: Path, path: Path) -> None:
-    """One rename where nothing stands at `path`; else what stands there is moved aside first, and `load` finds it
-    should the process die in between."""
-    aside = _aside(path)
-    if path.exists():
-        _remove(aside)
-        os.rename(path, aside)
-    os.rename(temporary, path)
-    _sync(path.parent)
-    _remove(aside)
-
-
-def _standing(path: str | Path) -> Path:
-    """Where the checkpoint is: what was moved aside, should nothing have come in its place."""
-    path = Path(path)
-    return _aside(path) if not path.exists() and _aside(path).exists() else path
-
-
-def _aside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.old")
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _own_digest(manifest: Mapping[str, Any]) -> str:
-    """Of what a manifest says; a byte of it that has turned may give another number that reads as well."""
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-# Folders: reading -----------------------------------------------------------------------------------------------------
+# Reading --------------------------------------------------------------------------------------------------------------
 
 
 def facts(path: str | Path, *, verify: bool = True) -> dict[str, Any]:
-    """The facts of a folder; all ranks call it alike.
+    """The facts of a folder. All ranks make the same call.
 
     Args:
         verify: read every file and compare it with the manifest, each rank its share of them.
 
     Raises:
-        CheckpointError: a missing, half-written, damaged or foreign folder.
+        CheckpointError: a missing, half-written, damaged or foreign folder, or one of another release.
     """
-    path = _standing(path)
-    if not path.is_dir():
-        raise CheckpointError(f"{path} is a file, no folder" if path.exists() else f"no checkpoint at {path}")
-    try:
-        manifest = json.loads((path / _MANIFEST).read_text())
-    except (OSError, ValueError) as error:
-        raise _damaged(path, f"{_MANIFEST}: {type(error).__name__}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
-        raise CheckpointError(f"{path} is not a checkpoint of emd_fast")
-    _check_version(path, manifest)
-    if manifest.pop("sha256", None) != _own_digest(manifest):
-        raise _damaged(path, _MANIFEST)
-    wrong = _wrong_files(
-        path, manifest["files"], *((distributed.rank(), distributed.world_size()) if verify else (0, 0))
+    path = folders.standing(path)
+    manifest = _manifest(path)
+    wrong = checkpoint_format.wrong_file(
+        path, manifest, *((distributed.rank(), distributed.world_size()) if verify else (0, 0))
     )
     if verify and distributed.world_size() > 1:
         told: list[Any] = [None] * distributed.world_size()
@@ -290,125 +225,83 @@ def facts(path: str | Path, *, verify: bool = True) -> dict[str, Any]:
         wrong = next((name for name in told if name), None)
     if wrong:
         raise _damaged(path, wrong)
-    return manifest["facts"]
-
-
-def _wrong_files(path: Path, files: dict[str, list[Any]], first: int, every: int) -> str | None:
-    """The first file that is not what the manifest says: its size, and of every so-many-th its contents."""
-    for index, (name, (size, digest)) in enumerate(sorted(files.items())):
-        file = path / name
-        try:
-            if file.stat().st_size != size or (every and index % every == first and _digest(file) != digest):
-                return name
-        except OSError:
-            return name
-    return None
+    return manifest.facts
 
 
 def shapes(path: str | Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of every tensor in a folder, by "part.name".
 
     Raises:
-        CheckpointError: metadata that cannot be read.
+        CheckpointError: a manifest that cannot be read.
     """
-    return {name: (tuple(entry.size), entry.properties.dtype) for name, entry in _metadata(_standing(path)).items()}
+    return {name: (entry.shape, entry.dtype) for name, entry in _manifest(folders.standing(path)).tensors.items()}
 
 
-def restore(path: str | Path, tensors: dict[str, Tensor]) -> None:
-    """Reads a folder into `tensors`, in place, on however many ranks: each reads what it holds.
+def restore(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
+    """Reads the whole of a folder into `tensors`, in place, on any number of ranks: each reads the rows that it holds.
 
     Raises:
-        CheckpointError: a tensor that the folder has not, or has in another shape, named "part: name"; nothing is
-            written then. A folder that cannot be read.
+        CheckpointError: the folder lacks one of these tensors, has one more, or has one in another shape or dtype; it
+            is named "part: name", and nothing is written then. A folder that cannot be read.
     """
-    _read_into(_standing(path), tensors, alone=False)
-
-
-def _read_into(path: Path, tensors: dict[str, Tensor], *, alone: bool) -> None:
-    there = shapes(path)
+    path = folders.standing(path)
+    manifest = _manifest(path)
     for name, tensor in tensors.items():
         part, _, key = name.partition(".")
-        if name not in there:
+        there = manifest.tensors.get(name)
+        if there is None:
             raise CheckpointError(f"{path} does not fit this {part}: it holds no {key}")
-        if there[name][0] != tuple(tensor.shape):
-            raise CheckpointError(
-                f"{path} does not fit this {part}: {key} has shape {there[name][0]} there, here {tuple(tensor.shape)}"
-            )
-    try:
-        _dcp().load(tensors, storage_reader=_reader(path), no_dist=alone or distributed.world_size() == 1)
-    except BaseException as error:
-        cause = _cause(error)
-        raise _damaged(path, _reason(cause)) from cause
+        for what, was, now in (("shape", there.shape, tuple(tensor.shape)), ("dtype", there.dtype, tensor.dtype)):
+            if was != now:
+                raise CheckpointError(f"{path} does not fit this {part}: {key} has {what} {was} there, here {now}")
+    for name in manifest.tensors.keys() - tensors.keys():
+        part, _, key = name.partition(".")
+        raise CheckpointError(f"{path} does not fit: it holds {key} of {part}, for which there is no tensor here")
+    _read_into(path, manifest, tensors)
 
 
-def _load_folder(path: Path) -> dict[str, Any]:
-    state: dict[str, Any] = dict(_alone(path))
-    tensors = {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in shapes(path).items()}
-    _read_into(path, tensors, alone=True)
+def load(path: str | Path, *, remedy: str = _EARLIER) -> dict[str, Any]:
+    """Reads everything in a folder to the CPU, in this process alone, every file verified.
+
+    Args:
+        remedy: what the error of a damaged folder advises.
+
+    Returns:
+        The facts, and the tensors by part: {"step": ..., "generator": {name: tensor}, ...}.
+
+    Raises:
+        CheckpointError: a missing, half-written, damaged or foreign folder, or one of another release.
+    """
+    path = folders.standing(path)
+    manifest = _manifest(path, remedy)
+    if wrong := checkpoint_format.wrong_file(path, manifest, 0, 1):
+        raise _damaged(path, wrong, remedy)
+    tensors = {name: torch.empty(entry.shape, dtype=entry.dtype) for name, entry in manifest.tensors.items()}
+    _read_into(path, manifest, tensors)
+    state: dict[str, Any] = dict(manifest.facts)
     for name, tensor in tensors.items():
         part, _, key = name.partition(".")
         state.setdefault(part, {})[key] = tensor
     return state
 
 
-def _alone(path: Path) -> dict[str, Any]:
-    """The facts, every file verified by this process."""
-    held = facts(path, verify=False)
-    manifest = json.loads((path / _MANIFEST).read_text())
-    if wrong := _wrong_files(path, manifest["files"], 0, 1):
-        raise _damaged(path, wrong)
-    return held
-
-
-def _metadata(path: Path) -> dict[str, Any]:
+def _manifest(path: Path, remedy: str = _EARLIER) -> Manifest:
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is a file, no folder" if path.exists() else f"no checkpoint at {path}")
     try:
-        return _reader(path).read_metadata().state_dict_metadata
-    except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ValueError, KeyError, IndexError) as error:
-        raise _damaged(path, f".metadata: {_reason(error)}") from error
+        return checkpoint_format.read(path)
+    except OtherVersion as error:
+        raise CheckpointError(f"{path} {error}: use the release that wrote it, or train again") from None
+    except FormatError as error:
+        raise _damaged(path, str(error), remedy) from None
 
 
-def _dcp() -> Any:
-    from torch.distributed import checkpoint as dcp
-
-    # It warns at every call in a single process that this is a single process.
-    warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
-    return dcp
-
-
-class _Unpickler(pickle.Unpickler):
-    """torch keeps a checkpoint's table of contents as a pickle; this one builds what belongs there and nothing else."""
-
-    _PLAIN = ("torch.distributed.checkpoint.metadata", "pathlib", "pathlib._local")
-    _ALLOWED: ClassVar = {
-        ("torch", "Size"),
-        ("torch.serialization", "_get_layout"),
-        ("torch._utils", "_rebuild_device"),
-        ("collections", "OrderedDict"),
-        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        if (module, name) in self._ALLOWED or (module in self._PLAIN and "." not in name):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which has no business there")
-
-
-def _reader(path: Path) -> Any:
-    from torch.distributed.checkpoint import FileSystemReader
-    from torch.distributed.checkpoint.metadata import StorageMeta
-
-    class Reader(FileSystemReader):
-        def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
-            with open(path / ".metadata", "rb") as file:
-                metadata = _Unpickler(file).load()
-            if getattr(metadata, "storage_meta", None) is None:
-                metadata.storage_meta = StorageMeta()
-            metadata.storage_meta.load_id = self.load_id
-            return metadata
-
-    return Reader(path)
+def _read_into(path: Path, manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:
+    """Reads the rows that this rank holds of each tensor."""
+    try:
+        checkpoint_format.read_rows(path, manifest, {name: rows.held(tensor) for name, tensor in tensors.items()})
+    except OSError as error:
+        raise _damaged(path, _reason(error)) from error
 
 
 # The checkpoints of a run ---------------------------------------------------------------------------------------------
@@ -429,7 +322,7 @@ def best_of(folder: Path) -> Path:
 
 
 def exists(path: str | Path) -> bool:
-    return _standing(path).exists()
+    return folders.standing(path).exists()
 
 
 def found(folder: Path) -> list[Path]:
@@ -443,40 +336,24 @@ def keep_last(folder: Path, count: int, step: int) -> None:
     for old in [path for path in found(folder) if step_of(path) <= step][:-count]:
         # Out of sight first: half of a folder must not pass for a checkpoint.
         hidden = old.with_name(f".{old.name}.tmp")
-        _remove(hidden)
+        folders.remove(hidden)
         os.rename(old, hidden)
-        _remove(hidden)
+        folders.remove(hidden)
 
 
 def clear_unfinished(folder: Path) -> None:
     """Removes what a process that was killed left half-written."""
     for pattern in (".step-*.tmp", ".best.tmp"):
         for entry in folder.glob(pattern):
-            _remove(entry)
+            folders.remove(entry)
 
 
-def _check_version(path: Path, state: Mapping[str, Any]) -> None:
-    if state.get("version") != _VERSION:
-        raise CheckpointError(f"{path} has format version {state.get('version')}, this release reads {_VERSION}")
+def _cannot_write(path: Path, reason: str) -> CheckpointError:
+    return CheckpointError(f"cannot write the checkpoint {path}: {reason}; what was there before is intact")
 
 
-def _damaged(path: Path, what: str) -> CheckpointError:
-    return CheckpointError(f"{path} is truncated, damaged or no checkpoint of emd_fast ({what}); use an earlier one")
-
-
-def _cannot_write(path: Path, error: BaseException) -> CheckpointError:
-    return CheckpointError(f"cannot write the checkpoint {path}: {_reason(error)}; what was there before is intact")
-
-
-def _cause(error: BaseException) -> BaseException:
-    """torch gathers the errors of all ranks into one, no Exception, that hides what the system said. What is neither
-    that nor an Exception goes on its way."""
-    failures = getattr(error, "failures", None)
-    if failures:
-        error = next(iter(failures.values()))[0]
-    if not isinstance(error, Exception):
-        raise error
-    return error
+def _damaged(path: Path, what: str, remedy: str = _EARLIER) -> CheckpointError:
+    return CheckpointError(f"{path} is truncated, damaged or no checkpoint of emd_fast ({what}); {remedy}")
 
 
 def _reason(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""What a trainer needs to go on, as its checkpoint has it, and whether a checkpoint is one of the same run."""
+"""What a trainer needs to go on: its tensors and facts in a checkpoint, and whether that is one of the same run."""
 
 from __future__ import annotations
 
@@ -85,6 +85,8 @@ class State:
                     raise CheckpointError(f"{path} does not fit this {name}: it has no {parameter}")
                 index = index_of[parameter]
                 shape, dtype = there[full]
+                if shape != (() if key == "step" else tuple(shards.whole[index].shape)) or not dtype.is_floating_point:
+                    raise CheckpointError(f"{path} does not fit this {name}: {key} of {parameter} is {shape}, {dtype}")
                 # Made here, before anything is read: what an optimizer would make at its first step comes too late.
                 own = shards.parameters[index]
                 value = torch.zeros(shape, dtype=dtype, device=own.device)
@@ -93,6 +95,14 @@ class State:
                     value = torch.zeros_like(own, dtype=dtype, requires_grad=False)
                 states[name].setdefault(index, {})[key] = value
                 tensors[full] = shards.like(index, value)
+            for index, state in states[name].items():
+                if state.keys() - {"step"} != {"exp_avg", "exp_avg_sq"}:
+                    raise CheckpointError(
+                        f"{path} does not fit this {name}: of {shards.names[index]} it has {', '.join(sorted(state))} "
+                        "instead of the two moments of AdamW"
+                    )
+            if len(counters.get(name, ())) != len(self.optimizers[name].param_groups):
+                raise CheckpointError(f"{path} does not fit this {name}: its optimizer has other groups of parameters")
         checkpoint.restore(path, tensors)
         for name, optimizer in self.optimizers.items():
             for index, state in states[name].items():
@@ -112,16 +122,53 @@ class State:
         }
 
 
-def config_of(path: str | Path, facts: Mapping[str, Any]) -> EMDConfig:
-    """The configuration that a checkpoint was made with.
+@dataclass(frozen=True)
+class SavedFacts:
+    """What the facts of a checkpoint say of the run.
+
+    Args:
+        config: that the run was made with.
+        step, skipped: steps done, and updates left out.
+        teacher: {"path": str or None, "sha256": its fingerprint}.
+        counters: as `State.counters` gives them.
+    """
+
+    config: EMDConfig
+    step: int
+    skipped: float
+    teacher: dict[str, Any]
+    counters: dict[str, list[dict[str, int]]]
+
+
+def read_facts(path: str | Path, facts: Mapping[str, Any]) -> SavedFacts:
+    """Checks the facts of a checkpoint, which may come from anybody.
 
     Raises:
-        CheckpointError: one that this release does not know.
+        CheckpointError: a fact that is missing or of another form, or a configuration that this
+            release does not know.
     """
+    match facts:
+        case {
+            "config": dict() as config,
+            "step": int() as step,
+            "skipped": int() | float() as skipped,
+            "teacher": {"path": None | str(), "sha256": str()} as teacher,
+            "groups": dict() as counters,
+        } if 0 <= step < 2**62 and 0 <= skipped < 2**62 and all(map(_are_counters, counters.values())):
+            pass
+        case _:
+            raise CheckpointError(f"{path} is not a checkpoint of a trainer: its facts are missing or of another form")
     try:
-        return from_dict(EMDConfig, facts["config"])
-    except (ConfigError, KeyError) as error:
+        return SavedFacts(from_dict(EMDConfig, config), step, skipped, teacher, counters)
+    except (ConfigError, TypeError) as error:
         raise CheckpointError(f"{path} holds a configuration this release cannot read: {error}") from None
+
+
+def _are_counters(groups: Any) -> bool:
+    return type(groups) is list and all(
+        type(group) is dict and group.keys() <= {"step"} and all(type(step) is int for step in group.values())
+        for group in groups
+    )
 
 
 def check_config(path: str | Path, saved: EMDConfig, now: EMDConfig) -> None:
@@ -140,13 +187,13 @@ def check_config(path: str | Path, saved: EMDConfig, now: EMDConfig) -> None:
             )
 
 
-def check_teacher(path: str | Path, saved: Mapping[str, Any] | None, here: Mapping[str, Any]) -> None:
+def check_teacher(path: str | Path, saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
     """Whether the teacher that a checkpoint was made with is the one that is here.
 
     Raises:
         CheckpointError: it is another one.
     """
-    if saved is not None and saved["sha256"] != here["sha256"]:  # checkpoints of before do not say it
+    if saved["sha256"] != here["sha256"]:
         was, now = (f"{facts['path'] or 'no file'}, SHA-256 {facts['sha256'][:12]}" for facts in (saved, here))
         raise CheckpointError(
             f"{path} was made with a teacher of other weights ({was}) than this one ({now}): "

@@ -33,7 +33,7 @@ from emd_fast.train.batches import Draws
 from emd_fast.train.cast_weights import cast_weights
 from emd_fast.train.diagnostics import StepRecord
 from emd_fast.train.fingerprint import fingerprint
-from emd_fast.train.state import State, check_config, check_teacher, config_of
+from emd_fast.train.state import State, check_config, check_teacher, read_facts
 from emd_fast.train.throughput import StepTimer
 
 
@@ -546,13 +546,12 @@ class EMDTrainer:
             CheckpointError: a missing, damaged or foreign folder, another architecture, another configuration, or,
                 where it trains, a teacher of other weights than the run began with.
         """
-        facts = checkpoint.facts(path)
-        saved = config_of(path, facts)
-        check_config(path, saved, config or saved)
-        trainer = cls(teacher, config or saved, generator, student, prompts)
-        trainer._state.restore(Path(path), facts["groups"])  # another architecture is named by its tensors
-        trainer.skipped.fill_(facts["skipped"])
-        trainer.steps_done = facts["step"]
+        saved = read_facts(path, checkpoint.facts(path))
+        check_config(path, saved.config, config or saved.config)
+        trainer = cls(teacher, config or saved.config, generator, student, prompts)
+        trainer._state.restore(Path(path), saved.counters)  # another architecture is named by its tensors
+        trainer.skipped.fill_(saved.skipped)
+        trainer.steps_done = saved.step
         if trains:
-            check_teacher(path, facts.get("teacher"), trainer._teacher_facts)
+            check_teacher(path, saved.teacher, trainer._teacher_facts)
         return trainer

@@ -1,0 +1,50 @@
+"""Watches what happens while a file is read: nothing is run, and memory and time are bounded."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+import tracemalloc
+
+_FORBIDDEN = ("exec", "compile", "import", "os.", "subprocess.", "socket.", "shutil.", "ctypes.", "pickle.", "code.")
+_seen: list[str] | None = None
+
+
+def _hook(event, arguments):
+    if _seen is None:
+        return
+    writes = event == "open" and (
+        arguments[1] not in ("r", "rb") if isinstance(arguments[1], str) else arguments[2] & 3
+    )
+    if event.startswith(_FORBIDDEN) or writes:
+        _seen.append(f"{event} {arguments[:2]}")
+
+
+sys.addaudithook(_hook)  # stays until the process ends, and does nothing outside of `watched`
+
+
+@contextlib.contextmanager
+def watched():
+    """What is inside runs no source, imports nothing, starts nothing and writes nothing."""
+    global _seen
+    _seen = found = []
+    try:
+        yield
+    finally:
+        _seen = None
+    assert not found, found
+
+
+@contextlib.contextmanager
+def bounded(mib, seconds=20):
+    """What is inside takes at most that much memory of Python and numpy, and that much time."""
+    began = time.monotonic()
+    tracemalloc.start()
+    try:
+        yield
+        peak = tracemalloc.get_traced_memory()[1] / 2**20
+    finally:
+        tracemalloc.stop()
+    assert peak < mib, f"{peak:.0f} MiB"
+    assert time.monotonic() - began < seconds
