@@ -91,7 +91,7 @@ def exact(networks: Networks, **arguments: Any) -> tuple[Tensor, ...]:
 def _chain(
     generator: Any,
     teacher: Any,
-    student: Any,
+    fake_score: Any,
     z: Tensor,
     eps: Tensor,
     t: Tensor,
@@ -104,7 +104,7 @@ def _chain(
     """Computes the E-step as a user of PyTorch would write it."""
     t = t.float()
     alpha, sigma = (column(v, eps) for v in (teacher.schedule.alpha(t), teacher.schedule.sigma(t)))
-    difference, drift = ScoreDifference(teacher, student, t, cond, None, None), torch.zeros_like(eps)
+    difference, drift = ScoreDifference(teacher, fake_score, t, cond, None, None), torch.zeros_like(eps)
     for k in range(steps):
         with torch.enable_grad():
             latent = z.detach().requires_grad_()

@@ -65,7 +65,7 @@ class TrainingResult:
     batch: int = 0
     micro_batch: int = 0
     langevin_steps: int = 0
-    student_updates: int = 0
+    fake_score_updates: int = 0
     fused: bool = False
     compute_dtype: str = ""
     wanted: int = 0
@@ -94,7 +94,7 @@ class TrainingResult:
         return (
             f"{self.network}: {self.parameters / 1e6:.1f} million parameters, {self.compute_dtype}"
             f"{', fused' if self.fused else ''}, batch {self.batch} by {self.micro_batch}, K = {self.langevin_steps}, "
-            f"{self.student_updates} fake-score updates: {self.steps} steps{cut}, {self.seconds:.3g} s a step, "
+            f"{self.fake_score_updates} fake-score updates: {self.steps} steps{cut}, {self.seconds:.3g} s a step, "
             f"{summary(row)}; planned {self.planned_bytes / GIB:.3g} GiB"
         )
 
@@ -155,7 +155,7 @@ def _train(
         batch=config.batch_size,
         micro_batch=config.micro_batch_size,
         langevin_steps=config.langevin_steps,
-        student_updates=config.student_updates,
+        fake_score_updates=config.fake_score_updates,
         fused=options.fuse,
         compute_dtype=str(trainer.compute_dtype).removeprefix("torch."),
         wanted=options.steps,
@@ -196,7 +196,7 @@ def _configured(
             precision="bfloat16",
             gamma_z=0.01,
             generator_lr=1e-5,
-            student_lr=1e-5,
+            fake_score_lr=1e-5,
         )
         made = plan(sizes, config, devices=1, reduced=True, activations=each)
         if micro or made.chosen.total <= _MEMORY_SHARE * room:
@@ -245,7 +245,7 @@ def _steps(name: str, trainer: EMDTrainer, steps: int, deadline: float) -> tuple
         for part, value in trainer.timer.seconds().items():
             parts[part] = parts.get(part, 0.0) + value
         if len(seconds) % every == 0:
-            losses = ", ".join(f"{key} {metrics[key].item():.3g}" for key in ("generator_loss", "student_loss"))
+            losses = ", ".join(f"{key} {metrics[key].item():.3g}" for key in ("generator_loss", "fake_score_loss"))
             print(f"{name}: step {len(seconds)} of {steps}, {seconds[-1]:.3g} s, {losses}", flush=True)
     return seconds, parts
 

@@ -28,7 +28,7 @@ def inputs(random: RandomTensors) -> Inputs:
     if case.dtype == "fp16":
         raise config.ConfigError(f"training_step takes --dtype fp32 or bf16, got {case.dtype}")
     settings = dataclasses.replace(
-        recipe.emd, langevin_steps=STEPS, batch_size=case.shape[0], student_warmup=0, precision=precision
+        recipe.emd, langevin_steps=STEPS, batch_size=case.shape[0], fake_score_warmup=0, precision=precision
     )
     teacher = digits_teacher.denoiser(digits_teacher.network(recipe.teacher)).to(case.device)
     with torch.no_grad():  # the last layer is initialised to zero
@@ -52,7 +52,7 @@ class Calls:
     """Counts the calls of generator, teacher and fake score."""
 
     def __init__(self, trainer: EMDTrainer) -> None:
-        networks = (trainer.generator, trainer.teacher, trainer.student)
+        networks = (trainer.generator, trainer.teacher, trainer.fake_score)
         self._counts = [0] * len(networks)
         for i, network in enumerate(networks):
             network.register_forward_hook(functools.partial(self._count, i))
@@ -74,18 +74,18 @@ def step(trainer: EMDTrainer, calls: Calls, **arguments: Any) -> Tensor:
 
 def bare(trainer: EMDTrainer, calls: Calls, x: Tensor, cotangent: Tensor, t: Tensor, cond: Tensor) -> Tensor:
     with trainer._compute_dtype(), torch.enable_grad():
-        for _ in range(trainer.config.student_updates):
+        for _ in range(trainer.config.fake_score_updates):
             with torch.no_grad():
                 trainer.generator(x, cond)
-            trainer.student.zero_grad(set_to_none=True)
-            trainer.student(x, t, cond).backward(cotangent)
+            trainer.fake_score.zero_grad(set_to_none=True)
+            trainer.fake_score(x, t, cond).backward(cotangent)
         with frozen(trainer.generator) as generator:
             for _ in range(trainer.config.langevin_steps):
                 z = x.detach().requires_grad_()
                 generated = generator(z, cond)
                 with torch.no_grad():
                     trainer.teacher(x, t, cond)
-                    trainer.student(x, t, cond)
+                    trainer.fake_score(x, t, cond)
                 torch.autograd.grad(generated, z, cotangent)
         trainer.generator.zero_grad(set_to_none=True)
         trainer.generator(x, cond).backward(cotangent)
@@ -93,7 +93,7 @@ def bare(trainer: EMDTrainer, calls: Calls, x: Tensor, cotangent: Tensor, t: Ten
 
 
 def exact(trainer: EMDTrainer, **arguments: Any) -> Tensor:
-    updates, steps = trainer.config.student_updates, trainer.config.langevin_steps
+    updates, steps = trainer.config.fake_score_updates, trainer.config.langevin_steps
     return torch.tensor([updates + steps + 1, steps, updates + steps], dtype=torch.float64)
 
 

@@ -9,7 +9,7 @@ from emd_fast.fusion import fuse, fusion_report, unfuse
 from emd_fast.noise import Noise
 from emd_fast.train.trainer import EMDTrainer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Denoiser",

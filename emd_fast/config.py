@@ -77,8 +77,8 @@ class EMDConfig:
         batch_size: samples in a step, over all devices.
         micro_batch_size: samples that a device takes through the networks at a time; 0 for all of its share at once.
             The gradients are those of the whole batch either way.
-        activation_checkpointing: in the M-step and the student step, compute the activations of each block again in the
-            backward pass instead of keeping them: less memory, one more forward pass, the same gradients.
+        activation_checkpointing: in the M-step and the fake-score step, compute the activations of each block again in
+            the backward pass instead of keeping them: less memory, one more forward pass, the same gradients.
         langevin_steps: K, Langevin steps in an E-step.
         gamma_eps, gamma_z: step sizes in (0, 1) and [0, 1): a number, or pairs [sigma / alpha, value] between which
             they are interpolated linearly in both logarithms.
@@ -91,10 +91,10 @@ class EMDConfig:
         num_classes: draw labels below it as conditions; 0 for none.
         t_star: noise level, in the schedule's t, at which the teacher's network starts as the generator.
         input_scale: scale of z at the generator's input; sigma(t_star) when None.
-        time_distribution: of t in the E-step; student_time_distribution: in the student step.
-        student_updates: student steps before each E-step; student_warmup: more of them before the first.
+        time_distribution: of t in the E-step; fake_score_time_distribution: in the fake-score step.
+        fake_score_updates: fake-score steps before each E-step; fake_score_warmup: more of them before the first.
         optimizer: "adamw" (torch's fused one), "apex_adamw" (NVIDIA's apex) or "adamw_8bit" (torchao).
-        generator_lr, student_lr, betas, weight_decay: of AdamW; lr_warmup: steps of linear warm-up of both rates.
+        generator_lr, fake_score_lr, betas, weight_decay: of AdamW; lr_warmup: steps of linear warm-up of both rates.
         lr_schedule: of both rates after the warm-up, "constant", or "linear" or "cosine" down to lr_end times the rate
             at the last step.
         grad_clip: largest norm of a network's gradient; 0 for no clipping.
@@ -132,12 +132,12 @@ class EMDConfig:
     t_star: float = 2.0
     input_scale: float | None = None
     time_distribution: TimeDistribution = field(default_factory=TimeDistribution)
-    student_time_distribution: TimeDistribution = field(default_factory=TimeDistribution)
-    student_updates: int = 2
-    student_warmup: int = 0
+    fake_score_time_distribution: TimeDistribution = field(default_factory=TimeDistribution)
+    fake_score_updates: int = 2
+    fake_score_warmup: int = 0
     optimizer: Literal["adamw", "apex_adamw", "adamw_8bit"] = "adamw"
     generator_lr: float = 1e-3
-    student_lr: float = 2e-3
+    fake_score_lr: float = 2e-3
     betas: tuple[float, float] = (0.0, 0.99)
     weight_decay: float = 0.0
     lr_warmup: int = 0
@@ -160,11 +160,11 @@ class EMDConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        for name in ("steps", "batch_size", "generator_lr", "student_lr", "max_z_rms", "ema_power", "ema_half_life"):
+        for name in ("steps", "batch_size", "generator_lr", "fake_score_lr", "max_z_rms", "ema_power", "ema_half_life"):
             _require(getattr(self, name) > 0, self, name, "above 0")
         for name in (
             "num_classes",
-            "student_warmup",
+            "fake_score_warmup",
             "lr_warmup",
             "grad_clip",
             "weight_decay",
@@ -176,10 +176,10 @@ class EMDConfig:
         _require(0 <= self.lr_end <= 1, self, "lr_end", "in [0, 1]")
         _require(1 <= self.langevin_steps < 2**16, self, "langevin_steps", "in [1, 65536)")
         _require(
-            self.student_updates >= 1,
+            self.fake_score_updates >= 1,
             self,
-            "student_updates",
-            "at least 1: a student equal to the teacher gives a score difference of exactly 0, and nothing learns",
+            "fake_score_updates",
+            "at least 1: a fake score equal to the teacher gives a score difference of exactly 0, and nothing learns",
         )
         _require(all(0 < value < 1 for value in _values(self.gamma_eps)), self, "gamma_eps", "in (0, 1)")
         _require(all(0 <= value < 1 for value in _values(self.gamma_z)), self, "gamma_z", "in [0, 1)")
@@ -212,8 +212,8 @@ class MixtureConfig:
     std: float = 0.15
     generator_width: int = 64
     generator_layers: int = 2
-    student_width: int = 96
-    student_layers: int = 3
+    fake_score_width: int = 96
+    fake_score_layers: int = 3
     collapsed: bool = False
 
     def __post_init__(self) -> None:
@@ -223,9 +223,9 @@ class MixtureConfig:
             "radius",
             "std",
             "generator_width",
-            "student_width",
+            "fake_score_width",
             "generator_layers",
-            "student_layers",
+            "fake_score_layers",
         ):
             _require(getattr(self, name) > 0, self, name, "above 0")
 
@@ -397,6 +397,8 @@ def from_dict(cls: type[T], data: Mapping[str, Any], path: str = "") -> T:
     names = [item.name for item in dataclasses.fields(cls)]  # type: ignore[arg-type]
     for key in data:
         if key not in names:
+            if (renamed := key.replace("student", "fake_score")) in names:
+                raise ConfigError(f"{key!r} is a key of a release before 0.2: it is {renamed!r} now")
             near = difflib.get_close_matches(key, names, 1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; the keys are {', '.join(names)}"
             raise ConfigError(f"unknown key {f'{path}.{key}' if path else key!r}{hint}")

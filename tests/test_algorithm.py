@@ -9,7 +9,7 @@ from helpers import Mlp, assert_within, column, normals, seeded
 
 from emd_fast import Denoiser, Generator, Noise, e_step, ops
 from emd_fast.diffusion.schedules import EDM, VP, Cosine, RectifiedFlow
-from emd_fast.em.fake_score_step import student_step
+from emd_fast.em.fake_score_step import fake_score_step
 from emd_fast.em.m_step import WEIGHTINGS, m_step
 from emd_fast.teachers import gaussian
 
@@ -34,7 +34,7 @@ class Linear(torch.nn.Module):
         return z @ self.A.T
 
     def score(self, schedule):
-        """The exact student: the score of the generator's diffused samples."""
+        """The exact fake score: the score of the generator's diffused samples."""
         A = self.A.detach().double()
         return gaussian(torch.zeros(2), A @ A.T, schedule)
 
@@ -59,14 +59,14 @@ def test_1_one_step_is_variational_score_distillation(backend, form, schedule, w
     """K = 1 at gamma_z = 0: gamma_eps times the gradient -w alpha delta J_g of Diff-Instruct, for the same noise."""
     gamma = 0.16
     z, eps, t = latents(16, schedule)
-    teacher, student = denoiser(form, schedule, 1), denoiser(form, schedule, 2)
+    teacher, fake_score = denoiser(form, schedule, 1), denoiser(form, schedule, 2)
     generator = Generator(denoiser(form, schedule, 3), float(schedule.t_from_log_snr(torch.tensor([-1.0]))))
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
     weight = WEIGHTINGS[weighting](alpha, sigma)
-    result = e_step(generator, teacher, student, z, eps, t, steps=1, gamma_eps=gamma, gamma_z=0.0, noise=Noise(0))
+    result = e_step(generator, teacher, fake_score, z, eps, t, steps=1, gamma_eps=gamma, gamma_z=0.0, noise=Noise(0))
     mine = gradient(m_step(generator, result, weight).mean(), generator)
 
-    wide = [copy.deepcopy(net).double() for net in (generator, teacher, student)]
+    wide = [copy.deepcopy(net).double() for net in (generator, teacher, fake_score)]
     x0 = wide[0](z.double())
     a, s, w = (column(v.double(), z) for v in (alpha, sigma, weight))
     with torch.no_grad():
@@ -83,8 +83,8 @@ def test_1_one_step_is_variational_score_distillation(backend, form, schedule, w
 def test_2_equal_networks_leave_exactly_nothing(backend, form, schedule, dtype):
     z, eps, t = latents(9, schedule)
     teacher = denoiser(form, schedule, 1).to(dtype)
-    student, generator = copy.deepcopy(teacher), Generator(copy.deepcopy(teacher), 0.9)
-    result = e_step(generator, teacher, student, z, eps, t, steps=3, gamma_eps=0.16, gamma_z=0.01, noise=Noise(0))
+    fake_score, generator = copy.deepcopy(teacher), Generator(copy.deepcopy(teacher), 0.9)
+    result = e_step(generator, teacher, fake_score, z, eps, t, steps=3, gamma_eps=0.16, gamma_z=0.01, noise=Noise(0))
     assert not result.drift.any()
     loss = m_step(generator, result, torch.ones(9))
     assert not loss.any() and not gradient(loss.sum(), generator).any()
@@ -189,10 +189,10 @@ def test_4_the_bias_is_of_order_gamma():
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
 @pytest.mark.parametrize("name", GENERATORS)
 def test_5_training_finds_the_maximum_likelihood(schedule, name):
-    """A A^T = Sigma, for a teacher N(0, Sigma) and the exact student.
+    """A A^T = Sigma, for a teacher N(0, Sigma) and the exact fake score.
 
-    There teacher and student agree, drift is 0 for every sample, and no noise is left to average: the tolerance is that
-    of an optimisation which has not quite ended.
+    There teacher and fake score agree, drift is 0 for every sample, and no noise is left to average: the tolerance is
+    that of an optimisation which has not quite ended.
     """
     generator = Linear(GENERATORS[name])
     teacher = gaussian(torch.zeros(2), SIGMA, schedule)
@@ -266,22 +266,22 @@ def test_6_the_fixed_point_stays(gamma_z):
     assert float(without.std()) > 0.05
 
 
-# The student step ---------------------------------------------------------------------------------------------------
+# The fake-score step --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("form", "schedule"), FORMS, ids=str)
-def test_student_step_is_denoising_score_matching(backend, form, schedule):
+def test_fake_score_step_is_denoising_score_matching(backend, form, schedule):
     """Its gradient is that of mean (F - F_target)^2, in float64; the generator gets none."""
     z, eps, t = latents(8, schedule)
-    student = denoiser(form, schedule, 2)
+    fake_score = denoiser(form, schedule, 2)
     generator = Generator(denoiser(form, schedule, 3), float(schedule.t_from_log_snr(torch.tensor([-1.0]))))
-    loss = student_step(generator, student, z, eps, t)
+    loss = fake_score_step(generator, fake_score, z, eps, t)
     assert loss.shape == (8,)
-    mine = gradient(loss.mean(), student)
-    wide, made = copy.deepcopy(student).double(), copy.deepcopy(generator).double()(z.double()).detach()
+    mine = gradient(loss.mean(), fake_score)
+    wide, made = copy.deepcopy(fake_score).double(), copy.deepcopy(generator).double()(z.double()).detach()
     a, s = (column(f(t).double(), z) for f in (schedule.alpha, schedule.sigma))
     x_t = a * made + s * eps
-    c_skip, c_out = (column(c.double(), z) for c in student.coefficients(t))
+    c_skip, c_out = (column(c.double(), z) for c in fake_score.coefficients(t))
     target = (made - c_skip * x_t) / c_out
     exact = (wide(x_t, t) - target).square().mean(1)
     assert_within(loss, exact, 2e-4 * float(1 + exact.detach().abs().max()))
@@ -290,8 +290,8 @@ def test_student_step_is_denoising_score_matching(backend, form, schedule):
     assert all(p.grad is None for p in generator.parameters())
 
 
-def test_student_step_has_its_least_at_the_score_of_the_generator():
-    """Of the linear students F = c x_t in the eps form, the exact one has c = sigma / (alpha^2 s^2 + sigma^2)."""
+def test_fake_score_step_has_its_least_at_the_score_of_the_generator():
+    """Of the linear fake scores F = c x_t in the eps form, the exact one has c = sigma / (alpha^2 s^2 + sigma^2)."""
     schedule, n = Cosine(), 50_000
     t = torch.full((n,), 0.5)
     g = seeded(0)
@@ -299,8 +299,8 @@ def test_student_step_has_its_least_at_the_score_of_the_generator():
     scale = torch.tensor(1.0, requires_grad=True)
     alpha, sigma = schedule.alpha(t)[0].item(), schedule.sigma(t)[0].item()
     exact = sigma / (alpha**2 * 1.7**2 + sigma**2)
-    student = Denoiser(lambda x, t, cond: scale * exact * x, schedule, "eps")
-    loss = student_step(lambda z, cond: 1.7 * z, student, z, eps, t)
+    fake_score = Denoiser(lambda x, t, cond: scale * exact * x, schedule, "eps")
+    loss = fake_score_step(lambda z, cond: 1.7 * z, fake_score, z, eps, t)
     (slope,) = torch.autograd.grad(loss.mean(), scale)
     # The gradient 2 (F - eps) F of a sample has a standard deviation below 2; five standard errors.
     assert abs(slope.item()) < 5 * 2 / math.sqrt(n)

@@ -89,11 +89,11 @@ def test_steps_end_when_the_time_is_up(monkeypatch, capsys):
     monkeypatch.setattr(train.time, "monotonic", lambda: float(next(clock)))
     trainer = types.SimpleNamespace(
         device=torch.device("cpu"),
-        step=lambda: {"generator_loss": torch.ones(()), "student_loss": torch.ones(())},
-        timer=types.SimpleNamespace(seconds=lambda: {"student": 0.25, "e_step": 0.5}),
+        step=lambda: {"generator_loss": torch.ones(()), "fake_score_loss": torch.ones(())},
+        timer=types.SimpleNamespace(seconds=lambda: {"fake_score": 0.25, "e_step": 0.5}),
     )
     seconds, parts = train._steps("x", trainer, 100, deadline=20.0)
-    assert 5 < len(seconds) < 20 and parts == {"student": len(seconds) / 4, "e_step": len(seconds) / 2}
+    assert 5 < len(seconds) < 20 and parts == {"fake_score": len(seconds) / 4, "e_step": len(seconds) / 2}
     one = train.TrainingResult("x", steps=len(seconds), wanted=100)
     assert f"{len(seconds)} steps (the time was up; 100 were asked for)" in one.line()
 

@@ -14,8 +14,8 @@ from emd_fast.train.checkpoint import CheckpointError
 TENSORS = {
     "generator.net.weight": torch.arange(12.0).reshape(3, 4),
     "generator.net.count": torch.tensor(7),
-    "student.empty": torch.zeros(0, 3),
-    "student.half": torch.arange(4).to(torch.bfloat16),
+    "fake_score.empty": torch.zeros(0, 3),
+    "fake_score.half": torch.arange(4).to(torch.bfloat16),
     "generator_optimizer.net.weight.step": torch.tensor(3.0),
 }
 
@@ -164,16 +164,19 @@ def test_what_does_not_fit_is_named_and_nothing_is_written(tmp_path):
     for name, tensor, said in (
         ("generator.net.weight", torch.zeros(3, 5), "does not fit this generator: net.weight has shape"),
         ("generator.net.weight", torch.zeros(3, 4).double(), "does not fit this generator: net.weight has dtype"),
-        ("student.more", torch.zeros(1), "does not fit this student: it holds no more"),
-        ("student.half", None, "it holds empty of student, for which there is no tensor here"),
+        ("fake_score.more", torch.zeros(1), "does not fit this fake_score: it holds no more"),
+        ("fake_score.half", None, "it holds empty of fake_score, for which there is no tensor here"),
     ):
         half = torch.zeros(4, dtype=torch.bfloat16)
-        into = {key: torch.zeros_like(value) for key, value in TENSORS.items()} | {name: tensor, "student.half": half}
+        into = {key: torch.zeros_like(value) for key, value in TENSORS.items()} | {
+            name: tensor,
+            "fake_score.half": half,
+        }
         if tensor is None:
-            del into["student.empty"]
+            del into["fake_score.empty"]
         with pytest.raises(CheckpointError, match=said):
             checkpoint.restore(tmp_path / "x", into)
-        assert not into["student.half"].any()
+        assert not into["fake_score.half"].any()
 
 
 @pytest.mark.parametrize("background", [False, True])

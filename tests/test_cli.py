@@ -18,11 +18,11 @@ TINY = [
     "--steps=4",
     "--batch-size=16",
     "--langevin-steps=2",
-    "--student-warmup=0",
+    "--fake-score-warmup=0",
     "--samples=50",
     "--log-every=2",
     "--mixture.generator-width=8",
-    "--mixture.student-width",
+    "--mixture.fake-score-width",
     "8",
 ]
 

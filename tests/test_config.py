@@ -6,6 +6,7 @@ import pytest
 import tomli_w
 
 from emd_fast import config
+from emd_fast.cli.options import overrides
 from emd_fast.config import ConfigError, EMDConfig, RunConfig, TimeDistribution
 
 
@@ -30,7 +31,7 @@ def test_recipes_survive_the_way_through_toml(name, tmp_path):
         ({"gamma_z": 1.2}, "gamma_z must be in [0, 1)"),
         ({"gamma_z": float("nan")}, "gamma_z"),
         ({"gamma_z": [[0.5, 0.01], [0.1, 0.001]]}, "rising"),
-        ({"student_updates": 0}, "nothing learns"),
+        ({"fake_score_updates": 0}, "nothing learns"),
         ({"sampling": "xz"}, "'x_z'"),
         ({"weighting": "sgima2"}, "did you mean 'sigma2'"),
         ({"betas": [0.0]}, "betas"),
@@ -53,6 +54,17 @@ def test_a_wrong_value_is_named(changes, said):
         config.from_dict(EMDConfig, changes)
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_words_of_an_earlier_release_are_refused_in_one_line(tmp_path):
+    path = tmp_path / "old.toml"
+    path.write_text('task = "gmm"\n[emd]\nstudent_lr = 1e-3\n')
+    with pytest.raises(
+        ConfigError, match=r"old\.toml: 'student_lr' is a key of .*'fake_score_lr' now"
+    ):
+        config.load(str(path))
+    with pytest.raises(ConfigError, match="did you mean --fake-score-updates"):
+        overrides(["--student-updates", "2"])
 
 
 def test_an_unknown_key_gets_the_nearest_right_one():

@@ -258,10 +258,10 @@ def test_e_step_on_the_gpu_is_that_of_the_cpu(backend):
     """A mixture for a teacher, float32 throughout: the same noise, hence the same chain."""
     schedule = emd_fast.diffusion.schedules.EDM()
     teacher = emd_fast.teachers.gaussian(torch.zeros(6), torch.eye(6), schedule)
-    student = emd_fast.teachers.gaussian(torch.ones(6), 2 * torch.eye(6), schedule)
+    fake_score = emd_fast.teachers.gaussian(torch.ones(6), 2 * torch.eye(6), schedule)
     results = []
     for device in ("cpu", DEVICE):
-        networks = [n.to(device) for n in (teacher, student)]
+        networks = [n.to(device) for n in (teacher, fake_score)]
         noise = Noise(2, device=device)
         with emd_fast.use_backend("reference" if device == "cpu" else backend):
             z, eps = (ops.normal((32, 6), noise, stream=s) for s in (0, 1))

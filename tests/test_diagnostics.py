@@ -182,9 +182,9 @@ def test_the_variance_of_the_gradient_is_that_of_halves_by_hand(changes):
 
 def test_the_variance_of_the_gradient_is_right_on_average():
     """Over many batches: the estimates, and the variance among all their samples over the batch size."""
-    student = Denoiser(TimeMLP(2, 16, 1, seed=2), schedules.EDM(), "edm", sigma_data=0.5, sample_shape=(2,))
-    settings = config(batch_size=7, generator_lr=1e-30, student_lr=1e-30, student_updates=1)
-    trainer = EMDTrainer(points_teacher(), settings, student=student)
+    fake_score = Denoiser(TimeMLP(2, 16, 1, seed=2), schedules.EDM(), "edm", sigma_data=0.5, sample_shape=(2,))
+    settings = config(batch_size=7, generator_lr=1e-30, fake_score_lr=1e-30, fake_score_updates=1)
+    trainer = EMDTrainer(points_teacher(), settings, fake_score=fake_score)
     estimates, each = {}, {}
     for _ in range(100):
         trainer.step()
@@ -240,12 +240,12 @@ class Product(nn.Module):
 
 def test_operations_of_a_step_are_those_of_its_passes():
     teacher = Denoiser(Product(0), schedules.EDM(), "edm", sigma_data=0.5, sample_shape=(6,))
-    trainer = EMDTrainer(teacher, config(langevin_steps=3, student_updates=2))
+    trainer = EMDTrainer(teacher, config(langevin_steps=3, fake_score_updates=2))
     metrics, operations = throughput.counted(trainer.step)
-    # A student update: two passes, and the weights' gradient. A Langevin step: three passes, and the gradient to z.
+    # A fake-score update: two passes, and the weights' gradient. A Langevin step: three passes, and the gradient to z.
     # The M-step: a pass, and the weights' gradient.
     assert operations == (2 * 3 + 3 * 4 + 2) * 2 * 11 * 6 * 6
-    same = EMDTrainer(teacher, config(langevin_steps=3, student_updates=2)).step()
+    same = EMDTrainer(teacher, config(langevin_steps=3, fake_score_updates=2)).step()
     assert all(torch.equal(value, metrics[name]) for name, value in same.items())
 
 
@@ -282,12 +282,12 @@ TINY = {
     "emd.steps": 7,
     "emd.batch_size": 16,
     "emd.langevin_steps": 2,
-    "emd.student_warmup": 1,
+    "emd.fake_score_warmup": 1,
     "log_every": 3,
     "save_every": 100,
     "samples": 50,
     "mixture.generator_width": 8,
-    "mixture.student_width": 8,
+    "mixture.fake_score_width": 8,
 }
 
 
@@ -356,11 +356,11 @@ def test_the_log_has_everything_and_the_line_says_the_most_of_it(tmp_path, monke
         assert 0 < row["generator_grad_var_drift"] < row["generator_grad_var_eps"]
         assert {"sample_mean", "signal_var_eps", "images_per_second", "eta_seconds", "memory_gib"} < row.keys()
         assert any(name.startswith("drift_rms_bin") for name in row)
-        assert row["student_share"] + row["e_step_share"] + row["m_step_share"] == pytest.approx(1)
+        assert row["fake_score_share"] + row["e_step_share"] + row["m_step_share"] == pytest.approx(1)
         assert row["mfu"] == pytest.approx(row["tflops"] / 0.5)
     assert rows[-1]["eta_seconds"] == 0 and not (tmp_path / "samples" / "networks").exists()
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("distil 7/7")]
-    for word in ("generator", "student", "drift", "images/s", "TFLOP/s", "MFU", "GiB", "E ", "M ", "S ", "s left"):
+    for word in ("generator", "fake score", "drift", "images/s", "TFLOP/s", "MFU", "GiB", "E ", "M ", "F ", "s left"):
         assert word in line, word
 
 
@@ -391,17 +391,17 @@ def test_the_three_networks_denoise_the_same_images():
     trainer = digits_trainer()
     trainer.step()
     found = trainer.denoised(4)
-    assert list(found) == ["generator", "teacher", "student"]
+    assert list(found) == ["generator", "teacher", "fake_score"]
     x, cond = trainer.generate(4, ema=False), torch.tensor([0, 1, 2, 0])
     assert torch.equal(found["generator"], x)
     ratio = math.sqrt(0.05 * 5.0)
     eps = normals(x.shape, stream=NoiseStream.SHOWN, substep=1).float()
     t = torch.full((4,), ratio)
     with torch.no_grad():
-        for name, guidance in (("teacher", 1.5), ("student", None)):
+        for name, guidance in (("teacher", 1.5), ("fake_score", None)):
             expected = getattr(trainer, name).denoise(x + ratio * eps, t, cond, guidance)
             torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=1e-4)
-    assert not torch.equal(found["teacher"], found["student"])
+    assert not torch.equal(found["teacher"], found["fake_score"])
 
 
 def test_a_picture_has_a_row_for_each_network_and_never_stops_a_run(tmp_path):
@@ -409,5 +409,5 @@ def test_a_picture_has_a_row_for_each_network_and_never_stops_a_run(tmp_path):
     training._show(trainer, tmp_path)
     with Image.open(tmp_path / "samples" / "networks" / "step-00000000.png") as picture:
         assert picture.width > 2 * picture.height
-    next(trainer.student.parameters()).data.fill_(math.nan)
+    next(trainer.fake_score.parameters()).data.fill_(math.nan)
     training._show(trainer, tmp_path)

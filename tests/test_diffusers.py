@@ -173,12 +173,12 @@ def test_prompts_are_drawn_by_the_noise_contract(text_unet, tmp_path, mapped):
     conditions.save(tmp_path / "prompts.safetensors", prompts, torch.zeros(1, 3, 8))
     table = conditions.Mapped(tmp_path / "prompts.safetensors") if mapped else prompts
     trainer = EMDTrainer(teacher, config, prompts=table)
-    drawn = trainer.draws.conditions(None, 0, 4, 0)
+    drawn = trainer.batches.conditions(None, 0, 4, 0)
     found = [int((prompts == row).all((1, 2)).nonzero()) for row in drawn]
     # By the global index of a sample, whoever takes it.
-    alone = [trainer.draws.conditions(None, i, i + 1, 0) for i in range(4)]
+    alone = [trainer.batches.conditions(None, i, i + 1, 0) for i in range(4)]
     assert torch.equal(torch.cat(alone), drawn)
-    other = trainer.draws.conditions(None, 0, 4, 1)
+    other = trainer.batches.conditions(None, 0, 4, 1)
     assert found != [int((prompts == row).all((1, 2)).nonzero()) for row in other]
     assert trainer.step()["skipped"] == 0
     # Shown in turn.

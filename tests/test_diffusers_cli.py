@@ -14,7 +14,7 @@ from emd_fast.train import checkpoint, conditions
 
 pytestmark = pytest.mark.usefixtures("without_pictures")  # grids of samples are drawn all the same
 
-TINY = ["--steps=2", "--batch-size=2", "--langevin-steps=1", "--student-updates=1", "--lr-warmup=0"]
+TINY = ["--steps=2", "--batch-size=2", "--langevin-steps=1", "--fake-score-updates=1", "--lr-warmup=0"]
 REPLAY = ("replay", "run", "--step", "2", "--sample", "0")
 
 

@@ -68,7 +68,7 @@ def trained(teacher, prompts=None, steps=2, **changes):
     t_star = 1.0 if teacher.parametrization == "flow" else teacher.time(300)
     options = {"t_star": t_star, "input_scale": 1.0, "num_classes": teacher.num_classes, **changes}
     # A rate at which two steps move the weights and their average away from the teacher's, and apart.
-    config = EMDConfig(steps=2, batch_size=3, langevin_steps=2, student_updates=1, generator_lr=1e-2, **options)
+    config = EMDConfig(steps=2, batch_size=3, langevin_steps=2, fake_score_updates=1, generator_lr=1e-2, **options)
     trainer = EMDTrainer(teacher, config, prompts=prompts)
     for _ in range(steps):
         metrics = trainer.step()

@@ -23,7 +23,7 @@ from emd_fast import Denoiser, EMDConfig, EMDTrainer, Generator, Noise, distribu
 from emd_fast.config import ConfigError
 from emd_fast.diffusion.schedules import EDM, Cosine
 from emd_fast.distributed import gathered
-from emd_fast.em.fake_score_step import student_step
+from emd_fast.em.fake_score_step import fake_score_step
 from emd_fast.em.m_step import m_step
 from emd_fast.teachers.small_unet import SmallUNet
 
@@ -72,7 +72,7 @@ def config(**changes) -> EMDConfig:
             "langevin_steps": 2,
             "num_classes": 3,
             "gamma_z": [[0.1, 0.001], [1.0, 0.02]],
-            "student_warmup": 1,
+            "fake_score_warmup": 1,
             **changes,
         }
     )
@@ -88,9 +88,9 @@ def one_step(settings: EMDConfig, world_dependent_start: bool = False) -> dict:
     drawn, samples = {}, []
     original = trainer._e_step
 
-    def watched(piece):
-        result = original(piece)
-        samples.append((piece.first, result))
+    def watched(micro_batch):
+        result = original(micro_batch)
+        samples.append((micro_batch.first, result))
         return result
 
     trainer._e_step = watched
@@ -100,7 +100,7 @@ def one_step(settings: EMDConfig, world_dependent_start: bool = False) -> dict:
             drawn[first + i] = (result.t[i].clone(), result.cond[i].clone())
     gradients = {
         f"{name}.{key}": whole(value.grad)
-        for name in ("generator", "student")
+        for name in ("generator", "fake_score")
         for key, value in getattr(trainer, name).named_parameters()
     }
     metrics |= trainer.gradient_variance()
@@ -108,7 +108,7 @@ def one_step(settings: EMDConfig, world_dependent_start: bool = False) -> dict:
         "drawn": drawn,
         "state": {
             f"{name}.{key}": whole(value)
-            for name in ("generator", "student")
+            for name in ("generator", "fake_score")
             for key, value in getattr(trainer, name).named_parameters()
         },
         "gradients": gradients,
@@ -143,7 +143,7 @@ def assert_same_step(results, alone):
 
 
 # Plain gradient steps, so that the weights after a step show the gradients before clipping and AdamW's sign.
-STEP = {"student_updates": 1, "grad_clip": 0.5, "guidance": 1.5}
+STEP = {"fake_score_updates": 1, "grad_clip": 0.5, "guidance": 1.5}
 
 
 @pytest.mark.parametrize("micro", [1, 5])
@@ -199,7 +199,7 @@ def fused_from_rank_0(mode: str) -> dict:
     # As fuse() lays weights out on a GPU.
     trainer = EMDTrainer(network.to(memory_format=torch.channels_last), images_config(parallel=mode))
     trainer.step()
-    assert all(fusion_report(net).fused for net in (trainer.teacher, trainer.generator, trainer.student))
+    assert all(fusion_report(net).fused for net in (trainer.teacher, trainer.generator, trainer.fake_score))
     return {key: whole(value) for key, value in trainer.ema.module.state_dict().items()}
 
 
@@ -244,8 +244,8 @@ def reduced() -> dict:
     metrics = trainer.step()
     return {
         "teacher": {p.dtype for p in trainer.teacher.parameters()},
-        "weights": {p.dtype for net in (trainer.generator, trainer.student) for p in net.parameters()},
-        "gradients": {p.grad.dtype for net in (trainer.generator, trainer.student) for p in net.parameters()},
+        "weights": {p.dtype for net in (trainer.generator, trainer.fake_score) for p in net.parameters()},
+        "gradients": {p.grad.dtype for net in (trainer.generator, trainer.fake_score) for p in net.parameters()},
         "optimizer": {v.dtype for s in trainer.generator_optimizer.state.values() for v in s.values()},
         "trains": [any(p.requires_grad for p in n.parameters()) for n in (trainer.teacher, trainer.ema.module)],
         "sharded": [distributed.is_sharded(n) for n in (trainer.teacher, trainer.generator, trainer.ema.module)],
@@ -261,7 +261,7 @@ def test_sharding_computes_in_bfloat16_and_keeps_float32_weights(ranks):
         assert result["teacher"] == {torch.bfloat16}
         assert result["weights"] == result["gradients"] == result["optimizer"] == {torch.float32}
         assert result["trains"] == [False, False] and result["sharded"] == [True, True, True]
-        for key in ("z_rms", "student_loss", "student_grad_norm"):
+        for key in ("z_rms", "fake_score_loss", "fake_score_grad_norm"):
             assert result["metrics"][key] == pytest.approx(expected[key], rel=0.05), key
 
 
@@ -290,17 +290,19 @@ def counted(work) -> dict[str, int]:
 
 def gathers(steps: int) -> dict:
     counts = {}
-    trainer = EMDTrainer(teacher(), config(parallel="fsdp", langevin_steps=steps, micro_batch_size=2, student_warmup=0))
+    trainer = EMDTrainer(
+        teacher(), config(parallel="fsdp", langevin_steps=steps, micro_batch_size=2, fake_score_warmup=0)
+    )
     trainer.step()
-    pieces = trainer._pieces(None, 0)
+    micro_batches = trainer._micro_batches(None, 0)
 
     def generator_update():
         with gathered(trainer.generator):
             trainer._generator_loss(trainer._e_steps(None))
 
     counts["generator update"] = counted(generator_update)
-    counts["e_step"] = counted(lambda: trainer._e_step(pieces[0]))
-    counts["student update"] = counted(lambda: trainer._student_update(None, 0))
+    counts["e_step"] = counted(lambda: trainer._e_step(micro_batches[0]))
+    counts["fake-score update"] = counted(lambda: trainer._fake_score_update(None, 0))
     counts["groups"] = sum(1 for m in trainer.generator.modules() if type(m).__name__.startswith("FSDP"))
     return counts
 
@@ -313,7 +315,7 @@ def test_networks_are_gathered_once_and_gradients_reduced_once(ranks):
     assert few["e_step"] == {"allgather_base": 3 * groups}
     assert few["generator update"] == {"allgather_base": 3 * groups, "reduce_scatter_base": groups}
     # And one all-reduce for the norms of the gradient.
-    assert few["student update"] == {
+    assert few["fake-score update"] == {
         "allgather_base": 2 * groups,
         "reduce_scatter_base": groups,
         "allreduce": 1,
@@ -321,13 +323,13 @@ def test_networks_are_gathered_once_and_gradients_reduced_once(ranks):
 
 
 def reduces() -> dict:
-    trainer = EMDTrainer(teacher(), config(parallel="replicate", micro_batch_size=2, student_updates=2))
+    trainer = EMDTrainer(teacher(), config(parallel="replicate", micro_batch_size=2, fake_score_updates=2))
     trainer.step()
     return counted(trainer.step)
 
 
 def test_replicated_gradients_are_reduced_once_an_update(ranks):
-    # Two student updates, one of the generator, and the metrics.
+    # Two fake-score updates, one of the generator, and the metrics.
     assert ranks(2, reduces)[0] == {"allreduce": 4}
 
 
@@ -383,7 +385,7 @@ def test_gathering_nests_survives_errors_and_leaves_the_policy(ranks):
 
 
 def foreign(how: str) -> None:
-    """e_step, M-step and student step on networks that somebody else wrapped, each rank with half of the batch."""
+    """e_step, M-step and fake-score step on networks that somebody else wrapped, each rank with half of the batch."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     def networks():
@@ -414,7 +416,7 @@ def foreign(how: str) -> None:
             for network in (group[0], group[2]):
                 network.zero_grad()
             m_step(group[0], result, torch.ones(len(result.t))).mean().backward()
-            student_step(group[0], group[2], z[part], eps[part], t[part]).mean().backward()
+            fake_score_step(group[0], group[2], z[part], eps[part], t[part]).mean().backward()
         for network, reference in ((inner[0], bare[0]), (inner[2], bare[2])):
             for mine, its in zip(network.parameters(), reference.parameters(), strict=True):
                 assert mine.requires_grad and mine.grad.dtype == torch.float32
@@ -436,8 +438,8 @@ def wrapped_by_others() -> None:
     for wrap in (DistributedDataParallel, fully_shard):
         network = teacher()
         network.network = wrap(network.network)
-        with pytest.raises(ValueError, match="the student is wrapped in DDP or FSDP2"):
-            EMDTrainer(teacher(), config(), student=network)
+        with pytest.raises(ValueError, match="the fake_score is wrapped in DDP or FSDP2"):
+            EMDTrainer(teacher(), config(), fake_score=network)
 
 
 def test_the_trainer_wants_bare_networks(ranks):
@@ -479,7 +481,7 @@ def poisoned(mode: str) -> tuple:
     trainer = EMDTrainer(teacher(), config(parallel=mode))
     trainer.step()
     before = {key: whole(value) for key, value in trainer.generator.state_dict().items()}
-    student_before = {key: whole(value) for key, value in trainer.student.state_dict().items()}
+    fake_score_before = {key: whole(value) for key, value in trainer.fake_score.state_dict().items()}
     weight = next(block[0].weight for block in trainer.generator.modules() if isinstance(block, nn.Sequential))
 
     def hook(module, inputs, output):
@@ -494,9 +496,9 @@ def poisoned(mode: str) -> tuple:
     trainer._generator_loss([sampled])
     trainer._update("generator")
     handle.remove()
-    trainer._student_update(None, 0)
+    trainer._fake_score_update(None, 0)
     same = all(torch.equal(before[key], whole(value)) for key, value in trainer.generator.state_dict().items())
-    moved = any(not torch.equal(student_before[k], whole(v)) for k, v in trainer.student.state_dict().items())
+    moved = any(not torch.equal(fake_score_before[k], whole(v)) for k, v in trainer.fake_score.state_dict().items())
     return same, moved, trainer.skipped.item(), trainer.culprit()
 
 

@@ -39,7 +39,7 @@ def ranks():
 
 
 def state_of(trainer) -> dict[str, torch.Tensor]:
-    parts = {"generator": trainer.generator, "student": trainer.student, "ema": trainer.ema.module}
+    parts = {"generator": trainer.generator, "fake_score": trainer.fake_score, "ema": trainer.ema.module}
     state = {f"{part}.{key}": whole(v) for part, module in parts.items() for key, v in module.state_dict().items()}
     for name, optimizer in trainer._optimizers().items():
         shards = trainer.shards[name]
@@ -129,15 +129,15 @@ def test_too_many_gradients_that_are_not_finite_end_the_run_by_name(tmp_path, mo
 
     def poisoned(self, name, pieces, loss_of):
         loss = original(self, name, pieces, loss_of)
-        if name == "student":
+        if name == "fake_score":
             self.shards[name].parameters[2].grad.fill_(float("nan"))
         return loss
 
     monkeypatch.setattr(run.EMDTrainer, "_accumulate", poisoned)
     settings = configuration.load("gmm", {**TINY, "emd.steps": 50, "emd.max_skipped": 3})
-    with pytest.raises(Diverged, match=r"not finite, last that of network\.hidden\.0\.weight of the student"):
+    with pytest.raises(Diverged, match=r"not finite, last that of network\.hidden\.0\.weight of the fake_score"):
         run.distill(settings, tmp_path)
-    assert "network.hidden.0.weight of the student" in (tmp_path / "report.md").read_text()
+    assert "network.hidden.0.weight of the fake_score" in (tmp_path / "report.md").read_text()
 
 
 def diverging(folder, mode) -> tuple[int, list[bool], str]:
@@ -225,11 +225,11 @@ def test_a_full_disk_on_one_rank_is_an_error_on_all(ranks, tmp_path):
 TINY = {
     "emd.batch_size": 16,
     "emd.langevin_steps": 2,
-    "emd.student_warmup": 2,
+    "emd.fake_score_warmup": 2,
     "log_every": 2,
     "samples": 50,
     "mixture.generator_width": 8,
-    "mixture.student_width": 8,
+    "mixture.fake_score_width": 8,
 }
 
 

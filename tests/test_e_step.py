@@ -26,12 +26,12 @@ import emd_fast
 from emd_fast import Denoiser, Generator, Noise, e_step
 from emd_fast.diffusion.schedules import EDM, VP, Cosine, RectifiedFlow
 from emd_fast.em.e_step_xz import e_step_xz
-from emd_fast.em.fake_score_step import student_step
+from emd_fast.em.fake_score_step import fake_score_step
 from emd_fast.em.m_step import m_step
 from emd_fast.teachers import gaussian
 
 BETAS = torch.linspace(1e-4, 0.02, 1000)
-PAIRS = [  # teacher and student, of one parametrization and of two
+PAIRS = [  # teacher and fake score, of one parametrization and of two
     ("eps", "eps", VP(BETAS)),
     ("v", "v", Cosine()),
     ("v", "x0", Cosine()),
@@ -46,14 +46,14 @@ def denoiser(parametrization, schedule, seed, classes=0, **options):
     return Denoiser(Mlp(seed=seed, classes=classes), schedule, parametrization, **sigma_data, **options)
 
 
-def networks(teacher="v", student="v", schedule=None, classes=0, **options):
-    """Generator, teacher and student, all different."""
+def networks(teacher="v", fake_score="v", schedule=None, classes=0, **options):
+    """Generator, teacher and fake score, all different."""
     schedule = schedule or Cosine()
     t_star = float(schedule.t_from_log_snr(torch.tensor([-1.0])))
     return (
         Generator(denoiser(teacher, schedule, 1, classes), t_star),
         denoiser(teacher, schedule, 2, classes, **options),
-        denoiser(student, schedule, 3, classes),
+        denoiser(fake_score, schedule, 3, classes),
     )
 
 
@@ -64,7 +64,7 @@ def inputs(batch=5, seed=0, schedule=None):
 
 
 def plainly(
-    generator, teacher, student, z, eps, t, draw, *, cond=None, null=None, guidance=None, steps, gamma_eps, gamma_z
+    generator, teacher, fake_score, z, eps, t, draw, *, cond=None, null=None, guidance=None, steps, gamma_eps, gamma_z
 ):
     """Section 1, line by line, in the dtype of z; draw(stream, k) gives the noise."""
     alpha, sigma = (column(f(t.float()).to(z.dtype), z) for f in (teacher.schedule.alpha, teacher.schedule.sigma))
@@ -81,8 +81,8 @@ def plainly(
                 F = F_u + w * (F - F_u)
             a, b = (column(c.to(z.dtype), z) for c in teacher.score_coefficients(t))
             s_teacher = a * x + b * F
-            a, b = (column(c.to(z.dtype), z) for c in student.score_coefficients(t))
-            delta = s_teacher - (a * x + b * student(x, t, cond))
+            a, b = (column(c.to(z.dtype), z) for c in fake_score.score_coefficients(t))
+            delta = s_teacher - (a * x + b * fake_score(x, t, cond))
         (z_grad,) = torch.autograd.grad(g, latent, alpha * delta)
         drift = (1 - gamma_eps) * drift + gamma_eps * sigma * delta
         eps = eps + gamma_eps * (sigma * delta - eps) + (2 * gamma_eps) ** 0.5 * draw(2, k)
@@ -113,11 +113,11 @@ def check_against_float64(run, nets, z, eps, t, where, **options):
     return result
 
 
-@pytest.mark.parametrize(("teacher", "student", "schedule"), PAIRS, ids=str)
+@pytest.mark.parametrize(("teacher", "fake_score", "schedule"), PAIRS, ids=str)
 @pytest.mark.parametrize("gamma_z", [0.0, 0.03])
-def test_against_float64(backend, teacher, student, schedule, gamma_z):
+def test_against_float64(backend, teacher, fake_score, schedule, gamma_z):
     z, eps, t = inputs(schedule=schedule)
-    nets = networks(teacher, student, schedule)
+    nets = networks(teacher, fake_score, schedule)
     where = {"seed": 3, "step": 7, "first_sample": 11}
     result = check_against_float64(e_step, nets, z, eps, t, where, steps=4, gamma_eps=0.16, gamma_z=gamma_z)
     assert_same(result.alpha, schedule.alpha(t))
@@ -251,12 +251,12 @@ class Broken(nn.Module):
 @pytest.mark.parametrize("after", [0, 1])
 def test_flags_are_restored_after_an_exception(run, after):
     z, eps, t = inputs()
-    generator, teacher, student = networks()
+    generator, teacher, fake_score = networks()
     broken = Broken(generator, after)
     generator.denoiser.network.first.bias.requires_grad_(False)
     asked = [p.requires_grad for p in broken.parameters()]
     with pytest.raises(KeyError):
-        run(broken, teacher, student, z, eps, t, steps=3, gamma_eps=0.1, gamma_z=0.1, noise=Noise(0))
+        run(broken, teacher, fake_score, z, eps, t, steps=3, gamma_eps=0.1, gamma_z=0.1, noise=Noise(0))
     assert [p.requires_grad for p in broken.parameters()] == asked
 
 
@@ -306,16 +306,18 @@ class Flops(TorchDispatchMode):
 
 class TestWork:
     def test_flops_of_the_backward_pass_in_eager_code(self):
-        (generator, teacher, student), latents = images()
+        (generator, teacher, fake_score), latents = images()
         with Flops() as forward:
             generator(latents[0])
         flops = {}
         for gamma_z in (0.0, 0.1):
             with Flops() as counter:
-                e_step(generator, teacher, student, *latents, steps=3, gamma_eps=0.1, gamma_z=gamma_z, noise=Noise(0))
+                e_step(
+                    generator, teacher, fake_score, *latents, steps=3, gamma_eps=0.1, gamma_z=gamma_z, noise=Noise(0)
+                )
             flops[gamma_z] = counter.total
         one = forward.total
-        # 3 passes of teacher and student and one of the generator; or as many of the generator as steps, and backward.
+        # 3 passes of teacher and fake score and one of the generator; or as many of it as steps, and backward.
         assert flops[0.0] == (2 * 3 + 1) * one
         backward = (flops[0.1] - (2 * 3 + 3) * one) / 3
         assert 0.9 * one <= backward <= 1.1 * one
@@ -336,13 +338,13 @@ class TestWork:
 
             return compile
 
-        (generator, teacher, student), latents = images()
+        (generator, teacher, fake_score), latents = images()
         torch._dynamo.reset()
         backend = aot_autograd(fw_compiler=counting("forward"), bw_compiler=counting("backward"))
         compiled = torch.compile(generator, fullgraph=True, backend=backend)
         options = {"steps": 2, "gamma_eps": 0.1, "gamma_z": 0.1}
-        expected = e_step(generator, teacher, student, *latents, noise=Noise(0), **options)
-        result = e_step(compiled, teacher, student, *latents, noise=Noise(0), **options)
+        expected = e_step(generator, teacher, fake_score, *latents, noise=Noise(0), **options)
+        result = e_step(compiled, teacher, fake_score, *latents, noise=Noise(0), **options)
         assert_within(result.z, expected.z, 1e-5)
         assert counted["forward"] > 0
         assert 0.9 * counted["forward"] <= counted["backward"] <= 1.1 * counted["forward"]
@@ -353,7 +355,7 @@ class TestWork:
         import gc
         import weakref
 
-        (generator, teacher, student), latents = images()
+        (generator, teacher, fake_score), latents = images()
         alive, seen, most = [], [], 0
 
         def recording(z, cond=None):
@@ -367,12 +369,14 @@ class TestWork:
 
         for steps in (2, 8):
             alive.clear()
-            e_step(recording, teacher, student, *latents, steps=steps, gamma_eps=0.1, gamma_z=gamma_z, noise=Noise(0))
+            e_step(
+                recording, teacher, fake_score, *latents, steps=steps, gamma_eps=0.1, gamma_z=gamma_z, noise=Noise(0)
+            )
             assert most <= 1  # the graph of the step before may live until it is replaced
         assert len(alive) == (8 if gamma_z else 1)
 
     def test_saved_activations_do_not_pile_up(self):
-        (generator, teacher, student), latents = images()
+        (generator, teacher, fake_score), latents = images()
         now, peak = 0, {}
 
         class Held:
@@ -388,16 +392,18 @@ class TestWork:
 
         with torch.autograd.graph.saved_tensors_hooks(Held, lambda held: held.tensor):
             for steps in (1, 2, 8):
-                e_step(generator, teacher, student, *latents, steps=steps, gamma_eps=0.1, gamma_z=0.1, noise=Noise(0))
+                e_step(
+                    generator, teacher, fake_score, *latents, steps=steps, gamma_eps=0.1, gamma_z=0.1, noise=Noise(0)
+                )
         assert peak[1] > 0 and peak[8] <= peak[2] <= 2 * peak[1]
 
-    def test_teacher_and_student_run_once_a_step_without_gradients(self):
+    def test_teacher_and_fake_score_run_once_a_step_without_gradients(self):
         calls = []
-        (generator, teacher, student), latents = images()
-        for name, net in (("teacher", teacher), ("student", student)):
+        (generator, teacher, fake_score), latents = images()
+        for name, net in (("teacher", teacher), ("fake_score", fake_score)):
             net.register_forward_hook(lambda m, a, out, name=name: calls.append((name, out.requires_grad)))
-        e_step(generator, teacher, student, *latents, steps=2, gamma_eps=0.1, gamma_z=0.1, noise=Noise(0))
-        assert calls == [("teacher", False), ("student", False)] * 2
+        e_step(generator, teacher, fake_score, *latents, steps=2, gamma_eps=0.1, gamma_z=0.1, noise=Noise(0))
+        assert calls == [("teacher", False), ("fake_score", False)] * 2
 
 
 @pytest.fixture(scope="module")
@@ -433,7 +439,7 @@ def test_wrapped_networks(one_process, how):
         for group, result in zip((bare, outer), results, strict=True):
             group[0].zero_grad()
             m_step(group[0], result, torch.ones(5)).mean().backward()
-            student_step(group[0], group[2], z, eps, t).mean().backward()
+            fake_score_step(group[0], group[2], z, eps, t).mean().backward()
         for mine, its in zip(nets[0].parameters(), bare[0].parameters(), strict=True):
             assert_within(mine.grad, its.grad, 1e-5 * (1 + float(its.grad.abs().max())))
         with torch.no_grad():
@@ -447,10 +453,10 @@ def test_a_generator_with_ddp_inside(one_process):
     schedule = Cosine()
     inner = DistributedDataParallel(Mlp(seed=1))
     generator = Generator(Denoiser(inner, schedule, "v"), 0.8)
-    _, teacher, student = networks()
+    _, teacher, fake_score = networks()
     for step in range(2):
         result = e_step(
-            generator, teacher, student, z, eps, t, steps=2, gamma_eps=0.2, gamma_z=0.05, noise=Noise(0, step)
+            generator, teacher, fake_score, z, eps, t, steps=2, gamma_eps=0.2, gamma_z=0.05, noise=Noise(0, step)
         )
         m_step(generator, result, torch.ones(5)).mean().backward()
     assert all(p.grad is not None for p in inner.parameters())
@@ -477,7 +483,7 @@ def test_sharded_networks(one_process):
         for group, result in zip((bare, nets), results, strict=True):
             group[0].zero_grad()
             m_step(group[0], result, torch.ones(5)).mean().backward()
-            student_step(group[0], group[2], z, eps, t).mean().backward()
+            fake_score_step(group[0], group[2], z, eps, t).mean().backward()
         for mine, its in zip(nets[0].parameters(), bare[0].parameters(), strict=True):
             assert mine.requires_grad
             assert_within(mine.grad.full_tensor(), its.grad, 1e-5 * (1 + float(its.grad.abs().max())))
@@ -489,10 +495,10 @@ def test_sharding_with_reduced_precision_keeps_float32_gradients(one_process):
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     z, eps, t = inputs()
-    generator, teacher, student = networks()
+    generator, teacher, fake_score = networks()
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     fully_shard(generator, mesh=init_device_mesh("cpu", (1,)), mp_policy=policy)
-    result = e_step(generator, teacher, student, z, eps, t, steps=2, gamma_eps=0.2, gamma_z=0.05, noise=Noise(0))
+    result = e_step(generator, teacher, fake_score, z, eps, t, steps=2, gamma_eps=0.2, gamma_z=0.05, noise=Noise(0))
     m_step(generator, result, torch.ones(5)).mean().backward()
     assert {p.grad.dtype for p in generator.parameters()} == {torch.float32}
 
@@ -500,9 +506,9 @@ def test_sharding_with_reduced_precision_keeps_float32_gradients(one_process):
 def test_any_callable_is_a_generator(backend):
     z, eps, t = inputs()
     matrix = torch.randn(3, 3, generator=seeded(2))
-    _, teacher, student = networks()
+    _, teacher, fake_score = networks()
     result = e_step(
-        lambda z, cond: z @ matrix, teacher, student, z, eps, t, steps=1, gamma_eps=0.1, gamma_z=0.1, noise=Noise(0)
+        lambda z, cond: z @ matrix, teacher, fake_score, z, eps, t, steps=1, gamma_eps=0.1, gamma_z=0.1, noise=Noise(0)
     )
     assert bool(torch.isfinite(result.z).all())
 
@@ -511,13 +517,13 @@ def test_a_latent_of_another_shape_than_the_image(backend):
     """z is (B, 2), x (B, 3): the noises of both are drawn for their own shapes."""
     g = seeded(3)
     matrix, eps, t = torch.randn(2, 3, generator=g), torch.randn(4, 3, generator=g), torch.full((4,), 0.5)
-    _, teacher, student = networks()
+    _, teacher, fake_score = networks()
     z = torch.randn(4, 2, generator=g)
     result = e_step(
-        lambda z, cond: z @ matrix, teacher, student, z, eps, t, steps=1, gamma_eps=0.1, gamma_z=0.04, noise=Noise(6)
+        lambda z, cond: z @ matrix, teacher, fake_score, z, eps, t, steps=1, gamma_eps=0.1, gamma_z=0.04, noise=Noise(6)
     )
     x = column(teacher.schedule.alpha(t), eps) * (z @ matrix) + column(teacher.schedule.sigma(t), eps) * eps
-    delta = teacher.score(x, t) - student.score(x, t)
+    delta = teacher.score(x, t) - fake_score.score(x, t)
     z_grad = column(teacher.schedule.alpha(t), eps) * delta @ matrix.T
     expected = z + 0.04 * (z_grad - z) + math.sqrt(0.08) * normals((4, 2), seed=6, stream=3)
     assert_within(result.z, expected, 1e-4)
@@ -576,8 +582,8 @@ def bad_arguments():
         "noise": ({"noise": 3}, TypeError, "noise"),
         "noise meta": ({"noise": Noise(0, device="meta")}, ValueError, "noise"),
         "teacher": ({"teacher": nn.Linear(1, 1)}, TypeError, "Denoiser"),
-        "student": ({"student": lambda x, t, c: x}, TypeError, "Denoiser"),
-        "two schedules": ({"student": denoiser("eps", VP(BETAS), 3)}, ValueError, "schedule"),
+        "fake_score": ({"fake_score": lambda x, t, c: x}, TypeError, "Denoiser"),
+        "two schedules": ({"fake_score": denoiser("eps", VP(BETAS), 3)}, ValueError, "schedule"),
     }
 
 
@@ -587,11 +593,11 @@ def test_bad_input_raises_before_anything_is_computed(run, name):
     changed, error, named = bad_arguments()[name]
     z, eps, t = inputs(2)
     calls = []
-    generator, teacher, student = networks()
-    for net in (generator, teacher, student):
+    generator, teacher, fake_score = networks()
+    for net in (generator, teacher, fake_score):
         net.register_forward_pre_hook(lambda *a: calls.append(a))
     given = {
-        "generator": generator, "teacher": teacher, "student": student, "z": z, "eps": eps, "t": t,
+        "generator": generator, "teacher": teacher, "fake_score": fake_score, "z": z, "eps": eps, "t": t,
         "steps": 2, "gamma_eps": 0.1, "gamma_z": 0.1, "noise": Noise(0), **changed,
     }  # fmt: skip
     with pytest.raises(error, match=naming(named)):
@@ -601,10 +607,19 @@ def test_bad_input_raises_before_anything_is_computed(run, name):
 
 def test_a_generator_of_another_shape_is_named():
     z, eps, t = inputs()
-    _, teacher, student = networks()
+    _, teacher, fake_score = networks()
     with pytest.raises(ValueError, match=r"eps must have shape \(5, 2\)"):
         e_step(
-            lambda z, cond: z[:, :2], teacher, student, z, eps, t, steps=1, gamma_eps=0.1, gamma_z=0.1, noise=Noise(0)
+            lambda z, cond: z[:, :2],
+            teacher,
+            fake_score,
+            z,
+            eps,
+            t,
+            steps=1,
+            gamma_eps=0.1,
+            gamma_z=0.1,
+            noise=Noise(0),
         )
 
 
@@ -635,7 +650,7 @@ class TestXz:
         where = {"seed": 4}
         sizes = {"gamma_eps": torch.linspace(0.1, 0.3, 5), "gamma_z": torch.linspace(0.0, 0.05, 5)}
         result = e_step_xz(*nets, z, eps, t, steps=3, noise=Noise(4), **sizes)
-        generator, teacher, student = (copy.deepcopy(net).double() for net in nets)
+        generator, teacher, fake_score = (copy.deepcopy(net).double() for net in nets)
         alpha, sigma = (column(f(t).double(), z) for f in (Cosine().alpha, Cosine().sigma))
         g_e, g_z = (column(s.double(), z) for s in sizes.values())
         latent, noises, x = z.double(), eps.double(), None
@@ -646,7 +661,7 @@ class TestXz:
             residual = (x - mean.detach()) / sigma**2
             (pull,) = torch.autograd.grad(mean, latent, residual)
             with torch.no_grad():
-                delta = teacher.score(x, t) - student.score(x, t)
+                delta = teacher.score(x, t) - fake_score.score(x, t)
                 n, m = normals((5, 3), stream=2, substep=k, **where), normals((5, 3), stream=3, substep=k, **where)
                 x = x + g_e * sigma**2 * (delta - residual) + torch.sqrt(2 * g_e) * sigma * n
                 noises = (1 - g_e) * noises + torch.sqrt(2 * g_e) * n

@@ -286,7 +286,7 @@ def test_from_a_pickle_to_samples(name, pickled, tmp_path, call):
     samples = trainer.generate(5)
     assert samples.shape == (5, 3, 8, 8) and samples.isfinite().all() and samples.std() > 0
     assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
-    for moved in (trainer.generator, trainer.student):
+    for moved in (trainer.generator, trainer.fake_score):
         assert any(not torch.equal(a, b) for a, b in zip(moved.parameters(), trainer.teacher.parameters(), strict=True))
     trainer.save(tmp_path / "checkpoint.pt")
     resumed = EMDTrainer.resume(tmp_path / "checkpoint.pt", edm.load(pickled(name)))

@@ -20,7 +20,7 @@ from emd_fast.reporting import pictures
 from emd_fast.run import distill as run
 from emd_fast.teachers.small_unet import SmallUNet, initialise
 
-TINY = ["--steps=2", "--batch-size=4", "--langevin-steps=1", "--student-updates=1", "--lr-warmup=0", "--samples=20"]
+TINY = ["--steps=2", "--batch-size=4", "--langevin-steps=1", "--fake-score-updates=1", "--lr-warmup=0", "--samples=20"]
 
 
 @pytest.fixture

@@ -18,9 +18,9 @@ from emd_fast.teachers.small_unet import SmallUNet, initialise
 def points(generator=None):
     means = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
     teacher = gaussian_mixture(torch.tensor([0.5, 0.5]), means, 0.1 * torch.eye(2).expand(2, 2, 2), schedules.EDM())
-    student = Denoiser(TimeMLP(2, 8, 2, seed=1), schedules.EDM(), "edm", sigma_data=1.0, sample_shape=(2,))
+    fake_score = Denoiser(TimeMLP(2, 8, 2, seed=1), schedules.EDM(), "edm", sigma_data=1.0, sample_shape=(2,))
     config = EMDConfig(steps=2, batch_size=4, langevin_steps=1, seed=3, generator_lr=1e-2)
-    return EMDTrainer(teacher, config, generator or PointGenerator(2, 8, 1, seed=2), student)
+    return EMDTrainer(teacher, config, generator or PointGenerator(2, 8, 1, seed=2), fake_score)
 
 
 def images(**changes):

@@ -282,7 +282,7 @@ def test_the_trainer_copies_a_fused_teacher():
         if fused:
             emd_fast.fuse(denoiser)
         trainer = EMDTrainer(denoiser, EMDConfig(steps=2, batch_size=4, num_classes=10, seed=1, fuse=False))
-        for net in (trainer.generator, trainer.student, trainer.ema.module):
+        for net in (trainer.generator, trainer.fake_score, trainer.ema.module):
             assert bool(emd_fast.fusion_report(net).fused) == fused
         metrics = [trainer.step() for _ in range(2)]
         results.append((trainer.generate(4), metrics))

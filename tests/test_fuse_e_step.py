@@ -15,7 +15,7 @@ import emd_fast
 from emd_fast import Denoiser, Generator, Noise, e_step
 from emd_fast.diffusion.schedules import EDM
 from emd_fast.em.e_step import frozen
-from emd_fast.em.fake_score_step import student_step
+from emd_fast.em.fake_score_step import fake_score_step
 from emd_fast.em.m_step import m_step
 
 
@@ -75,8 +75,8 @@ def networks(fused, **options):
     for net in nets:
         if fused:
             emd_fast.fuse(net, **options)
-    teacher, student, generator = (Denoiser(net, EDM(), "edm", sigma_data=0.5) for net in nets)
-    return Generator(generator, 2.0), teacher, student
+    teacher, fake_score, generator = (Denoiser(net, EDM(), "edm", sigma_data=0.5) for net in nets)
+    return Generator(generator, 2.0), teacher, fake_score
 
 
 def latents():
@@ -146,7 +146,7 @@ def test_wrapped_networks(one_process, how):  # noqa: F811
         for group, result in zip((bare, outer), results, strict=True):
             group[0].zero_grad()
             m_step(group[0], result, torch.ones(4)).mean().backward()
-            student_step(group[0], group[2], z, eps, t, cond=OPTIONS["cond"]).mean().backward()
+            fake_score_step(group[0], group[2], z, eps, t, cond=OPTIONS["cond"]).mean().backward()
         for its, mine in zip(*parameters, strict=True):
             grad = mine.grad.full_tensor() if hasattr(mine.grad, "full_tensor") else mine.grad
             assert_within(grad, its.grad, 1e-4 * (1e-3 + float(its.grad.abs().max())))

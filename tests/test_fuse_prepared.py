@@ -128,8 +128,8 @@ def denoisers(name):
     made = [make(name, seed)[0] for seed in range(3)]
     for network in made:
         emd_fast.fuse(network)
-    teacher, student, generator = (Denoiser(network, EDM(), "edm", sigma_data=0.5) for network in made)
-    return Generator(generator, 2.0), teacher, student
+    teacher, fake_score, generator = (Denoiser(network, EDM(), "edm", sigma_data=0.5) for network in made)
+    return Generator(generator, 2.0), teacher, fake_score
 
 
 def test_an_e_step_reads_what_the_weights_are_then(monkeypatch):

@@ -24,10 +24,10 @@ SETTINGS = {"steps": 3, "gamma_eps": 0.2, "gamma_z": 0.05}
 
 def networks():
     schedule = schedules.EDM()
-    teacher, student, other = (
+    teacher, fake_score, other = (
         Denoiser(Mlp(seed=s, classes=4), schedule, "edm", sigma_data=0.5, sample_shape=(3,)) for s in range(3)
     )
-    return Generator(other, 1.0), teacher, student
+    return Generator(other, 1.0), teacher, fake_score
 
 
 def arguments(batch=5, seed=0):
@@ -186,9 +186,9 @@ def test_side_by_side_is_in_turn_where_nobody_asked():
         assert side_by_side(lambda: 1, lambda: 2) == (1, 2)
 
 
-@pytest.mark.parametrize("student_of", ["its own", "a copy", "the teacher itself"])
+@pytest.mark.parametrize("fake_score_of", ["its own", "a copy", "the teacher itself"])
 @pytest.mark.parametrize("guidance", [None, 2.0])
-def test_neither_branch_reads_what_the_other_is_still_to_write(monkeypatch, student_of, guidance):
+def test_neither_branch_reads_what_the_other_is_still_to_write(monkeypatch, fake_score_of, guidance):
     """Copies of a Denoiser share its functions of the time, and values of those were once taken across streams."""
     teacher, other, own = (
         Denoiser(
@@ -201,12 +201,12 @@ def test_neither_branch_reads_what_the_other_is_still_to_write(monkeypatch, stud
         )
         for seed in range(3)
     )
-    student = {"its own": own, "a copy": copy.deepcopy(teacher), "the teacher itself": teacher}[student_of]
+    fake_score = {"its own": own, "a copy": copy.deepcopy(teacher), "the teacher itself": teacher}[fake_score_of]
     z, eps, t, cond = torch.randn(2, 1, 8, 8), torch.randn(2, 1, 8, 8), torch.full((2,), 0.7), torch.arange(2)
     settings = {"cond": cond, "guidance": guidance, "noise": Noise(0), **SETTINGS}
-    expected = e_step(Generator(other, 1.0), teacher, student, z, eps, t, **settings)
+    expected = e_step(Generator(other, 1.0), teacher, fake_score, z, eps, t, **settings)
     with Streams(monkeypatch) as streams, branches():
-        found = e_step(Generator(other, 1.0), teacher, student, z, eps, t, **settings)
+        found = e_step(Generator(other, 1.0), teacher, fake_score, z, eps, t, **settings)
     assert_as_eager(found, expected)
     assert not streams.races
     assert len(streams.made) == 1, "what one stream has freed no other gets again"

@@ -32,7 +32,7 @@ def teacher() -> Denoiser:
 
 
 def settings(**changes):
-    return config(num_classes=4, student_warmup=0, **changes)
+    return config(num_classes=4, fake_score_warmup=0, **changes)
 
 
 class Received(TorchDispatchMode):
@@ -63,14 +63,14 @@ def measured(mode: str, precision: str) -> tuple[dict, dict]:
     def held(tensors):
         return sum(distributed.local(tensor).nbytes for tensor in tensors)
 
-    trained = [*trainer.generator.parameters(), *trainer.student.parameters()]
+    trained = [*trainer.generator.parameters(), *trainer.fake_score.parameters()]
     return {
         "weights": held([*trained, *trainer.teacher.parameters()]),
         "gradients": held(p.grad for p in trained),
         "average": held(trainer.ema.module.parameters()),
         "optimizer": sum(
             held(value for state in o.state.values() for key, value in state.items() if key != "step")
-            for o in (trainer.generator_optimizer, trainer.student_optimizer)
+            for o in (trainer.generator_optimizer, trainer.fake_score_optimizer)
         ),
     }, received.bytes
 
@@ -142,7 +142,7 @@ class Counted(TorchDispatchMode):
     "changes",
     [
         {},
-        {"guidance": 1.5, "student_updates": 1},
+        {"guidance": 1.5, "fake_score_updates": 1},
         {"objective": "vsd"},
         {"sampling": "x_z", "langevin_steps": 3},
         {"gamma_z": 0.0, "langevin_steps": 3},
@@ -151,12 +151,12 @@ class Counted(TorchDispatchMode):
 def test_the_operations_are_those_of_a_step(changes):
     network = digits_teacher()
     network.null_cond = 0
-    settings = config(**{"batch_size": 4, "student_warmup": 0, "gamma_z": 0.02, **changes})
+    settings = config(**{"batch_size": 4, "fake_score_warmup": 0, "gamma_z": 0.02, **changes})
     work = Work.of(network, Generator(network, settings.t_star), network, settings.num_classes)
     with Counted() as forward, torch.no_grad():
         network(torch.zeros(1, 1, 8, 8), torch.ones(1), torch.zeros(1, dtype=torch.int64))
     # PyTorch's counter does not know the CPU's attention, a fiftieth of this network.
-    assert 0.95 * work.teacher < forward.operations <= work.teacher == work.generator == work.student
+    assert 0.95 * work.teacher < forward.operations <= work.teacher == work.generator == work.fake_score
     trainer = EMDTrainer(network, settings)
     with Counted() as counted:
         trainer.step()
@@ -165,9 +165,9 @@ def test_the_operations_are_those_of_a_step(changes):
 
 
 def test_activations_that_are_computed_again_are_a_forward_pass_more():
-    work = Work(teacher=1.0, generator=10.0, student=100.0)
+    work = Work(teacher=1.0, generator=10.0, fake_score=100.0)
     again = config(activation_checkpointing=True)
-    assert work.step(again) - work.step(config()) == 10.0 + again.student_updates * 100.0
+    assert work.step(again) - work.step(config()) == 10.0 + again.fake_score_updates * 100.0
 
 
 def test_times_are_those_of_the_ceilings():
@@ -213,7 +213,7 @@ def test_a_dry_run_prints_the_configuration_and_the_plan_and_stops(tmp_path, cap
 def test_what_cannot_fit_is_refused_before_it_is_allocated(tmp_path, capsys, monkeypatch):
     """Networks of 28 GiB each on a machine of one GiB."""
     monkeypatch.setattr(run, "available", lambda: float(GIB))
-    width = ["--mixture.generator-width", "60000", "--mixture.student-width", "60000"]
+    width = ["--mixture.generator-width", "60000", "--mixture.fake-score-width", "60000"]
     assert cli.main(["distill", "gmm", "--out", str(tmp_path / "x"), *width]) == 2
     said = capsys.readouterr().err
     assert "GiB a device, and there are 1: try" in said and len(said.strip().splitlines()) == 1

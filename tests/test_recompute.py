@@ -35,7 +35,7 @@ def test_a_run_is_the_same_bit_for_bit(fused, precision):
         network = teacher()
         if fused:
             emd_fast.fuse(network)
-        small = {"num_classes": 3, "batch_size": 2, "langevin_steps": 1, "student_updates": 1}
+        small = {"num_classes": 3, "batch_size": 2, "langevin_steps": 1, "fake_score_updates": 1}
         trainer = EMDTrainer(network, config(**small, precision=precision, activation_checkpointing=again))
         trainer.step()
         trainer.step()
@@ -45,7 +45,7 @@ def test_a_run_is_the_same_bit_for_bit(fused, precision):
 
 
 def kept(again: bool) -> int:
-    """Bytes that the M-step and the student step keep for their backward passes."""
+    """Bytes that the M-step and the fake-score step keep for their backward passes."""
     total = 0
 
     def note(x):
@@ -57,7 +57,7 @@ def kept(again: bool) -> int:
     sampled = trainer.sample_posterior()
     with saved_tensors_hooks(note, lambda x: x):
         trainer._generator_loss([sampled])
-        trainer._student_update(None, 0)
+        trainer._fake_score_update(None, 0)
     return total
 
 

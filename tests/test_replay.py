@@ -108,7 +108,7 @@ def test_caught_up_it_is_what_the_run_computed(folder, monkeypatch, step):
     trainer.step()
     monkeypatch.undo()
     assert_sample(replay(folder, step, 3, catch_up=True).found, seen[step], 3)
-    with pytest.raises(AssertionError):  # without it, the student is that of before
+    with pytest.raises(AssertionError):  # without it, the fake score is that of before
         assert_sample(replay(folder, step, 3).found, seen[step], 3)
 
 

@@ -82,7 +82,7 @@ def test_scatter_draws_the_points(tmp_path):
 
 
 ROWS = [
-    {"step": step, "generator_loss": 0.1 / step, "student_loss": 0.3, "drift_rms": 0.2, "z_rms": 1.0, "skipped": 0}
+    {"step": step, "generator_loss": 0.1 / step, "fake_score_loss": 0.3, "drift_rms": 0.2, "z_rms": 1.0, "skipped": 0}
     for step in range(1, 40)
 ]
 

@@ -95,7 +95,7 @@ def test_copies_to_train_are_float32_whatever_the_teacher_is():
     for half in (teacher, digits_teacher().to(BF16)):
         assert {p.dtype for p in trainable(half).parameters()} == {torch.float32}
         trainer = EMDTrainer(half, reduced())
-        assert {p.dtype for n in (trainer.generator, trainer.student) for p in n.parameters()} == {torch.float32}
+        assert {p.dtype for n in (trainer.generator, trainer.fake_score) for p in n.parameters()} == {torch.float32}
         assert not trainer.sample_posterior().drift.any()
 
 
@@ -112,7 +112,7 @@ def alive(fused: bool, given: bool) -> tuple[list[str], int, int]:
     del teacher
     trainer.step()
     gc.collect()
-    owners = (trainer.teacher, trainer.generator, trainer.student)
+    owners = (trainer.teacher, trainer.generator, trainer.fake_score)
     held = sum(p.nbytes for network in owners for p in network.parameters())
     planned = estimate(sizes, trainer.config, "replicate", 1, reduced=True).memory["weights"]
     assert len(watched) > 10 and trainer.config.precision == "bfloat16"
@@ -165,7 +165,7 @@ def test_a_run_drops_the_teacher_that_it_has_rounded(tmp_path, monkeypatch):
     settings = configuration.load(
         "digits",
         {
-            "emd.steps": 1, "emd.student_warmup": 0, "emd.batch_size": 4, "emd.langevin_steps": 1,
+            "emd.steps": 1, "emd.fake_score_warmup": 0, "emd.batch_size": 4, "emd.langevin_steps": 1,
             "emd.precision": "bfloat16", "teacher.steps": 1, "teacher.batch_size": 4,
         },
     )  # fmt: skip

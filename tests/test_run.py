@@ -34,12 +34,12 @@ TINY = {
     "emd.steps": 6,
     "emd.batch_size": 16,
     "emd.langevin_steps": 2,
-    "emd.student_warmup": 2,
+    "emd.fake_score_warmup": 2,
     "log_every": 2,
     "save_every": 2,
     "samples": 50,
     "mixture.generator_width": 8,
-    "mixture.student_width": 8,
+    "mixture.fake_score_width": 8,
 }
 
 

@@ -192,11 +192,11 @@ def test_any_object_with_the_members_is_a_schedule():
 
 
 def test_a_copied_denoiser_keeps_its_schedule():
-    """A student starts as a copy of the teacher: they must share a schedule whatever equality it knows."""
+    """A fake score starts as a copy of the teacher: they must share a schedule whatever equality it knows."""
     teacher = Denoiser(torch.nn.Linear(1, 1), Squared(), "x0")
-    student = copy.deepcopy(teacher)
-    assert student.network is not teacher.network and student.schedule is teacher.schedule
-    assert not ScoreDifference(teacher, student, torch.tensor([0.5]), None, None, None).needs_x
+    fake_score = copy.deepcopy(teacher)
+    assert fake_score.network is not teacher.network and fake_score.schedule is teacher.schedule
+    assert not ScoreDifference(teacher, fake_score, torch.tensor([0.5]), None, None, None).needs_x
 
 
 def test_an_object_without_the_members_is_none():

@@ -37,7 +37,7 @@ def config(**changes) -> EMDConfig:
 
 def states(trainer: EMDTrainer) -> dict[str, torch.Tensor]:
     flat = {}
-    for name in ("generator", "student"):
+    for name in ("generator", "fake_score"):
         flat |= {f"{name}.{key}": value for key, value in getattr(trainer, name).state_dict().items()}
     return flat | {f"ema.{key}": value for key, value in trainer.ema.module.state_dict().items()}
 
@@ -53,17 +53,17 @@ def test_the_metrics_are_the_ones_promised():
     metrics = EMDTrainer(points_teacher(), config()).step()
     assert set(metrics) == {
         "generator_loss",
-        "student_loss",
+        "fake_score_loss",
         "drift_rms",
         "z_rms",
         "generator_grad_norm",
-        "student_grad_norm",
+        "fake_score_grad_norm",
         "skipped",
     }
     assert all(value.dim() == 0 and math.isfinite(value.item()) for value in metrics.values())
 
 
-def test_teacher_stays_and_generator_and_student_move():
+def test_teacher_stays_and_generator_and_fake_score_move():
     teacher = digits_teacher()
     before = copy.deepcopy(teacher.state_dict())
     trainer = EMDTrainer(teacher, config(num_classes=3))
@@ -71,11 +71,11 @@ def test_teacher_stays_and_generator_and_student_move():
     trainer.step()
     assert all(torch.equal(before[key], value) for key, value in teacher.state_dict().items())
     moved = {key for key, value in states(trainer).items() if not torch.equal(started[key], value)}
-    assert {key.split(".")[0] for key in moved} == {"generator", "student", "ema"}
+    assert {key.split(".")[0] for key in moved} == {"generator", "fake_score", "ema"}
 
 
 def the_networks(trainer: EMDTrainer) -> list[torch.nn.Module]:
-    return [trainer.teacher, trainer.generator, trainer.student, trainer.ema.module]
+    return [trainer.teacher, trainer.generator, trainer.fake_score, trainer.ema.module]
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -109,7 +109,7 @@ def test_a_network_that_fuse_refuses_wants_fuse_to_be_off():
     EMDTrainer(teacher, config(num_classes=3, fuse=False))
     good = digits_teacher()
     with pytest.raises(ConfigError):
-        EMDTrainer(good, config(num_classes=3), student=teacher)
+        EMDTrainer(good, config(num_classes=3), fake_score=teacher)
     assert not fusion_report(good).fused
 
 
@@ -155,7 +155,7 @@ def test_compile_is_part_of_fuse():
 def test_n_steps_and_n_more_are_two_n_bit_for_bit(tmp_path, changes):
     teacher = digits_teacher()
     teacher.null_cond = 0
-    settings = config(num_classes=3, lr_warmup=3, student_warmup=2, **changes)
+    settings = config(num_classes=3, lr_warmup=3, fake_score_warmup=2, **changes)
     whole = EMDTrainer(teacher, settings)
     for _ in range(4):
         whole.step()
@@ -182,7 +182,7 @@ def test_two_trainers_of_one_seed_are_equal_and_of_two_seeds_are_not():
 def test_vsd_and_emd_of_one_step_give_the_same_direction_on_the_same_noise():
     # Statement 1 of the algorithm, through the trainer: the gradients differ by the factor gamma_eps alone.
     teacher = points_teacher()
-    settings = config(langevin_steps=1, gamma_z=0.0, gamma_eps=0.25, grad_clip=0.0, student_updates=1)
+    settings = config(langevin_steps=1, gamma_z=0.0, gamma_eps=0.25, grad_clip=0.0, fake_score_updates=1)
     gradients = []
     for objective in ("emd", "vsd"):
         trainer = EMDTrainer(teacher, dataclasses.replace(settings, objective=objective))
@@ -204,7 +204,7 @@ def test_the_m_step_regresses_on_drift_or_without_cancellation_on_eps(cancel):
     assert not torch.equal(sampled.drift, sampled.eps)
 
 
-@pytest.mark.parametrize("network", ["generator", "student"])
+@pytest.mark.parametrize("network", ["generator", "fake_score"])
 def test_a_gradient_that_is_not_finite_never_reaches_the_weights(network):
     trainer = EMDTrainer(points_teacher(), config())
     trainer.step()
@@ -244,9 +244,9 @@ def test_a_step_size_too_large_for_sigma_is_seen_in_z_rms():
         config(
             langevin_steps=16,
             gamma_z=0.5,
-            student_warmup=20,
+            fake_score_warmup=20,
             time_distribution={"low": 0.05, "high": 0.06},
-            student_time_distribution={"low": 0.05, "high": 0.06},
+            fake_score_time_distribution={"low": 0.05, "high": 0.06},
         ),
         PointGenerator(2, 32, 1, seed=0),
         Denoiser(network, schedules.EDM(), "edm", sigma_data=1.0, sample_shape=(2,)),
@@ -259,10 +259,10 @@ def test_a_step_size_too_large_for_sigma_is_seen_in_z_rms():
 def test_step_sizes_by_sigma_are_interpolated():
     trainer = EMDTrainer(points_teacher(), config())
     t = torch.tensor([0.01, 0.1, math.sqrt(0.1), 1.0, 50.0])
-    size = trainer.draws.step_size([(0.1, 0.001), (1.0, 0.1)], t)
+    size = trainer.batches.step_size([(0.1, 0.001), (1.0, 0.1)], t)
     torch.testing.assert_close(size, torch.tensor([0.001, 0.001, 0.01, 0.1, 0.1]), rtol=1e-4, atol=0)
-    assert trainer.draws.step_size(0.3, t) == 0.3
-    torch.testing.assert_close(trainer.draws.step_size([(0.1, 0.02)], t), torch.full((5,), 0.02))
+    assert trainer.batches.step_size(0.3, t) == 0.3
+    torch.testing.assert_close(trainer.batches.step_size([(0.1, 0.02)], t), torch.full((5,), 0.02))
 
 
 @pytest.mark.parametrize("schedule", [schedules.EDM(), schedules.Cosine(), schedules.RectifiedFlow()])
@@ -273,7 +273,7 @@ def test_times_lie_where_the_distribution_says(schedule, kind):
         teacher,
         config(t_star=0.5, batch_size=512, time_distribution={"kind": kind, "low": 0.1, "high": 2.0}),
     )
-    t = trainer.draws.times(trainer.config.time_distribution, 512, stream=6)
+    t = trainer.batches.times(trainer.config.time_distribution, 512, stream=6)
     ratio = torch.exp(-schedule.log_snr(t) / 2)
     assert 0.0999 < ratio.min() and ratio.max() < 2.001
     if kind == "log_uniform":
@@ -333,7 +333,7 @@ def test_a_teacher_whose_output_has_another_shape_is_named():
 
 def test_a_teacher_without_parameters_needs_networks():
     teacher = teachers.gaussian(torch.zeros(2), torch.eye(2), schedules.EDM())
-    with pytest.raises(ValueError, match="give EMDTrainer a generator and a student"):
+    with pytest.raises(ValueError, match="give EMDTrainer a generator and a fake score"):
         EMDTrainer(teacher, config())
 
 
@@ -341,8 +341,8 @@ def test_networks_that_share_parameters_are_refused():
     teacher = points_teacher()
     with pytest.raises(ValueError, match="teacher and generator share parameters"):
         EMDTrainer(teacher, config(), generator=Generator(teacher, 2.0))
-    with pytest.raises(ValueError, match="teacher and student share parameters"):
-        EMDTrainer(teacher, config(), student=teacher)
+    with pytest.raises(ValueError, match="teacher and fake_score share parameters"):
+        EMDTrainer(teacher, config(), fake_score=teacher)
 
 
 def test_labels_out_of_range_are_named():
@@ -389,8 +389,8 @@ def test_bfloat16_compute_keeps_float32_weights_and_state():
     assert trainer.generate(2).dtype == torch.float32
 
 
-def test_a_student_without_parameters_is_refused():
+def test_a_fake_score_without_parameters_is_refused():
     teacher = points_teacher()
-    student = teachers.gaussian(torch.zeros(2), torch.eye(2), schedules.EDM())
+    fake_score = teachers.gaussian(torch.zeros(2), torch.eye(2), schedules.EDM())
     with pytest.raises(ValueError, match="no parameters to train"):
-        EMDTrainer(teacher, config(), student=student)
+        EMDTrainer(teacher, config(), fake_score=fake_score)

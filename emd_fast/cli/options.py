@@ -54,9 +54,9 @@ def overrides(words: Sequence[str]) -> dict[str, Any]:
         word = rest.pop(0)
         option, has_value, value = word.partition("=")
         key = option.removeprefix("--").replace("-", "_")
-        nested = key.rpartition(".")[0] in ("emd.time_distribution", "emd.student_time_distribution")
+        nested = key.rpartition(".")[0] in ("emd.time_distribution", "emd.fake_score_time_distribution")
         if not option.startswith("--") or (key not in known and not nested):
-            near = difflib.get_close_matches(key, known, 1)
+            near = difflib.get_close_matches(key.replace("student", "fake_score"), known, 1)
             hint = f"; did you mean --{near[0].replace('_', '-')}?" if near else ""
             raise ConfigError(f"unknown option {option!r}{hint}")
         if not has_value:
@@ -212,7 +212,7 @@ def _parser() -> argparse.ArgumentParser:
     replay.add_argument(
         "--catch-up",
         action="store_true",
-        help="first repeat on the whole batch what the run did since the checkpoint, the student's updates included",
+        help="first repeat on the whole batch what the run did since the checkpoint, the fake score's updates included",
     )
 
     bench = commands.add_parser(

@@ -40,7 +40,7 @@ class GraphedEStep:
     """`e_step` of fixed networks and settings, captured once per shape and replayed, bit for bit equal.
 
         settings = {"steps": 8, "gamma_eps": 0.1, "gamma_z": 0.01, "noise": noise}
-        sample = GraphedEStep(generator, teacher, student, **settings)
+        sample = GraphedEStep(generator, teacher, fake score, **settings)
         found = sample(z, eps, t, cond)
 
     A replay reads the current parameters, noise (`noise.set` and `noise.advance` work as usual)
@@ -51,7 +51,7 @@ class GraphedEStep:
     a network that is not a module, or a network that makes the host wait for the device.
 
     Args:
-        generator, teacher, student, guidance, null_cond, steps, noise: as for e_step.
+        generator, teacher, fake_score, guidance, null_cond, steps, noise: as for e_step.
         gamma_eps, gamma_z: as for e_step, or None if they are given with every call.
         parallel: whether teacher and fake score run on two streams. None: for batches up to
             SMALL_BATCH.
@@ -61,7 +61,7 @@ class GraphedEStep:
         self,
         generator: GeneratorLike,
         teacher: Any,
-        student: Any,
+        fake_score: Any,
         *,
         steps: int,
         noise: Noise,
@@ -71,7 +71,7 @@ class GraphedEStep:
         null_cond: Condition = None,
         parallel: bool | None = None,
     ) -> None:
-        self.networks: tuple[Any, Any, Any] = (generator, teacher, student)
+        self.networks: tuple[Any, Any, Any] = (generator, teacher, fake_score)
         self.noise = noise
         self._step_sizes = (gamma_eps, gamma_z)
         self._settings = {"steps": steps, "noise": noise, "guidance": guidance, "null_cond": null_cond}
@@ -127,7 +127,7 @@ class GraphedEStep:
     def _why_not(self, z: Tensor) -> str | None:
         if z.device.type != "cuda":
             return f"{z.device.type} tensors have no graphs"
-        for name, network in zip(("generator", "teacher", "student"), self.networks, strict=True):
+        for name, network in zip(("generator", "teacher", "fake_score"), self.networks, strict=True):
             if not isinstance(network, nn.Module):
                 return f"the {name} is no module, and where its parameters lie is not known"
             if is_sharded(network):

@@ -58,7 +58,7 @@ Watch = Callable[[LangevinStep], object]
 def e_step(
     generator: GeneratorLike,
     teacher: Any,
-    student: Any,
+    fake_score: Any,
     z: Tensor,
     eps: Tensor,
     t: Tensor,
@@ -73,12 +73,12 @@ def e_step(
 ) -> EStep:
     """`steps` Langevin steps on the density proportional to q(x_t) / p(x_t) N(eps) N(z), x_t = alpha g(z) + sigma eps.
 
-    One step is one pass of generator, teacher and student and one backward pass of the generator to its input (none
+    One step is one pass of generator, teacher and fake score and one backward pass of the generator to its input (none
     where gamma_z is the number 0). No parameter gets a gradient, and memory does not grow with `steps`.
 
     Args:
         generator: callable (z, cond) -> x.
-        teacher, student: Denoisers of one schedule, bare or wrapped by DDP, FSDP2 (gathered once) or torch.compile.
+        teacher, fake_score: Denoisers of one schedule, bare or wrapped by DDP, FSDP2 (gathered once) or torch.compile.
         z, eps: (B, ...), floating; not modified.
         t: (B,) float32, held fixed.
         cond: None, a tensor or a pytree of tensors batched on dimension 0.
@@ -98,7 +98,7 @@ def e_step(
     return unchecked_e_step(
         generator,
         teacher,
-        student,
+        fake_score,
         z,
         eps,
         t,
@@ -115,7 +115,7 @@ def e_step(
 def unchecked_e_step(
     generator: GeneratorLike,
     teacher: Any,
-    student: Any,
+    fake_score: Any,
     z: Tensor,
     eps: Tensor,
     t: Tensor,
@@ -135,10 +135,10 @@ def unchecked_e_step(
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
     moves_z = isinstance(gamma_z, Tensor) or gamma_z > 0
 
-    difference = ScoreDifference(teacher, student, t, cond, null_cond, guidance)
+    difference = ScoreDifference(teacher, fake_score, t, cond, null_cond, guidance)
     z, eps = _own(z), _own(eps)
     drift = torch.zeros_like(eps)
-    networks = (generator, teacher, student)
+    networks = (generator, teacher, fake_score)
     with gathered(*networks), frozen(generator) as g, weight_cache(*networks), conditioning_cache():
         x0 = None
         for k in range(steps):

@@ -20,7 +20,7 @@ from emd_fast.noise import Noise, NoiseStream
 def e_step_xz(
     generator: GeneratorLike,
     teacher: Any,
-    student: Any,
+    fake_score: Any,
     z: Tensor,
     eps: Tensor,
     t: Tensor,
@@ -46,11 +46,11 @@ def e_step_xz(
     schedule = base(teacher).schedule
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
     check_values("sigma(t)", sigma, low=0.0, open_low=True)
-    difference = ScoreDifference(teacher, student, t, cond, null_cond, guidance)
+    difference = ScoreDifference(teacher, fake_score, t, cond, null_cond, guidance)
     z, noises = z.detach().float(), eps.detach().float()
     alpha_x, sigma_x = column(alpha, eps), column(sigma, eps)
     step_x, step_z = _column(gamma_eps, eps), _column(gamma_z, z)
-    networks = (generator, teacher, student)
+    networks = (generator, teacher, fake_score)
     with (
         gathered(*networks),
         frozen(generator) as g,

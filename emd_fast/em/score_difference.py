@@ -1,4 +1,4 @@
-"""delta = s_teacher - s_student as an affine combination of x_t and raw network outputs."""
+"""delta = s_teacher - s_fake as an affine combination of x_t and raw network outputs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class ScoreDifference:
     """The coefficients of delta for times t (B,), fixed over an E-step, and the passes that give the outputs.
 
     Args:
-        teacher, student: Denoisers, bare or wrapped, of one schedule.
+        teacher, fake_score: Denoisers, bare or wrapped, of one schedule.
         guidance: None, a number or (B,) float32: the teacher's classifier-free guidance weight.
 
     Raises:
@@ -25,32 +25,33 @@ class ScoreDifference:
     def __init__(
         self,
         teacher: Any,
-        student: Any,
+        fake_score: Any,
         t: Tensor,
         cond: Condition,
         null_cond: Condition,
         guidance: float | Tensor | None,
     ) -> None:
-        self.teacher, self.student, self.t = teacher, student, t
-        inner_teacher, inner_student = base(teacher), base(student)
+        self.teacher, self.fake_score, self.t = teacher, fake_score, t
+        inner_teacher, inner_fake_score = base(teacher), base(fake_score)
         self.cond, self.null_cond, self.guided = cond, None, guidance is not None
         if self.guided:
             self.null_cond = null_like(inner_teacher.null_cond if null_cond is None else null_cond, cond, len(t))
-        if inner_teacher.schedule != inner_student.schedule:
+        if inner_teacher.schedule != inner_fake_score.schedule:
             raise ValueError(
-                f"teacher and student must share a schedule: {inner_teacher.schedule!r}, {inner_student.schedule!r}"
+                "teacher and fake score must share a schedule: "
+                f"{inner_teacher.schedule!r}, {inner_fake_score.schedule!r}"
             )
         a_teacher, b_teacher = inner_teacher.score_coefficients(t)
-        a_student, b_student = inner_student.score_coefficients(t)
-        self.needs_x = not inner_teacher.same_form(inner_student)
-        k_x = [a_teacher - a_student] if self.needs_x else []
+        a_fake_score, b_fake_score = inner_fake_score.score_coefficients(t)
+        self.needs_x = not inner_teacher.same_form(inner_fake_score)
+        k_x = [a_teacher - a_fake_score] if self.needs_x else []
         k_teacher = [b_teacher] if guidance is None else [b_teacher * guidance, b_teacher * (1 - guidance)]
-        self.coefs = torch.stack([*k_x, *k_teacher, -b_student], dim=1)
+        self.coefs = torch.stack([*k_x, *k_teacher, -b_fake_score], dim=1)
 
     def outputs(self, x: Tensor) -> list[Tensor]:
         """The raw outputs for x_t (B, ...), in the order of the columns of `coefs`."""
-        teacher, student = side_by_side(lambda: self._teacher(x), lambda: self.student(x, self.t, self.cond))
-        return [*teacher, student]
+        teacher, fake_score = side_by_side(lambda: self._teacher(x), lambda: self.fake_score(x, self.t, self.cond))
+        return [*teacher, fake_score]
 
     def _teacher(self, x: Tensor) -> list[Tensor]:
         if self.guided:

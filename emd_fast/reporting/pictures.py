@@ -130,9 +130,9 @@ def scatter(path: str | os.PathLike[str], samples: Mapping[str, Tensor]) -> None
 
 _PANELS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
     ("generator loss", "log", (("generator_loss", "generator"),)),
-    ("fake-score loss", "linear", (("student_loss", "fake score"),)),
+    ("fake-score loss", "linear", (("fake_score_loss", "fake score"),)),
     ("root mean square", "log", (("drift_rms", "drift"), ("z_rms", "z"))),
-    ("gradient norm", "log", (("generator_grad_norm", "generator"), ("student_grad_norm", "fake score"))),
+    ("gradient norm", "log", (("generator_grad_norm", "generator"), ("fake_score_grad_norm", "fake score"))),
 )
 
 
@@ -143,8 +143,8 @@ def curves(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]) -> N
 
     Args:
         path: path of the file; its folder is created if missing.
-        rows: rows of log.jsonl, with "step" and any of generator_loss, student_loss, drift_rms, z_rms,
-            generator_grad_norm, student_grad_norm. Other rows and keys are ignored. Values that are not
+        rows: rows of log.jsonl, with "step" and any of generator_loss, fake_score_loss, drift_rms, z_rms,
+            generator_grad_norm, fake_score_grad_norm. Other rows and keys are ignored. Values that are not
             finite leave a gap.
 
     Raises:

@@ -48,7 +48,7 @@ def summary(row: Mapping[str, float]) -> str:
         f"{word} {row[name] * scale:.3g}{unit}"
         for name, word, scale, unit in (
             ("generator_loss", "generator", 1, ""),
-            ("student_loss", "student", 1, ""),
+            ("fake_score_loss", "fake score", 1, ""),
             ("drift_rms", "drift", 1, ""),
             ("images_per_second", "", 1, " images/s"),
             ("tflops", "", 1, " TFLOP/s"),
@@ -59,7 +59,7 @@ def summary(row: Mapping[str, float]) -> str:
     ]
     times = [
         f"{word} {row[name]:.0%}"
-        for name, word in (("e_step_share", "E"), ("m_step_share", "M"), ("student_share", "S"))
+        for name, word in (("e_step_share", "E"), ("m_step_share", "M"), ("fake_score_share", "F"))
         if name in row
     ]
     return ", ".join(part.strip() for part in [*parts, " ".join(times)] if part)

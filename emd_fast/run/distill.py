@@ -92,9 +92,9 @@ def plan_of(settings: RunConfig, devices: int = 0, ceilings: Ceilings = UNKNOWN)
     """
     task = task_of(settings)
     with torch.device("meta"):  # a network too large for this machine must not be allocated here
-        generator, student = task.make_networks()
+        generator, fake_score = task.make_networks()
     teacher = task.untrained_teacher()
-    networks = teacher, generator or Generator(teacher, settings.emd.t_star), student or teacher
+    networks = teacher, generator or Generator(teacher, settings.emd.t_star), fake_score or teacher
     work = Work.of(*networks, settings.emd.num_classes) if ceilings.operations is not None else None
     return plan(
         Sizes.of(*networks),
@@ -243,9 +243,15 @@ def _latest(
 
 
 def _resumed(path: Path, settings: RunConfig, task: Task, teacher: Denoiser, trains: bool) -> EMDTrainer:
-    generator, student = task.make_networks()
+    generator, fake_score = task.make_networks()
     return EMDTrainer.resume(
-        path, teacher, config=settings.emd, generator=generator, student=student, prompts=task.prompts, trains=trains
+        path,
+        teacher,
+        config=settings.emd,
+        generator=generator,
+        fake_score=fake_score,
+        prompts=task.prompts,
+        trains=trains,
     )
 
 
@@ -256,7 +262,7 @@ def shortened(settings: RunConfig) -> RunConfig:
         return max(1, steps // 10)
 
     emd = dataclasses.replace(
-        settings.emd, steps=tenth(settings.emd.steps), student_warmup=settings.emd.student_warmup // 10
+        settings.emd, steps=tenth(settings.emd.steps), fake_score_warmup=settings.emd.fake_score_warmup // 10
     )
     teacher = dataclasses.replace(settings.teacher, steps=tenth(settings.teacher.steps))
     return dataclasses.replace(settings, emd=emd, teacher=teacher)

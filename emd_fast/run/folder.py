@@ -22,10 +22,10 @@ from emd_fast import config
 from emd_fast.config import EvaluationConfig, RunConfig, to_dict
 from emd_fast.io.files import write_text
 from emd_fast.reporting.progress import say
-from emd_fast.train.state import MAY_CHANGE
+from emd_fast.train.state import RESUMABLE
 
-_MAY_CHANGE = {
-    *(f"emd.{name}" for name in MAY_CHANGE),
+_RESUMABLE = {
+    *(f"emd.{name}" for name in RESUMABLE),
     "log_every",
     "save_every",
     "keep_checkpoints",
@@ -96,7 +96,7 @@ def _begun(folder: Path) -> bool:
 def _check_same_run(folder: Path, was: RunConfig, now: RunConfig) -> None:
     before, after = flat(to_dict(was)), flat(to_dict(now))
     for key in sorted({*before, *after}):
-        if before.get(key) != after.get(key) and key not in _MAY_CHANGE:
+        if before.get(key) != after.get(key) and key not in _RESUMABLE:
             raise RunError(
                 f"{folder} holds a run with {key} = {before.get(key)!r}, not {after.get(key)!r}: choose another --out"
             )

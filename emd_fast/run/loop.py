@@ -122,7 +122,7 @@ def _countable(trainer: EMDTrainer) -> bool:
     The fake score's warm-up adds operations. A CUDA graph hides them, and torch.compile does not work
     under a counter; torchao's optimizer compiles its step.
     """
-    warms_up = trainer.steps_done == 0 and trainer.config.student_warmup > 0
+    warms_up = trainer.steps_done == 0 and trainer.config.fake_score_warmup > 0
     config = trainer.config
     return not (warms_up or config.cuda_graph or config.compile or config.optimizer == "adamw_8bit")
 

@@ -84,8 +84,8 @@ def estimate(
         activations: bytes of activations per sample in the M-step; 0 leaves them out.
         work, ceilings: operations of the networks and peak rates, which the times follow from.
     """
-    trained = sizes.generator + sizes.student
-    updates = config.student_updates
+    trained = sizes.generator + sizes.fake_score
+    updates = config.fake_score_updates
     optimizer = _OPTIMIZER_BYTES[config.optimizer]
     compute = 2 if reduced else 4
     share = -(-config.batch_size // devices)
@@ -96,24 +96,24 @@ def estimate(
             "weights": 4.0 * (sizes.teacher + trained) - (4.0 - compute) * sizes.matmul_weights,
             "gradients": 4.0 * trained,
             # All gradients of a network are summed in one buffer.
-            "gathered": 4.0 * max(sizes.generator, sizes.student) if devices > 1 else 0.0,
+            "gathered": 4.0 * max(sizes.generator, sizes.fake_score) if devices > 1 else 0.0,
         }
         gathers = scatters = 0.0
-        reduces = 4.0 * (sizes.generator + updates * sizes.student)
+        reduces = 4.0 * (sizes.generator + updates * sizes.fake_score)
         copies = devices
     else:
         among = devices if mode == "fsdp" else shard_group or distributed.local_size()
         copies = devices // among
         pieces = -(-share // samples)
         # With micro-batches the whole float32 gradient is kept until it is reduced once.
-        waiting = max(sizes.generator, sizes.student) if pieces > 1 else sizes.largest_block
+        waiting = max(sizes.generator, sizes.fake_score) if pieces > 1 else sizes.largest_block
         memory = {
             "weights": (4.0 * trained + compute * sizes.teacher) / among,
             "gradients": 4.0 * trained / among + 4.0 * waiting,
             "gathered": float(compute * (sizes.teacher + trained)),
         }
         gathers = compute * (sizes.teacher + trained + updates * trained)
-        scatters = 4.0 * (sizes.generator + updates * sizes.student)
+        scatters = 4.0 * (sizes.generator + updates * sizes.fake_score)
         reduces = scatters / among
     memory |= {
         "optimizer": optimizer * trained / among,

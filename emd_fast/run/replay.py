@@ -111,7 +111,7 @@ def replay(folder: Path, step: int, sample: int, *, catch_up: bool = False) -> R
         weights += f", and all that the run did from there to the E-step of step {step}"
         while trainer.steps_done < step:
             trainer.step()
-        trainer.update_student()
+        trainer.update_fake_score()
     elif trainer.steps_done < step:
         weights += f", {step - trainer.steps_done} steps earlier"
     else:

@@ -19,7 +19,7 @@ class Sizes:
     """Parameter counts of the three networks. An analytic teacher has 0 parameters.
 
     Args:
-        teacher, generator, student: parameters of each network.
+        teacher, generator, fake_score: parameters of each network.
         largest_block: parameters of the largest block of generator and fake score.
         matmul_weights: parameters of the teacher that a bfloat16 run stores in bfloat16 where it
             does not shard (`emd_fast.train.cast_weights`).
@@ -27,15 +27,15 @@ class Sizes:
 
     teacher: int
     generator: int
-    student: int
+    fake_score: int
     largest_block: int
     matmul_weights: int = 0
 
     @classmethod
-    def of(cls, teacher: nn.Module, generator: nn.Module, student: nn.Module) -> Sizes:
+    def of(cls, teacher: nn.Module, generator: nn.Module, fake_score: nn.Module) -> Sizes:
         """Counts the parameters of networks on any device, including meta."""
-        blocks = [_count(block) for network in (generator, student) for block in distributed.blocks_of(network)]
-        counts = [_count(network) for network in (teacher, generator, student)]
+        blocks = [_count(block) for network in (generator, fake_score) for block in distributed.blocks_of(network)]
+        counts = [_count(network) for network in (teacher, generator, fake_score)]
         cast = sum(p.numel() for p in matmul_weights(teacher))
         return cls(counts[0], counts[1], counts[2], max(blocks, default=max(counts)), cast)
 
@@ -50,10 +50,10 @@ class Work:
 
     teacher: float
     generator: float
-    student: float
+    fake_score: float
 
     @classmethod
-    def of(cls, teacher: Denoiser, generator: nn.Module, student: Denoiser, classes: int = 0) -> Work:
+    def of(cls, teacher: Denoiser, generator: nn.Module, fake_score: Denoiser, classes: int = 0) -> Work:
         """Counts the matmuls, convolutions and attention that PyTorch knows, from shapes alone.
 
         Args:
@@ -66,7 +66,9 @@ class Work:
         latent = getattr(generator, "latent_shape", None) or shape
         cond = torch.zeros(1, dtype=torch.int64) if classes else None
         x, z, t = torch.zeros(1, *shape), torch.zeros(1, *latent), torch.ones(1)
-        return cls(_operations(teacher, x, t, cond), _operations(generator, z, cond), _operations(student, x, t, cond))
+        return cls(
+            _operations(teacher, x, t, cond), _operations(generator, z, cond), _operations(fake_score, x, t, cond)
+        )
 
     def step(self, config: EMDConfig) -> float:
         """Estimates the operations of a training step for one sample.
@@ -78,13 +80,13 @@ class Work:
         k = 1 if config.objective == "vsd" else config.langevin_steps
         moves_z = config.objective != "vsd" and config.gamma_z != 0
         learning = 4 if config.activation_checkpointing else 3
-        student = config.student_updates * (self.generator + learning * self.student)
-        scores = k * ((1 if config.guidance is None else 2) * self.teacher + self.student)
+        fake_score = config.fake_score_updates * (self.generator + learning * self.fake_score)
+        scores = k * ((1 if config.guidance is None else 2) * self.teacher + self.fake_score)
         if config.sampling == "x_z":
             generated = 2 * (k + 1) * self.generator
         else:
             generated = (2 * k if moves_z else 1) * self.generator
-        return student + scores + generated + learning * self.generator
+        return fake_score + scores + generated + learning * self.generator
 
 
 def _operations(network: nn.Module, *arguments: Tensor | None) -> float:

@@ -98,11 +98,11 @@ def passes(config: EMDConfig) -> int:
 
     A forward pass counts 1, a backward pass to the input 1, and a full backward pass 2.
     """
-    student_step = 1 + 1 + 2
+    fake_score_step = 1 + 1 + 2
     langevin_step = 3 if config.objective == "vsd" else 4
     m_step = 1 + 2
     steps = 1 if config.objective == "vsd" else config.langevin_steps
-    return config.student_updates * student_step + steps * langevin_step + m_step
+    return config.fake_score_updates * fake_score_step + steps * langevin_step + m_step
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, float]:

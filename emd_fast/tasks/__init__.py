@@ -33,7 +33,7 @@ class Task(Protocol):
         """
 
     def make_networks(self) -> tuple[nn.Module | None, Denoiser | None]:
-        """Returns generator and student; None stands for a copy of the teacher."""
+        """Returns generator and fake score; None stands for a copy of the teacher."""
 
     def open_references(self) -> None:
         """Reads the files that metrics need, so that a wrong file is reported before the training."""

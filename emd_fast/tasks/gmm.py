@@ -54,7 +54,7 @@ class Mixture:
         )
         # Variance of one coordinate: radius^2 / 2 of the ring plus std^2 of a mode.
         sigma_data = math.sqrt(mixture.radius**2 / 2 + mixture.std**2)
-        network = TimeMLP(2, mixture.student_width, mixture.student_layers, seed + 1)
+        network = TimeMLP(2, mixture.fake_score_width, mixture.fake_score_layers, seed + 1)
         return generator, Denoiser(network, EDM(), "edm", sigma_data=sigma_data, sample_shape=(2,))
 
     def open_references(self) -> None:

@@ -1,4 +1,4 @@
-"""Small networks for points in the plane: the student and the generator where the teacher is a formula."""
+"""Small networks for points in the plane: the fake score and the generator where the teacher is a formula."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from emd_fast.noise import Noise, NoiseStream
 from emd_fast.train.conditions import Table
 
 
-class Draws:
+class BatchSampler:
     """z, eps, times, step sizes and conditions of some samples of the global batch.
 
     Args:
@@ -54,8 +54,8 @@ class Draws:
             ops.normal((size, *self.sample_shape), self.noise, stream=NoiseStream.E_STEP_EPS),
         )
 
-    def student(self, first: int, size: int, substep: int) -> tuple[Tensor, Tensor]:
-        """z and eps of an update of the student."""
+    def fake_score(self, first: int, size: int, substep: int) -> tuple[Tensor, Tensor]:
+        """z and eps of an update of the fake score."""
         self.noise.set(first_sample=first)
         return (
             ops.normal((size, *self.latent_shape), self.noise, stream=NoiseStream.FAKE_SCORE_Z, substep=substep),

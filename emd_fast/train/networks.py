@@ -15,24 +15,24 @@ from emd_fast.fusion.plan import fuse_known, fusion_report, unfuse
 from emd_fast.train.cast_weights import trainable
 
 
-def that_learn(
-    teacher: Denoiser, generator: nn.Module | None, student: Denoiser | None, config: EMDConfig
+def make_trainable(
+    teacher: Denoiser, generator: nn.Module | None, fake_score: Denoiser | None, config: EMDConfig
 ) -> tuple[nn.Module, Denoiser]:
-    """Generator and student: those that are given, or copies of the teacher.
+    """Generator and fake score: those that are given, or copies of the teacher.
 
     Raises:
         ValueError: what EMDTrainer says of the networks that it is given.
     """
-    _check_bare(teacher=teacher, generator=generator, student=student)
+    _check_bare(teacher=teacher, generator=generator, fake_score=fake_score)
     _check_finite("teacher", base(teacher))
-    if (generator is None or student is None) and not any(True for _ in teacher.parameters()):
-        raise ValueError("this teacher has no parameters to start from: give EMDTrainer a generator and a student")
+    if (generator is None or fake_score is None) and not any(True for _ in teacher.parameters()):
+        raise ValueError("this teacher has no parameters to start from: give EMDTrainer a generator and a fake score")
     if generator is None:
         generator = Generator(trainable(teacher), config.t_star, input_scale=config.input_scale)
-    if student is None:
-        student = trainable(teacher)
-    _check_apart(teacher=teacher, generator=generator, student=student)
-    return generator, student
+    if fake_score is None:
+        fake_score = trainable(teacher)
+    _check_apart(teacher=teacher, generator=generator, fake_score=fake_score)
+    return generator, fake_score
 
 
 def sample_shape(*owners: Any) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ from emd_fast.train.checkpoint import CheckpointError
 
 # What may change between two legs of one run; everything else makes it another run. They change time, memory, limits
 # and the order in which numbers are summed.
-MAY_CHANGE = {
+RESUMABLE = {
     "steps",
     "max_z_rms",
     "max_skipped",
@@ -178,7 +178,7 @@ def check_config(path: str | Path, saved: EMDConfig, now: EMDConfig) -> None:
         CheckpointError: they may not.
     """
     # A schedule that ends at the last step is another one when the last step moves.
-    may_change = MAY_CHANGE - ({"steps"} if saved.lr_schedule != "constant" else set())
+    may_change = RESUMABLE - ({"steps"} if saved.lr_schedule != "constant" else set())
     for item in dataclasses.fields(EMDConfig):
         was, is_now = getattr(saved, item.name), getattr(now, item.name)
         if was != is_now and item.name not in may_change:

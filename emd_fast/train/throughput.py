@@ -19,7 +19,7 @@ T = TypeVar("T")
 class StepTimer:
     """Times the parts of a step: by CUDA events on a GPU, by the host's clock elsewhere.
 
-        timer.start(); ...; timer.end("student"); ...; timer.end("e_step")
+        timer.start(); ...; timer.end("fake_score"); ...; timer.end("e_step")
         timer.seconds()                                 # of the parts since the last start
 
     The events are created once and recorded again in every step. Only `seconds` waits for them.

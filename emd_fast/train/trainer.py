@@ -23,13 +23,13 @@ from emd_fast.distributed import TrainableParameters, gathered
 from emd_fast.em.cuda_graph import GraphedEStep
 from emd_fast.em.e_step import EStep, Watch, frozen, unchecked_e_step
 from emd_fast.em.e_step_xz import e_step_xz
-from emd_fast.em.fake_score_step import student_step
+from emd_fast.em.fake_score_step import fake_score_step
 from emd_fast.em.m_step import WEIGHTINGS, m_step
 from emd_fast.noise import Noise, NoiseStream
 from emd_fast.train import average as ema
 from emd_fast.train import checkpoint, conditions, diagnostics, networks, optimizers
 from emd_fast.train.activation_checkpoint import activation_checkpoint
-from emd_fast.train.batches import Draws
+from emd_fast.train.batches import BatchSampler
 from emd_fast.train.cast_weights import cast_weights
 from emd_fast.train.diagnostics import StepRecord
 from emd_fast.train.fingerprint import fingerprint
@@ -38,7 +38,7 @@ from emd_fast.train.throughput import StepTimer
 
 
 @dataclass(frozen=True)
-class _Piece:
+class _MicroBatch:
     """Some samples of the global batch, which this rank takes through the networks at once."""
 
     first: int
@@ -64,14 +64,14 @@ class EMDTrainer:
             yours, or its float32 weights stay.
         config: the distillation.
         generator: callable module (z, cond) -> x; a copy of the teacher at noise level t_star when None.
-        student: a Denoiser of the teacher's schedule; a copy of the teacher when None.
+        fake_score: a Denoiser of the teacher's schedule; a copy of the teacher when None.
         prompts: conditions to draw from where `step` is given none, evenly: a tensor or dict of tensors (N, ...), or a
             table of `emd_fast.train.conditions`. For labels, config.num_classes says as much.
 
     Raises:
         GroupError: ranks with another configuration or other code; groups that do not make up the ranks.
         ValueError: a teacher with weights that are not finite, without a sample_shape, or without the parameters that
-            generator and student would start from; two networks that share parameters; fewer samples than ranks;
+            generator and fake score would start from; two networks that share parameters; fewer samples than ranks;
             networks that somebody else has wrapped in DDP or FSDP2; activation_checkpointing of networks without
             blocks.
     """
@@ -81,7 +81,7 @@ class EMDTrainer:
         teacher: Denoiser,
         config: EMDConfig,
         generator: nn.Module | None = None,
-        student: Denoiser | None = None,
+        fake_score: Denoiser | None = None,
         prompts: Any = None,
     ) -> None:
         if not isinstance(config, EMDConfig):
@@ -92,7 +92,7 @@ class EMDTrainer:
                 f"batch_size must be at least the number of ranks, {distributed.world_size()}, got {config.batch_size}"
             )
         self.config = config
-        self.generator, self.student = networks.that_learn(teacher, generator, student, config)
+        self.generator, self.fake_score = networks.make_trainable(teacher, generator, fake_score, config)
         self.schedule = base(teacher).schedule
         # Of the weights as they were given; the main rank's, which the others take over.
         self._teacher_facts: dict[str, Any] = distributed.on_main(
@@ -103,28 +103,31 @@ class EMDTrainer:
         self.parallel = f"{mode}: {reason}"
         rounds = mode == "replicate" and self.compute_dtype != torch.float32
         self.teacher = cast_weights(teacher, self.compute_dtype) if rounds else teacher
-        for network, trains in ((self.teacher, False), (self.generator, True), (self.student, True)):
+        for network, trains in ((self.teacher, False), (self.generator, True), (self.fake_score, True)):
             network.eval().requires_grad_(trains)  # eval: no dropout, no batch statistics, in any of the three
         self.sample_shape = networks.sample_shape(generator, teacher)
         self.latent_shape = getattr(self.generator, "latent_shape", None) or self.sample_shape
         self.noise = Noise(config.seed, device=self.device)
         if config.fuse:
-            networks.fuse_all(self.teacher, self.generator, self.student, compile=config.compile)
+            networks.fuse_all(self.teacher, self.generator, self.fake_score, compile=config.compile)
         self.ema = ema.EMA(self.generator, ema.profile(config))
         self._spread(mode)
-        self.shards = {"generator": TrainableParameters(self.generator), "student": TrainableParameters(self.student)}
+        self.shards = {
+            "generator": TrainableParameters(self.generator),
+            "fake_score": TrainableParameters(self.fake_score),
+        }
         self.generator_optimizer = optimizers.make(config, self.shards["generator"].parameters, config.generator_lr)
-        self.student_optimizer = optimizers.make(config, self.shards["student"].parameters, config.student_lr)
+        self.fake_score_optimizer = optimizers.make(config, self.shards["fake_score"].parameters, config.fake_score_lr)
         if config.activation_checkpointing:
-            networks.check_blocks(generator=self.generator, student=self.student)
-        three = (self.generator, self.teacher, self.student)
+            networks.check_blocks(generator=self.generator, fake_score=self.fake_score)
+        three = (self.generator, self.teacher, self.fake_score)
         self._graphed = (
             GraphedEStep(*three, steps=self._langevin_steps(), guidance=config.guidance, noise=self.noise)
             if config.cuda_graph
             else None
         )
         self.prompts = None if prompts is None else conditions.table(prompts)
-        self.draws = Draws(
+        self.batches = BatchSampler(
             config,
             self.schedule,
             self.noise,
@@ -135,10 +138,10 @@ class EMDTrainer:
         self.skipped = torch.zeros((), device=self.device)
         self.steps_done = 0
         self._records: list[StepRecord] = []
-        self.timer = StepTimer(self.device)  # of the last step: student, e_step, m_step
+        self.timer = StepTimer(self.device)  # of the last step: fake score, e_step, m_step
         self._writer = checkpoint.Writer()
         self._state = State(
-            {"generator": self.generator, "student": self.student, "ema": self.ema.module},
+            {"generator": self.generator, "fake_score": self.fake_score, "ema": self.ema.module},
             self.shards,
             self._optimizers(),
         )
@@ -148,7 +151,7 @@ class EMDTrainer:
         if distributed.world_size() > 1:
             mesh = distributed.make_mesh(mode, self.device, self.config.shard_group)
             precision = torch.bfloat16 if self.compute_dtype == torch.bfloat16 else None
-            for network in (self.teacher, self.generator, self.student, self.ema.module):
+            for network in (self.teacher, self.generator, self.fake_score, self.ema.module):
                 # The average is float32 throughout: it is what a run is for.
                 own = None if network is self.ema.module else precision
                 distributed.shard(network, mode, precision=own, mesh=mesh, device=self.device)
@@ -156,18 +159,18 @@ class EMDTrainer:
     # One step ---------------------------------------------------------------------------------------------------------
 
     def step(self, cond: Condition = None) -> dict[str, Tensor]:
-        """Student updates, E-step, M-step. `cond` (batched, batch_size: that of all ranks) is drawn where the
+        """Fake-score updates, E-step, M-step. `cond` (batched, batch_size: that of all ranks) is drawn where the
         configuration has classes.
 
         Returns:
-            Device scalars, the same on every rank: generator_loss, student_loss, drift_rms, z_rms, generator_grad_norm,
-            student_grad_norm and skipped, the number of updates so far that were left out because their gradient was
-            not finite.
+            Device scalars, the same on every rank: generator_loss, fake_score_loss, drift_rms, z_rms,
+            generator_grad_norm, fake_score_grad_norm and skipped, the number of updates so far that were left out
+            because their gradient was not finite.
         """
         self._records = []  # that of the step before: its memory is needed now
         self.timer.start()
-        student = self.update_student(cond)
-        self.timer.end("student")
+        fake_score = self.update_fake_score(cond)
+        self.timer.end("fake_score")
         with gathered(self.generator):
             sampled = self._e_steps(cond)
             self.timer.end("e_step")
@@ -179,7 +182,7 @@ class EMDTrainer:
         means = torch.stack(
             [
                 generator_loss,
-                torch.stack([loss for loss, _ in student]).mean(),
+                torch.stack([loss for loss, _ in fake_score]).mean(),
                 self._mean_square(s.drift for s in sampled),
                 self._mean_square(s.z for s in sampled),
             ]
@@ -188,11 +191,11 @@ class EMDTrainer:
             dist.all_reduce(means)
         return {
             "generator_loss": means[0],
-            "student_loss": means[1],
+            "fake_score_loss": means[1],
             "drift_rms": means[2].sqrt(),
             "z_rms": means[3].sqrt(),
             "generator_grad_norm": generator_norm,
-            "student_grad_norm": torch.stack([norm for _, norm in student]).mean(),
+            "fake_score_grad_norm": torch.stack([norm for _, norm in fake_score]).mean(),
             "skipped": self.skipped.clone(),
         }
 
@@ -206,7 +209,7 @@ class EMDTrainer:
         records = self._last_records()
         return diagnostics.diagnose(
             records,
-            (self.draws.e_step(record.first_sample, len(record.posterior.t)) for record in records),
+            (self.batches.e_step(record.first_sample, len(record.posterior.t)) for record in records),
             batch=self.config.batch_size,
             schedule=self.schedule,
             times=self.config.time_distribution,
@@ -244,19 +247,19 @@ class EMDTrainer:
             raise RuntimeError("diagnostics are those of a step: call step() first")
         return self._records
 
-    def update_student(self, cond: Condition = None) -> list[tuple[Tensor, Tensor]]:
-        """The first part of a step, alone: the student's updates, after its warm-up where this is the first step.
+    def update_fake_score(self, cond: Condition = None) -> list[tuple[Tensor, Tensor]]:
+        """The first part of a step, alone: the fake score's updates, after its warm-up where this is the first step.
 
         Returns:
             For each update but those of the warm-up: the loss of this rank's samples, the norm of the whole gradient.
         """
         config = self.config
-        self.draws.at(self.steps_done)
+        self.batches.at(self.steps_done)
         self._set_learning_rates()
         if self.steps_done == 0:
-            for j in range(config.student_warmup):
-                self._student_update(cond, config.student_updates + j)
-        return [self._student_update(cond, j) for j in range(config.student_updates)]
+            for j in range(config.fake_score_warmup):
+                self._fake_score_update(cond, config.fake_score_updates + j)
+        return [self._fake_score_update(cond, j) for j in range(config.fake_score_updates)]
 
     def sample_posterior(
         self,
@@ -275,35 +278,35 @@ class EMDTrainer:
             watch: is shown each Langevin step.
         """
         if step is not None:
-            self.draws.at(step)
+            self.batches.at(step)
         if samples is None:
             samples = range(*distributed.share(self.config.batch_size))
-        return self._e_step(self._piece(cond, 0, samples.start, samples.stop), watch)
+        return self._e_step(self._micro_batch(cond, 0, samples.start, samples.stop), watch)
 
     def _e_steps(self, cond: Condition) -> list[EStep]:
-        # Every network is gathered once for all Langevin steps of all pieces; two of the three are let go before the
-        # M-step asks for its activations.
-        with gathered(self.generator, self.teacher, self.student):
-            return [self._e_step(piece) for piece in self._pieces(cond, 0)]
+        # Gathers every network once for all Langevin steps of all micro-batches, and frees two of the three before the
+        # M-step needs memory for its activations.
+        with gathered(self.generator, self.teacher, self.fake_score):
+            return [self._e_step(batch) for batch in self._micro_batches(cond, 0)]
 
-    def _e_step(self, piece: _Piece, watch: Watch | None = None) -> EStep:
+    def _e_step(self, batch: _MicroBatch, watch: Watch | None = None) -> EStep:
         config = self.config
-        z, eps = self.draws.e_step(piece.first, piece.size)
-        t = self.draws.times(config.time_distribution, piece.size, stream=NoiseStream.E_STEP_TIME)
+        z, eps = self.batches.e_step(batch.first, batch.size)
+        t = self.batches.times(config.time_distribution, batch.size, stream=NoiseStream.E_STEP_TIME)
         vsd = config.objective == "vsd"
-        gamma_eps = self.draws.step_size(config.gamma_eps, t)
-        gamma_z = 0.0 if vsd else self.draws.step_size(config.gamma_z, t)
+        gamma_eps = self.batches.step_size(config.gamma_eps, t)
+        gamma_z = 0.0 if vsd else self.batches.step_size(config.gamma_z, t)
         with self._compute_dtype():
             if self._graphed is not None and watch is None:
-                return self._graphed(z, eps, t, piece.cond, gamma_eps=gamma_eps, gamma_z=gamma_z)
+                return self._graphed(z, eps, t, batch.cond, gamma_eps=gamma_eps, gamma_z=gamma_z)
             return (e_step_xz if config.sampling == "x_z" else unchecked_e_step)(
                 self.generator,
                 self.teacher,
-                self.student,
+                self.fake_score,
                 z,
                 eps,
                 t,
-                cond=piece.cond,
+                cond=batch.cond,
                 guidance=config.guidance,
                 steps=self._langevin_steps(),
                 gamma_eps=gamma_eps,
@@ -320,58 +323,58 @@ class EMDTrainer:
 
         first, _ = distributed.share(self.config.batch_size)
 
-        def loss_of(piece: EStep) -> Tensor:
-            weight = WEIGHTINGS[self.config.weighting](piece.alpha, piece.sigma)
+        def loss_of(posterior: EStep) -> Tensor:
+            weight = WEIGHTINGS[self.config.weighting](posterior.alpha, posterior.sigma)
             if self.config.objective == "vsd":
                 # The gradient is linear in drift, and drift is gamma_eps times that of score distillation.
-                weight = weight / self.draws.step_size(self.config.gamma_eps, piece.t)
+                weight = weight / self.batches.step_size(self.config.gamma_eps, posterior.t)
 
             def watched(z: Tensor, cond: Condition) -> Tensor:
                 generated = self.generator(z, cond)
                 before = sum(len(record.posterior.t) for record in self._records)
-                self._records.append(StepRecord(piece, first + before, generated.detach(), weight))
+                self._records.append(StepRecord(posterior, first + before, generated.detach(), weight))
                 return generated
 
-            return m_step(watched, piece, weight, noise_cancellation=self.config.noise_cancellation)
+            return m_step(watched, posterior, weight, noise_cancellation=self.config.noise_cancellation)
 
         return self._accumulate("generator", sampled, loss_of)
 
-    def _student_update(self, cond: Condition, substep: int) -> tuple[Tensor, Tensor]:
-        def loss_of(piece: _Piece) -> Tensor:
-            z, eps = self.draws.student(piece.first, piece.size, substep)
-            times = self.config.student_time_distribution
-            t = self.draws.times(times, piece.size, stream=NoiseStream.FAKE_SCORE_TIME, substep=substep)
-            return student_step(self.generator, self.student, z, eps, t, cond=piece.cond)
+    def _fake_score_update(self, cond: Condition, substep: int) -> tuple[Tensor, Tensor]:
+        def loss_of(batch: _MicroBatch) -> Tensor:
+            z, eps = self.batches.fake_score(batch.first, batch.size, substep)
+            times = self.config.fake_score_time_distribution
+            t = self.batches.times(times, batch.size, stream=NoiseStream.FAKE_SCORE_TIME, substep=substep)
+            return fake_score_step(self.generator, self.fake_score, z, eps, t, cond=batch.cond)
 
-        with gathered(self.generator, self.student):
-            loss = self._accumulate("student", self._pieces(cond, 1 + substep), loss_of)
-        return loss, self._update("student")
+        with gathered(self.generator, self.fake_score):
+            loss = self._accumulate("fake_score", self._micro_batches(cond, 1 + substep), loss_of)
+        return loss, self._update("fake_score")
 
-    # Its parts, over pieces and ranks ---------------------------------------------------------------------------------
+    # Its parts, over micro-batches and ranks --------------------------------------------------------------------------
 
-    def _pieces(self, cond: Condition, substep: int) -> list[_Piece]:
+    def _micro_batches(self, cond: Condition, substep: int) -> list[_MicroBatch]:
         """This rank's samples by micro-batches."""
         first, last = distributed.share(self.config.batch_size)
         size = self.config.micro_batch_size or last - first
-        return [self._piece(cond, substep, start, min(start + size, last)) for start in range(first, last, size)]
+        return [self._micro_batch(cond, substep, start, min(start + size, last)) for start in range(first, last, size)]
 
-    def _piece(self, cond: Condition, substep: int, start: int, end: int) -> _Piece:
-        return _Piece(start, end - start, self.draws.conditions(cond, start, end, substep))
+    def _micro_batch(self, cond: Condition, substep: int, start: int, end: int) -> _MicroBatch:
+        return _MicroBatch(start, end - start, self.batches.conditions(cond, start, end, substep))
 
-    def _accumulate(self, name: str, pieces: Sequence[Any], loss_of: Callable[[Any], Tensor]) -> Tensor:
+    def _accumulate(self, name: str, batches: Sequence[Any], loss_of: Callable[[Any], Tensor]) -> Tensor:
         """The sum of the losses over this rank's samples, divided by the global batch; leaves its gradient."""
         shards = self.shards[name]
         shards.clear_gradients()
         total = torch.zeros((), device=self.device)
-        for number, piece in enumerate(pieces, 1):
-            distributed.sync_gradients(shards.network, number == len(pieces))
+        for number, batch in enumerate(batches, 1):
+            distributed.sync_gradients(shards.network, number == len(batches))
             checkpointing = (
                 activation_checkpoint(shards.network)
                 if self.config.activation_checkpointing
                 else contextlib.nullcontext()
             )
             with self._compute_dtype(), checkpointing:
-                loss = loss_of(piece).sum() / self.config.batch_size
+                loss = loss_of(batch).sum() / self.config.batch_size
             loss.backward()
             total = total + loss.detach()
         return total
@@ -411,11 +414,11 @@ class EMDTrainer:
         )
 
     def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        return {"generator": self.generator_optimizer, "student": self.student_optimizer}
+        return {"generator": self.generator_optimizer, "fake_score": self.fake_score_optimizer}
 
     def _set_learning_rates(self) -> None:
         scale = optimizers.rate_scale(self.config, self.steps_done)
-        rates = {"generator": self.config.generator_lr, "student": self.config.student_lr}
+        rates = {"generator": self.config.generator_lr, "fake_score": self.config.fake_score_lr}
         for name, optimizer in self._optimizers().items():
             optimizers.set_rate(optimizer, rates[name] * scale)
 
@@ -452,7 +455,7 @@ class EMDTrainer:
         z = ops.normal((n, *self.latent_shape), noise, stream=NoiseStream.SHOWN)
         which = range(first_sample, first_sample + n)
         if self.prompts is not None:
-            return z, self.draws.looked_up(torch.tensor(which, dtype=torch.int64) % len(self.prompts))
+            return z, self.batches.looked_up(torch.tensor(which, dtype=torch.int64) % len(self.prompts))
         if self.config.num_classes:
             return z, torch.tensor(which, dtype=torch.int64, device=self.device) % self.config.num_classes
         return z, None
@@ -460,8 +463,8 @@ class EMDTrainer:
     @torch.no_grad()
     def denoised(self, n: int, cond: Condition = None) -> dict[str, Tensor]:
         """The same n images (n, ...) float32 by the three networks: "generator" is x = g(z), not of the average;
-        "teacher" (with its guidance) and "student" are D(alpha x + sigma eps). t lies in the middle of the log-SNR that
-        time_distribution draws. All ranks call it.
+        "teacher" (with its guidance) and "fake_score" are D(alpha x + sigma eps). t lies in the middle of the log-SNR
+        that time_distribution draws. All ranks call it.
 
         Args:
             cond: as for `generate`.
@@ -474,11 +477,11 @@ class EMDTrainer:
         middle = torch.full((n,), -math.log(drawn.low * drawn.high), device=self.device)
         t = self.schedule.t_from_log_snr(middle).clamp(self.schedule.t_min, self.schedule.t_max)
         x_t = ops.perturb(x, self.schedule.alpha(t), self.schedule.sigma(t), eps=eps, dtype=torch.float32)
-        with gathered(self.teacher, self.student), self._compute_dtype():
+        with gathered(self.teacher, self.fake_score), self._compute_dtype():
             return {
                 "generator": x,
                 "teacher": self.teacher.denoise(x_t, t, cond, self.config.guidance),
-                "student": self.student.denoise(x_t, t, cond),
+                "fake_score": self.fake_score.denoise(x_t, t, cond),
             }
 
     # Its state --------------------------------------------------------------------------------------------------------
@@ -530,15 +533,15 @@ class EMDTrainer:
         *,
         config: EMDConfig | None = None,
         generator: nn.Module | None = None,
-        student: Denoiser | None = None,
+        fake_score: Denoiser | None = None,
         prompts: Any = None,
         trains: bool = True,
     ) -> EMDTrainer:
         """The trainer that `save` wrote, ready for its next step, on any number of ranks. All ranks call it.
 
         Args:
-            config: replaces the saved one; only what MAY_CHANGE names may differ.
-            generator, student: as for the constructor, where they are not copies of the teacher.
+            config: replaces the saved one; only what RESUMABLE names may differ.
+            generator, fake_score: as for the constructor, where they are not copies of the teacher.
             prompts: as for the constructor; they are not in the file.
             trains: False where it will be sampled or exported and no more: of the teacher its architecture counts then.
 
@@ -548,7 +551,7 @@ class EMDTrainer:
         """
         saved = read_facts(path, checkpoint.facts(path))
         check_config(path, saved.config, config or saved.config)
-        trainer = cls(teacher, config or saved.config, generator, student, prompts)
+        trainer = cls(teacher, config or saved.config, generator, fake_score, prompts)
         trainer._state.restore(Path(path), saved.counters)  # another architecture is named by its tensors
         trainer.skipped.fill_(saved.skipped)
         trainer.steps_done = saved.step

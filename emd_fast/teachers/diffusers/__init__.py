@@ -97,7 +97,7 @@ def load(
 
     Args:
         folder: of a pipeline or a bare model, or the name of a pipeline on the hub.
-        device, dtype: of its weights. Generator and student start as copies, and are best trained in float32.
+        device, dtype: of its weights. Generator and fake score start as copies, and are best trained in float32.
         scheduler: instead of the folder's: a scheduler, its configuration, or a folder with scheduler_config.json.
         sample_shape: (C, H, W); by default in_channels and sample_size of the model's configuration.
         null_cond: the condition that means "none", for guidance. A DiT has its own; for text it is usually
