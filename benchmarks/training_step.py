@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks.harness.declare import Bench, Function, Inputs, RandomTensors
 from emd_fast import EMDTrainer, config
-from emd_fast.em.e_step import frozen
+from emd_fast.em.frozen import frozen
 from emd_fast.tasks import digits_data, digits_teacher
 
 STEPS = 8

@@ -7,6 +7,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from emd_fast.em.e_step_xz import sample_x_z
+from emd_fast.em.types import LangevinSettings
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NOISE_ERROR = 5e-6  # what the noise contract allows a normal number
 
@@ -198,3 +201,8 @@ class Mlp(nn.Module):
         if self.label is not None:
             hidden = hidden + self.label(cond["label"] if isinstance(cond, dict) else cond)
         return self.last(torch.tanh(hidden))
+
+
+def e_step_xz(generator, teacher, fake_score, z, eps, t, *, cond=None, **settings):
+    """The ablation, with the arguments of emd_fast.e_step."""
+    return sample_x_z((generator, teacher, fake_score), z, eps, t, cond, LangevinSettings(**settings))

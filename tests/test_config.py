@@ -59,9 +59,7 @@ def test_a_wrong_value_is_named(changes, said):
 def test_words_of_an_earlier_release_are_refused_in_one_line(tmp_path):
     path = tmp_path / "old.toml"
     path.write_text('task = "gmm"\n[emd]\nstudent_lr = 1e-3\n')
-    with pytest.raises(
-        ConfigError, match=r"old\.toml: 'student_lr' is a key of .*'fake_score_lr' now"
-    ):
+    with pytest.raises(ConfigError, match=r"old\.toml: 'student_lr' is a key of .*'fake_score_lr' now"):
         config.load(str(path))
     with pytest.raises(ConfigError, match="did you mean --fake-score-updates"):
         overrides(["--student-updates", "2"])

@@ -12,6 +12,7 @@ from helpers import (
     assert_same,
     assert_within,
     column,
+    e_step_xz,
     naming,
     normals,
     randomised,
@@ -25,7 +26,6 @@ from torch.utils.flop_counter import flop_registry
 import emd_fast
 from emd_fast import Denoiser, Generator, Noise, e_step
 from emd_fast.diffusion.schedules import EDM, VP, Cosine, RectifiedFlow
-from emd_fast.em.e_step_xz import e_step_xz
 from emd_fast.em.fake_score_step import fake_score_step
 from emd_fast.em.m_step import m_step
 from emd_fast.teachers import gaussian

@@ -12,7 +12,7 @@ from test_fuse import gradients, relative
 from torch._dynamo.utils import counters
 
 import emd_fast
-from emd_fast.em.e_step import frozen
+from emd_fast.em.frozen import frozen
 from emd_fast.fusion import conditioning_cache, regional
 
 # Tracing a UNet takes seconds: one of each family, and those that take long only on request.

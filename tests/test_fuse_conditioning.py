@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import assert_same, assert_within, seeded
+from helpers import assert_same, assert_within, e_step_xz, seeded
 from networks import FAMILIES, make, output
 from test_e_step import Flops
 from torch import nn
@@ -12,8 +12,7 @@ from torch import nn
 import emd_fast
 from emd_fast import Denoiser, Generator, Noise
 from emd_fast.diffusion.schedules import EDM
-from emd_fast.em.e_step import frozen
-from emd_fast.em.e_step_xz import e_step_xz
+from emd_fast.em.frozen import frozen
 from emd_fast.fusion import conditioning_cache
 from emd_fast.teachers.small_unet import SmallUNet
 

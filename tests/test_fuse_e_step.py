@@ -14,8 +14,8 @@ from torch.utils.flop_counter import flop_registry
 import emd_fast
 from emd_fast import Denoiser, Generator, Noise, e_step
 from emd_fast.diffusion.schedules import EDM
-from emd_fast.em.e_step import frozen
 from emd_fast.em.fake_score_step import fake_score_step
+from emd_fast.em.frozen import frozen
 from emd_fast.em.m_step import m_step
 
 

@@ -18,8 +18,9 @@ from torch.utils import _pytree as pytree
 from emd_fast import backends
 from emd_fast.diffusion.denoiser import Condition
 from emd_fast.distributed import is_sharded
-from emd_fast.em.e_step import EStep, GeneratorLike, unchecked_e_step
+from emd_fast.em.e_step import sample_eps_z
 from emd_fast.em.streams import branches
+from emd_fast.em.types import EStep, GeneratorLike, LangevinSettings, Networks
 from emd_fast.noise import Noise
 
 _logger = logging.getLogger("emd_fast")
@@ -40,7 +41,7 @@ class GraphedEStep:
     """`e_step` of fixed networks and settings, captured once per shape and replayed, bit for bit equal.
 
         settings = {"steps": 8, "gamma_eps": 0.1, "gamma_z": 0.01, "noise": noise}
-        sample = GraphedEStep(generator, teacher, fake score, **settings)
+        sample = GraphedEStep(generator, teacher, fake_score, **settings)
         found = sample(z, eps, t, cond)
 
     A replay reads the current parameters, noise (`noise.set` and `noise.advance` work as usual)
@@ -71,10 +72,10 @@ class GraphedEStep:
         null_cond: Condition = None,
         parallel: bool | None = None,
     ) -> None:
-        self.networks: tuple[Any, Any, Any] = (generator, teacher, fake_score)
+        self.networks: Networks = (generator, teacher, fake_score)
         self.noise = noise
         self._step_sizes = (gamma_eps, gamma_z)
-        self._settings = {"steps": steps, "noise": noise, "guidance": guidance, "null_cond": null_cond}
+        self._settings: dict[str, Any] = {"steps": steps, "noise": noise, "guidance": guidance, "null_cond": null_cond}
         self._parallel = parallel
         self._captured: dict[Hashable, _Captured] = {}
         self._refused: dict[Hashable, str] = {}
@@ -120,9 +121,8 @@ class GraphedEStep:
         return EStep(*pytree.tree_map_only(Tensor, Tensor.clone, tuple(vars(captured.found).values())))
 
     def _eager(self, z: Tensor, eps: Tensor, t: Tensor, cond: Condition, gamma_eps: Any, gamma_z: Any) -> EStep:
-        return unchecked_e_step(
-            *self.networks, z, eps, t, cond=cond, gamma_eps=gamma_eps, gamma_z=gamma_z, **self._settings
-        )
+        settings = LangevinSettings(gamma_eps=gamma_eps, gamma_z=gamma_z, **self._settings)
+        return sample_eps_z(self.networks, z, eps, t, cond, settings)
 
     def _why_not(self, z: Tensor) -> str | None:
         if z.device.type != "cuda":

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -12,45 +10,39 @@ from emd_fast.cache.conditioning import conditioning_cache
 from emd_fast.cache.weights import weight_cache
 from emd_fast.diffusion.denoiser import Condition, base, column
 from emd_fast.distributed import gathered
-from emd_fast.em.e_step import EStep, GeneratorLike, LangevinStep, Watch, check_e_step, check_values, frozen
+from emd_fast.em import _check
+from emd_fast.em.frozen import frozen
 from emd_fast.em.score_difference import ScoreDifference
-from emd_fast.noise import Noise, NoiseStream
+from emd_fast.em.types import EStep, LangevinSettings, LangevinStep, Networks, Watch
+from emd_fast.noise import NoiseStream
 
 
-def e_step_xz(
-    generator: GeneratorLike,
-    teacher: Any,
-    fake_score: Any,
+def sample_x_z(
+    networks: Networks,
     z: Tensor,
     eps: Tensor,
     t: Tensor,
-    *,
-    cond: Condition = None,
-    null_cond: Condition = None,
-    guidance: float | Tensor | None = None,
-    steps: int,
-    gamma_eps: float | Tensor,
-    gamma_z: float | Tensor,
-    noise: Noise,
+    cond: Condition,
+    settings: LangevinSettings,
     watch: Watch | None = None,
 ) -> EStep:
-    """As `e_step`, on the density proportional to q(x) / p(x) N(x; alpha g(z), sigma^2) N(z).
+    """Langevin steps on the density proportional to q(x) / p(x) N(x; alpha g(z), sigma^2) N(z).
 
-        grad_x = delta - (x - alpha g(z)) / sigma^2          step size gamma_eps sigma^2
-        grad_z = J_g(z)^T alpha (x - alpha g(z)) / sigma^2 - z          step size gamma_z
+        grad_x = delta - (x - alpha g(z)) / sigma^2                      step size gamma_eps sigma^2
+        grad_z = J_g(z)^T alpha (x - alpha g(z)) / sigma^2 - z           step size gamma_z
 
-    The chain starts at x = alpha g(z) + sigma eps. The noises that x gathered are left out of `drift`, and `eps` is
-    where x_K stands seen from g(z_K), so that the M-step is the same as for `e_step`.
+    The chain starts at x = alpha g(z) + sigma eps. `drift` leaves out the noise that the chain added to
+    x, and `eps` is (x_K - alpha g(z_K)) / sigma, so that the M-step is the same as for `e_step`.
+    Arguments and errors are those of `e_step`; `watch` is called after each Langevin step.
     """
-    check_e_step(z, eps, t, cond, steps, gamma_eps, gamma_z, guidance, noise)
-    schedule = base(teacher).schedule
+    generator, teacher, fake_score = networks
+    _check.e_step(teacher, z, eps, t, cond, settings)
+    noise, schedule = settings.noise, base(teacher).schedule
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
-    check_values("sigma(t)", sigma, low=0.0, open_low=True)
-    difference = ScoreDifference(teacher, fake_score, t, cond, null_cond, guidance)
+    difference = ScoreDifference(teacher, fake_score, t, cond, settings.null_cond, settings.guidance)
     z, noises = z.detach().float(), eps.detach().float()
     alpha_x, sigma_x = column(alpha, eps), column(sigma, eps)
-    step_x, step_z = _column(gamma_eps, eps), _column(gamma_z, z)
-    networks = (generator, teacher, fake_score)
+    step_x, step_z = _column(settings.gamma_eps, eps), _column(settings.gamma_z, z)
     with (
         gathered(*networks),
         frozen(generator) as g,
@@ -59,7 +51,7 @@ def e_step_xz(
         torch.no_grad(),
     ):
         x = alpha_x * g(z, cond).float() + sigma_x * noises
-        for k in range(steps):
+        for k in range(settings.steps):
             with torch.enable_grad():
                 latent = z.detach().requires_grad_()
                 mean = alpha_x * g(latent, cond).float()

@@ -10,7 +10,7 @@ from torch import Tensor
 from emd_fast import ops
 from emd_fast.diffusion.denoiser import Condition, base
 from emd_fast.distributed import gathered
-from emd_fast.em.e_step import GeneratorLike
+from emd_fast.em.types import GeneratorLike
 
 
 def fake_score_step(

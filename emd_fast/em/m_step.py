@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from emd_fast import ops
-from emd_fast.em.e_step import EStep, GeneratorLike
+from emd_fast.em.types import EStep, GeneratorLike
 
 # What a sample weighs, by its alpha and sigma. The gradient to g is -weight (alpha / sigma) drift / n.
 WEIGHTINGS = {

@@ -104,17 +104,17 @@ def _span(value: Tensor) -> tuple[int, int]:
     return start, start + size * value.element_size()
 
 
-def per_sample(name: str, value: Tensor, like: Tensor, *, positive: bool = False) -> None:
+def per_sample(name: str, value: Tensor, like: Tensor, *, positive: bool = False, synchronize: bool = False) -> None:
     """Checks for (B,) float32 with finite values, all above 0 if `positive`.
 
-    B is that of `like`.
+    B is that of `like`. With `synchronize` the values of a GPU tensor are read too.
     """
     tensor(name, value, shape=like.shape[:1], like=like)
     if value.dtype != torch.float32:
         raise TypeError(f"{name} must be float32, got {value.dtype}")
     if value.requires_grad:
         raise ValueError(f"{name} must not require a gradient: the op has no derivative in it")
-    _values(name, value, POSITIVE if positive else FINITE)
+    _values(name, value, POSITIVE if positive else FINITE, synchronize)
 
 
 def _readable(value: Tensor, synchronize: bool) -> bool:
@@ -194,10 +194,18 @@ def dtype(name: str, value: torch.dtype) -> torch.dtype:
     return value
 
 
-def noise(value: Noise, stream: int, substep: int, batch: int, device: torch.device | None = None) -> Tensor:
+def noise(
+    value: Noise,
+    stream: int,
+    substep: int,
+    batch: int,
+    device: torch.device | None = None,
+    *,
+    synchronize: bool = False,
+) -> Tensor:
     """Checks noise, stream and substep, and returns the state tensor.
 
-    Numbers in the state are checked on the CPU only: reading them from a GPU would synchronize.
+    Numbers in the state are checked on the CPU; on a GPU only with `synchronize`.
     """
     if not isinstance(value, Noise):
         raise TypeError(f"noise must be an emd_fast.Noise, got {type(value).__name__}")
@@ -207,7 +215,7 @@ def noise(value: Noise, stream: int, substep: int, batch: int, device: torch.dev
         integer(name, number)
         if number < 0 or number >= limit:
             raise ValueError(f"{name} must be in [0, {limit}), got {number}")
-    if _readable(value.state, synchronize=False):
+    if _readable(value.state, synchronize):
         _, _, first_sample, offset = value.state.tolist()
         if substep + offset >= LIMITS["substep"]:
             raise ValueError(f"substep must stay below 65536, got {substep} and {offset} in the noise")

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from emd_fast.config import ConfigError
-from emd_fast.em.e_step import EStep, LangevinStep
+from emd_fast.em.types import EStep, LangevinStep
 from emd_fast.io.files import write_text, write_whole
 from emd_fast.reporting import pictures
 from emd_fast.run.distill import open_run

@@ -18,7 +18,7 @@ from emd_fast import distributed
 from emd_fast.config import TimeDistribution
 from emd_fast.diffusion.denoiser import column
 from emd_fast.diffusion.schedules import Schedule
-from emd_fast.em.e_step import EStep
+from emd_fast.em.types import EStep
 
 BINS = 8
 """Number of log-SNR bins of equal width."""

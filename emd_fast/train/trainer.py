@@ -21,10 +21,12 @@ from emd_fast.config import ConfigError, EMDConfig, to_dict
 from emd_fast.diffusion.denoiser import Condition, Denoiser, base
 from emd_fast.distributed import TrainableParameters, gathered
 from emd_fast.em.cuda_graph import GraphedEStep
-from emd_fast.em.e_step import EStep, Watch, frozen, unchecked_e_step
-from emd_fast.em.e_step_xz import e_step_xz
+from emd_fast.em.e_step import sample_eps_z
+from emd_fast.em.e_step_xz import sample_x_z
 from emd_fast.em.fake_score_step import fake_score_step
+from emd_fast.em.frozen import frozen
 from emd_fast.em.m_step import WEIGHTINGS, m_step
+from emd_fast.em.types import EStep, LangevinSettings, Watch
 from emd_fast.noise import Noise, NoiseStream
 from emd_fast.train import average as ema
 from emd_fast.train import checkpoint, conditions, diagnostics, networks, optimizers
@@ -299,21 +301,10 @@ class EMDTrainer:
         with self._compute_dtype():
             if self._graphed is not None and watch is None:
                 return self._graphed(z, eps, t, batch.cond, gamma_eps=gamma_eps, gamma_z=gamma_z)
-            return (e_step_xz if config.sampling == "x_z" else unchecked_e_step)(
-                self.generator,
-                self.teacher,
-                self.fake_score,
-                z,
-                eps,
-                t,
-                cond=batch.cond,
-                guidance=config.guidance,
-                steps=self._langevin_steps(),
-                gamma_eps=gamma_eps,
-                gamma_z=gamma_z,
-                noise=self.noise,
-                watch=watch,
-            )
+            sample = sample_x_z if config.sampling == "x_z" else sample_eps_z
+            settings = LangevinSettings(self._langevin_steps(), gamma_eps, gamma_z, self.noise, config.guidance)
+            networks = (self.generator, self.teacher, self.fake_score)
+            return sample(networks, z, eps, t, batch.cond, settings, watch)
 
     def _langevin_steps(self) -> int:
         return 1 if self.config.objective == "vsd" else self.config.langevin_steps
