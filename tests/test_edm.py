@@ -316,5 +316,5 @@ def test_a_recipe_says_what_it_lacks(pickled, tmp_path, call):
     assert code == 2 and "num_classes must be 0" in error
     code, _, error = call("distill", "edm2", "--out", tmp_path / "c", "--teacher", Path("none.pkl"), *TINY)
     assert code == 1 and "none.pkl" in error
-    code, _, error = call("distill", "edm2", "--out", tmp_path / "d", "--study")
+    code, _, error = call("study", "edm2", "--out", tmp_path / "d")
     assert code == 2 and "no study" in error

@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import tomli_w
 import torch
 from torch.utils import _pytree as pytree
 
@@ -34,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit code."""
     options, rest = parse(sys.argv[1:] if arguments is None else arguments)
     try:
-        if rest and options.command not in ("distill", "plan"):
+        if rest and options.command not in ("distill", "study", "plan"):
             raise ConfigError(f"unknown option {rest[0]!r}; see emd-fast {options.command} --help")
         return _COMMANDS[options.command](options, rest)
     except (ConfigError, GroupError) as error:
@@ -56,10 +55,9 @@ def _fail(error: BaseException, code: int) -> int:
     return code
 
 
-def _distill(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    from emd_fast import distributed
-    from emd_fast.run import distill as run
-    from emd_fast.run import study
+def _settings(options: argparse.Namespace, rest: Sequence[str]) -> RunConfig:
+    """The configuration that the options of distill, study and plan describe."""
+    from emd_fast.run.distill import shortened
 
     keys = overrides(rest)
     for key in ("teacher", "prompts"):
@@ -67,47 +65,52 @@ def _distill(options: argparse.Namespace, rest: Sequence[str]) -> int:
             keys |= {"task": "pretrained", f"pretrained.{key}": getattr(options, key)}
     keys |= {f"evaluation.{key}": value for key, value in _files(options).items()}
     settings = config.load(options.recipe, keys)
-    if options.short:
-        settings = run.shortened(settings)
-    if options.dry_run:
-        print(tomli_w.dumps(config.to_dict(settings)))
-        return _show_plan(settings, options.devices or int(os.environ.get("WORLD_SIZE", 1)), options.device_memory)
-    if options.devices is not None or options.device_memory is not None:
-        raise ConfigError("--devices and --device-memory are for --dry-run")
+    return shortened(settings) if options.short else settings
+
+
+def _distill(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    from emd_fast import distributed
+    from emd_fast.run import distill as run
+
+    settings = _settings(options, rest)
     folder = options.out or Path("runs") / Path(options.recipe).stem
     sinks = tuple(name for name in ("tensorboard", "wandb") if getattr(options, name))
     with distributed.process_group():
-        if options.study:
-            study.conduct(settings, folder)
-        else:
-            run.distill(settings, folder, sinks)
+        run.distill(settings, folder, sinks)
         if distributed.is_main():
-            print(folder / ("study.md" if options.study else "report.md"))
+            print(folder / "report.md")
+    return 0
+
+
+def _study(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    from emd_fast import distributed
+    from emd_fast.run import study
+
+    settings = _settings(options, rest)
+    folder = options.out or Path("runs") / f"{Path(options.recipe).stem}-study"
+    with distributed.process_group():
+        study.conduct(settings, folder)
+        if distributed.is_main():
+            print(folder / "study.md")
     return 0
 
 
 def _plan(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    settings = config.load(options.recipe, overrides(rest))
-    return _show_plan(settings, options.devices, options.device_memory, options.tflops, options.gb_per_second)
+    import tomli_w
 
-
-def _show_plan(
-    settings: RunConfig,
-    devices: int,
-    memory: float | None,
-    tflops: float | None = None,
-    gb_per_second: float | None = None,
-) -> int:
     from emd_fast.run import distill as run
     from emd_fast.run.plan import GIB, Ceilings
 
+    settings = _settings(options, rest)
+    print(tomli_w.dumps(config.to_dict(settings)))
     ceilings = Ceilings(
-        None if tflops is None else tflops * 1e12, None if gb_per_second is None else gb_per_second * 1e9
+        None if options.tflops is None else options.tflops * 1e12,
+        None if options.gb_per_second is None else options.gb_per_second * 1e9,
     )
-    plan = run.plan_of(settings, devices, ceilings)
+    plan = run.plan_of(settings, options.devices or int(os.environ.get("WORLD_SIZE", 1)), ceilings)
     print(plan.table())
-    if memory is not None:
-        plan.check(memory * GIB)
+    if options.device_memory is not None:
+        plan.check(options.device_memory * GIB)
     return 0
 
 
@@ -359,6 +362,7 @@ def _apex() -> str:
 
 _COMMANDS = {
     "distill": _distill,
+    "study": _study,
     "plan": _plan,
     "sample": _sample,
     "export": _export,

@@ -80,8 +80,8 @@ def _with_recipe(words: list[str]) -> list[str]:
     """`distill --teacher X` is `distill pretrained --teacher X`. An optional argument would take the value of a key of
     the configuration, which argparse does not know, for the recipe."""
     names_teacher = any(word.partition("=")[0] == "--teacher" for word in words)
-    if words[:1] == ["distill"] and names_teacher and words[1].startswith("-"):
-        return ["distill", "pretrained", *words[1:]]
+    if names_teacher and words[0] in ("distill", "study", "plan") and words[1].startswith("-"):
+        return [words[0], "pretrained", *words[1:]]
     return words
 
 
@@ -105,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
         description="EM Distillation: a diffusion teacher becomes a generator that needs one network call.",
         epilog="examples:\n"
         "  emd-fast distill digits --out runs/digits          train, distil, evaluate, report\n"
-        "  emd-fast distill gmm --study --out runs/gmm        K = 1 to 16 on a mixture with exact scores\n"
+        "  emd-fast study gmm                                 K = 1 to 16 on a mixture with exact scores\n"
         "  emd-fast distill --teacher FOLDER --out runs/mine  distil a model of diffusers, or of your own\n"
         "  emd-fast sample runs/digits -n 100 --out grid.png  pictures of the one-step generator\n"
         "  emd-fast evaluate runs/mine --detector inception.pt --reference imagenet-64x64.npz\n"
@@ -125,34 +125,29 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_keys(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    distill.add_argument(
-        "recipe", help=f"{', '.join(config.recipes())}, or a .toml file; may be left out for --teacher"
-    )
-    distill.add_argument("--teacher", metavar="FOLDER", help="of diffusers, a hub name, or package.module:function")
-    distill.add_argument("--prompts", metavar="FILE", help="for --teacher: a prompt in each line, or .safetensors")
-    _judged_by(distill)
+    _settings(distill)
     distill.add_argument("--out", type=Path, help="run folder (default: runs/RECIPE)")
-    distill.add_argument("--short", action="store_true", help="a tenth of all steps: shows that it works, not how well")
-    distill.add_argument("--study", action="store_true", help="the recipe's study: several K and seeds, a table")
-    distill.add_argument(
-        "--dry-run", action="store_true", help="print the configuration and what it needs of each device, then stop"
-    )
-    distill.add_argument("--devices", type=_positive, help="with --dry-run: on so many devices (default: these)")
-    distill.add_argument(
-        "--device-memory", type=_above_0, help="with --dry-run: refuse what does not fit into so many GiB"
-    )
     distill.add_argument("--tensorboard", action="store_true", help="log to TensorBoard too")
     distill.add_argument("--wandb", action="store_true", help="log to Weights & Biases too")
+
+    study = commands.add_parser(
+        "study",
+        help="a recipe with several K and seeds: a table",
+        description="Runs the study of the recipe digits or gmm. The same command on the same folder resumes it.",
+        epilog="takes the configuration keys that distill takes: see emd-fast distill --help",
+    )
+    _settings(study)
+    study.add_argument("--out", type=Path, help="folder of the study (default: runs/RECIPE-study)")
 
     plan = commands.add_parser(
         "plan",
         help="what a recipe would need of each device: memory, traffic, time",
-        description="Counted from the sizes of the networks, for every way to lay them out; nothing is run. Times are "
-        "those of the ceilings that you give: what cannot be undercut, not what will be seen.",
+        description="Prints the configuration, and what it needs with every way to lay the networks out. Counted "
+        "from the sizes of the networks; nothing is run. Times are lower bounds from the ceilings that you give.",
         epilog="takes the configuration keys that distill takes: see emd-fast distill --help",
     )
-    plan.add_argument("recipe", help=f"{', '.join(config.recipes())}, or the path of a .toml file")
-    plan.add_argument("--devices", type=_positive, required=True, help="how many")
+    _settings(plan)
+    plan.add_argument("--devices", type=_positive, help="how many (default: those of torchrun, or one)")
     plan.add_argument("--device-memory", type=_above_0, help="refuse what does not fit into so many GiB")
     plan.add_argument("--tflops", type=_above_0, help="of a device, in the compute dtype: for the time of a step")
     plan.add_argument("--gb-per-second", type=_above_0, help="that a device receives from others, in 10^9 bytes")
@@ -253,6 +248,17 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="ops, backends, versions")
     info.add_argument("--json", action="store_true", help="for programs")
     return parser
+
+
+def _settings(command: argparse.ArgumentParser) -> None:
+    """The options that choose a configuration, besides its keys."""
+    command.add_argument(
+        "recipe", help=f"{', '.join(config.recipes())}, or a .toml file; may be left out for --teacher"
+    )
+    command.add_argument("--teacher", metavar="FOLDER", help="of diffusers, a hub name, or package.module:function")
+    command.add_argument("--prompts", metavar="FILE", help="for --teacher: a prompt in each line, or .safetensors")
+    _judged_by(command)
+    command.add_argument("--short", action="store_true", help="a tenth of all steps: shows that it works, not how well")
 
 
 def _judged_by(command: argparse.ArgumentParser) -> None:
