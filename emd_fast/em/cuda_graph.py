@@ -20,7 +20,7 @@ from emd_fast.diffusion.denoiser import Condition
 from emd_fast.distributed import is_sharded
 from emd_fast.em.e_step import sample_eps_z
 from emd_fast.em.streams import branches
-from emd_fast.em.types import EStep, GeneratorLike, LangevinSettings, Networks
+from emd_fast.em.types import EStep, GeneratorLike, LangevinSettings
 from emd_fast.noise import Noise
 
 _logger = logging.getLogger("emd_fast")
@@ -72,7 +72,7 @@ class GraphedEStep:
         null_cond: Condition = None,
         parallel: bool | None = None,
     ) -> None:
-        self.networks: Networks = (generator, teacher, fake_score)
+        self.networks: tuple[Any, Any, Any] = (generator, teacher, fake_score)
         self.noise = noise
         self._step_sizes = (gamma_eps, gamma_z)
         self._settings: dict[str, Any] = {"steps": steps, "noise": noise, "guidance": guidance, "null_cond": null_cond}
