@@ -73,7 +73,7 @@ def step(trainer: EMDTrainer, calls: Calls, **arguments: Any) -> Tensor:
 
 
 def bare(trainer: EMDTrainer, calls: Calls, x: Tensor, cotangent: Tensor, t: Tensor, cond: Tensor) -> Tensor:
-    with trainer._compute_dtype(), torch.enable_grad():
+    with trainer.autocast(), torch.enable_grad():
         for _ in range(trainer.config.fake_score_updates):
             with torch.no_grad():
                 trainer.generator(x, cond)

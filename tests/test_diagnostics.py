@@ -25,6 +25,7 @@ from emd_fast.run import loop as training
 from emd_fast.teachers.mlp import TimeMLP
 from emd_fast.teachers.small_unet import SmallUNet
 from emd_fast.train import diagnostics, throughput
+from emd_fast.train.preview import denoised
 
 
 def points_teacher(schedule=None) -> Denoiser:
@@ -390,7 +391,7 @@ def digits_trainer() -> EMDTrainer:
 def test_the_three_networks_denoise_the_same_images():
     trainer = digits_trainer()
     trainer.step()
-    found = trainer.denoised(4)
+    found = denoised(trainer, 4)
     assert list(found) == ["generator", "teacher", "fake_score"]
     x, cond = trainer.generate(4, ema=False), torch.tensor([0, 1, 2, 0])
     assert torch.equal(found["generator"], x)

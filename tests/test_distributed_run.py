@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import math
 import os
@@ -41,11 +42,10 @@ def ranks():
 def state_of(trainer) -> dict[str, torch.Tensor]:
     parts = {"generator": trainer.generator, "fake_score": trainer.fake_score, "ema": trainer.ema.module}
     state = {f"{part}.{key}": whole(v) for part, module in parts.items() for key, v in module.state_dict().items()}
-    for name, optimizer in trainer._optimizers().items():
-        shards = trainer.shards[name]
-        for index, parameter in enumerate(shards.parameters):
-            for key, value in optimizer.state[parameter].items():
-                state[f"{name}_optimizer.{index}.{key}"] = whole(shards.like(index, value))
+    for name, learner in trainer.learners.items():
+        for index, parameter in enumerate(learner.trainable.parameters):
+            for key, value in learner.optimizer.state[parameter].items():
+                state[f"{name}_optimizer.{index}.{key}"] = whole(learner.trainable.like(index, value))
     return state
 
 
@@ -125,15 +125,14 @@ def test_a_schedule_that_ends_at_the_last_step_keeps_it(tmp_path):
 
 
 def test_too_many_gradients_that_are_not_finite_end_the_run_by_name(tmp_path, monkeypatch):
-    original = run.EMDTrainer._accumulate
+    original = run.EMDTrainer._update
 
-    def poisoned(self, name, pieces, loss_of):
-        loss = original(self, name, pieces, loss_of)
+    def poisoned(self, name):
         if name == "fake_score":
-            self.shards[name].parameters[2].grad.fill_(float("nan"))
-        return loss
+            self.learners[name].trainable.parameters[2].grad.fill_(float("nan"))
+        return original(self, name)
 
-    monkeypatch.setattr(run.EMDTrainer, "_accumulate", poisoned)
+    monkeypatch.setattr(run.EMDTrainer, "_update", poisoned)
     settings = configuration.load("gmm", {**TINY, "emd.steps": 50, "emd.max_skipped": 3})
     with pytest.raises(Diverged, match=r"not finite, last that of network\.hidden\.0\.weight of the fake_score"):
         run.distill(settings, tmp_path)
@@ -143,28 +142,29 @@ def test_too_many_gradients_that_are_not_finite_end_the_run_by_name(tmp_path, mo
 def diverging(folder, mode) -> tuple[int, list[bool], str]:
     """A run in which one rank's loss of the generator is NaN from the third step on: its exit code, whether each of
     these steps left the generator and its optimizer as they were, and what this rank said."""
-    accumulate, update, unchanged, said = EMDTrainer._accumulate, EMDTrainer._update, [], io.StringIO()
+    generator_loss, update, unchanged, said = EMDTrainer._generator_loss, EMDTrainer._update, [], io.StringIO()
 
-    def poisoned(self, name, pieces, loss_of):
-        ill = name == "generator" and self.steps_done >= 2 and distributed.rank() == 1
-        return accumulate(self, name, pieces, (lambda piece: loss_of(piece) * math.nan) if ill else loss_of)
+    def poisoned(self, posteriors):
+        if self.steps_done >= 2 and distributed.rank() == 1:
+            posteriors = [dataclasses.replace(each, drift=each.drift * math.nan) for each in posteriors]
+        return generator_loss(self, posteriors)
 
     def watched(self, name):
         if name != "generator" or self.steps_done < 2:
             return update(self, name)
-        moments = [v for state in self.generator_optimizer.state.values() for v in state.values()]
+        moments = [v for state in self.learners["generator"].optimizer.state.values() for v in state.values()]
         held = [*map(distributed.local, self.generator.parameters()), *moments]
         before = [tensor.detach().clone() for tensor in held]
         norm = update(self, name)
         unchanged.append(all(torch.equal(a, b) for a, b in zip(held, before, strict=True)))
         return norm
 
-    EMDTrainer._accumulate, EMDTrainer._update = poisoned, watched
+    EMDTrainer._generator_loss, EMDTrainer._update = poisoned, watched
     try:
         with contextlib.redirect_stderr(said):
             code = cli.main(command(folder, parallel=mode, max_skipped=3, log_every=1))
     finally:
-        EMDTrainer._accumulate, EMDTrainer._update = accumulate, update
+        EMDTrainer._generator_loss, EMDTrainer._update = generator_loss, update
     return code, unchanged, said.getvalue()
 
 

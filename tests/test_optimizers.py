@@ -90,7 +90,7 @@ def test_moments_of_few_bits_are_that_after_a_resume_too(monkeypatch, tmp_path):
     resumed = EMDTrainer.resume(tmp_path / "half", points_teacher())
     for _ in range(2):
         resumed.step()
-    assert any(bool(state["exp_avg"].any()) for state in resumed.generator_optimizer.state.values())
+    assert any(bool(state["exp_avg"].any()) for state in resumed.learners["generator"].optimizer.state.values())
     assert_same_state(whole, resumed)
 
 

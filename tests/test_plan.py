@@ -70,7 +70,7 @@ def measured(mode: str, precision: str) -> tuple[dict, dict]:
         "average": held(trainer.ema.module.parameters()),
         "optimizer": sum(
             held(value for state in o.state.values() for key, value in state.items() if key != "step")
-            for o in (trainer.generator_optimizer, trainer.fake_score_optimizer)
+            for o in (learner.optimizer for learner in trainer.learners.values())
         ),
     }, received.bytes
 

@@ -16,7 +16,7 @@ from emd_fast.teachers.small_unet import SmallUNet
 from emd_fast.train import checkpoint
 from emd_fast.train.checkpoint import CheckpointError
 from emd_fast.train.fingerprint import fingerprint
-from emd_fast.train.health import Diverged, check_health
+from emd_fast.train.health import Diverged, check_health, culprit
 
 
 def points_teacher() -> Denoiser:
@@ -210,12 +210,12 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(network):
     trainer.step()
     before = copy.deepcopy(states(trainer))
     module = getattr(trainer, network)
-    optimizer = getattr(trainer, f"{network}_optimizer")
+    optimizer = trainer.learners[network].optimizer
     moments = copy.deepcopy(optimizer.state_dict())
     optimizer.zero_grad()
     sum((parameter * math.nan).sum() for parameter in module.parameters()).backward()
     trainer._update(network)
-    assert trainer.culprit() == f"{next(name for name, _ in module.named_parameters())} of the {network}"
+    assert culprit(trainer.learners) == f"{next(name for name, _ in module.named_parameters())} of the {network}"
     assert all(torch.equal(value, states(trainer)[key]) for key, value in before.items())
     for index, state in optimizer.state_dict()["state"].items():
         assert all(torch.equal(value, moments["state"][index][key]) for key, value in state.items())
@@ -225,7 +225,7 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(network):
 
 def test_a_run_that_diverges_is_stopped():
     healthy = {"skipped": 0.0, "z_rms": 1.0, "drift_rms": 0.1}
-    check_health(healthy, config())
+    check_health(healthy, config(), {})
     for change, said in (
         ({"z_rms": 11.0}, "gamma_z"),
         ({"z_rms": math.nan}, "gamma_z"),
@@ -233,7 +233,7 @@ def test_a_run_that_diverges_is_stopped():
         ({"drift_rms": math.inf}, "drift"),
     ):
         with pytest.raises(Diverged, match=said):
-            check_health({**healthy, **change}, config())
+            check_health({**healthy, **change}, config(), {})
 
 
 def test_a_step_size_too_large_for_sigma_is_seen_in_z_rms():
@@ -253,7 +253,7 @@ def test_a_step_size_too_large_for_sigma_is_seen_in_z_rms():
     )
     metrics = {key: value.item() for key, value in trainer.step().items()}
     with pytest.raises(Diverged, match="z"):
-        check_health(metrics, trainer.config)
+        check_health(metrics, trainer.config, trainer.learners)
 
 
 def test_step_sizes_by_sigma_are_interpolated():

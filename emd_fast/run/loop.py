@@ -19,6 +19,7 @@ from emd_fast.run.signals import Interrupted, stop_on_signals
 from emd_fast.tasks import Task
 from emd_fast.train import checkpoint, diagnostics, throughput
 from emd_fast.train.health import Diverged, check_health
+from emd_fast.train.preview import denoised
 from emd_fast.train.trainer import EMDTrainer
 
 _SHOWN = 8  # images per network in a picture
@@ -83,7 +84,7 @@ def train(trainer: EMDTrainer, settings: RunConfig, folder: Path, sinks: tuple[s
                     row |= _speed(trainer, settings, (done - first) / seconds, flops)
                     if log is not None:
                         log.write(row)
-                    check_health(numbers, settings.emd, trainer.culprit)
+                    check_health(numbers, settings.emd, trainer.learners)
                     progress.update(done, summary(row))
                 if best is not None and best.due():
                     figures = best.evaluate()
@@ -162,7 +163,7 @@ def _show(trainer: EMDTrainer, folder: Path) -> None:
     """
     if len(trainer.sample_shape) != 3 or trainer.sample_shape[0] not in (1, 3):
         return
-    rows = trainer.denoised(_SHOWN)
+    rows = denoised(trainer, _SHOWN)
     if distributed.is_main():
         # Values that are not finite must not end the run here.
         images = torch.cat(list(rows.values())).nan_to_num()

@@ -136,7 +136,7 @@ class Pretrained:
 
     def evaluate(self, trainer: EMDTrainer, untrained: EMDTrainer, folder: Path | None) -> dict[str, Any]:
         """Pictures, mean and std; with files named in the configuration, also the evaluator's metrics."""
-        z, cond = trainer.shown(_PREVIEWS)
+        z, cond = trainer.batches.shown(_PREVIEWS)
         samples = {
             "teacher": heun(trainer.teacher, z, cond, guidance=trainer.config.guidance),
             "init": untrained.generate(_PREVIEWS, cond, ema=False),

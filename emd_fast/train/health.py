@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Mapping
 
 from emd_fast import distributed
 from emd_fast.config import EMDConfig
+from emd_fast.train.learner import Learner
 
 
 class Diverged(RuntimeError):
@@ -20,20 +21,29 @@ class Diverged(RuntimeError):
         self.main = distributed.is_main()
 
 
-def check_health(
-    metrics: dict[str, float], config: EMDConfig, culprit: Callable[[], str | None] = lambda: None
-) -> None:
+def culprit(learners: Mapping[str, Learner]) -> str | None:
+    """Names the tensor and the network whose gradient was the last not to be finite, or None.
+
+    Synchronizes with the device.
+    """
+    for name, learner in learners.items():
+        if (tensor := learner.trainable.bad()) is not None:
+            return f"{tensor} of the {name}"
+    return None
+
+
+def check_health(metrics: dict[str, float], config: EMDConfig, learners: Mapping[str, Learner]) -> None:
     """Checks one step's metrics.
 
     Args:
         metrics: at least "skipped", "z_rms" and "drift_rms", as Python numbers.
-        culprit: names the tensor whose gradient was not finite last, or returns None.
+        learners: the trainer's; they know which gradient was not finite.
 
     Raises:
         Diverged: the run must stop.
     """
     if metrics["skipped"] > config.max_skipped:
-        named = culprit()
+        named = culprit(learners)
         raise Diverged(
             f"{metrics['skipped']:.0f} gradients were not finite{f', last that of {named}' if named else ''} "
             f"(max_skipped = {config.max_skipped}); "
