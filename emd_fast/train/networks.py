@@ -10,8 +10,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from emd_fast import distributed
 from emd_fast.config import ConfigError, EMDConfig
-from emd_fast.diffusion.denoiser import Denoiser, Generator, base
-from emd_fast.fusion.plan import fuse_known, fusion_report, unfuse
+from emd_fast.diffusion.denoiser import Denoiser, unwrap
+from emd_fast.diffusion.generator import Generator
+from emd_fast.fusion.fusing import fuse_known, fusion_report, unfuse
 from emd_fast.train.cast_weights import trainable
 
 
@@ -24,7 +25,7 @@ def make_trainable(
         ValueError: what EMDTrainer says of the networks that it is given.
     """
     _check_bare(teacher=teacher, generator=generator, fake_score=fake_score)
-    _check_finite("teacher", base(teacher))
+    _check_finite("teacher", unwrap(teacher))
     if (generator is None or fake_score is None) and not any(True for _ in teacher.parameters()):
         raise ValueError("this teacher has no parameters to start from: give EMDTrainer a generator and a fake score")
     if generator is None:

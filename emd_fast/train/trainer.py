@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from emd_fast import distributed, ops
 from emd_fast.config import ConfigError, EMDConfig, to_dict
-from emd_fast.diffusion.denoiser import Condition, Denoiser, base
+from emd_fast.diffusion.denoiser import Condition, Denoiser, unwrap
 from emd_fast.distributed import TrainableParameters, gathered
 from emd_fast.em.cuda_graph import GraphedEStep
 from emd_fast.em.e_step import sample_eps_z
@@ -95,10 +95,10 @@ class EMDTrainer:
             )
         self.config = config
         self.generator, self.fake_score = networks.make_trainable(teacher, generator, fake_score, config)
-        self.schedule = base(teacher).schedule
+        self.schedule = unwrap(teacher).schedule
         # Of the weights as they were given; the main rank's, which the others take over.
         self._teacher_facts: dict[str, Any] = distributed.on_main(
-            lambda: {"path": base(teacher).source, "sha256": fingerprint(base(teacher))}
+            lambda: {"path": unwrap(teacher).source, "sha256": fingerprint(unwrap(teacher))}
         )
         self.device = distributed.device_of(self.generator)
         mode, reason = distributed.resolve(config.parallel, sum(p.numel() for p in self.generator.parameters()))
