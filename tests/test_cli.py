@@ -11,7 +11,7 @@ import pytest
 import torch
 from spawned import Command, ended, wait_for
 
-from emd_fast.cli import commands as cli
+from emd_fast.cli import commands
 from emd_fast.train import checkpoint
 
 TINY = [
@@ -40,7 +40,7 @@ def call(capsys, monkeypatch, tmp_path):
     def run(*words):
         monkeypatch.chdir(tmp_path)
         try:
-            code = cli.main([str(word) for word in words])
+            code = commands.main([str(word) for word in words])
         except SystemExit as stop:
             code = stop.code
         return code, *capsys.readouterr()

@@ -21,9 +21,9 @@ from test_distributed import config, teacher, whole
 
 from emd_fast import EMDTrainer, distributed
 from emd_fast import config as configuration
-from emd_fast.cli import commands as cli
+from emd_fast.cli import commands
 from emd_fast.reporting import journal
-from emd_fast.run import distill as run
+from emd_fast.run import distill
 from emd_fast.train import checkpoint
 from emd_fast.train.checkpoint import CheckpointError
 from emd_fast.train.health import Diverged
@@ -125,17 +125,17 @@ def test_a_schedule_that_ends_at_the_last_step_keeps_it(tmp_path):
 
 
 def test_too_many_gradients_that_are_not_finite_end_the_run_by_name(tmp_path, monkeypatch):
-    original = run.EMDTrainer._update
+    original = distill.EMDTrainer._update
 
     def poisoned(self, name):
         if name == "fake_score":
             self.learners[name].trainable.parameters[2].grad.fill_(float("nan"))
         return original(self, name)
 
-    monkeypatch.setattr(run.EMDTrainer, "_update", poisoned)
+    monkeypatch.setattr(distill.EMDTrainer, "_update", poisoned)
     settings = configuration.load("gmm", {**TINY, "emd.steps": 50, "emd.max_skipped": 3})
     with pytest.raises(Diverged, match=r"not finite, last that of network\.hidden\.0\.weight of the fake_score"):
-        run.distill(settings, tmp_path)
+        distill.distill(settings, tmp_path)
     assert "network.hidden.0.weight of the fake_score" in (tmp_path / "report.md").read_text()
 
 
@@ -162,7 +162,7 @@ def diverging(folder, mode) -> tuple[int, list[bool], str]:
     EMDTrainer._generator_loss, EMDTrainer._update = poisoned, watched
     try:
         with contextlib.redirect_stderr(said):
-            code = cli.main(command(folder, parallel=mode, max_skipped=3, log_every=1))
+            code = commands.main(command(folder, parallel=mode, max_skipped=3, log_every=1))
     finally:
         EMDTrainer._generator_loss, EMDTrainer._update = generator_loss, update
     return code, unchanged, said.getvalue()
@@ -275,7 +275,7 @@ def test_a_signal_to_one_rank_stops_all_and_the_run_goes_on(tmp_path):
     assert [code for code, _ in results] == [0, 0], results
     assert f"resuming {folder} at step {stopped} of {steps}" in results[0][1]
     assert (folder / "report.md").exists() and (folder / "metrics.json").exists()
-    again = run.distill(configuration.load(str(folder / "config.toml")), folder)
+    again = distill.distill(configuration.load(str(folder / "config.toml")), folder)
     assert again["steps"] == steps
     # The same run in one process, to rounding that the steps have had time to spread.
     assert all(torch.isfinite(value).all() for value in weights(folder, steps).values())
@@ -327,7 +327,7 @@ def survives_being_killed(folder, seed, kills):
     (process,) = started(command(folder / "killed", steps=steps, save_every=1))
     assert ended([process])[0][0] == 0, process.said()
     check_leg(process, last)
-    run.distill(configuration.load("gmm", {**TINY, "emd.steps": steps, "save_every": steps}), folder / "whole")
+    distill.distill(configuration.load("gmm", {**TINY, "emd.steps": steps, "save_every": steps}), folder / "whole")
     mine, its = weights(folder / "killed", steps), weights(folder / "whole", steps)
     assert all(torch.equal(mine[key], its[key]) for key in its)
     assert not list(checkpoints.glob(".*"))

@@ -12,12 +12,12 @@ import torch
 from spawned import Ranks
 
 from emd_fast import Denoiser, EMDConfig, EMDTrainer, schedules
-from emd_fast.cli import commands as cli
-from emd_fast.export import pipeline as export
+from emd_fast.cli import commands
+from emd_fast.export import pipeline
 from emd_fast.metrics import evaluation
 from emd_fast.metrics.images import ImageFiles, to_uint8
 from emd_fast.reporting import pictures
-from emd_fast.run import distill as run
+from emd_fast.run import distill
 from emd_fast.teachers.small_unet import SmallUNet, initialise
 
 TINY = ["--steps=2", "--batch-size=4", "--langevin-steps=1", "--fake-score-updates=1", "--lr-warmup=0", "--samples=20"]
@@ -31,7 +31,7 @@ def call(capsys, monkeypatch, tmp_path):
 
     def run(*words):
         try:
-            code = cli.main([str(word) for word in words])
+            code = commands.main([str(word) for word in words])
         except SystemExit as stop:
             code = stop.code
         return code, *capsys.readouterr()
@@ -157,7 +157,7 @@ def test_a_run_by_a_detector(call, there, tmp_path):
     words = ["distill", "--teacher", "test_evaluate:small", "--out", "run", *TINY]
     done(call(*words, "--detector", "d.pt", "--reference", "r.npz"))
     first = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    _, _, trainer = run.open_run(tmp_path / "run")
+    _, _, trainer = distill.open_run(tmp_path / "run")
     expected = edm_distance(files.features_of(images_of(trainer, 20)), there)
     assert first["frechet"] == {"generator": pytest.approx(expected, abs=1e-3)}
     assert (first["n"], first["seed"]) == (20, 0)
@@ -218,7 +218,7 @@ def test_the_clip_score_of_a_run(call, tmp_path):
     words = ["--teacher", "teacher", "--prompts", "prompts.txt", "--guidance=2", *TINY[:-1], "--samples=7"]
     done(call("distill", *words, "--out", "run"))
     metrics = json.loads(done(call("evaluate", "run", "--clip", "clip")))
-    _, _, trainer = run.open_run(tmp_path / "run")
+    _, _, trainer = distill.open_run(tmp_path / "run")
     # In batches of the run's four, as it draws them: last digits depend on the batch, and a pixel's level on those.
     parts = [trainer.generate(n, first_sample=first) for first, n in ((0, 4), (4, 3))]
     images = torch.cat([to_uint8(trainer.teacher.decode(part)) for part in parts])
@@ -294,5 +294,5 @@ def test_too_few_samples(there, tmp_path):
 
 def test_an_exported_generator_has_the_trainers_images(tmp_path):
     trainer = EMDTrainer(small(), EMDConfig(steps=1, batch_size=4))
-    loaded = export.load(export.export(trainer, tmp_path / "x.safetensors", "safetensors"))
+    loaded = pipeline.load(pipeline.export(trainer, tmp_path / "x.safetensors", "safetensors"))
     assert torch.equal(to_uint8(loaded.sample(6)), images_of(trainer, 6))

@@ -14,11 +14,11 @@ from torch.utils.flop_counter import flop_registry
 
 from emd_fast import Denoiser, EMDTrainer, Generator, distributed
 from emd_fast import config as configuration
-from emd_fast.cli import commands as cli
+from emd_fast.cli import commands
 from emd_fast.config import ConfigError
 from emd_fast.diffusion.schedules import EDM
 from emd_fast.distributed import GroupError
-from emd_fast.run import distill as run
+from emd_fast.run import distill
 from emd_fast.run.plan import GIB, Ceilings, estimate, plan
 from emd_fast.run.sizes import Sizes, Work
 
@@ -198,24 +198,24 @@ def test_the_figures_of_the_docs_are_those_of_the_code(capsys):
 def test_plan_prints_the_configuration_and_the_table_and_writes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = ["plan", "digits", "--devices", "8", "--parallel", "fsdp"]
-    assert cli.main(words) == 0
+    assert commands.main(words) == 0
     said = capsys.readouterr().out
     assert 'parallel = "fsdp"' in said and "8 devices" in said and "fsdp *" in said and "replicate" in said
     assert not list(tmp_path.iterdir())
-    assert cli.main([*words, "--device-memory", "0.0001"]) == 2
+    assert commands.main([*words, "--device-memory", "0.0001"]) == 2
     assert "parallel = 'fsdp' needs" in capsys.readouterr().err
-    assert cli.main(["distill", "digits", "--devices", "8"]) == 2
+    assert commands.main(["distill", "digits", "--devices", "8"]) == 2
     assert "unknown option '--devices'" in capsys.readouterr().err
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert cli.main(["plan", "digits"]) == 0
+    assert commands.main(["plan", "digits"]) == 0
     assert "4 devices" in capsys.readouterr().out
 
 
 def test_what_cannot_fit_is_refused_before_it_is_allocated(tmp_path, capsys, monkeypatch):
     """Networks of 28 GiB each on a machine of one GiB."""
-    monkeypatch.setattr(run, "available", lambda: float(GIB))
+    monkeypatch.setattr(distill, "available", lambda: float(GIB))
     width = ["--mixture.generator-width", "60000", "--mixture.fake-score-width", "60000"]
-    assert cli.main(["distill", "gmm", "--out", str(tmp_path / "x"), *width]) == 2
+    assert commands.main(["distill", "gmm", "--out", str(tmp_path / "x"), *width]) == 2
     said = capsys.readouterr().err
     assert "GiB a device, and there are 1: try" in said and len(said.strip().splitlines()) == 1
 
@@ -223,15 +223,15 @@ def test_what_cannot_fit_is_refused_before_it_is_allocated(tmp_path, capsys, mon
 @pytest.mark.parametrize("recipe", ["gmm", "digits"])
 def test_a_plan_is_made_of_shapes_alone(recipe, monkeypatch):
     seen, original = [], Sizes.of
-    monkeypatch.setattr(run.Sizes, "of", lambda *networks: seen.extend(networks) or original(*networks))
-    run.plan_of(configuration.load(recipe), 4, Ceilings(1e12, 1e9))
+    monkeypatch.setattr(distill.Sizes, "of", lambda *networks: seen.extend(networks) or original(*networks))
+    distill.plan_of(configuration.load(recipe), 4, Ceilings(1e12, 1e9))
     parameters = [p for network in seen for p in network.parameters()]
     assert len(seen) == 3 and parameters and all(p.is_meta for p in parameters)
 
 
 def test_plan_takes_ceilings_and_any_key_and_invents_nothing(capsys):
     def told(*words):
-        code = cli.main(["plan", "gmm", "--devices", "4", *words])
+        code = commands.main(["plan", "gmm", "--devices", "4", *words])
         said = capsys.readouterr()
         return code, said.out, said.err
 
@@ -250,4 +250,4 @@ def test_plan_takes_ceilings_and_any_key_and_invents_nothing(capsys):
         code, _, err = told(*words)
         assert code == 2 and said in err and len(err.strip().splitlines()) == 1, err
     with pytest.raises(SystemExit):
-        cli.main(["plan", "gmm", "--devices", "4", "--tflops", "0"])
+        commands.main(["plan", "gmm", "--devices", "4", "--tflops", "0"])

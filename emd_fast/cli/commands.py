@@ -24,7 +24,7 @@ from emd_fast import config
 from emd_fast.cli.options import overrides, parse
 from emd_fast.config import ConfigError, EvaluationConfig, RunConfig
 from emd_fast.distributed import GroupError
-from emd_fast.io.files import write_whole
+from emd_fast.io.files import write_atomic
 
 _FILES = ("detector", "reference", "compare_with", "clip")  # what a pretrained task is judged by
 
@@ -70,13 +70,13 @@ def _settings(options: argparse.Namespace, rest: Sequence[str]) -> RunConfig:
 
 def _distill(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from emd_fast import distributed
-    from emd_fast.run import distill as run
+    from emd_fast.run import distill
 
     settings = _settings(options, rest)
     folder = options.out or Path("runs") / Path(options.recipe).stem
     sinks = tuple(name for name in ("tensorboard", "wandb") if getattr(options, name))
     with distributed.process_group():
-        run.distill(settings, folder, sinks)
+        distill.distill(settings, folder, sinks)
         if distributed.is_main():
             print(folder / "report.md")
     return 0
@@ -98,7 +98,7 @@ def _study(options: argparse.Namespace, rest: Sequence[str]) -> int:
 def _plan(options: argparse.Namespace, rest: Sequence[str]) -> int:
     import tomli_w
 
-    from emd_fast.run import distill as run
+    from emd_fast.run import distill
     from emd_fast.run.plan import GIB, Ceilings
 
     settings = _settings(options, rest)
@@ -107,7 +107,7 @@ def _plan(options: argparse.Namespace, rest: Sequence[str]) -> int:
         None if options.tflops is None else options.tflops * 1e12,
         None if options.gb_per_second is None else options.gb_per_second * 1e9,
     )
-    plan = run.plan_of(settings, options.devices or int(os.environ.get("WORLD_SIZE", 1)), ceilings)
+    plan = distill.plan_of(settings, options.devices or int(os.environ.get("WORLD_SIZE", 1)), ceilings)
     print(plan.table())
     if options.device_memory is not None:
         plan.check(options.device_memory * GIB)
@@ -143,7 +143,7 @@ def _sample(options: argparse.Namespace, rest: Sequence[str]) -> int:
         return 0
     samples = samples_of(0, options.n)
     if options.out.suffix == ".pt":
-        write_whole(options.out, lambda file: torch.save(samples.cpu(), file))
+        write_atomic(options.out, lambda file: torch.save(samples.cpu(), file))
     elif samples.dim() == 4:
         pictures.save_grid(options.out, decode(samples).cpu())
     else:
@@ -154,18 +154,18 @@ def _sample(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def _generator(options: argparse.Namespace) -> tuple[Callable, Callable, Callable, int]:
     """How to generate, decode and encode prompts, and the number of classes: of a run, or of what was exported."""
-    from emd_fast.export import pipeline as export
-    from emd_fast.run import distill as run
+    from emd_fast.export import pipeline
+    from emd_fast.run import distill
     from emd_fast.tasks.pretrained import decoded
 
-    if (options.run / export.EXPORTED).exists() or options.run.is_file():
+    if (options.run / pipeline.EXPORTED).exists() or options.run.is_file():
         if options.raw:
             raise ConfigError("--raw needs a run folder: what was exported has one set of weights")
         if options.best:
             raise ConfigError("--best needs a run folder: what was exported is one checkpoint")
-        one_step = export.load(options.run, device="cuda" if torch.cuda.is_available() else "cpu")
+        one_step = pipeline.load(options.run, device="cuda" if torch.cuda.is_available() else "cpu")
         return one_step.sample, one_step.decode, one_step.encode, one_step.metadata.num_classes
-    _, _, trainer = run.open_run(options.run, best=options.best)
+    _, _, trainer = distill.open_run(options.run, best=options.best)
     teacher: Any = trainer.teacher
     generate = functools.partial(trainer.generate, ema=not options.raw)
 
@@ -178,17 +178,17 @@ def _generator(options: argparse.Namespace) -> tuple[Callable, Callable, Callabl
 
 
 def _export(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    from emd_fast.export import pipeline as export
+    from emd_fast.export import pipeline
     from emd_fast.reporting.progress import say
-    from emd_fast.run import distill as run
+    from emd_fast.run import distill
 
-    _, _, trainer = run.open_run(options.run, best=options.best)
+    _, _, trainer = distill.open_run(options.run, best=options.best)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", UserWarning)
         is_file = options.out.suffix == ".safetensors"
-        export.export(trainer, options.out, "safetensors" if is_file else "diffusers", ema=not options.raw)
+        pipeline.export(trainer, options.out, "safetensors" if is_file else "diffusers", ema=not options.raw)
     for warning in said:
-        if issubclass(warning.category, export.NotForStock):
+        if issubclass(warning.category, pipeline.NotForStock):
             say(f"warning: {warning.message}")
     print(options.out)
     return 0
@@ -206,7 +206,7 @@ def _evaluate(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def _evaluate_run(options: argparse.Namespace) -> dict[str, Any]:
-    from emd_fast.run import distill as run
+    from emd_fast.run import distill
     from emd_fast.run.folder import settings_of
 
     if options.write_reference:
@@ -219,16 +219,16 @@ def _evaluate_run(options: argparse.Namespace) -> dict[str, Any]:
             raise ConfigError("--samples is not for digits: they are as many as there are held-out images")
         changes["samples"] = options.samples
     settings = dataclasses.replace(settings, **changes)
-    _, task, trainer = run.open_run(folder, best=options.best, settings=settings)
+    _, task, trainer = distill.open_run(folder, best=options.best, settings=settings)
     task.open_references()
     path = folder / "metrics.json"
     seconds = json.loads(path.read_text())["seconds"] if path.exists() else {}
-    return run.evaluate(settings, folder, task, trainer, seconds)
+    return distill.evaluate(settings, folder, task, trainer, seconds)
 
 
 def _evaluate_images(options: argparse.Namespace) -> dict[str, Any]:
     """Of what was exported, or of images in files."""
-    from emd_fast.export import pipeline as export
+    from emd_fast.export import pipeline
     from emd_fast.metrics import evaluation
     from emd_fast.metrics.images import ImageFiles, to_uint8
 
@@ -237,10 +237,10 @@ def _evaluate_images(options: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError(f"{'--best' if options.best else '--clip'} needs a run folder")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     evaluator = evaluation.Evaluator.read(**_files(options), device=device)
-    if (options.source / export.EXPORTED).exists() or options.source.suffix == ".safetensors":
+    if (options.source / pipeline.EXPORTED).exists() or options.source.suffix == ".safetensors":
         if options.write_reference:
             raise ConfigError("--write-reference is for real images: a folder or .zip of them")
-        one_step = export.load(options.source, device=device)
+        one_step = pipeline.load(options.source, device=device)
         n = options.samples or evaluation.COMPARABLE
 
         def images(first: int, n: int) -> torch.Tensor:

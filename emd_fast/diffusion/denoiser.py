@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from emd_fast.cache.conditioning import same
 from emd_fast.cache.weights import autocast_dtype
-from emd_fast.diffusion.schedules import Schedule, check_times
+from emd_fast.diffusion.schedules import Schedule
 
 Pair = tuple[Tensor, Tensor]
 Condition = Any  # None, a tensor, or any pytree of tensors batched on dimension 0
@@ -212,7 +212,7 @@ class Denoiser(nn.Module):
         """F_u + guidance (F_c - F_u), float32; F_c alone when guidance is None."""
         if guidance is None:
             return self(x_t, t, cond).float()
-        conditional, unconditional = (F.float() for F in both(self, x_t, t, cond, None))
+        conditional, unconditional = (F.float() for F in conditional_and_unconditional(self, x_t, t, cond, None))
         w = column(guidance, x_t) if isinstance(guidance, Tensor) else guidance
         return unconditional + w * (conditional - unconditional)
 
@@ -232,40 +232,7 @@ class Denoiser(nn.Module):
         return mine == its
 
 
-class Generator(nn.Module):
-    """A denoiser at one noise level as a one-step generator: generator(z, cond) = D(input_scale z; t_star).
-
-    Args:
-        denoiser: its network is the generator's.
-        t_star: the noise level, in the units of the schedule's t.
-        input_scale: scale of z; sigma(t_star) when None.
-    """
-
-    def __init__(self, denoiser: Denoiser, t_star: float, *, input_scale: float | None = None) -> None:
-        super().__init__()
-        t = check_times(denoiser.schedule, torch.tensor([t_star], dtype=torch.float32, device="cpu"))
-        self.denoiser = denoiser
-        self.t_star = t_star
-        self.input_scale = denoiser.schedule.sigma(t).item() if input_scale is None else input_scale
-        if not self.input_scale > 0:
-            raise ValueError(f"input_scale must be positive, got {self.input_scale}")
-        self.c_skip, self.c_out = (c.item() for c in denoiser.coefficients(t))
-
-    @property
-    def sample_shape(self) -> tuple[int, ...] | None:
-        return self.denoiser.sample_shape
-
-    def forward(self, z: Tensor, cond: Condition = None) -> Tensor:
-        """x (B, ...) for z (B, ...) ~ N(0, I)."""
-        x_t = self.input_scale * z
-        t = same(self._times, len(z), z.device)
-        return self.c_skip * x_t + self.c_out * self.denoiser(x_t, t, cond)
-
-    def _times(self, batch: int, device: torch.device) -> Tensor:
-        return torch.full((batch,), self.t_star, dtype=torch.float32, device=device)
-
-
-def base(network: Any) -> Denoiser:
+def unwrap(network: Any) -> Denoiser:
     """The Denoiser inside what may be wrapped by DDP or torch.compile."""
     inner = network
     while not isinstance(inner, Denoiser):
@@ -297,9 +264,9 @@ def null_like(null_cond: Condition, cond: Condition, batch: int) -> Condition:
     return pytree.tree_unflatten(matched, structure)
 
 
-def both(network: Any, x_t: Tensor, t: Tensor, cond: Condition, null_cond: Condition) -> Pair:
+def conditional_and_unconditional(network: Any, x_t: Tensor, t: Tensor, cond: Condition, null_cond: Condition) -> Pair:
     """F_c and F_u, from one pass of twice the batch."""
-    null_cond = base(network).null_cond if null_cond is None else null_cond
+    null_cond = unwrap(network).null_cond if null_cond is None else null_cond
     return network(torch.cat([x_t, x_t]), *same(_twice, t, cond, null_cond)).chunk(2)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from emd_fast import ops
 from emd_fast.cache.conditioning import conditioning_cache
 from emd_fast.cache.weights import weight_cache
-from emd_fast.diffusion.denoiser import Condition, base, column
+from emd_fast.diffusion.denoiser import Condition, column, unwrap
 from emd_fast.distributed import gathered
 from emd_fast.em import _check
 from emd_fast.em.frozen import frozen
@@ -36,7 +36,7 @@ def sample_eps_z(
     `watch` is called after each Langevin step.
     """
     generator, teacher, fake_score = networks
-    schedule = base(teacher).schedule
+    schedule = unwrap(teacher).schedule
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
     difference = ScoreDifference(teacher, fake_score, t, cond, settings.null_cond, settings.guidance)
     z, eps = _copied(z), _copied(eps)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from emd_fast import ops
-from emd_fast.diffusion.denoiser import Condition, base
+from emd_fast.diffusion.denoiser import Condition, unwrap
 from emd_fast.distributed import gathered
 from emd_fast.em.types import GeneratorLike
 
@@ -28,7 +28,7 @@ def fake_score_step(
     Returns:
         (B,) float32, differentiable in the fake score's parameters.
     """
-    inner = base(fake_score)
+    inner = unwrap(fake_score)
     alpha, sigma = inner.schedule.alpha(t), inner.schedule.sigma(t)
     # FSDP2 would keep the generator gathered after a pass without a gradient, and miss its next optimizer step.
     with gathered(generator), torch.no_grad():

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emd_fast.diffusion.denoiser import Condition, base, both, column, null_like
+from emd_fast.diffusion.denoiser import Condition, column, conditional_and_unconditional, null_like, unwrap
 from emd_fast.em.streams import side_by_side
 
 
@@ -32,7 +32,7 @@ class ScoreDifference:
         guidance: float | Tensor | None,
     ) -> None:
         self.teacher, self.fake_score, self.t = teacher, fake_score, t
-        inner_teacher, inner_fake_score = base(teacher), base(fake_score)
+        inner_teacher, inner_fake_score = unwrap(teacher), unwrap(fake_score)
         self.cond, self.null_cond, self.guided = cond, None, guidance is not None
         if self.guided:
             self.null_cond = null_like(inner_teacher.null_cond if null_cond is None else null_cond, cond, len(t))
@@ -55,7 +55,7 @@ class ScoreDifference:
 
     def _teacher(self, x: Tensor) -> list[Tensor]:
         if self.guided:
-            return list(both(self.teacher, x, self.t, self.cond, self.null_cond))
+            return list(conditional_and_unconditional(self.teacher, x, self.t, self.cond, self.null_cond))
         return [self.teacher(x, self.t, self.cond)]
 
     def at(self, x: Tensor) -> Tensor:

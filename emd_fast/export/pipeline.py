@@ -21,13 +21,14 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from emd_fast.diffusion.denoiser import Denoiser, Generator
+from emd_fast.diffusion.denoiser import Denoiser
+from emd_fast.diffusion.generator import Generator
 from emd_fast.export.one_step import Metadata, OneStep
-from emd_fast.fusion.plan import fuse_known
-from emd_fast.io.files import write_whole
+from emd_fast.fusion.fusing import fuse_known
+from emd_fast.io.files import write_atomic
 from emd_fast.teachers.diffusers import DiffusersDenoiser
 from emd_fast.teachers.diffusers.architectures import ARCHITECTURES, Network
-from emd_fast.teachers.diffusers.folder import EXPORTED, Folder, need_diffusers, read_json
+from emd_fast.teachers.diffusers.folder import EXPORTED, Folder, import_diffusers, read_json
 from emd_fast.teachers.mlp import PointGenerator, TimeMLP
 from emd_fast.teachers.small_unet import SmallUNet
 from emd_fast.train.trainer import EMDTrainer
@@ -113,7 +114,7 @@ def _write_folder(out: Path, generator: nn.Module, metadata: Metadata) -> Path:
     component = denoiser.folder.architecture.component
     source = denoiser.folder
     index = {name: value for name, value in source.index.items() if name != "scheduler"}
-    index |= {component: ["diffusers", source.model_class], "_diffusers_version": need_diffusers().__version__}
+    index |= {component: ["diffusers", source.model_class], "_diffusers_version": import_diffusers().__version__}
 
     try:
         pipeline, scheduler = stock.pipeline_class(denoiser), stock.scheduler(generator)
@@ -176,7 +177,7 @@ def _write_file(out: Path, generator: nn.Module, metadata: Metadata) -> Path:
     weights = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
     whole = encoded(weights, {"emd_fast": json.dumps(header)})
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(out, lambda file: file.write(whole))
+    write_atomic(out, lambda file: file.write(whole))
     return out
 
 
@@ -258,7 +259,7 @@ def _read_file(path: Path) -> OneStep:
     if name in _OWN:
         network = _OWN[name][0](**config)
     elif name in ARCHITECTURES:
-        network = Network(getattr(need_diffusers(), name).from_config(config))
+        network = Network(getattr(import_diffusers(), name).from_config(config))
     else:
         raise ValueError(f"{path} holds a {name}, which this release cannot build")
     network = network.to(getattr(torch, metadata.dtype))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Writes to a temporary name beside `path`, then renames: a crash or a full disk leaves what was there.
 
     Raises:
@@ -32,9 +32,9 @@ def write_text(path: Path, text: str) -> None:
     """The same of text, in UTF-8.
 
     Raises:
-        OSError: as for `write_whole`.
+        OSError: as for `write_atomic`.
     """
-    write_whole(path, lambda file: file.write(text.encode()))
+    write_atomic(path, lambda file: file.write(text.encode()))
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ import torch
 
 from emd_fast.io import arrays
 from emd_fast.io.arrays import PlainArray, read_npz
-from emd_fast.io.files import write_whole
+from emd_fast.io.files import write_atomic
 from emd_fast.io.pickles import PickleError, read
 from emd_fast.metrics.detector import sha256_of
 from emd_fast.metrics.distance import Moments
@@ -100,7 +100,7 @@ def save(path: str | Path, moments: Moments, shape: tuple[int, ...], detector: s
         shape=np.array(shape, np.int64),
         detector=np.array(detector),
     )
-    write_whole(Path(path), lambda file: file.write(buffer.getvalue()))
+    write_atomic(Path(path), lambda file: file.write(buffer.getvalue()))
 
 
 def _npz(path: Path) -> tuple[dict[str, Moments], dict[str, Any]]:

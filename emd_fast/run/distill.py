@@ -17,7 +17,8 @@ import torch
 
 from emd_fast import distributed
 from emd_fast.config import RunConfig, to_dict
-from emd_fast.diffusion.denoiser import Denoiser, Generator
+from emd_fast.diffusion.denoiser import Denoiser
+from emd_fast.diffusion.generator import Generator
 from emd_fast.io.files import write_text
 from emd_fast.reporting import journal, report
 from emd_fast.reporting.progress import Progress, say

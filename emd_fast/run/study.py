@@ -19,7 +19,7 @@ from emd_fast.config import ConfigError, EMDConfig, RunConfig
 from emd_fast.io.files import write_text
 from emd_fast.reporting import journal
 from emd_fast.reporting.progress import say
-from emd_fast.run import distill as run
+from emd_fast.run import distill
 from emd_fast.tasks import task_of
 from emd_fast.train import checkpoint
 
@@ -54,7 +54,7 @@ def conduct(settings: RunConfig, folder: Path) -> Path:
                 checkpoint.save(own / "teacher", checkpoint.load(folder / "teacher"))
             emd = dataclasses.replace(variant.settings.emd, seed=seed)
             say(f"study: {variant.name}, seed {seed}")
-            metrics = run.distill(dataclasses.replace(variant.settings, emd=emd), own)
+            metrics = distill.distill(dataclasses.replace(variant.settings, emd=emd), own)
             results.setdefault(variant.name, []).append({**_numbers(metrics), **_gradient_norm(own)})
     write_text(folder / "study.json", json.dumps(results, indent=1))
     lines = [

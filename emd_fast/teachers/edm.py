@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from emd_fast.config import from_dict
 from emd_fast.diffusion.denoiser import Denoiser
 from emd_fast.diffusion.schedules import EDM
-from emd_fast.io.files import write_whole
+from emd_fast.io.files import write_atomic
 from emd_fast.teachers.edm_networks import DhariwalUNet, EDM2UNet, SongUNet
 from emd_fast.teachers.edm_networks.arguments import DhariwalArguments, EDM2Arguments, SongArguments, UNetArguments
 from emd_fast.teachers.edm_networks.layers import fir
@@ -180,7 +180,7 @@ def convert(source: str | Path, target: str | Path) -> str:
     denoiser = _denoiser(Path(source), teacher, torch.device("cpu"), torch.float32)  # or else nothing is written
     what = {"format": _FORMAT, "class": teacher.wrapper, "arguments": teacher.arguments}
     metadata = {_METADATA: json.dumps(what)}
-    write_whole(Path(target), lambda file: save_file(teacher.tensors, file.name, metadata))
+    write_atomic(Path(target), lambda file: save_file(teacher.tensors, file.name, metadata))
     shape = " x ".join(map(str, denoiser.sample_shape or ()))
     count = sum(parameter.numel() for parameter in denoiser.parameters())
     kind = type(denoiser.network).__name__

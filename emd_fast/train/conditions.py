@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from emd_fast.diffusion.denoiser import Condition
-from emd_fast.io.files import write_whole
+from emd_fast.io.files import write_atomic
 
 _ALONE, _NULL = "cond", "null."
 
@@ -95,7 +95,7 @@ def save(path: str | Path, cond: Condition, null_cond: Condition = None) -> None
     if null_cond is not None:
         tensors |= {_NULL + name: value for name, value in _named(null_cond).items()}
     whole = encoded({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
-    write_whole(Path(path), lambda file: file.write(whole))
+    write_atomic(Path(path), lambda file: file.write(whole))
 
 
 def _named(cond: Condition) -> dict[str, Tensor]:

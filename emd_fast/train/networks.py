@@ -12,8 +12,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from emd_fast import distributed
 from emd_fast.config import ConfigError, EMDConfig
-from emd_fast.diffusion.denoiser import Denoiser, Generator, base
-from emd_fast.fusion.plan import fuse_known, fusion_report, unfuse
+from emd_fast.diffusion.denoiser import Denoiser, unwrap
+from emd_fast.diffusion.generator import Generator
+from emd_fast.fusion.fusing import fuse_known, fusion_report, unfuse
 from emd_fast.train import average
 from emd_fast.train.cast_weights import cast_weights, trainable
 from emd_fast.train.fingerprint import fingerprint
@@ -58,7 +59,7 @@ def prepare(teacher: Denoiser, config: EMDConfig, generator: nn.Module | None, f
     generator, fake_score = _make_trainable(teacher, generator, fake_score, config)
     # Rank 0 computes the fingerprint; the other ranks may hold a teacher on the meta device.
     facts: dict[str, Any] = distributed.on_main(
-        lambda: {"path": base(teacher).source, "sha256": fingerprint(base(teacher))}
+        lambda: {"path": unwrap(teacher).source, "sha256": fingerprint(unwrap(teacher))}
     )
     device = distributed.device_of(generator)
     dtype = compute_dtype(config.precision, device)
@@ -87,7 +88,7 @@ def _make_trainable(
         ValueError: networks that EMDTrainer refuses; its documentation lists them.
     """
     _check_bare(teacher=teacher, generator=generator, fake_score=fake_score)
-    _check_finite("teacher", base(teacher))
+    _check_finite("teacher", unwrap(teacher))
     if (generator is None or fake_score is None) and not any(True for _ in teacher.parameters()):
         raise ValueError("this teacher has no parameters to start from: give EMDTrainer a generator and a fake score")
     if generator is None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from emd_fast import distributed
 from emd_fast.config import EMDConfig, to_dict
-from emd_fast.diffusion.denoiser import Condition, Denoiser, base
+from emd_fast.diffusion.denoiser import Condition, Denoiser, unwrap
 from emd_fast.distributed import gathered
 from emd_fast.em.cuda_graph import GraphedEStep
 from emd_fast.em.e_step import sample_eps_z
@@ -84,7 +84,7 @@ class EMDTrainer:
         self.device, self.compute_dtype = prepared.device, prepared.compute_dtype
         self.sample_shape, self.latent_shape = prepared.sample_shape, prepared.latent_shape
         self._teacher_facts = prepared.teacher_facts
-        self.schedule = base(teacher).schedule
+        self.schedule = unwrap(teacher).schedule
         self.noise = Noise(config.seed, device=self.device)
         self.learners = {
             "generator": Learner(self.generator, config.generator_lr, self.compute_dtype, config),

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from emd_fast.diffusion.denoiser import Condition, Denoiser
-from emd_fast.teachers.diffusers.architectures import Conditions, Network
-from emd_fast.teachers.diffusers.folder import Folder, need_diffusers
-from emd_fast.teachers.diffusers.scheduler import Training, read
+from emd_fast.teachers.diffusers.architectures import ConditionSpec, Network
+from emd_fast.teachers.diffusers.folder import Folder, import_diffusers
+from emd_fast.teachers.diffusers.scheduler import SchedulerInfo, read
 
 __all__ = ["DiffusersDenoiser", "load"]
 
@@ -34,7 +34,7 @@ class DiffusersDenoiser(Denoiser):
         self,
         network: Network,
         folder: Folder,
-        training: Training,
+        training: SchedulerInfo,
         scheduler_config: Mapping[str, Any],
         sample_shape: Sequence[int],
         null_cond: Condition,
@@ -52,7 +52,7 @@ class DiffusersDenoiser(Denoiser):
         self.folder, self.trained, self.scheduler_config = folder, training, dict(scheduler_config)
 
     @property
-    def takes(self) -> Conditions:
+    def takes(self) -> ConditionSpec:
         return self.network.takes
 
     @property
@@ -66,7 +66,7 @@ class DiffusersDenoiser(Denoiser):
         return index / self.trained.index_scale
 
     def encode(self, prompts: Sequence[str]) -> Condition:
-        """Conditions (B, ...) for prompts, by the folder's text encoders, which are read for this call alone.
+        """ConditionSpec (B, ...) for prompts, by the folder's text encoders, which are read for this call alone.
 
         Raises:
             ValueError: this teacher takes no text, or its folder has no text encoder.
@@ -107,7 +107,7 @@ def load(
         ModuleNotFoundError: no diffusers. FileNotFoundError: no such folder. ValueError: no model in it, or an
         architecture or scheduler that is not supported.
     """
-    need_diffusers()
+    import_diffusers()
     source = Folder(folder)
     config = _scheduler_config(scheduler) if scheduler is not None else source.scheduler_config()
     training = read(config)

@@ -13,7 +13,7 @@ from emd_fast.teachers.labels import check_labels
 
 
 @dataclass(frozen=True)
-class Conditions:
+class ConditionSpec:
     """What a network takes beside the noise level: nothing, labels, text embeddings, or these with pooled ones."""
 
     num_classes: int = 0
@@ -34,27 +34,27 @@ class Architecture:
     """A class of diffusers: the name of its component in a pipeline, and what it takes, by its configuration."""
 
     component: str
-    conditions: Callable[[Mapping[str, Any]], Conditions]
+    conditions: Callable[[Mapping[str, Any]], ConditionSpec]
     null_label: Callable[[Mapping[str, Any]], int | None] = lambda config: None
 
 
-def _unet(config: Mapping[str, Any]) -> Conditions:
+def _unet(config: Mapping[str, Any]) -> ConditionSpec:
     if config.get("time_embedding_type", "positional") != "positional":
         raise ValueError(
             f"a UNet2DModel with time_embedding_type = {config['time_embedding_type']!r} is not supported: "
             "'positional' is"
         )
-    return Conditions(num_classes=_classes(config))
+    return ConditionSpec(num_classes=_classes(config))
 
 
-def _text_unet(config: Mapping[str, Any]) -> Conditions:
+def _text_unet(config: Mapping[str, Any]) -> ConditionSpec:
     for key in ("addition_embed_type", "encoder_hid_dim_type", "class_embed_type", "num_class_embeds"):
         if config.get(key) is not None:
             raise ValueError(
                 f"a UNet2DConditionModel with {key} = {config[key]!r} is not supported: one that takes text embeddings "
                 "alone is"
             )
-    return Conditions(embedding=config["cross_attention_dim"])
+    return ConditionSpec(embedding=config["cross_attention_dim"])
 
 
 def _classes(config: Mapping[str, Any]) -> int:
@@ -71,12 +71,12 @@ ARCHITECTURES = {
     # The label after the last one was trained as "no label".
     "DiTTransformer2DModel": Architecture(
         "transformer",
-        lambda config: Conditions(num_classes=config["num_embeds_ada_norm"] + 1),
+        lambda config: ConditionSpec(num_classes=config["num_embeds_ada_norm"] + 1),
         lambda config: config["num_embeds_ada_norm"],
     ),
     "SD3Transformer2DModel": Architecture(
         "transformer",
-        lambda config: Conditions(embedding=config["joint_attention_dim"], pooled=config["pooled_projection_dim"]),
+        lambda config: ConditionSpec(embedding=config["joint_attention_dim"], pooled=config["pooled_projection_dim"]),
     ),
 }
 
@@ -114,7 +114,7 @@ class Network(nn.Module):
         elif takes.embedding and not takes.pooled and isinstance(cond, Tensor):
             if cond.is_floating_point() and cond.dim() == 3 and cond.shape[::2] == (len(x), takes.embedding):
                 return {"encoder_hidden_states": cond.to(x.dtype)}
-        elif takes == Conditions() and cond is None:
+        elif takes == ConditionSpec() and cond is None:
             return {}
         raise ValueError(f"this {type(self.model).__name__} takes {takes}; for a batch of {len(x)} got {_told(cond)}")
 

@@ -21,7 +21,7 @@ EXPORTED = "emd_fast.json"  # where `emd_fast.export.pipeline` says what it wrot
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
-def need_diffusers() -> Any:
+def import_diffusers() -> Any:
     """The package.
 
     Raises:
@@ -105,7 +105,7 @@ class Folder:
 
     def load_model(self, dtype: torch.dtype) -> nn.Module:
         try:
-            return getattr(need_diffusers(), self.model_class).from_pretrained(
+            return getattr(import_diffusers(), self.model_class).from_pretrained(
                 self.model, torch_dtype=dtype, **_reading()
             )
         except (OSError, RuntimeError, ValueError) as error:
@@ -119,7 +119,7 @@ class Folder:
         if not self.has("vae"):
             return latents.float()
         if self._vae is None:
-            vae_class = getattr(need_diffusers(), self.index["vae"][1])
+            vae_class = getattr(import_diffusers(), self.index["vae"][1])
             self._vae = vae_class.from_pretrained(self.root / "vae", **_reading()).eval().requires_grad_(False)
         vae: Any = self._vae.to(latents.device)
         scale = getattr(vae.config, "scaling_factor", None) or 1.0
@@ -131,7 +131,7 @@ class Folder:
         """Text embeddings, as the folder's own pipeline computes them; its encoders are read for this call alone."""
         if not self.has("text_encoder"):
             raise ValueError(f"{self.root} has no text encoder: give embeddings instead of prompts")
-        pipeline_class = getattr(need_diffusers(), self.index["_class_name"])
+        pipeline_class = getattr(import_diffusers(), self.index["_class_name"])
         # What encodes no text is left out, and the network is the one that is there already.
         expected = inspect.signature(pipeline_class).parameters
         without = {
@@ -162,7 +162,7 @@ def _found(name: str | Path) -> Path:
     if path.exists() or not _HUB_NAME.fullmatch(str(name)):
         raise FileNotFoundError(f"{name} is no folder, and not the name of a pipeline on the hub either")
     try:
-        return Path(need_diffusers().DiffusionPipeline.download(str(name)))
+        return Path(import_diffusers().DiffusionPipeline.download(str(name)))
     except (OSError, ValueError, RuntimeError) as error:
         raise FileNotFoundError(
             f"{name} is no folder here, and the hub did not give it: {str(error).splitlines()[0].partition(' (')[0]}"

@@ -27,7 +27,7 @@ _LAST_ALPHA_SQUARED = 2.0**-24
 
 
 @dataclass(frozen=True)
-class Training:
+class SchedulerInfo:
     """How a network was trained: the schedule, what it predicts, and the factor from t to what it is told.
 
     A network of a chain of N betas is told the index (N - 1) t; one of a rectified flow is told N t.
@@ -42,7 +42,7 @@ class Training:
         return self.index_scale * t
 
 
-def read(config: Mapping[str, Any]) -> Training:
+def read(config: Mapping[str, Any]) -> SchedulerInfo:
     """Training by a scheduler_config.json.
 
     Raises:
@@ -52,7 +52,7 @@ def read(config: Mapping[str, Any]) -> Training:
 
     name = config.get("_class_name")
     if name == _FLOW:
-        return Training(RectifiedFlow(), "flow", float(config.get("num_train_timesteps", 1000)))
+        return SchedulerInfo(RectifiedFlow(), "flow", float(config.get("num_train_timesteps", 1000)))
     if name not in _CHAINS:
         raise ValueError(f"the scheduler {name} is not supported: {', '.join((*_CHAINS, _FLOW))} are")
     for key, plain in (("timestep_type", "discrete"), ("use_flow_sigmas", False)):
@@ -72,7 +72,7 @@ def read(config: Mapping[str, Any]) -> Training:
     )
     chain: Any = diffusers.DDIMScheduler(**{"beta_schedule": "linear", **{k: config[k] for k in asked if k in config}})
     betas = _with_signal(chain.betas.double())
-    return Training(VP(betas), PREDICTIONS[prediction], float(len(betas) - 1), tuple(betas.tolist()))
+    return SchedulerInfo(VP(betas), PREDICTIONS[prediction], float(len(betas) - 1), tuple(betas.tolist()))
 
 
 def _with_signal(betas: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from emd_fast.diffusion.denoiser import Generator
+from emd_fast.diffusion.generator import Generator
 from emd_fast.teachers.diffusers import DiffusersDenoiser
 from emd_fast.teachers.diffusers.scheduler import PREDICTIONS
 
