@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import math
 import os
+import time
 import traceback
 
 import pytest
@@ -558,6 +559,23 @@ def test_an_attempt_of_torchrun_takes_no_addresses_from_the_ones_before(monkeypa
         mine.set("address", "of a rank that lives")
     # A store of its own is used as it is: the machines of one attempt may count differently.
     assert of(fresh, "1") is fresh
+
+
+def ends_after_the_report(folder, main) -> bool:
+    error = ValueError("of all ranks")
+    error.main = main == distributed.rank()
+    store = dist.distributed_c10d._get_default_store()
+
+    def report(_) -> None:
+        time.sleep(0.3)
+        (folder / "reported").touch()
+
+    distributed.group._report_together(error, report, store)
+    return (folder / "reported").exists()
+
+
+def test_no_rank_ends_before_rank_0_has_reported_an_error_of_all(ranks, tmp_path):
+    assert ranks(2, ends_after_the_report, tmp_path, 0) == [True, True]
 
 
 def test_one_process_is_a_group_of_one(tmp_path):

@@ -134,7 +134,7 @@ def test_too_many_gradients_that_are_not_finite_end_the_run_by_name(tmp_path, mo
 
     monkeypatch.setattr(distill.EMDTrainer, "_update", poisoned)
     settings = configuration.load("gmm", {**TINY, "emd.steps": 50, "emd.max_skipped": 3})
-    with pytest.raises(Diverged, match=r"not finite, last that of network\.hidden\.0\.weight of the fake_score"):
+    with pytest.raises(Diverged, match=r"not finite is that of network\.hidden\.0\.weight of the fake_score"):
         distill.distill(settings, tmp_path)
     assert "network.hidden.0.weight of the fake_score" in (tmp_path / "report.md").read_text()
 
@@ -171,7 +171,7 @@ def diverging(folder, mode) -> tuple[int, list[bool], str]:
 @pytest.mark.parametrize(("world", "mode"), [(2, "replicate"), (2, "fsdp"), (3, "replicate"), (3, "fsdp")])
 def test_a_rank_whose_gradient_is_not_finite_stops_all_and_no_weight_has_moved(ranks, tmp_path, world, mode):
     results = ranks(world, diverging, tmp_path, mode)
-    line = "not finite, last that of first.weight of the generator"
+    line = "not finite is that of first.weight of the generator"
     for rank, (code, unchanged, said) in enumerate(results):
         assert code == 1 and unchanged == [True] * 4
         assert [line in it for it in said.splitlines() if it.startswith("emd-fast:")] == [True] * (rank == 0), said

@@ -100,7 +100,7 @@ def test_more_steps_go_on_from_a_finished_run(tmp_path, capsys):
     assert [row["drift_rms"] for row in legs] == [row["drift_rms"] for row in whole]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_and_stops_and_the_run_goes_on_bit_for_bit(tmp_path, monkeypatch, number):
     step = distill.EMDTrainer.step
 
@@ -153,9 +153,20 @@ def test_a_signal_while_the_last_checkpoint_is_written_waits_for_it(tmp_path, mo
 
 
 def test_signals_work_again_as_before_after_a_run(tmp_path):
-    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+    before = [signal.getsignal(number) for number in numbers]
     distill.distill(settings(emd__steps=2), tmp_path)
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
+def test_a_closed_terminal_does_not_end_a_run_under_nohup(tmp_path, monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    step = distill.EMDTrainer.step
+    monkeypatch.setattr(distill.EMDTrainer, "step", lambda self: (os.kill(os.getpid(), signal.SIGHUP), step(self))[1])
+    try:
+        assert distill.distill(settings(emd__steps=2), tmp_path)["steps"] == 2
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_run_works_outside_of_the_main_thread(tmp_path):

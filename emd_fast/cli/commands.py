@@ -1,4 +1,4 @@
-"""The command line `emd-fast`. Exit codes: 0 done, 2 usage, 130 and 143 interrupted, 1 otherwise."""
+"""The command line `emd-fast`. Exit codes: 0 done, 2 usage, 128 + N ended by signal N, 1 otherwise."""
 
 from __future__ import annotations
 
@@ -28,6 +28,8 @@ from emd_fast.io.files import write_atomic
 
 _FILES = ("detector", "reference", "compare_with", "clip")  # what a pretrained task is judged by
 
+_REPORTED = (OSError, RuntimeError, ValueError, ModuleNotFoundError)
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit code."""
@@ -36,10 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if rest and options.command not in ("distill", "study", "plan"):
             raise ConfigError(f"unknown option {rest[0]!r}; see emd-fast {options.command} --help")
         return _COMMANDS[options.command](options, rest)
-    except (ConfigError, GroupError) as error:
-        return _fail(error, 2)
-    except (OSError, RuntimeError, ValueError, ModuleNotFoundError) as error:
-        return _fail(error, 1)
+    except _REPORTED as error:
+        _report(error)
+        return 2 if isinstance(error, (ConfigError, GroupError)) else 1
     except KeyboardInterrupt:
         return 130
     except BaseException as error:
@@ -49,10 +50,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
 
 
-def _fail(error: BaseException, code: int) -> int:
-    if getattr(error, "main", True):  # what all ranks raise alike is said by one of them
-        print(f"emd-fast: {error}", file=sys.stderr)
-    return code
+def _report(error: Exception) -> None:
+    """Prints an error once: on one rank if all ranks raise it."""
+    if isinstance(error, _REPORTED) and getattr(error, "main", True):
+        print(f"emd-fast: {error}", file=sys.stderr, flush=True)
+        vars(error)["main"] = False
 
 
 def _settings(options: argparse.Namespace, rest: Sequence[str]) -> RunConfig:
@@ -75,7 +77,7 @@ def _distill(options: argparse.Namespace, rest: Sequence[str]) -> int:
     settings = _settings(options, rest)
     folder = options.out or Path("runs") / Path(options.recipe).stem
     sinks = tuple(name for name in ("tensorboard", "wandb") if getattr(options, name))
-    with distributed.process_group():
+    with distributed.process_group(_report):
         distill.distill(settings, folder, sinks)
         if distributed.is_main():
             print(folder / "report.md")
@@ -88,7 +90,7 @@ def _study(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
     settings = _settings(options, rest)
     folder = options.out or Path("runs") / f"{Path(options.recipe).stem}-study"
-    with distributed.process_group():
+    with distributed.process_group(_report):
         study.conduct(settings, folder)
         if distributed.is_main():
             print(folder / "study.md")
@@ -197,7 +199,7 @@ def _export(options: argparse.Namespace, rest: Sequence[str]) -> int:
 def _evaluate(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from emd_fast import distributed
 
-    with distributed.process_group():
+    with distributed.process_group(_report):
         is_run = (options.source / "config.toml").exists() or not options.detector
         metrics = _evaluate_run(options) if is_run else _evaluate_images(options)
         if distributed.is_main():

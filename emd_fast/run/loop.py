@@ -18,7 +18,8 @@ from emd_fast.run.plan import GIB
 from emd_fast.run.signals import Interrupted, stop_on_signals
 from emd_fast.tasks import Task
 from emd_fast.train import checkpoint, diagnostics, throughput
-from emd_fast.train.health import Diverged, check_health
+from emd_fast.train.divergence import cause
+from emd_fast.train.health import Diverged, HealthCheck
 from emd_fast.train.preview import denoised
 from emd_fast.train.trainer import EMDTrainer
 
@@ -51,7 +52,7 @@ def train(trainer: EMDTrainer, settings: RunConfig, folder: Path, sinks: tuple[s
         checkpoint.clear_unfinished(checkpoint_folder)
     agree, saved, stop = distributed.AsyncMax(), first if first else -1, 0
     best = Best(trainer, task, settings, folder) if settings.evaluation.every else None
-    flops = math.nan
+    health, flops = HealthCheck(settings.emd), math.nan
     began = time.monotonic()
 
     def save() -> None:
@@ -75,16 +76,17 @@ def train(trainer: EMDTrainer, settings: RunConfig, folder: Path, sinks: tuple[s
                     metrics, flops = throughput.counted(trainer.step)
                 else:
                     metrics = trainer.step()
+                worst = health.note(metrics)
                 done = trainer.steps_done
                 if done % settings.log_every == 0 or done == total:
                     variance = trainer.gradient_variance() if settings.gradient_variance else {}
-                    numbers = _numbers(metrics | trainer.diagnostics() | variance)
+                    numbers = _numbers(metrics | worst | trainer.diagnostics() | variance)
                     seconds = time.monotonic() - began
                     row = {"step": done, **numbers, "seconds": before + seconds}
                     row |= _speed(trainer, settings, (done - first) / seconds, flops)
                     if log is not None:
                         log.write(row)
-                    check_health(numbers, settings.emd, trainer.learners)
+                    health.check(numbers, lambda: cause(trainer))
                     progress.update(done, summary(row))
                 if best is not None and best.due():
                     figures = best.evaluate()

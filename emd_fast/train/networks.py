@@ -64,7 +64,10 @@ def prepare(teacher: Denoiser, config: EMDConfig, generator: nn.Module | None, f
     device = distributed.device_of(generator)
     dtype = compute_dtype(config.precision, device)
     mode, reason = distributed.resolve(config.parallel, sum(p.numel() for p in generator.parameters()))
-    if mode == "replicate" and dtype != torch.float32:
+    if dtype == torch.float32:
+        if any(p.is_floating_point() and p.itemsize < dtype.itemsize for p in teacher.parameters()):
+            teacher = trainable(teacher)  # matmuls refuse float16 weights with float32 inputs
+    elif mode == "replicate":
         teacher = cast_weights(teacher, dtype)
     for network, trains in ((teacher, False), (generator, True), (fake_score, True)):
         network.eval().requires_grad_(trains)  # eval: no dropout and no batch statistics
