@@ -189,7 +189,7 @@ def test_times_are_those_of_the_ceilings():
 
 
 def test_the_figures_of_the_docs_are_those_of_the_code(capsys):
-    text = (Path(__file__).resolve().parents[1] / "docs" / "scaling.md").read_text()
+    text = (Path(__file__).resolve().parents[1] / "docs" / "distributed.md").read_text()
     exec(text.split("```python\n")[1].split("```")[0], {})
     rows = capsys.readouterr().out
     assert len(rows.splitlines()) == 16 and rows in text

@@ -1,7 +1,7 @@
 """Diagnostics of a training step: samples, Langevin chains, and the generator's gradient signal.
 
 Everything is computed on the device, from what the step left behind, over the batch of all ranks.
-Nothing here affects training. docs/logging.md explains how to read the values.
+Nothing here affects training. docs/evaluation.md explains the variances, docs/getting_started.md the keys.
 """
 
 from __future__ import annotations
