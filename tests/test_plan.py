@@ -110,10 +110,10 @@ def test_what_cannot_fit_is_refused_with_what_helps():
         made(parallel="replicate").check(20 * GIB)
     with pytest.raises(ConfigError, match="try a smaller --micro-batch-size"):
         made(parallel="fsdp", activations=2 * GIB).check(20 * GIB)
-    with pytest.raises(ConfigError, match="more devices, or --optimizer adamw_8bit"):
+    with pytest.raises(ConfigError, match="more devices, or --optimizer-name adamw_8bit"):
         made(devices=1).check(20 * GIB)
     # 8-bit moments, and micro-batches that take fewer samples through at a time, are seen.
-    assert made(optimizer="adamw_8bit").chosen.memory["optimizer"] < made().chosen.memory["optimizer"] / 3
+    assert made(optimizer_name="adamw_8bit").chosen.memory["optimizer"] < made().chosen.memory["optimizer"] / 3
     assert made(devices=8, micro_batch_size=4, activations=1e9).chosen.memory["activations"] == 4e9
     assert made().table().count("not known") == made(activations=1e9).table().count("not known") + 2
     with pytest.raises(ConfigError, match="at least the number of devices, 64, got 32"):
