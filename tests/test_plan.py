@@ -242,7 +242,7 @@ def test_plan_takes_ceilings_and_any_key_and_invents_nothing(capsys):
     assert not [line for line in whole.splitlines() if "seconds" in line and "not known" in line]
     assert told("--tflops", "10", "--gb-per-second", "1", "--langevin-steps", "32")[1] != whole
     for words, said in (
-        (["--langevin-stepz", "4"], "did you mean --langevin-steps"),
+        (["--langevin-stepz", "4"], "did you mean '--langevin-steps'"),
         (["--parallel", "hybrid", "--shard-group", "3"], "shard_group must divide the 4 ranks, got 3"),
         (["--batch-size", "2"], "at least the number of devices, 4, got 2"),
         (["--device-memory", "1e-6"], "GiB a device"),
