@@ -27,8 +27,9 @@ def inputs(random: RandomTensors) -> Inputs:
     precision: Literal["float32", "bfloat16"] = "float32" if case.dtype == "fp32" else "bfloat16"
     if case.dtype == "fp16":
         raise config.ConfigError(f"training_step takes --dtype fp32 or bf16, got {case.dtype}")
+    compute = dataclasses.replace(recipe.emd.compute, precision=precision)
     settings = dataclasses.replace(
-        recipe.emd, langevin_steps=STEPS, batch_size=case.shape[0], fake_score_warmup=0, precision=precision
+        recipe.emd, langevin_steps=STEPS, batch_size=case.shape[0], fake_score_warmup=0, compute=compute
     )
     teacher = digits_teacher.denoiser(digits_teacher.network(recipe.teacher)).to(case.device)
     with torch.no_grad():  # the last layer is initialised to zero

@@ -199,7 +199,7 @@ def test_keys_that_make_no_sense():
 
 
 def on_a_rank(folder, parallel):
-    return distill.distill(settings(**EVERY, emd__parallel=parallel), folder)
+    return distill.distill(settings(**EVERY, emd__parallelism__parallel=parallel), folder)
 
 
 @pytest.mark.slow
@@ -214,5 +214,5 @@ def test_ranks_agree_on_the_best(tmp_path, parallel):
     step, value = best(tmp_path)
     assert list(rows) == [2, 4, 6] and value == min(rows.values()) == rows[step]
     assert first["best"] == second["best"] and first["best"]["step"] == step
-    distill.distill(settings(**EVERY, emd__steps=8, emd__parallel=parallel), tmp_path)  # on one process
+    distill.distill(settings(**EVERY, emd__steps=8, emd__parallelism__parallel=parallel), tmp_path)  # on one process
     assert best(tmp_path)[1] == min(distances(tmp_path).values())

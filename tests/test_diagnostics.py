@@ -369,7 +369,9 @@ def test_what_is_not_known_is_not_said(tmp_path, monkeypatch):
     monkeypatch.setattr(distill, "evaluate", lambda *_: {})
     distill.distill(settings.load("gmm", TINY), tmp_path / "no_peak")
     assert all("tflops" in row and "mfu" not in row for row in journal.read(tmp_path / "no_peak" / "log.jsonl"))
-    distill.distill(settings.load("gmm", {**TINY, "emd.cuda_graph": True, "peak_tflops": 0.5}), tmp_path / "graph")
+    distill.distill(
+        settings.load("gmm", {**TINY, "emd.compute.cuda_graph": True, "peak_tflops": 0.5}), tmp_path / "graph"
+    )
     assert all("tflops" not in row and "mfu" not in row for row in journal.read(tmp_path / "graph" / "log.jsonl"))
 
 

@@ -102,7 +102,7 @@ def test_a_run_goes_on_on_other_ranks(ranks, tmp_path, before, after):
 
     def on(place, *arguments):
         world, mode = place
-        settings = config(parallel=mode, optimizer="adamw")
+        settings = config(parallel=mode, optimizer_name="adamw")
         return [train(settings, *arguments)] if world == 1 else ranks(world, train, settings, *arguments)
 
     saved = on(before, 2, None, tmp_path / "half")[0][1]

@@ -110,10 +110,10 @@ def test_what_cannot_fit_is_refused_with_what_helps():
         made(parallel="replicate").check(20 * GIB)
     with pytest.raises(ConfigError, match="try a smaller --micro-batch-size"):
         made(parallel="fsdp", activations=2 * GIB).check(20 * GIB)
-    with pytest.raises(ConfigError, match="more devices, or --optimizer adamw_8bit"):
+    with pytest.raises(ConfigError, match="more devices, or --optimizer-name adamw_8bit"):
         made(devices=1).check(20 * GIB)
     # 8-bit moments, and micro-batches that take fewer samples through at a time, are seen.
-    assert made(optimizer="adamw_8bit").chosen.memory["optimizer"] < made().chosen.memory["optimizer"] / 3
+    assert made(optimizer_name="adamw_8bit").chosen.memory["optimizer"] < made().chosen.memory["optimizer"] / 3
     assert made(devices=8, micro_batch_size=4, activations=1e9).chosen.memory["activations"] == 4e9
     assert made().table().count("not known") == made(activations=1e9).table().count("not known") + 2
     with pytest.raises(ConfigError, match="at least the number of devices, 64, got 32"):
@@ -242,7 +242,7 @@ def test_plan_takes_ceilings_and_any_key_and_invents_nothing(capsys):
     assert not [line for line in whole.splitlines() if "seconds" in line and "not known" in line]
     assert told("--tflops", "10", "--gb-per-second", "1", "--langevin-steps", "32")[1] != whole
     for words, said in (
-        (["--langevin-stepz", "4"], "did you mean --langevin-steps"),
+        (["--langevin-stepz", "4"], "did you mean '--langevin-steps'"),
         (["--parallel", "hybrid", "--shard-group", "3"], "shard_group must divide the 4 ranks, got 3"),
         (["--batch-size", "2"], "at least the number of devices, 4, got 2"),
         (["--device-memory", "1e-6"], "GiB a device"),

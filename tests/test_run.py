@@ -73,7 +73,10 @@ def test_a_run_leaves_the_promised_folder(tmp_path, without_pictures):
 
 @pytest.mark.parametrize(
     ("changes", "sinks", "said"),
-    [({}, ("tensorboard",), "TensorBoard is not installed"), ({"emd__optimizer": "adamw_8bit"}, (), "needs torchao")],
+    [
+        ({}, ("tensorboard",), "TensorBoard is not installed"),
+        ({"emd__optimizer__name": "adamw_8bit"}, (), "needs torchao"),
+    ],
 )
 def test_what_is_not_installed_is_said_before_anything_is_made(tmp_path, monkeypatch, changes, sinks, said):
     for module in ("torch.utils.tensorboard", "torchao.optim"):

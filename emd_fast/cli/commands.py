@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import importlib
 import importlib.util
-import json
 import os
-import platform
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -21,25 +18,25 @@ from torch.utils import _pytree as pytree
 
 import emd_fast
 from emd_fast import config
-from emd_fast.cli.options import overrides, parse
-from emd_fast.config import ConfigError, EvaluationConfig, RunConfig
+from emd_fast.cli.errors import REPORTED, report
+from emd_fast.cli.evaluate import evaluate, files_of
+from emd_fast.cli.info import info
+from emd_fast.cli.keys import overrides
+from emd_fast.cli.options import TAKE_KEYS, parse
+from emd_fast.config import ConfigError, RunConfig
 from emd_fast.distributed import GroupError
 from emd_fast.io.files import write_atomic
-
-_FILES = ("detector", "reference", "compare_with", "clip")  # what a pretrained task is judged by
-
-_REPORTED = (OSError, RuntimeError, ValueError, ModuleNotFoundError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit code."""
     options, rest = parse(sys.argv[1:] if arguments is None else arguments)
     try:
-        if rest and options.command not in ("distill", "study", "plan"):
+        if rest and options.command not in TAKE_KEYS:
             raise ConfigError(f"unknown option {rest[0]!r}; see emd-fast {options.command} --help")
         return _COMMANDS[options.command](options, rest)
-    except _REPORTED as error:
-        _report(error)
+    except REPORTED as error:
+        report(error)
         return 2 if isinstance(error, (ConfigError, GroupError)) else 1
     except KeyboardInterrupt:
         return 130
@@ -50,13 +47,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
 
 
-def _report(error: Exception) -> None:
-    """Prints an error once: on one rank if all ranks raise it."""
-    if isinstance(error, _REPORTED) and getattr(error, "main", True):
-        print(f"emd-fast: {error}", file=sys.stderr, flush=True)
-        vars(error)["main"] = False
-
-
 def _settings(options: argparse.Namespace, rest: Sequence[str]) -> RunConfig:
     """The configuration that the options of distill, study and plan describe."""
     from emd_fast.run.distill import shortened
@@ -65,7 +55,7 @@ def _settings(options: argparse.Namespace, rest: Sequence[str]) -> RunConfig:
     for key in ("teacher", "prompts"):
         if getattr(options, key) is not None:
             keys |= {"task": "pretrained", f"pretrained.{key}": getattr(options, key)}
-    keys |= {f"evaluation.{key}": value for key, value in _files(options).items()}
+    keys |= {f"evaluation.{key}": value for key, value in files_of(options).items()}
     settings = config.load(options.recipe, keys)
     return shortened(settings) if options.short else settings
 
@@ -77,7 +67,7 @@ def _distill(options: argparse.Namespace, rest: Sequence[str]) -> int:
     settings = _settings(options, rest)
     folder = options.out or Path("runs") / Path(options.recipe).stem
     sinks = tuple(name for name in ("tensorboard", "wandb") if getattr(options, name))
-    with distributed.process_group(_report):
+    with distributed.process_group(report):
         distill.distill(settings, folder, sinks)
         if distributed.is_main():
             print(folder / "report.md")
@@ -90,7 +80,7 @@ def _study(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
     settings = _settings(options, rest)
     folder = options.out or Path("runs") / f"{Path(options.recipe).stem}-study"
-    with distributed.process_group(_report):
+    with distributed.process_group(report):
         study.conduct(settings, folder)
         if distributed.is_main():
             print(folder / "study.md")
@@ -196,87 +186,6 @@ def _export(options: argparse.Namespace, rest: Sequence[str]) -> int:
     return 0
 
 
-def _evaluate(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    from emd_fast import distributed
-
-    with distributed.process_group(_report):
-        is_run = (options.source / "config.toml").exists() or not options.detector
-        metrics = _evaluate_run(options) if is_run else _evaluate_images(options)
-        if distributed.is_main():
-            print(json.dumps(metrics, indent=1))
-    return 0
-
-
-def _evaluate_run(options: argparse.Namespace) -> dict[str, Any]:
-    from emd_fast.run import distill
-    from emd_fast.run.folder import settings_of
-
-    if options.write_reference:
-        raise ConfigError("--write-reference is for real images: a folder or .zip of them, with --detector")
-    folder = options.source
-    settings = settings_of(folder)
-    changes: dict[str, Any] = {"evaluation": dataclasses.replace(settings.evaluation, **_files(options))}
-    if options.samples:
-        if settings.task == "digits":
-            raise ConfigError("--samples is not for digits: they are as many as there are held-out images")
-        changes["samples"] = options.samples
-    settings = dataclasses.replace(settings, **changes)
-    _, task, trainer = distill.open_run(folder, best=options.best, settings=settings)
-    task.open_references()
-    path = folder / "metrics.json"
-    seconds = json.loads(path.read_text())["seconds"] if path.exists() else {}
-    return distill.evaluate(settings, folder, task, trainer, seconds)
-
-
-def _evaluate_images(options: argparse.Namespace) -> dict[str, Any]:
-    """Of what was exported, or of images in files."""
-    from emd_fast.export import pipeline
-    from emd_fast.metrics import evaluation
-    from emd_fast.metrics.images import ImageFiles, to_uint8
-
-    config.from_dict(EvaluationConfig, _files(options))  # what needs what
-    if options.best or options.clip:
-        raise ConfigError(f"{'--best' if options.best else '--clip'} needs a run folder")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    evaluator = evaluation.Evaluator.read(**_files(options), device=device)
-    if (options.source / pipeline.EXPORTED).exists() or options.source.suffix == ".safetensors":
-        if options.write_reference:
-            raise ConfigError("--write-reference is for real images: a folder or .zip of them")
-        one_step = pipeline.load(options.source, device=device)
-        n = options.samples or evaluation.COMPARABLE
-
-        def images(first: int, n: int) -> torch.Tensor:
-            return to_uint8(one_step.decode(one_step.sample(n, first_sample=first)))
-
-        found = evaluation.evaluate(evaluator, images, n, options.batch_size)
-        return found | evaluation.provenance(evaluator, n, one_step.metadata.seed)
-    files = ImageFiles(options.source)
-    if options.samples not in (None, len(files)):
-        raise ConfigError(f"{options.source} has {len(files)} images, --samples is {options.samples}")
-    if options.write_reference:
-        return _write_reference(options.write_reference, evaluator, files, options.batch_size)
-    found = evaluation.evaluate(evaluator, files, len(files), options.batch_size)
-    return found | evaluation.provenance(evaluator, len(files))
-
-
-def _write_reference(out: Path, evaluator: Any, files: Any, batch: int) -> dict[str, Any]:
-    from emd_fast import distributed
-    from emd_fast.metrics import evaluation, reference
-
-    if out.suffix != ".npz":
-        raise ConfigError(f"--write-reference must end in .npz, got {out}")
-    moments = evaluation.moments_of(evaluator.detector, files, len(files), batch)
-    detector = evaluator.detector.sha256
-    distributed.on_main(lambda: reference.save(out, moments, files.shape, detector))
-    written = reference.load(out)
-    return {"n": len(files), "reference": {"file": str(out), "sha256": written.sha256}, "detector": detector}
-
-
-def _files(options: argparse.Namespace) -> dict[str, Any]:
-    """The files to judge by that were given as options."""
-    return {name: getattr(options, name) for name in _FILES if getattr(options, name) is not None}
-
-
 def _replay(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from emd_fast.run.replay import replay
 
@@ -315,62 +224,15 @@ def _convert(options: argparse.Namespace, rest: Sequence[str]) -> int:
     return 0
 
 
-def _info(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    from emd_fast.backends import native
-
-    report = emd_fast.backend_report()
-    facts = {
-        "emd_fast": emd_fast.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        **{name: _found(name) for name in ("triton", "xformers", "diffusers", "sklearn")},
-        "apex": _apex(),
-        "native": native.facts(),
-    }
-    if options.json:
-        print(json.dumps({**facts, "ops": report}, indent=1))
-        return 0
-    for name, value in facts.items():
-        print(f"{name:12} {value}")
-    print(f"\n{'op':22} {'cpu tensors':12} {'cuda tensors':12}")
-    for op, by_device in report.items():
-        print(f"{op:22} {by_device['cpu']['backend']:12} {by_device['cuda']['backend']:12}")
-    reasons = {
-        f"{device}: {row['reason']}"
-        for by_device in report.values()
-        for device, row in by_device.items()
-        if row["reason"]
-    }
-    print("\nwhy not a faster backend:", *(sorted(reasons) or ["every op has its fastest"]), sep="\n  ")
-    return 0
-
-
-def _found(package: str) -> str:
-    """Whether it could be imported, without importing it."""
-    return "installed" if importlib.util.find_spec(package) else "not installed"
-
-
-def _apex() -> str:
-    """NVIDIA's apex is known by its features: the package called apex on PyPI is another thing."""
-    found = importlib.util.find_spec("apex")
-    if found is None:
-        return "not installed"
-    folders = [Path(folder) for folder in found.submodule_search_locations or []]
-    nvidia = any((folder / "optimizers" / "fused_adam.py").exists() for folder in folders)
-    return "NVIDIA's" if nvidia else "installed, but not NVIDIA's apex"
-
-
 _COMMANDS = {
     "distill": _distill,
     "study": _study,
     "plan": _plan,
     "sample": _sample,
     "export": _export,
-    "evaluate": _evaluate,
+    "evaluate": evaluate,
     "replay": _replay,
     "bench": _bench,
     "convert": _convert,
-    "info": _info,
+    "info": info,
 }

@@ -1,86 +1,34 @@
-"""The words of the command line: its commands and their options, and every key of the configuration as an option."""
+"""Commands of the command line and their options. keys.py has the keys of the configuration."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import difflib
 import math
 import re
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import emd_fast
 from emd_fast import config
-from emd_fast.config import (
-    ConfigError,
-    EMDConfig,
-    EvaluationConfig,
-    MixtureConfig,
-    PretrainedConfig,
-    RunConfig,
-    TeacherConfig,
-)
+from emd_fast.cli import keys
 
-_TABLES = {
-    "emd": EMDConfig,
-    "teacher": TeacherConfig,
-    "mixture": MixtureConfig,
-    "pretrained": PretrainedConfig,
-    "evaluation": EvaluationConfig,
-}
+TAKE_KEYS = ("distill", "study", "plan")  # commands that take keys of the configuration as options
 
 
 def parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The command and its options, and the words that are neither: keys of the configuration, for `overrides`."""
+    """Parses the command and its options; what is left is for `keys.overrides`."""
     return _parser().parse_known_args(_with_recipe(list(words)))
 
 
-def overrides(words: Sequence[str]) -> dict[str, Any]:
-    """{"emd.gamma_z": 0.02} from ["--gamma-z", "0.02"].
-
-    Raises:
-        ConfigError: an unknown option, with the nearest right one, or one without a value.
-    """
-    known = {item.name: item.name for item in dataclasses.fields(RunConfig) if item.name not in _TABLES}
-    for table, cls in _TABLES.items():
-        known |= {f"{table}.{item.name}": f"{table}.{item.name}" for item in dataclasses.fields(cls)}
-    known |= {item.name: f"emd.{item.name}" for item in dataclasses.fields(EMDConfig)}
-    found: dict[str, Any] = {}
-    rest = list(words)
-    while rest:
-        word = rest.pop(0)
-        option, has_value, value = word.partition("=")
-        key = option.removeprefix("--").replace("-", "_")
-        nested = key.rpartition(".")[0] in ("emd.time_distribution", "emd.fake_score_time_distribution")
-        if not option.startswith("--") or (key not in known and not nested):
-            near = difflib.get_close_matches(key.replace("student", "fake_score"), known, 1)
-            hint = f"; did you mean --{near[0].replace('_', '-')}?" if near else ""
-            raise ConfigError(f"unknown option {option!r}{hint}")
-        if not has_value:
-            if not rest:
-                raise ConfigError(f"{option} needs a value")
-            value = rest.pop(0)
-        found[known.get(key, key)] = _value(value)
-    return found
-
-
-def _value(text: str) -> Any:
-    if text.lower() == "none":
-        return None
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
-
-
 def _with_recipe(words: list[str]) -> list[str]:
-    """`distill --teacher X` is `distill pretrained --teacher X`. An optional argument would take the value of a key of
-    the configuration, which argparse does not know, for the recipe."""
+    """Completes `distill --teacher X` to `distill pretrained --teacher X`.
+
+    An optional argument would not do: argparse would take the value of a key for the recipe.
+    """
     names_teacher = any(word.partition("=")[0] == "--teacher" for word in words)
-    if names_teacher and words[0] in ("distill", "study", "plan") and words[1].startswith("-"):
+    if names_teacher and words[0] in TAKE_KEYS and words[1].startswith("-"):
         return [words[0], "pretrained", *words[1:]]
     return words
 
@@ -122,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         "distill",
         help="train a teacher where the recipe has one, distil it, evaluate",
         description="Runs a recipe into a folder. The same command on the same folder goes on where it stopped.",
-        epilog=_keys(),
+        epilog=keys.described(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _settings(distill)
@@ -255,35 +203,16 @@ def _settings(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "recipe", help=f"{', '.join(config.recipes())}, or a .toml file; may be left out for --teacher"
     )
-    command.add_argument("--teacher", metavar="FOLDER", help="of diffusers, a hub name, or package.module:function")
-    command.add_argument("--prompts", metavar="FILE", help="for --teacher: a prompt in each line, or .safetensors")
+    command.add_argument("--teacher", metavar="FOLDER", help=keys.help_of("pretrained.teacher"))
+    command.add_argument("--prompts", metavar="FILE", help=keys.help_of("pretrained.prompts"))
     _judged_by(command)
     command.add_argument("--short", action="store_true", help="a tenth of all steps: shows that it works, not how well")
 
 
 def _judged_by(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--detector", metavar="FILE", help="TorchScript, as EDM's Inception (docs/evaluation.md)")
-    command.add_argument("--reference", metavar="FILE.npz", help="statistics of real images, for the Fréchet distance")
-    command.add_argument("--compare-with", metavar="IMAGES", help="folder or .zip, for precision and recall")
-    command.add_argument("--clip", metavar="FOLDER", help="of a CLIP model, for the score of prompts given as text")
-
-
-def _keys() -> str:
-    lines = ["configuration (TOML keys as options; those of [emd] also without the prefix):"]
-    for table, cls in {"": RunConfig, **_TABLES}.items():
-        for item in dataclasses.fields(cls):
-            if item.name not in _TABLES:
-                name = f"{table}.{item.name}" if table else item.name
-                default = getattr(cls(**({"emd": EMDConfig(num_classes=10)} if cls is RunConfig else {})), item.name)
-                default = config.to_dict(default) if dataclasses.is_dataclass(default) else default
-                lines.append(f"  --{name.replace('_', '-'):34} {default}")
-    lines += [
-        "units: t-star in the schedule's t (sigma for EDM); time distributions in sigma / alpha; step sizes a number",
-        "or pairs, as in --gamma-z '[[0.05, 1e-4], [0.5, 0.01]]'; steps are optimizer steps of the generator.",
-        "examples: emd-fast distill digits --langevin-steps 8 --seed 1 --out runs/k8",
-        "          emd-fast distill digits --noise-cancellation false --teacher.steps 1000 --out runs/noisy",
-    ]
-    return "\n".join(lines)
+    for name, metavar in {"detector": "FILE", "reference": "FILE", "compare-with": "IMAGES", "clip": "FOLDER"}.items():
+        text = keys.help_of(f"evaluation.{name.replace('-', '_')}")
+        command.add_argument(f"--{name}", metavar=metavar, help=text)
 
 
 def _positive(text: str) -> int:

@@ -126,8 +126,8 @@ def _countable(trainer: EMDTrainer) -> bool:
     under a counter; torchao's optimizer compiles its step.
     """
     warms_up = trainer.steps_done == 0 and trainer.config.fake_score_warmup > 0
-    config = trainer.config
-    return not (warms_up or config.cuda_graph or config.compile or config.optimizer == "adamw_8bit")
+    compute = trainer.config.compute
+    return not (warms_up or compute.cuda_graph or compute.compile or trainer.config.optimizer.name == "adamw_8bit")
 
 
 def _numbers(scalars: dict[str, Tensor]) -> dict[str, float]:

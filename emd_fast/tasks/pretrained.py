@@ -171,7 +171,7 @@ def _images(trainer: EMDTrainer) -> tuple[evaluation.Images, int]:
     def images(first: int, n: int) -> Tensor:
         return to_uint8(decoded(trainer.teacher, trainer.generate(n, first_sample=first)))
 
-    return images, config.micro_batch_size or -(-config.batch_size // distributed.world_size())
+    return images, config.compute.micro_batch_size or -(-config.batch_size // distributed.world_size())
 
 
 def _lines(prompts: Path) -> list[str]:

@@ -105,7 +105,7 @@ class BatchSampler:
     def micro_batches(self, cond: Condition, substep: int) -> list[MicroBatch]:
         """This rank's share of the global batch, split into micro-batches."""
         first, last = distributed.share(self.config.batch_size)
-        size = self.config.micro_batch_size or last - first
+        size = self.config.compute.micro_batch_size or last - first
         starts = range(first, last, size)
         return [self.micro_batch(cond, substep, range(start, min(start + size, last))) for start in starts]
 

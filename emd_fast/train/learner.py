@@ -33,13 +33,14 @@ class Learner:
     def __init__(self, network: nn.Module, lr: float, compute_dtype: torch.dtype, config: EMDConfig) -> None:
         self.network, self.lr = network, lr
         self.trainable = TrainableParameters(network)
-        self.optimizer = optimizers.make(config, self.trainable.parameters, lr)
+        self.optimizer = optimizers.make(config.optimizer, self.trainable.parameters, lr)
         self._dtype, self._config = compute_dtype, config
         self._device = self.trainable.parameters[0].device
 
     def schedule(self, step: int) -> None:
         """Sets the learning rate of an optimizer step."""
-        optimizers.set_rate(self.optimizer, self.lr * optimizers.rate_scale(self._config, step))
+        scale = optimizers.rate_scale(self._config.optimizer, step, self._config.steps)
+        optimizers.set_rate(self.optimizer, self.lr * scale)
 
     def accumulate(self, micro_batches: Sequence[Any], losses: Callable[[Any], Tensor]) -> Tensor:
         """Computes the gradient of this rank's samples, in place of the one before.
@@ -71,8 +72,8 @@ class Learner:
         self.trainable.reduce_gradients()
         norms = self.trainable.gradient_norms()
         norm = torch.linalg.vector_norm(norms)
-        if self._config.grad_clip:
-            nn.utils.clip_grads_with_norm_(self.trainable.parameters, self._config.grad_clip, norm)
+        if self._config.optimizer.grad_clip:
+            nn.utils.clip_grads_with_norm_(self.trainable.parameters, self._config.optimizer.grad_clip, norm)
         finite = torch.isfinite(norm)
         self.trainable.note_bad(norms)
         if optimizers.skips_on_device(self.optimizer):
@@ -84,6 +85,6 @@ class Learner:
         return norm
 
     def _checkpointing(self) -> contextlib.AbstractContextManager[None]:
-        if self._config.activation_checkpointing:
+        if self._config.compute.activation_checkpointing:
             return activation_checkpoint(self.network)
         return contextlib.nullcontext()

@@ -62,8 +62,8 @@ def prepare(teacher: Denoiser, config: EMDConfig, generator: nn.Module | None, f
         lambda: {"path": unwrap(teacher).source, "sha256": fingerprint(unwrap(teacher))}
     )
     device = distributed.device_of(generator)
-    dtype = compute_dtype(config.precision, device)
-    mode, reason = distributed.resolve(config.parallel, sum(p.numel() for p in generator.parameters()))
+    dtype = compute_dtype(config.compute.precision, device)
+    mode, reason = distributed.resolve(config.parallelism.parallel, sum(p.numel() for p in generator.parameters()))
     if dtype == torch.float32:
         if any(p.is_floating_point() and p.itemsize < dtype.itemsize for p in teacher.parameters()):
             teacher = trainable(teacher)  # matmuls refuse float16 weights with float32 inputs
@@ -72,11 +72,11 @@ def prepare(teacher: Denoiser, config: EMDConfig, generator: nn.Module | None, f
     for network, trains in ((teacher, False), (generator, True), (fake_score, True)):
         network.eval().requires_grad_(trains)  # eval: no dropout and no batch statistics
     three = (generator, teacher, fake_score)
-    if config.fuse:
-        _fuse_all(*three, compile=config.compile)
-    ema = average.EMA(generator, average.profile(config))
+    if config.compute.fuse:
+        _fuse_all(*three, compile=config.compute.compile)
+    ema = average.EMA(generator, average.profile(config.average, config.batch_size))
     _spread(three, ema.module, mode, device=device, dtype=dtype, config=config)
-    if config.activation_checkpointing:
+    if config.compute.activation_checkpointing:
         _check_blocks(generator=generator, fake_score=fake_score)
     latent_shape = getattr(generator, "latent_shape", None) or shape
     return Prepared(three, ema, facts, device, dtype, f"{mode}: {reason}", shape, latent_shape)
@@ -154,7 +154,7 @@ def _spread(
     """
     if distributed.world_size() == 1:
         return
-    mesh = distributed.make_mesh(mode, device, config.shard_group)
+    mesh = distributed.make_mesh(mode, device, config.parallelism.shard_group)
     for network in networks:
         precision = torch.bfloat16 if dtype == torch.bfloat16 else None
         distributed.shard(network, mode, precision=precision, mesh=mesh, device=device)
@@ -180,7 +180,9 @@ def _check_bare(**networks: nn.Module | None) -> None:
     for name, network in networks.items():
         modules = network.modules() if isinstance(network, nn.Module) else ()
         if any(isinstance(module, DistributedDataParallel) or distributed.is_fsdp(module) for module in modules):
-            raise ValueError(f"the {name} is wrapped in DDP or FSDP2: give it bare, and say config.parallel")
+            raise ValueError(
+                f"the {name} is wrapped in DDP or FSDP2: give it bare, and set parallel in the configuration"
+            )
 
 
 def _check_finite(name: str, module: nn.Module) -> None:

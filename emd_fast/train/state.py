@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,25 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from emd_fast.config import ConfigError, EMDConfig, from_dict
+from emd_fast.config import ConfigError, EMDConfig, forbidden_change, from_dict
 from emd_fast.train import checkpoint, optimizers
 from emd_fast.train.checkpoint import CheckpointError
 from emd_fast.train.learner import Learner
-
-# What may change between two legs of one run; everything else makes it another run. They change time, memory, limits
-# and the order in which numbers are summed.
-RESUMABLE = {
-    "steps",
-    "max_z_rms",
-    "max_skipped",
-    "micro_batch_size",
-    "parallel",
-    "shard_group",
-    "fuse",
-    "compile",
-    "cuda_graph",
-    "activation_checkpointing",
-}
 
 
 @dataclass(frozen=True)
@@ -182,7 +166,7 @@ def read_facts(path: str | Path, facts: Mapping[str, Any]) -> SavedFacts:
         case _:
             raise CheckpointError(f"{path} is not a checkpoint of a trainer: its facts are missing or of another form")
     try:
-        return SavedFacts(from_dict(EMDConfig, config), step, skipped, teacher, counters)
+        return SavedFacts(from_dict(EMDConfig, config, "emd"), step, skipped, teacher, counters)
     except (ConfigError, TypeError) as error:
         raise CheckpointError(f"{path} holds a configuration this release cannot read: {error}") from None
 
@@ -200,14 +184,11 @@ def check_config(path: str | Path, saved: EMDConfig, now: EMDConfig) -> None:
     Raises:
         CheckpointError: a value differs that must not change within a run.
     """
-    # A schedule that ends at the last step is another one when the last step moves.
-    may_change = RESUMABLE - ({"steps"} if saved.lr_schedule != "constant" else set())
-    for item in dataclasses.fields(EMDConfig):
-        was, is_now = getattr(saved, item.name), getattr(now, item.name)
-        if was != is_now and item.name not in may_change:
-            raise CheckpointError(
-                f"{path} was made with {item.name} = {was!r}, not {is_now!r}; another run needs another folder"
-            )
+    change = forbidden_change(saved, now)
+    if change is not None:
+        raise CheckpointError(
+            f"{path} was made with {change.key} = {change.was!r}, not {change.now!r}; another run needs another folder"
+        )
 
 
 def check_teacher(path: str | Path, saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:

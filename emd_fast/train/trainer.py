@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from emd_fast import distributed
-from emd_fast.config import EMDConfig, to_dict
+from emd_fast.config import EMDConfig, flatten, to_dict
 from emd_fast.diffusion.denoiser import Condition, Denoiser, unwrap
 from emd_fast.distributed import gathered
 from emd_fast.em.cuda_graph import GraphedEStep
@@ -42,13 +42,13 @@ class EMDTrainer:
             metrics = trainer.step()
 
     Under a process group (`emd_fast.distributed.process_group`) every rank builds the same trainer
-    and makes the same calls. The networks are spread over the ranks as `config.parallel` says, and
+    and makes the same calls. The networks are spread over the ranks as `config.parallelism` says, and
     each rank takes its share of the batch. Networks that are too large for one process may be on the
     meta device on all ranks but the first.
 
     Args:
         teacher: a Denoiser; its weights never change. It is set to eval mode and to require no
-            gradients, fused if config.fuse is set, and sharded if config.parallel shards.
+            gradients, fused if compute.fuse is set, and sharded if parallelism says so.
             Replicas and single processes that compute in bfloat16 leave it as it is and keep a copy
             with bfloat16 weights: delete yours to free its float32 weights.
         config: configuration of the distillation.
@@ -76,7 +76,7 @@ class EMDTrainer:
     ) -> None:
         if not isinstance(config, EMDConfig):
             raise TypeError(f"config must be an EMDConfig, got {type(config).__name__}")
-        distributed.check_same(to_dict(config))
+        distributed.check_same(flatten(config))
         self.config = config
         prepared = networks.prepare(teacher, config, generator, fake_score)
         self.generator, self.teacher, self.fake_score = three = prepared.three
@@ -87,12 +87,12 @@ class EMDTrainer:
         self.schedule = unwrap(teacher).schedule
         self.noise = Noise(config.seed, device=self.device)
         self.learners = {
-            "generator": Learner(self.generator, config.generator_lr, self.compute_dtype, config),
-            "fake_score": Learner(self.fake_score, config.fake_score_lr, self.compute_dtype, config),
+            "generator": Learner(self.generator, config.optimizer.generator_lr, self.compute_dtype, config),
+            "fake_score": Learner(self.fake_score, config.optimizer.fake_score_lr, self.compute_dtype, config),
         }
         self._langevin_steps = 1 if config.objective == "vsd" else config.langevin_steps
         self._graphed: GraphedEStep | None = None
-        if config.cuda_graph:
+        if config.compute.cuda_graph:
             steps = self._langevin_steps
             self._graphed = GraphedEStep(*three, steps=steps, guidance=config.guidance, noise=self.noise)
         self.prompts = None if prompts is None else conditions.table(prompts)
