@@ -197,7 +197,7 @@ def test_a_wrong_file_is_found_before_the_training(call, there, tmp_path):
         ("--detector", "d.pt", "--reference", "other.npz"): "statistics of 3 (fid) features, the detector gives 6",
         ("--reference", "r.npz"): "reference needs a detector",
         ("--evaluation.every", "8"): "evaluation.every needs a Fréchet distance: give --detector FILE and --reference",
-        ("--evaluation.every", "-1"): "every must be at least 0 images",
+        ("--evaluation.every", "-1"): "every must be at least 0, got -1",
         ("--clip", "real"): "holds no CLIP model",
     }.items():
         code, _, err = call(*words, *extra)

@@ -60,12 +60,15 @@ def _evaluate_images(options: argparse.Namespace) -> dict[str, Any]:
     from emd_fast.export import pipeline
     from emd_fast.metrics import evaluation
     from emd_fast.metrics.images import ImageFiles, to_uint8
+    from emd_fast.reporting.progress import say
 
     config.from_dict(EvaluationConfig, files_of(options))  # what needs what
     if options.best or options.clip:
         raise ConfigError(f"{'--best' if options.best else '--clip'} needs a run folder")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     evaluator = evaluation.Evaluator.read(**files_of(options), device=device)
+    if evaluator.compare_with is not None:
+        say(evaluator.compare_with.summary)
     if (options.source / pipeline.EXPORTED).exists() or options.source.suffix == ".safetensors":
         if options.write_reference:
             raise ConfigError("--write-reference is for real images: a folder or .zip of them")
@@ -78,6 +81,7 @@ def _evaluate_images(options: argparse.Namespace) -> dict[str, Any]:
         found = evaluation.evaluate(evaluator, images, n, options.batch_size)
         return found | evaluation.provenance(evaluator, n, one_step.metadata.seed)
     files = ImageFiles(options.source)
+    say(files.summary)
     if options.samples not in (None, len(files)):
         raise ConfigError(f"{options.source} has {len(files)} images, --samples is {options.samples}")
     if options.write_reference:

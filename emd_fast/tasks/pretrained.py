@@ -110,6 +110,8 @@ class Pretrained:
 
     def open_references(self) -> None:
         self.evaluator.check()
+        if self.evaluator.compare_with is not None:
+            say(self.evaluator.compare_with.summary)
         if self.evaluator.clip is not None and not self._has_texts():
             raise ConfigError("the CLIP score needs prompts as text: give --prompts FILE, a prompt in each line")
 
