@@ -94,11 +94,6 @@ def test_moments_of_few_bits_are_that_after_a_resume_too(monkeypatch, tmp_path):
     assert_same_state(whole, resumed)
 
 
-def test_an_unknown_optimizer_gets_the_nearest_right_one():
-    with pytest.raises(ConfigError, match=r"optimizer_name must be one of .*did you mean 'adamw'"):
-        OptimizerConfig(name="adam")
-
-
 def scales(**changes):
     return [optimizers.rate_scale(OptimizerConfig(**changes), step, steps=100) for step in range(100)]
 

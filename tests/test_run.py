@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -21,7 +22,7 @@ from emd_fast.em import score_difference
 from emd_fast.io.files import write_atomic
 from emd_fast.reporting import journal, report
 from emd_fast.run import distill, study
-from emd_fast.run.folder import RunError, locked
+from emd_fast.run.folder import RunError, locked, open_folder
 from emd_fast.run.signals import Interrupted
 from emd_fast.train import checkpoint
 from emd_fast.train.checkpoint import CheckpointError
@@ -213,6 +214,17 @@ def test_another_configuration_in_the_same_folder_is_refused(tmp_path):
     with pytest.raises(RunError, match=r"emd\.gamma_eps = 0\.16, not 0\.2"):
         distill.distill(settings(emd__gamma_eps=0.2), tmp_path)
     assert (tmp_path / "config.toml").read_text() == before
+
+
+def test_the_last_step_of_a_schedule_stays_where_it_is(tmp_path):
+    ends = {"emd__optimizer__lr_schedule": "linear"}
+    for steps in (2, 3):  # nothing has begun
+        with contextlib.ExitStack() as held:
+            open_folder(tmp_path, settings(emd__steps=steps, **ends), held)
+    (tmp_path / "log.jsonl").touch()
+    with contextlib.ExitStack() as held, pytest.raises(RunError, match=r"emd\.steps = 3, not 4"):
+        open_folder(tmp_path, settings(emd__steps=4, **ends), held)
+    assert config.load(str(tmp_path / "config.toml")) == settings(emd__steps=3, **ends)
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):

@@ -145,11 +145,6 @@ def test_compiled_blocks_train():
     torch.compiler.reset()
 
 
-def test_compile_is_part_of_fuse():
-    with pytest.raises(ConfigError, match="compile must be False without fuse"):
-        config(compile=True, fuse=False)
-
-
 @pytest.mark.parametrize(
     "changes",
     [{}, {"guidance": 1.5}, {"sampling": "x_z", "gamma_z": [[0.1, 0.001], [1.0, 0.01]]}, {"objective": "vsd"}],

@@ -1,4 +1,7 @@
-"""The command line `emd-fast`. Exit codes: 0 done, 2 usage, 128 + N ended by signal N, 1 otherwise."""
+"""What the commands of `emd-fast` do.
+
+Exit codes: 0 done, 2 usage, 128 + N ended by signal N, 1 otherwise.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _settings(options: argparse.Namespace, rest: Sequence[str]) -> RunConfig:
-    """The configuration that the options of distill, study and plan describe."""
+    """Loads the configuration that the options of distill, study and plan describe."""
     from emd_fast.run.distill import shortened
 
     keys = overrides(rest)
@@ -145,7 +148,11 @@ def _sample(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def _generator(options: argparse.Namespace) -> tuple[Callable, Callable, Callable, int]:
-    """How to generate, decode and encode prompts, and the number of classes: of a run, or of what was exported."""
+    """Opens a run or an exported generator.
+
+    Returns:
+        Functions that generate, decode and encode prompts, and the number of classes.
+    """
     from emd_fast.export import pipeline
     from emd_fast.run import distill
     from emd_fast.tasks.pretrained import decoded
@@ -199,8 +206,8 @@ def _replay(options: argparse.Namespace, rest: Sequence[str]) -> int:
 def _bench(options: argparse.Namespace, rest: Sequence[str]) -> int:
     folder = Path(emd_fast.__file__).resolve().parents[1] / "benchmarks"
     if not (folder / "harness" / "command.py").exists():
-        raise RuntimeError("the bench is not part of an installation: it runs from a checkout, as emd-fast bench there")
-    # By its path: another package of this name may be installed.
+        raise RuntimeError("emd-fast bench needs a checkout: an installation has no benchmarks/")
+    # Loaded by its path, since another package named benchmarks may be installed.
     loaded = getattr(sys.modules.get("benchmarks"), "__file__", None)
     if loaded is None or Path(loaded).resolve() != folder / "__init__.py":
         spec = importlib.util.spec_from_file_location(
@@ -210,7 +217,7 @@ def _bench(options: argparse.Namespace, rest: Sequence[str]) -> int:
         sys.modules["benchmarks"] = package = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(package)
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))  # where --against looks, besides what is installed
+        sys.path.append(str(Path.cwd()))  # so that --against finds modules here
     code: int = importlib.import_module("benchmarks.harness.command").run(options)
     return code
 

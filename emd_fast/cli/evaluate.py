@@ -1,4 +1,4 @@
-"""The command `emd-fast evaluate`: of a run, of what was exported, or of images in files."""
+"""The command `emd-fast evaluate`: metrics of a run, an exported generator or images in files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _FILES = ("detector", "reference", "compare_with", "clip")
 
 
 def files_of(options: argparse.Namespace) -> dict[str, Any]:
-    """The files to judge by that were given as options, by their key of [evaluation]."""
+    """Returns the values of the options that are keys of [evaluation]."""
     return {name: getattr(options, name) for name in _FILES if getattr(options, name) is not None}
 
 
@@ -45,7 +45,7 @@ def _evaluate_run(options: argparse.Namespace) -> dict[str, Any]:
     changes: dict[str, Any] = {"evaluation": dataclasses.replace(settings.evaluation, **files_of(options))}
     if options.samples:
         if settings.task == "digits":
-            raise ConfigError("--samples is not for digits: they are as many as there are held-out images")
+            raise ConfigError("--samples is not for digits: it is the number of held-out images")
         changes["samples"] = options.samples
     settings = dataclasses.replace(settings, **changes)
     _, task, trainer = distill.open_run(folder, best=options.best, settings=settings)
@@ -56,13 +56,13 @@ def _evaluate_run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _evaluate_images(options: argparse.Namespace) -> dict[str, Any]:
-    """Of what was exported, or of images in files."""
+    """Computes the metrics of an exported generator or of images in files."""
     from emd_fast.export import pipeline
     from emd_fast.metrics import evaluation
     from emd_fast.metrics.images import ImageFiles, to_uint8
     from emd_fast.reporting.progress import say
 
-    config.from_dict(EvaluationConfig, files_of(options))  # what needs what
+    config.from_dict(EvaluationConfig, files_of(options))  # checks which files need others
     if options.best or options.clip:
         raise ConfigError(f"{'--best' if options.best else '--clip'} needs a run folder")
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -47,12 +47,12 @@ def info(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def _found(package: str) -> str:
-    """Whether it could be imported, without importing it."""
+    """Checks whether a package is installed, without importing it."""
     return "installed" if importlib.util.find_spec(package) else "not installed"
 
 
 def _apex() -> str:
-    """NVIDIA's apex is known by its features: the package called apex on PyPI is another thing."""
+    """Recognises NVIDIA's apex by its files: the PyPI package named apex is another project."""
     found = importlib.util.find_spec("apex")
     if found is None:
         return "not installed"

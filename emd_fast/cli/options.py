@@ -34,7 +34,7 @@ def _with_recipe(words: list[str]) -> list[str]:
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse, but a wrong word gets the nearest right one, and no part of a word passes for it."""
+    """An ArgumentParser that names the nearest right word, and accepts no abbreviations."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"allow_abbrev": False, **options})
@@ -50,17 +50,17 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="emd-fast",
-        description="EM Distillation: a diffusion teacher becomes a generator that needs one network call.",
+        description="EM Distillation: turns a diffusion model into a one-step generator.",
         epilog="examples:\n"
         "  emd-fast distill digits --out runs/digits          train, distil, evaluate, report\n"
-        "  emd-fast study gmm                                 K = 1 to 16 on a mixture with exact scores\n"
-        "  emd-fast distill --teacher FOLDER --out runs/mine  distil a model of diffusers, or of your own\n"
-        "  emd-fast sample runs/digits -n 100 --out grid.png  pictures of the one-step generator\n"
+        "  emd-fast study gmm                                 compare K = 1 to 16 on a mixture\n"
+        "  emd-fast distill --teacher FOLDER --out runs/mine  distil a model of your own\n"
+        "  emd-fast sample runs/digits -n 100 --out grid.png  draw samples of the generator\n"
         "  emd-fast evaluate runs/mine --detector inception.pt --reference imagenet-64x64.npz\n"
-        "  emd-fast export runs/mine one-step                 a folder that DiffusionPipeline.from_pretrained loads\n"
-        "  emd-fast plan digits --devices 64                  memory and traffic of each device, beforehand\n"
-        "  emd-fast replay runs/digits --step 400 --sample 7  one sample's E-step again, step by step\n"
-        "  emd-fast info                                      every op, its backend here, and why not a faster one",
+        "  emd-fast export runs/mine one-step                 write a diffusers pipeline\n"
+        "  emd-fast plan digits --devices 64                  estimate memory and traffic of a device\n"
+        "  emd-fast replay runs/digits --step 400 --sample 7  repeat one sample's E-step\n"
+        "  emd-fast info                                      list ops, backends and versions",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"emd-fast {emd_fast.__version__}")
@@ -68,145 +68,149 @@ def _parser() -> argparse.ArgumentParser:
 
     distill = commands.add_parser(
         "distill",
-        help="train a teacher where the recipe has one, distil it, evaluate",
-        description="Runs a recipe into a folder. The same command on the same folder goes on where it stopped.",
+        help="distil a recipe's teacher, and evaluate the generator",
+        description="Runs a recipe. The same command on the same folder resumes the run.",
         epilog=keys.described(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _settings(distill)
     distill.add_argument("--out", type=Path, help="run folder (default: runs/RECIPE)")
-    distill.add_argument("--tensorboard", action="store_true", help="log to TensorBoard too")
-    distill.add_argument("--wandb", action="store_true", help="log to Weights & Biases too")
+    distill.add_argument("--tensorboard", action="store_true", help="also log to TensorBoard")
+    distill.add_argument("--wandb", action="store_true", help="also log to Weights & Biases")
 
     study = commands.add_parser(
         "study",
-        help="a recipe with several K and seeds: a table",
-        description="Runs the study of the recipe digits or gmm. The same command on the same folder resumes it.",
-        epilog="takes the configuration keys that distill takes: see emd-fast distill --help",
+        help="compare several K over several seeds",
+        description="Runs the study of digits or gmm. The same command on the same folder resumes it.",
+        epilog="takes the keys of the configuration too: see emd-fast distill --help",
     )
     _settings(study)
     study.add_argument("--out", type=Path, help="folder of the study (default: runs/RECIPE-study)")
 
     plan = commands.add_parser(
         "plan",
-        help="what a recipe would need of each device: memory, traffic, time",
-        description="Prints the configuration, and what it needs with every way to lay the networks out. Counted "
-        "from the sizes of the networks; nothing is run. Times are lower bounds from the ceilings that you give.",
-        epilog="takes the configuration keys that distill takes: see emd-fast distill --help",
+        help="estimate memory, traffic and time of a recipe on each device",
+        description="Prints the configuration and its requirements under each parallel mode, computed "
+        "from the sizes of the networks. Nothing is run. Times are lower bounds that follow from the "
+        "peak rates given as options.",
+        epilog="takes the keys of the configuration too: see emd-fast distill --help",
     )
     _settings(plan)
-    plan.add_argument("--devices", type=_positive, help="how many (default: those of torchrun, or one)")
-    plan.add_argument("--device-memory", type=_above_0, help="refuse what does not fit into so many GiB")
-    plan.add_argument("--tflops", type=_above_0, help="of a device, in the compute dtype: for the time of a step")
-    plan.add_argument("--gb-per-second", type=_above_0, help="that a device receives from others, in 10^9 bytes")
+    plan.add_argument("--devices", type=_positive, help="number of devices (default: that of torchrun, or 1)")
+    plan.add_argument("--device-memory", type=_above_0, help="memory of a device in GiB: fail if the run does not fit")
+    plan.add_argument("--tflops", type=_above_0, help="peak TFLOP/s of a device in the compute dtype")
+    plan.add_argument("--gb-per-second", type=_above_0, help="peak rate at which a device receives, in 10^9 bytes/s")
 
-    sample = commands.add_parser("sample", help="pictures of a run's one-step generator, or of an exported one")
-    sample.add_argument("run", type=Path, help="run folder, or what `emd-fast export` wrote")
-    sample.add_argument("-n", type=_positive, default=100, help="how many samples (default 100)")
+    sample = commands.add_parser("sample", help="draw samples of a run's generator, or of an exported one")
+    sample.add_argument("run", type=Path, help="run folder, or an exported generator")
+    sample.add_argument("-n", type=_positive, default=100, help="number of samples (default 100)")
     sample.add_argument(
-        "--out", type=Path, required=True, help=".png for a grid or scatter, .pt for (n, ...), or a folder"
+        "--out", type=Path, required=True, help=".png for one picture, .pt for a tensor (n, ...), or a folder"
     )
-    sample.add_argument("--label", type=int, help="one class for all; classes in turn by default")
-    sample.add_argument("--prompt", help="one prompt for all; the run's prompts in turn by default")
-    sample.add_argument("--first", type=int, default=0, help="index of the first sample in the stream (default 0)")
-    sample.add_argument("--raw", action="store_true", help="the generator itself, not the average of its weights")
-    sample.add_argument("--best", action="store_true", help="of the run's best checkpoint, not its last")
+    sample.add_argument("--label", type=int, help="class of all samples (default: each class in turn)")
+    sample.add_argument("--prompt", help="prompt of all samples (default: each of the run's in turn)")
+    sample.add_argument("--first", type=int, default=0, help="index of the first sample (default 0)")
+    sample.add_argument("--raw", action="store_true", help="use the raw weights, not their average")
+    sample.add_argument("--best", action="store_true", help="use the best checkpoint, not the last")
 
     export = commands.add_parser(
         "export",
-        help="a run's one-step generator as a pipeline folder of diffusers, or one file",
-        epilog="docs/export.md says which pipelines sample it, and how",
+        help="write a run's generator as a diffusers pipeline, or as one file",
+        epilog="docs/export.md has the pipelines that can sample it",
     )
     export.add_argument("run", type=Path, help="run folder")
     export.add_argument("out", type=Path, help="a new folder, or a .safetensors file")
-    export.add_argument("--raw", action="store_true", help="the generator itself, not the average of its weights")
-    export.add_argument("--best", action="store_true", help="the run's best checkpoint, not its last")
+    export.add_argument("--raw", action="store_true", help="use the raw weights, not their average")
+    export.add_argument("--best", action="store_true", help="use the best checkpoint, not the last")
 
     evaluate = commands.add_parser(
         "evaluate",
-        help="metrics.json and report.md of a run, again; Fréchet distance and others of a run, a generator or images",
-        description="By the figures of the run's task; with --detector by that, of whatever makes or holds images.",
-        epilog="docs/evaluation.md says what the numbers are and what they compare with",
+        help="compute the metrics of a run, an exported generator, or images",
+        description="Writes metrics.json and report.md of a run again. With --detector it also takes an "
+        "exported generator, or a folder or .zip of images.",
+        epilog="docs/evaluation.md defines the metrics",
     )
-    evaluate.add_argument(
-        "source", type=Path, help="run folder; with --detector also what `emd-fast export` wrote, or images"
-    )
+    evaluate.add_argument("source", type=Path, help="run folder; with --detector also an exported generator, or images")
     _judged_by(evaluate)
-    evaluate.add_argument("--samples", type=_positive, help="how many to draw (default: the run's; 50,000)")
-    evaluate.add_argument("--batch-size", type=_positive, default=64, help="of a generator or images (default 64)")
-    evaluate.add_argument("--best", action="store_true", help="the run's best checkpoint, not its last")
+    evaluate.add_argument("--samples", type=_positive, help="number of samples (default: the run's, or 50,000)")
+    evaluate.add_argument("--batch-size", type=_positive, default=64, help="images in a pass (default 64)")
+    evaluate.add_argument("--best", action="store_true", help="use the best checkpoint, not the last")
     evaluate.add_argument(
         "--write-reference",
         type=Path,
         metavar="OUT.npz",
-        help="the images' statistics, as a reference for others",
+        help="write the images' statistics as a reference",
     )
 
     replay = commands.add_parser(
         "replay",
-        help="one sample's E-step of a run again, Langevin step by step",
-        description="On one process, however many the run had: noise, time and condition are those of the run. The "
-        "weights are those of the last checkpoint at or before the step.",
+        help="repeat the E-step of one sample of a run",
+        description="Repeats it in one process, with the noise, time and condition of the run. The weights "
+        "are those of the last checkpoint at or before the step.",
     )
     replay.add_argument("run", type=Path, help="run folder")
     replay.add_argument("--step", type=int, required=True, help="optimizer step, counted from 0")
-    replay.add_argument("--sample", type=int, required=True, help="index in the batch of all devices")
-    replay.add_argument("--out", type=Path, help="folder of table and pictures (default: RUN/replay/step-N-sample-I)")
+    replay.add_argument("--sample", type=int, required=True, help="index in the global batch")
+    replay.add_argument("--out", type=Path, help="output folder (default: RUN/replay/step-N-sample-I)")
     replay.add_argument(
         "--catch-up",
         action="store_true",
-        help="first repeat on the whole batch what the run did since the checkpoint, the fake score's updates included",
+        help="first repeat the steps from the checkpoint on, on the whole batch",
     )
 
     bench = commands.add_parser(
         "bench",
-        help="time the ops beside PyTorch and other libraries (from a checkout)",
-        description="Contenders that were found right, timed in turn in one process. Without OP: every op.",
-        epilog="--against gets the op's own arguments, all by keyword, and does what the op does: docs/benchmarks.md",
+        help="time the ops against PyTorch and other libraries (needs a checkout)",
+        description="Verifies the contenders, then times them in turn in one process.",
+        epilog="--against takes a function with the op's keyword arguments: docs/benchmarks.md",
     )
-    bench.add_argument("ops", nargs="*", metavar="OP", help="names of files in benchmarks/, as langevin_eps")
+    bench.add_argument("ops", nargs="*", metavar="OP", help="op to time, as langevin_eps (default: all)")
+    bench.add_argument("--shape", type=_sizes, action="append", help="as 16,320,64,64; repeatable (default: the op's)")
     bench.add_argument(
-        "--shape", type=_sizes, action="append", help="as 16,320,64,64; again for more (default: a table)"
+        "--dtype", choices=("bf16", "fp16", "fp32"), help="dtype of the networks' tensors (default bf16)"
     )
-    bench.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="of the networks' tensors (default bf16)")
-    bench.add_argument("--layout", choices=("nchw", "nhwc"), help="of the networks' tensors (default nchw)")
-    bench.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
-    bench.add_argument("--backend", action="append", default=[], help="of ours, this alone; again for more")
-    bench.add_argument("--against", action="append", default=[], metavar="MODULE:FUNCTION", help="one more contender")
-    bench.add_argument("--skip", action="append", default=[], metavar="NAME", help="leave out a contender")
-    bench.add_argument("--threads", type=_positive, help="of PyTorch on the CPU")
-    bench.add_argument("--rounds", type=_positive, default=50, help="readings of each contender (default 50)")
-    bench.add_argument("--warm", action="store_true", help="one set of inputs, which may stay in the cache")
-    bench.add_argument("--no-graph", dest="graph", action="store_false", help="GPU: time launches, not a CUDA graph")
-    bench.add_argument("--json", type=Path, metavar="FILE", help="everything about the run")
-    bench.add_argument("--markdown", type=Path, metavar="FILE", help="the tables")
-    bench.add_argument("--plot", type=Path, metavar="FILE.png", help="a picture")
-    bench.add_argument("--compare", type=Path, metavar="OLD.json", help="exit code 1 on a regression beyond the noise")
-    bench.add_argument("--ncu", action="store_true", help="print the command of Nsight Compute for OP, and run it")
-    bench.add_argument("--one-call", action="store_true", help="one call of ours for a profiler, untimed")
+    bench.add_argument("--layout", choices=("nchw", "nhwc"), help="layout of the networks' tensors (default nchw)")
+    bench.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU if present)")
+    bench.add_argument("--backend", action="append", default=[], help="the only backend of ours to time; repeatable")
+    bench.add_argument("--against", action="append", default=[], metavar="MODULE:FUNCTION", help="another contender")
+    bench.add_argument("--skip", action="append", default=[], metavar="NAME", help="contender to leave out; repeatable")
+    bench.add_argument("--threads", type=_positive, help="CPU threads of PyTorch")
+    bench.add_argument("--rounds", type=_positive, default=50, help="timings of each contender (default 50)")
+    bench.add_argument("--warm", action="store_true", help="reuse one set of inputs, so that caches are warm")
+    bench.add_argument(
+        "--no-graph", dest="graph", action="store_false", help="time kernel launches instead of a CUDA graph"
+    )
+    bench.add_argument("--json", type=Path, metavar="FILE", help="write all results")
+    bench.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables")
+    bench.add_argument("--plot", type=Path, metavar="FILE.png", help="write a plot")
+    bench.add_argument(
+        "--compare", type=Path, metavar="OLD.json", help="exit with code 1 on a regression beyond the noise"
+    )
+    bench.add_argument("--ncu", action="store_true", help="print and run the Nsight Compute command for OP")
+    bench.add_argument("--one-call", action="store_true", help="make one untimed call of ours, for a profiler")
 
     convert = commands.add_parser(
         "convert",
-        help="a checkpoint of EDM or EDM2 as safetensors",
-        description="Reads the average of the weights from a pickle of NVlabs, and runs nothing that is in it.",
+        help="convert a checkpoint of EDM or EDM2 to safetensors",
+        description="Reads the averaged weights of an NVlabs pickle without running code from it.",
     )
-    convert.add_argument("file", type=Path, metavar="FILE.pkl", help="what NVlabs published, or their code wrote")
-    convert.add_argument("out", type=Path, metavar="OUT.safetensors", help="what emd_fast.teachers.edm.load reads")
+    convert.add_argument(
+        "file", type=Path, metavar="FILE.pkl", help="pickle that NVlabs published, or their code wrote"
+    )
+    convert.add_argument("out", type=Path, metavar="OUT.safetensors", help="file for emd_fast.teachers.edm.load")
 
-    info = commands.add_parser("info", help="ops, backends, versions")
-    info.add_argument("--json", action="store_true", help="for programs")
+    info = commands.add_parser("info", help="list ops, backends and versions")
+    info.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
 
 def _settings(command: argparse.ArgumentParser) -> None:
-    """The options that choose a configuration, besides its keys."""
-    command.add_argument(
-        "recipe", help=f"{', '.join(config.recipes())}, or a .toml file; may be left out for --teacher"
-    )
+    """Adds the options that choose a configuration, besides its keys."""
+    command.add_argument("recipe", help=f"{', '.join(config.recipes())}, or a .toml file; optional with --teacher")
     command.add_argument("--teacher", metavar="FOLDER", help=keys.help_of("pretrained.teacher"))
     command.add_argument("--prompts", metavar="FILE", help=keys.help_of("pretrained.prompts"))
     _judged_by(command)
-    command.add_argument("--short", action="store_true", help="a tenth of all steps: shows that it works, not how well")
+    command.add_argument("--short", action="store_true", help="run a tenth of all steps, as a smoke test")
 
 
 def _judged_by(command: argparse.ArgumentParser) -> None:

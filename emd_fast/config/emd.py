@@ -24,9 +24,9 @@ StepSize = float | list[tuple[float, float]]
 class EMDConfig:
     """The distillation: the algorithm, its optimizers, and how the networks run.
 
-    The constructor also accepts the keys of the sections flat, and applies them over the sections:
-    `EMDConfig(generator_lr=1e-4)`, `dataclasses.replace(config, generator_lr=1e-4)`. Values are read
-    from their section: `config.optimizer.generator_lr`.
+    The constructor also accepts the keys of the sections flat and applies them over the sections:
+    `EMDConfig(generator_lr=1e-4)`, `dataclasses.replace(config, generator_lr=1e-4)`. Values are
+    read from their section: `config.optimizer.generator_lr`.
     """
 
     steps: int = setting(

@@ -1,4 +1,4 @@
-"""A whole run: the task with its teacher, the distillation, the evaluation, and what is written."""
+"""A whole run: the task with its teacher, the distillation, the evaluation and the logs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class TeacherConfig:
 @documented
 @dataclass(frozen=True)
 class MixtureConfig:
-    """The mixture of the task gmm: a ring of equal modes, and the small networks that learn from it."""
+    """The mixture of the task gmm, a ring of equal modes, and the small networks that learn it."""
 
     modes: int = setting(8, "modes on the ring", gt=0)
     radius: float = setting(2.0, "radius of the ring", gt=0)

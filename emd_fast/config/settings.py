@@ -1,7 +1,8 @@
 """Settings with their metadata: default, help, unit, range and resume rule, each written once.
 
-A configuration is a frozen dataclass. `setting` declares a key, `section` a table of keys. Validation,
-the command line's help, the resume rule and docs/configuration.md all read this metadata.
+A configuration is a frozen dataclass. `setting` declares a key, `section` a table of keys.
+Validation, the help of the command line, the resume rule and docs/configuration.md all read this
+metadata.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class While:
-    """Resume rule of a key that may change only while another key of its configuration has a value."""
+    """Resume rule of a key that may change only while another key has a value."""
 
     key: str
     value: str
@@ -88,7 +89,7 @@ def setting(default: Any, help: str, **facts: Any) -> Any:
         unit: unit of the value, for the same places.
         gt, ge, lt, le: range of the number, or of each number of a tuple or a table.
         resumable: whether a run may go on with another value: a bool or a `While`.
-        flat: the key's name in the constructor and on the command line, where it is not the field's.
+        flat: flat name of the key, where it differs from the field's.
         why: reason for the range, for the error.
     """
     return dataclasses.field(default=default, metadata={"setting": Setting(help, **facts)})

@@ -85,8 +85,8 @@ def from_dict(cls: type[T], data: Mapping[str, Any], path: str = "") -> T:
         path: dotted name of the table, for errors.
 
     Raises:
-        ConfigError: an unknown key (with the nearest right one), a key that belongs to a section, a
-            wrong type or a value outside its range.
+        ConfigError: an unknown key (with the nearest right one), a key that belongs to a section,
+            a wrong type or a value outside its range.
     """
     names = [item.name for item in dataclasses.fields(cls)]  # type: ignore[arg-type]
     hints, flat = get_type_hints(cls), flat_keys(cls)

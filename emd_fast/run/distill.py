@@ -1,7 +1,7 @@
 """A run from start to end: teacher, distillation, evaluation, report.
 
-Repeating the command on the same folder resumes the run; on a finished run it only says so. Inside a
-process group all ranks call the same functions, and the main rank writes and prints.
+Repeating the command on the same folder resumes the run; on a finished run it only says so. Inside
+a process group all ranks call the same functions, and the main rank writes and prints.
 """
 
 from __future__ import annotations

@@ -122,8 +122,8 @@ def train(trainer: EMDTrainer, settings: RunConfig, folder: Path, sinks: tuple[s
 def _countable(trainer: EMDTrainer) -> bool:
     """Whether the operations of the next step can be counted and are those of every step.
 
-    The fake score's warm-up adds operations. A CUDA graph hides them, and torch.compile does not work
-    under a counter; torchao's optimizer compiles its step.
+    The fake score's warm-up adds operations. A CUDA graph hides them, and torch.compile does not
+    work under a counter; torchao's optimizer compiles its step.
     """
     warms_up = trainer.steps_done == 0 and trainer.config.fake_score_warmup > 0
     compute = trainer.config.compute

@@ -63,7 +63,7 @@ class Replay:
     def write(self, folder: Path) -> list[Path]:
         """Writes the table, and `before` and `after` as tensors. Returns the paths.
 
-        Points in the plane, and images of one or three channels that are finite, are drawn as well.
+        Points in the plane, and finite images of one or three channels, are drawn as well.
         """
         folder.mkdir(parents=True, exist_ok=True)
         samples = {"before": self.before.cpu(), "after": self.after.cpu()}

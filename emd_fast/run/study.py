@@ -1,7 +1,7 @@
 """Studies of the Langevin step count K and of noise cancellation over several seeds.
 
-Each variant and seed is an ordinary run in its own folder, so an interrupted study resumes where it
-stopped.
+Each variant and seed is an ordinary run in its own folder, so an interrupted study resumes where
+it stopped.
 """
 
 from __future__ import annotations
@@ -108,7 +108,8 @@ def passes(config: EMDConfig) -> int:
 def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
     """Metrics of the generator.
 
-    They include the Fréchet distance relative to real data, or the least and greatest mass of a mode.
+    They include the Fréchet distance relative to real data, or the least and greatest mass of a
+    mode.
     """
     row = {
         key: value["generator"]
