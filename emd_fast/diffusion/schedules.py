@@ -72,7 +72,7 @@ def check_log_snr(log_snr: Tensor) -> Tensor:
 
 
 class _Named:
-    """Base class with equality, hash and repr by the parameters of a schedule."""
+    """Base class: schedules of one class are equal. A class with parameters compares them too."""
 
     domain: tuple[float, float] = (0.0, 1.0)
 
