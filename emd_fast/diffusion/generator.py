@@ -1,4 +1,4 @@
-"""A denoiser at one noise level as a one-step generator."""
+"""One-step generator from a denoiser at one noise level."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from emd_fast.diffusion.schedules import check_times
 
 
 class Generator(nn.Module):
-    """A denoiser at one noise level as a one-step generator: generator(z, cond) = D(input_scale z; t_star).
+    """One-step generator: generator(z, cond) = D(input_scale z; t_star).
 
     Args:
-        denoiser: its network is the generator's.
-        t_star: the noise level, in the units of the schedule's t.
-        input_scale: scale of z; sigma(t_star) when None.
+        denoiser: the denoiser D. Its network is the network of the generator.
+        t_star: the noise level, as a t of the schedule.
+        input_scale: factor of z, positive. None selects sigma(t_star).
+
+    Raises:
+        ValueError: t_star outside the schedule, or an input_scale that is not positive.
     """
 
     def __init__(self, denoiser: Denoiser, t_star: float, *, input_scale: float | None = None) -> None:
@@ -34,7 +37,7 @@ class Generator(nn.Module):
         return self.denoiser.sample_shape
 
     def forward(self, z: Tensor, cond: Condition = None) -> Tensor:
-        """x (B, ...) for z (B, ...) ~ N(0, I)."""
+        """Returns x (B, ...) for z (B, ...) ~ N(0, I)."""
         x_t = self.input_scale * z
         t = same(self._times, len(z), z.device)
         return self.c_skip * x_t + self.c_out * self.denoiser(x_t, t, cond)

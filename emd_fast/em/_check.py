@@ -38,7 +38,7 @@ def e_step(teacher: Any, z: Tensor, eps: Tensor, t: Tensor, cond: Condition, set
 
 def _latents(z: Tensor, eps: Tensor, t: Tensor, cond: Condition) -> None:
     for name, value in (("z", z), ("eps", eps)):
-        # The E-step copies both to float32, so that float64 is welcome too.
+        # The E-step copies both to float32, so float64 is valid too.
         if not isinstance(value, Tensor) or not value.is_floating_point():
             raise TypeError(f"{name} must be a floating-point tensor, got {getattr(value, 'dtype', type(value))}")
         if value.dim() == 0:

@@ -98,17 +98,17 @@ def e_step(
 ) -> EStep:
     """Langevin steps on the density proportional to q(x_t) / p(x_t) N(eps) N(z).
 
-    Here x_t = alpha g(z) + sigma eps, and q and p are the diffused densities of teacher and generator.
-    One step is one pass of generator, teacher and fake score, and one backward pass of the generator to
-    its input. If gamma_z is the number 0, the generator runs once and has no backward pass. No parameter
-    gets a gradient. Memory does not grow with `steps`.
+    Here x_t = alpha g(z) + sigma eps, and q and p are the diffused densities of teacher and
+    generator. One step is one pass of generator, teacher and fake score, and one backward pass of
+    the generator to its input. If gamma_z is the number 0, the generator runs once and has no
+    backward pass. No parameter gets a gradient. Memory does not grow with `steps`.
 
     Args:
         generator: callable (z, cond) -> x.
-        teacher, fake_score: Denoisers of one schedule, bare or wrapped by DDP, FSDP2 (gathered once) or
-            torch.compile.
+        teacher, fake_score: Denoisers of one schedule, bare or wrapped by DDP, FSDP2 (gathered
+            once) or torch.compile.
         z, eps: (B, ...), floating; not modified.
-        t: (B,) float32, held fixed.
+        t: (B,) float32, fixed during the chain.
         cond: None, a tensor or a pytree of tensors batched on dimension 0.
         null_cond: the unconditional condition for guidance; the teacher's own when None.
         guidance: None, a number or (B,) float32: F = F_u + guidance (F_c - F_u) for the teacher.

@@ -1,4 +1,4 @@
-"""The log of a run: log.jsonl always, TensorBoard and Weights & Biases when asked."""
+"""Log of a run: log.jsonl, and TensorBoard and Weights & Biases if they are selected."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from emd_fast.io.files import naming, write_text
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The rows of a log.jsonl; a last line that a crash cut off is left out."""
+    """Reads the rows of a log.jsonl. Lines that a crash left incomplete are skipped.
+
+    A missing file has no rows.
+    """
     rows = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):
@@ -21,26 +24,29 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def check(sinks: tuple[str, ...]) -> None:
-    """Whether these sinks are installed, before anything was done for them.
+    """Checks that the packages of these sinks are installed, before a run starts.
 
     Raises:
-        ModuleNotFoundError: one that is not, with the extra that brings it.
+        ModuleNotFoundError: a package is missing. The message names the extra to install.
     """
     for name in sinks:
         _SINKS[name].module()
 
 
 class Journal:
-    """Appends a row of numbers for each logged step.
+    """Appends one row of numbers per logged step.
 
     Args:
-        folder: of the run.
-        step: where the run goes on; rows of later steps, which a crash has made untrue, are taken out.
+        folder: the run folder.
+        step: the step at which the run starts or resumes. Rows of later steps are removed, because
+            these steps are made again.
         sinks: any of "tensorboard", "wandb".
+        config: the configuration, for Weights & Biases.
 
     Raises:
-        ModuleNotFoundError: a sink that is not installed, with the extra that brings it.
-        OSError: a file that cannot be written, with its path. RuntimeError: a sink that cannot be used, and why.
+        ModuleNotFoundError: a package is missing. The message names the extra to install.
+        OSError: a file cannot be written. The message has its path.
+        RuntimeError: Weights & Biases cannot be used. The message has the reason.
     """
 
     def __init__(
@@ -49,12 +55,16 @@ class Journal:
         self.path = folder / "log.jsonl"
         kept = [row for row in read(self.path) if row["step"] <= step]
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
-        # Unbuffered: what a full disk has refused must not be tried again by close().
+        # Unbuffered, so that close() does not repeat a write that failed on a full disk.
         self._file = open(self.path, "ab", buffering=0)  # closed by close()
         self._sinks = [_SINKS[name](folder, step, config or {}) for name in sinks]
 
     def write(self, row: dict[str, float]) -> None:
-        """Raises OSError, with the path, where the file cannot be written."""
+        """Writes one row. `row` has the key "step".
+
+        Raises:
+            OSError: the file cannot be written. The message has its path.
+        """
         left = (json.dumps(row) + "\n").encode()
         with naming(self.path):
             while left:
@@ -71,7 +81,7 @@ class Journal:
 class _TensorBoard:
     def __init__(self, folder: Path, step: int, config: dict[str, Any]) -> None:
         self.path = folder / "tensorboard"
-        # What a killed run has logged beyond the step where it goes on is hidden.
+        # Hides the rows that a killed run has logged after the step at which it resumes.
         self._writer = self.module().SummaryWriter(str(self.path), purge_step=step + 1)
 
     @staticmethod
@@ -90,13 +100,16 @@ class _TensorBoard:
 
 class _WandB:
     def __init__(self, folder: Path, step: int, config: dict[str, Any]) -> None:
-        """All legs of a run are one there, known by the id that the folder keeps. Steps that are made again after a
-        crash are logged already: the service leaves out a step below the last that it has."""
+        """Opens or continues the run whose id is in the folder.
+
+        The service ignores rows of steps below its last one, so it keeps the first rows of steps
+        that are made again after a crash.
+        """
         path, module = folder / "wandb.id", self.module()
         own = path.read_text().strip() if path.exists() else None
         try:
             self._run = module.init(dir=str(folder), config=config, id=own, resume="allow", allow_val_change=True)
-        except Exception as error:  # of its own kinds: no key, no such project, no network
+        except Exception as error:  # wandb has its own kinds: no key, no project, no network
             raise RuntimeError(f"Weights & Biases cannot be used: {error}") from error
         write_text(path, self._run.id)
 

@@ -137,7 +137,7 @@ class Pretrained:
         return lambda first, n: [lines[i % len(lines)] for i in range(first, first + n)]
 
     def evaluate(self, trainer: EMDTrainer, untrained: EMDTrainer, folder: Path | None) -> dict[str, Any]:
-        """Pictures, mean and std; with files named in the configuration, also the evaluator's metrics."""
+        """Writes pictures, and returns mean, std and the metrics whose files are configured."""
         z, cond = trainer.batches.shown(_PREVIEWS)
         samples = {
             "teacher": heun(trainer.teacher, z, cond, guidance=trainer.config.guidance),

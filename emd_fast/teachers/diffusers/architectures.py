@@ -1,4 +1,4 @@
-"""The networks of diffusers behind one call: network(x, index, cond) -> output (B, C, H, W)."""
+"""One interface for networks of diffusers: network(x, index, cond) -> output (B, C, H, W)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from emd_fast.teachers.labels import check_labels
 
 @dataclass(frozen=True)
 class ConditionSpec:
-    """What a network takes beside the noise level: nothing, labels, text embeddings, or these with pooled ones."""
+    """Conditions that a network takes: none, labels, or text embeddings with or without a pooled one."""
 
     num_classes: int = 0
     embedding: int = 0  # width of a token
@@ -31,7 +31,13 @@ class ConditionSpec:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A class of diffusers: the name of its component in a pipeline, and what it takes, by its configuration."""
+    """A supported class of diffusers.
+
+    Args:
+        component: name of the network's component in a pipeline.
+        conditions: configuration -> conditions that the network takes.
+        null_label: configuration -> label that means "no label", or None.
+    """
 
     component: str
     conditions: Callable[[Mapping[str, Any]], ConditionSpec]
@@ -68,7 +74,7 @@ def _classes(config: Mapping[str, Any]) -> int:
 ARCHITECTURES = {
     "UNet2DModel": Architecture("unet", _unet),
     "UNet2DConditionModel": Architecture("unet", _text_unet),
-    # The label after the last one was trained as "no label".
+    # The label after the last class was trained as "no label".
     "DiTTransformer2DModel": Architecture(
         "transformer",
         lambda config: ConditionSpec(num_classes=config["num_embeds_ada_norm"] + 1),
@@ -82,15 +88,16 @@ ARCHITECTURES = {
 
 
 class Network(nn.Module):
-    """A model of diffusers, called as a Denoiser calls its network.
+    """Adapter with the interface that Denoiser expects of a network.
+
+    `forward` takes x (B, C, H, W), the training index (B,) floating, and a condition. It returns
+    (B, C, H, W), or (B, 2 C, H, W) with a learned variance.
 
     Args:
-        model: of one of ARCHITECTURES.
-
-    forward(x (B, C, H, W), index (B,) float, cond) returns (B, C or 2 C, H, W).
+        model: a model of a class in ARCHITECTURES.
 
     Raises:
-        ValueError, TypeError: a condition that is not what the model takes.
+        ValueError, TypeError: the model does not take this condition.
     """
 
     def __init__(self, model: nn.Module) -> None:

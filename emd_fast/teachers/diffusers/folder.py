@@ -1,4 +1,4 @@
-"""A folder of diffusers on disk: a pipeline with its components, or a bare model."""
+"""Reads a diffusers folder: a pipeline with its components, or a single model."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from emd_fast.diffusion.denoiser import Condition
 from emd_fast.teachers.diffusers.architectures import ARCHITECTURES, Architecture
 
 _NOT_FOR_TEXT = ("vae", "image_encoder", "feature_extractor", "safety_checker")
-_MAY_LACK = ("text_encoder_3", "tokenizer_3")  # of Stable Diffusion 3, the T5 that many folders leave out
-EXPORTED = "emd_fast.json"  # where `emd_fast.export.pipeline` says what it wrote; it names the components too
+_MAY_LACK = ("text_encoder_3", "tokenizer_3")  # the T5 of Stable Diffusion 3, which many folders lack
+EXPORTED = "emd_fast.json"  # written by `emd_fast.export`; it lists the components too
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 def import_diffusers() -> Any:
-    """The package.
+    """Imports diffusers.
 
     Raises:
-        ModuleNotFoundError: it is not installed, and how to get it.
+        ModuleNotFoundError: it is not installed. The message has the command to install it.
     """
     try:
         import diffusers
@@ -47,19 +47,20 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class Folder:
-    """Where the model, its scheduler and the components around it lie.
+    """Locations of a model, its scheduler and the other components of its pipeline.
 
     Args:
-        name: a pipeline folder (with model_index.json), a model folder (with config.json), or the name of a pipeline on
-            the hub, which is downloaded into the cache of diffusers.
+        name: a pipeline folder (with model_index.json), a model folder (with config.json), or the
+            name of a pipeline on the hub, which is downloaded to the cache of diffusers.
 
     Raises:
-        FileNotFoundError, ValueError: nothing there, no model, or an architecture that is not supported.
+        FileNotFoundError: there is no such folder.
+        ValueError: the folder has no model, or its architecture is not supported.
     """
 
     def __init__(self, name: str | Path) -> None:
         self.root = _found(name)
-        self.index: dict[str, Any] = {}  # of a pipeline
+        self.index: dict[str, Any] = {}  # contents of model_index.json, for a pipeline
         if (self.root / "model_index.json").exists():
             self.index = read_json(self.root / "model_index.json")
         elif (self.root / EXPORTED).exists():
@@ -84,7 +85,7 @@ class Folder:
         self._vae: nn.Module | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Folder:
-        return self  # copies of a teacher share its files and its VAE
+        return self  # copies of a teacher share the folder and its VAE
 
     @property
     def architecture(self) -> Architecture:
@@ -109,13 +110,16 @@ class Folder:
                 self.model, torch_dtype=dtype, **_reading()
             )
         except (OSError, RuntimeError, ValueError) as error:
-            # What diffusers goes on to say is advice on arguments that nobody has here.
+            # The rest of the message is about arguments that the caller does not have.
             reason = str(error).splitlines()[0].partition(" If you want to")[0].replace("Cannot load  because ", "")
             raise ValueError(f"cannot read the weights in {self.model}: {reason}") from error
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Images (B, 3, H, W) float32, about in [-1, 1], of latents; the latents themselves where there is no VAE."""
+        """Decodes latents to images (B, 3, H, W) float32, about in [-1, 1].
+
+        Without a VAE it returns the latents as float32.
+        """
         if not self.has("vae"):
             return latents.float()
         if self._vae is None:
@@ -128,11 +132,20 @@ class Folder:
 
     @torch.no_grad()
     def encode(self, prompts: list[str], model: nn.Module) -> Condition:
-        """Text embeddings, as the folder's own pipeline computes them; its encoders are read for this call alone."""
+        """Encodes prompts with the text encoders of the folder's pipeline.
+
+        The encoders are read for this call and then freed.
+
+        Returns:
+            Text embeddings (B, tokens, width), or a dict with pooled ones for Stable Diffusion 3.
+
+        Raises:
+            ValueError: the folder has no text encoder.
+        """
         if not self.has("text_encoder"):
             raise ValueError(f"{self.root} has no text encoder: give embeddings instead of prompts")
         pipeline_class = getattr(import_diffusers(), self.index["_class_name"])
-        # What encodes no text is left out, and the network is the one that is there already.
+        # Components that encode no text are not loaded, and the pipeline gets the existing network.
         expected = inspect.signature(pipeline_class).parameters
         without = {
             part: None for part in expected if part in _NOT_FOR_TEXT or (part in _MAY_LACK and not self.has(part))
@@ -151,7 +164,7 @@ class Folder:
 
 
 def _reading() -> dict[str, bool]:
-    """diffusers reads without a second copy where accelerate is there, and says so at length where it is not."""
+    """Options of from_pretrained. Without accelerate diffusers would warn about a second copy."""
     return {"low_cpu_mem_usage": importlib.util.find_spec("accelerate") is not None}
 
 
