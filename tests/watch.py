@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import encodings.cp437  # noqa: F401  (zipfile imports it at the first archive)
 import sys
 import time
 import tracemalloc

@@ -24,6 +24,8 @@ from emd_fast import config
 from emd_fast.cli.options import overrides, parse
 from emd_fast.config import ConfigError, EvaluationConfig, RunConfig
 from emd_fast.distributed import GroupError
+from emd_fast.io import code
+from emd_fast.io.code import CodeRefused
 from emd_fast.io.files import write_whole
 
 _FILES = ("detector", "reference", "compare_with", "clip")  # what a pretrained task is judged by
@@ -35,18 +37,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if rest and options.command not in ("distill", "study", "plan"):
             raise ConfigError(f"unknown option {rest[0]!r}; see emd-fast {options.command} --help")
-        return _COMMANDS[options.command](options, rest)
-    except (ConfigError, GroupError) as error:
+        with code.allow(*_named(options, rest)):
+            return _COMMANDS[options.command](options, rest)
+    except (ConfigError, GroupError, CodeRefused) as error:
         return _fail(error, 2)
     except (OSError, RuntimeError, ValueError, ModuleNotFoundError) as error:
         return _fail(error, 1)
     except KeyboardInterrupt:
         return 130
     except BaseException as error:
-        code = getattr(error, "exit_code", None)
-        if code is None:
+        exit_code: int | None = getattr(error, "exit_code", None)
+        if exit_code is None:
             raise
-        return code
+        return exit_code
+
+
+def _named(options: argparse.Namespace, rest: Sequence[str]) -> list[str | None]:
+    """The code that the command line names: a teacher's function, a detector's file."""
+    keys = overrides(rest) if rest else {}
+    folder = getattr(options, "source", getattr(options, "run", None))
+    if folder is not None and options.teacher is not None:
+        from emd_fast.run.folder import settings_of
+
+        has = settings_of(folder).pretrained.teacher
+        if options.teacher != has:
+            raise ConfigError(f"{folder} has the teacher {has!r}, not {options.teacher!r}")
+    names = [getattr(options, "teacher", None), getattr(options, "detector", None)]
+    names += [keys.get("pretrained.teacher"), keys.get("evaluation.detector")]
+    return [name if name is None else str(name) for name in names]
 
 
 def _fail(error: BaseException, code: int) -> int:
@@ -300,8 +318,8 @@ def _bench(options: argparse.Namespace, rest: Sequence[str]) -> int:
         spec.loader.exec_module(package)
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # where --against looks, besides what is installed
-    code: int = importlib.import_module("benchmarks.harness.command").run(options)
-    return code
+    exit_code: int = importlib.import_module("benchmarks.harness.command").run(options)
+    return exit_code
 
 
 def _convert(options: argparse.Namespace, rest: Sequence[str]) -> int:

@@ -153,6 +153,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--gb-per-second", type=_above_0, help="that a device receives from others, in 10^9 bytes")
 
     sample = commands.add_parser("sample", help="pictures of a run's one-step generator, or of an exported one")
+    _teacher_code(sample)
     sample.add_argument("run", type=Path, help="run folder, or what `emd-fast export` wrote")
     sample.add_argument("-n", type=_positive, default=100, help="how many samples (default 100)")
     sample.add_argument(
@@ -169,6 +170,7 @@ def _parser() -> argparse.ArgumentParser:
         help="a run's one-step generator as a pipeline folder of diffusers, or one file",
         epilog="docs/export.md says which pipelines sample it, and how",
     )
+    _teacher_code(export)
     export.add_argument("run", type=Path, help="run folder")
     export.add_argument("out", type=Path, help="a new folder, or a .safetensors file")
     export.add_argument("--raw", action="store_true", help="the generator itself, not the average of its weights")
@@ -184,6 +186,7 @@ def _parser() -> argparse.ArgumentParser:
         "source", type=Path, help="run folder; with --detector also what `emd-fast export` wrote, or images"
     )
     _judged_by(evaluate)
+    _teacher_code(evaluate)
     evaluate.add_argument("--samples", type=_positive, help="how many to draw (default: the run's; 50,000)")
     evaluate.add_argument("--batch-size", type=_positive, default=64, help="of a generator or images (default 64)")
     evaluate.add_argument("--best", action="store_true", help="the run's best checkpoint, not its last")
@@ -200,6 +203,7 @@ def _parser() -> argparse.ArgumentParser:
         description="On one process, however many the run had: noise, time and condition are those of the run. The "
         "weights are those of the last checkpoint at or before the step.",
     )
+    _teacher_code(replay)
     replay.add_argument("run", type=Path, help="run folder")
     replay.add_argument("--step", type=int, required=True, help="optimizer step, counted from 0")
     replay.add_argument("--sample", type=int, required=True, help="index in the batch of all devices")
@@ -255,17 +259,31 @@ def _settings(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "recipe", help=f"{', '.join(config.recipes())}, or a .toml file; may be left out for --teacher"
     )
-    command.add_argument("--teacher", metavar="FOLDER", help="of diffusers, a hub name, or package.module:function")
+    command.add_argument(
+        "--teacher",
+        metavar="FOLDER",
+        help="of diffusers, a hub name, or package.module:function, which naming it here allows to run",
+    )
     command.add_argument("--prompts", metavar="FILE", help="for --teacher: a prompt in each line, or .safetensors")
     _judged_by(command)
     command.add_argument("--short", action="store_true", help="a tenth of all steps: shows that it works, not how well")
 
 
 def _judged_by(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--detector", metavar="FILE", help="TorchScript, as EDM's Inception (docs/evaluation.md)")
+    command.add_argument(
+        "--detector",
+        metavar="FILE",
+        help="TorchScript, as EDM's Inception: code, which naming it here allows to run (docs/evaluation.md)",
+    )
     command.add_argument("--reference", metavar="FILE.npz", help="statistics of real images, for the Fréchet distance")
     command.add_argument("--compare-with", metavar="IMAGES", help="folder or .zip, for precision and recall")
     command.add_argument("--clip", metavar="FOLDER", help="of a CLIP model, for the score of prompts given as text")
+
+
+def _teacher_code(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--teacher", metavar="MODULE:FUNCTION", help="the Python code that this run gets its teacher from: allows it"
+    )
 
 
 def _keys() -> str:

@@ -81,11 +81,15 @@ def open_folder(folder: Path, settings: RunConfig, held: contextlib.ExitStack) -
         (folder / "samples").mkdir(exist_ok=True)
         if path.exists() and _begun(folder):
             _check_same_run(folder, config.load(str(path)), settings)
-        write_text(path, tomli_w.dumps(to_dict(settings)))
+        write_config(folder, settings)
     except OSError as error:
         raise RunError(
             f"cannot write the run folder {folder}: {error.strerror}: {error.filename}; choose another with --out"
         ) from None
+
+
+def write_config(folder: Path, settings: RunConfig) -> None:
+    write_text(folder / "config.toml", tomli_w.dumps(to_dict(settings)))
 
 
 def _begun(folder: Path) -> bool:

@@ -14,6 +14,7 @@ from emd_fast import distributed
 from emd_fast.config import ConfigError, RunConfig
 from emd_fast.diffusion.denoiser import Denoiser
 from emd_fast.diffusion.sampler import heun
+from emd_fast.io import code
 from emd_fast.metrics import evaluation
 from emd_fast.metrics.evaluation import Evaluator
 from emd_fast.metrics.images import to_uint8
@@ -48,6 +49,7 @@ class Pretrained:
     def _load(self, device: torch.device) -> Denoiser:
         name = self.config.pretrained.teacher
         if ":" in name and not Path(name).exists():
+            code.require(name, "gets its teacher from the Python code", "--teacher")
             return custom.load(name).to(device)
         if _is_edm(name):
             return edm.load(name, device=device)
@@ -106,7 +108,8 @@ class Pretrained:
     @functools.cached_property
     def evaluator(self) -> Evaluator:
         files = self.config.evaluation
-        return Evaluator.read(files.detector, files.reference, files.compare_with, files.clip, _device())
+        named = code.is_allowed(files.detector)
+        return Evaluator.read(files.detector, files.reference, files.compare_with, files.clip, _device(), named=named)
 
     def open_references(self) -> None:
         self.evaluator.check()
