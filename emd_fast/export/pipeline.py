@@ -136,7 +136,7 @@ def _write_folder(out: Path, generator: nn.Module, metadata: Metadata) -> Path:
         _write_json(unfinished / component / "config.json", {k: v for k, v in config.items() if k != "_name_or_path"})
         for name in index:
             if name not in (component, "scheduler") and source.has(name):
-                shutil.copytree(source.root / name, unfinished / name)
+                source.copy(name, unfinished / name)
         if scheduler is not None:
             scheduler.save_pretrained(unfinished / "scheduler")
             _write_json(unfinished / "model_index.json", index)
