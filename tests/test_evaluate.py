@@ -232,7 +232,7 @@ def test_the_clip_score_of_a_run(call, tmp_path):
     assert abs(others - expected) > 0.1 and metrics["n"] == 7
     (tmp_path / "prompts.txt").write_text("a b\nc\n")
     code, _, err = call("evaluate", "run", "--clip", "clip")
-    assert code == 1 and "has 2 prompts, the run was made with 3" in err
+    assert code == 2 and "prompts.txt is not the text that run/prompts.safetensors was made with" in err
 
 
 # Ranks ------------------------------------------------------------------------------------------------------------

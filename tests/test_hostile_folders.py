@@ -1,4 +1,4 @@
-"""Model folders and exports of an attacker: nothing is imported, nothing is written or read outside, one line says why."""
+"""Model folders and exports of an attacker: no code runs, nothing outside is read or written, one line says why."""
 
 from __future__ import annotations
 

@@ -225,7 +225,7 @@ def _evaluate(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def _evaluate_run(options: argparse.Namespace) -> dict[str, Any]:
     from emd_fast.run import distill as run
-    from emd_fast.run.folder import settings_of
+    from emd_fast.run.folder import seconds_of, settings_of
 
     if options.write_reference:
         raise ConfigError("--write-reference is for real images: a folder or .zip of them, with --detector")
@@ -239,9 +239,7 @@ def _evaluate_run(options: argparse.Namespace) -> dict[str, Any]:
     settings = dataclasses.replace(settings, **changes)
     _, task, trainer = run.open_run(folder, best=options.best, settings=settings)
     task.open_references()
-    path = folder / "metrics.json"
-    seconds = json.loads(path.read_text())["seconds"] if path.exists() else {}
-    return run.evaluate(settings, folder, task, trainer, seconds)
+    return run.evaluate(settings, folder, task, trainer, seconds_of(folder))
 
 
 def _evaluate_images(options: argparse.Namespace) -> dict[str, Any]:
