@@ -1,7 +1,7 @@
 """Checks of the documentation.
 
 Every relative link and its anchor exist, every make target and emd-fast command exists, every Python
-example runs, and the table of ops and backends is the one that the code gives.
+example runs, and docs/configuration.md and the table of ops and backends are what the code gives.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from pathlib import Path
 
 from ops_table import documents, with_table
 
+from emd_fast import config
+
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -25,7 +27,9 @@ def main() -> int:
     for doc in documents():
         if with_table(doc.read_text()) != doc.read_text():
             wrong.append(f"{doc.relative_to(ROOT)}: the table of ops is out of date: run python .ci/ops_table.py")
-    print("\n".join(wrong) or f"docs: {len(DOCS)} files; links, commands, examples and the table of ops are right")
+    if (ROOT / "docs" / "configuration.md").read_text() != config.markdown():
+        wrong.append("docs/configuration.md is out of date: python -m emd_fast.config > docs/configuration.md")
+    print("\n".join(wrong) or f"docs: {len(DOCS)} files; links, commands, examples and tables are right")
     return 1 if wrong else 0
 
 

@@ -145,7 +145,7 @@ def _train(
         seconds, parts = _steps(name, trainer, options.steps, deadline)
     except torch.OutOfMemoryError:
         # A chained error would keep the frames alive, and with them the networks.
-        raise _OutOfMemory(config.micro_batch_size) from None
+        raise _OutOfMemory(config.compute.micro_batch_size) from None
     if not seconds:
         return TrainingResult(name, why="the time was up before its first timed step")
     step = statistics.median(seconds)
@@ -153,7 +153,7 @@ def _train(
         network=name,
         parameters=sum(p.numel() for p in teacher.parameters()),
         batch=config.batch_size,
-        micro_batch=config.micro_batch_size,
+        micro_batch=config.compute.micro_batch_size,
         langevin_steps=config.langevin_steps,
         fake_score_updates=config.fake_score_updates,
         fused=options.fuse,

@@ -27,8 +27,9 @@ def inputs(random: RandomTensors) -> Inputs:
     precision: Literal["float32", "bfloat16"] = "float32" if case.dtype == "fp32" else "bfloat16"
     if case.dtype == "fp16":
         raise config.ConfigError(f"training_step takes --dtype fp32 or bf16, got {case.dtype}")
+    compute = dataclasses.replace(recipe.emd.compute, precision=precision)
     settings = dataclasses.replace(
-        recipe.emd, langevin_steps=STEPS, batch_size=case.shape[0], fake_score_warmup=0, precision=precision
+        recipe.emd, langevin_steps=STEPS, batch_size=case.shape[0], fake_score_warmup=0, compute=compute
     )
     teacher = digits_teacher.denoiser(digits_teacher.network(recipe.teacher)).to(case.device)
     with torch.no_grad():  # the last layer is initialised to zero
@@ -73,7 +74,7 @@ def step(trainer: EMDTrainer, calls: Calls, **arguments: Any) -> Tensor:
 
 
 def bare(trainer: EMDTrainer, calls: Calls, x: Tensor, cotangent: Tensor, t: Tensor, cond: Tensor) -> Tensor:
-    with trainer._compute_dtype(), torch.enable_grad():
+    with trainer.autocast(), torch.enable_grad():
         for _ in range(trainer.config.fake_score_updates):
             with torch.no_grad():
                 trainer.generator(x, cond)

@@ -3,7 +3,8 @@
 from emd_fast import distributed, ops, schedules, teachers
 from emd_fast.backends import backend_report, use_backend
 from emd_fast.config import EMDConfig
-from emd_fast.diffusion.denoiser import Denoiser, Generator
+from emd_fast.diffusion.denoiser import Denoiser
+from emd_fast.diffusion.generator import Generator
 from emd_fast.em.e_step import EStep, e_step
 from emd_fast.fusion import fuse, fusion_report, unfuse
 from emd_fast.noise import Noise

@@ -136,9 +136,9 @@ def _command(words: list[str], environment: dict[str, str], said: str) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.stderr, sys.stdout = os.fdopen(2, "w", buffering=1), os.fdopen(1, "w")
 
-    from emd_fast.cli import commands as cli
+    from emd_fast.cli import commands
 
-    sys.exit(cli.main(words))
+    sys.exit(commands.main(words))
 
 
 def ended(processes: list[Command]) -> list[tuple[int, str]]:

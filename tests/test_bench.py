@@ -179,25 +179,32 @@ def test_numbers_of_another_distribution_are_caught(name):
 
 
 def test_bytes_are_those_of_the_docs():
-    """The table of docs/kernels.md is for float32 x0, x_t and z_grad, and bfloat16 outputs."""
-    section = (ROOT / "docs" / "kernels.md").read_text().partition("## Bytes and floors")[2].partition("\n## ")[0]
-    rows = re.findall(r"^\| (`\w+`|its backward) \|.*?\| (\d+) \| [^|]* \|$", section, re.MULTILINE)
+    """The table of docs/ops.md: float32 x0, x_t and z_grad of perturb and langevin_z, bfloat16 outputs."""
+    section = (ROOT / "docs" / "ops.md").read_text().partition("## Bytes and floors")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (`\w+`|its backward) \|.*\| (\d+) \| (\d+) \| (\d+) \|$", section, re.MULTILINE)
     documented, last = {}, None
-    for op, count in rows:
+    for op, read, written, total in rows:
         last = op.strip("`") if op != "its backward" else last
-        documented[last, BOTH if op == "its backward" else FORWARD] = int(count)
+        documented[last, BOTH if op == "its backward" else FORWARD] = (int(read), int(written))
+        assert int(total) == int(read) + int(written), op
     found = {}
-    for name in benchmarks.OPS:
-        bench = benchmarks.load(name)
-        for passes in (FORWARD, BOTH) if bench.gradients else (FORWARD,):
-            dtype = "fp32" if name in ("normal", "perturb", "langevin_z") else "bf16"
-            case = Case((2, 3, 4, 5), dtype, "nchw", CPU, passes)
-            found[name, passes] = bench.traffic(case).total / case.elements
-    for name in ("m_step_loss", "score_matching_loss"):
-        found[name, BOTH] -= found[name, FORWARD]
-    assert len(documented) >= 9 and {key: found[key] for key in documented} == documented
+    for name, passes in documented:
+        dtype = "fp32" if name in ("normal", "perturb", "langevin_z") else "bf16"
+
+        def traffic(passes, name=name, dtype=dtype):
+            case = Case((2, 4, 4, 5), dtype, "nchw", CPU, passes)
+            return tuple(part / case.elements for part in benchmarks.load(name).traffic(case))
+
+        found[name, passes] = traffic(passes)
+        if passes == BOTH:
+            found[name, BOTH] = tuple(a - b for a, b in zip(traffic(BOTH), traffic(FORWARD), strict=True))
+    assert len(documented) >= 11 and found == documented
+    elementwise = {name for name in benchmarks.OPS if benchmarks.load(name).traffic} - {"attention", "langevin_step"}
+    assert elementwise == {name for name, _ in documented}
     # perturb reads eps here and writes float32, whatever x0 is.
-    assert found["langevin_step", FORWARD] == (2 + 4 + 4) + documented["langevin_eps", FORWARD] + 10
+    case = Case((2, 4, 4, 5), "bf16", "nchw", CPU, FORWARD)
+    step = benchmarks.load("langevin_step").traffic(case).total / case.elements
+    assert step == (2 + 4 + 4) + sum(documented["langevin_eps", FORWARD]) + 10
 
 
 def test_the_docs_have_the_signatures():

@@ -13,7 +13,7 @@ import benchmarks
 import emd_fast
 from benchmarks.harness import ceiling, compare, digest, record, show
 from benchmarks.harness.record import Record, Result, Row
-from emd_fast.cli import commands as cli
+from emd_fast.cli import commands
 from emd_fast.config import ConfigError
 
 QUICK = ["--shape", "2,4,8,8", "--device", "cpu", "--rounds", "3", "--warm", "--skip", "torch.compile"]
@@ -31,7 +31,7 @@ def bench(capsys, monkeypatch, tmp_path):
     def run(*words):
         monkeypatch.chdir(tmp_path)
         try:
-            code = cli.main(["bench", *map(str, words)])
+            code = commands.main(["bench", *map(str, words)])
         except SystemExit as stop:
             code = stop.code
         return code, *capsys.readouterr()

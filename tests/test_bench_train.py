@@ -116,11 +116,11 @@ def test_the_micro_batch_is_the_largest_that_there_is_room_for(monkeypatch):
     assert 20 * 16 * 8 * 8 * 2 < each < 200 * 64 * 8 * 8 * 4
     planned = functools.partial(train._configured, "small", kind, teacher, device=cpu)
     config, alone = planned(1, options())
-    assert config.micro_batch_size == 1
+    assert config.compute.micro_batch_size == 1
     for room, size in ((alone, 1), (alone + 3.5 * each, 4), (alone + 100 * each, 16)):
         monkeypatch.setattr(train, "available", lambda device, room=room: room / train._MEMORY_SHARE + 1)
         config, need = planned(0, options())
-        assert config.micro_batch_size == size and need == pytest.approx(alone + (size - 1) * each)
+        assert config.compute.micro_batch_size == size and need == pytest.approx(alone + (size - 1) * each)
     monkeypatch.setattr(train, "available", lambda device: alone)
     with pytest.raises(train.ConfigError, match="GiB a device"):
         planned(0, options())
@@ -130,7 +130,7 @@ def test_a_micro_batch_that_is_too_large_after_all_is_halved(monkeypatch, capsys
     step = EMDTrainer.step
 
     def full(self):
-        if self.config.micro_batch_size > 2:
+        if self.config.compute.micro_batch_size > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return step(self)
 

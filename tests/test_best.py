@@ -11,10 +11,10 @@ from spawned import Ranks
 from test_run import assert_same, settings, weights
 
 from emd_fast import config
-from emd_fast.cli import commands as cli
+from emd_fast.cli import commands
 from emd_fast.config import ConfigError
 from emd_fast.reporting import journal
-from emd_fast.run import distill as run
+from emd_fast.run import distill
 from emd_fast.run import loop as training
 from emd_fast.tasks.digits import Digits
 from emd_fast.tasks.gmm import Mixture
@@ -47,8 +47,8 @@ def figures(monkeypatch):
 
 
 def test_evaluation_leaves_the_training_bit_for_bit_and_keeps_the_best(tmp_path):
-    metrics = run.distill(settings(**EVERY, keep_checkpoints=1), tmp_path / "evaluated")
-    run.distill(settings(), tmp_path / "plain")
+    metrics = distill.distill(settings(**EVERY, keep_checkpoints=1), tmp_path / "evaluated")
+    distill.distill(settings(), tmp_path / "plain")
     assert_same(weights(tmp_path / "evaluated"), weights(tmp_path / "plain"))
     rows = distances(tmp_path / "evaluated")
     assert list(rows) == [2, 4, 6] and len(set(rows.values())) == 3
@@ -64,7 +64,7 @@ def test_evaluation_leaves_the_training_bit_for_bit_and_keeps_the_best(tmp_path)
 
 def test_nothing_is_evaluated_unless_asked(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "Best", lambda *_: pytest.fail("evaluated"))
-    metrics = run.distill(settings(), tmp_path)
+    metrics = distill.distill(settings(), tmp_path)
     assert not distances(tmp_path) and "best" not in metrics
     assert not checkpoint.best_of(tmp_path / "checkpoints").exists()
 
@@ -72,35 +72,35 @@ def test_nothing_is_evaluated_unless_asked(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("every", "steps"), [(1, [1, 2, 3, 4, 5, 6]), (40, [3, 5, 6]), (1000, [6])])
 def test_every_so_many_images_and_at_the_end(tmp_path, figures, every, steps):
     figures += [1.0] * 6
-    run.distill(settings(evaluation__every=every), tmp_path)
+    distill.distill(settings(evaluation__every=every), tmp_path)
     assert list(distances(tmp_path)) == steps
 
 
 def test_the_best_is_replaced_by_a_better_one_alone_and_survives_a_resume(tmp_path, figures):
     figures += [3.0, 1.0, 2.0]
-    run.distill(settings(**EVERY, keep_checkpoints=1), tmp_path)
+    distill.distill(settings(**EVERY, keep_checkpoints=1), tmp_path)
     assert best(tmp_path) == (4, 1.0)
     state = checkpoint.load(checkpoint.best_of(tmp_path / "checkpoints"))["generator"]
     assert [path.name for path in checkpoint.found(tmp_path / "checkpoints")] == ["step-00000006"]
     figures += [1.5, 1.0]
-    run.distill(settings(**EVERY, emd__steps=10), tmp_path)
+    distill.distill(settings(**EVERY, emd__steps=10), tmp_path)
     assert best(tmp_path) == (4, 1.0)
     assert_same(checkpoint.load(checkpoint.best_of(tmp_path / "checkpoints"))["generator"], state)
     figures += [math.nan, 0.5]
-    run.distill(settings(**EVERY, emd__steps=14), tmp_path)
+    distill.distill(settings(**EVERY, emd__steps=14), tmp_path)
     assert best(tmp_path) == (14, 0.5)
     assert distances(tmp_path).keys() == {2, 4, 6, 8, 10, 12, 14}
 
 
 def test_a_damaged_best_is_said_and_the_next_evaluation_replaces_it(tmp_path, figures, capsys):
     figures += [1.0, 2.0, 3.0]
-    run.distill(settings(**EVERY), tmp_path)
+    distill.distill(settings(**EVERY), tmp_path)
     path = checkpoint.best_of(tmp_path / "checkpoints")
     (path / "rank-00000.bin").write_bytes(b"gone")
     with pytest.raises(checkpoint.CheckpointError, match="best is truncated, damaged"):
-        run.open_run(tmp_path, best=True)
+        distill.open_run(tmp_path, best=True)
     figures += [5.0]
-    run.distill(settings(**EVERY, emd__steps=8), tmp_path)
+    distill.distill(settings(**EVERY, emd__steps=8), tmp_path)
     assert "the best checkpoint is left out" in capsys.readouterr().err
     assert best(tmp_path) == (8, 5.0)
 
@@ -115,7 +115,7 @@ def test_a_generator_that_cannot_be_evaluated_stops_no_run(tmp_path, figures, mo
         return interim_metrics(self, trainer)
 
     monkeypatch.setattr(Mixture, "interim_metrics", fails_once)
-    run.distill(settings(**EVERY), tmp_path)
+    distill.distill(settings(**EVERY), tmp_path)
     assert "the generator of step 4 cannot be evaluated: samples must be finite" in capsys.readouterr().err
     rows = distances(tmp_path)
     assert rows.keys() == {2, 4, 6} and math.isnan(rows[4]) and best(tmp_path) == (6, 1.0)
@@ -123,35 +123,35 @@ def test_a_generator_that_cannot_be_evaluated_stops_no_run(tmp_path, figures, mo
 
 def test_figures_of_other_samples_are_not_compared(tmp_path, figures, capsys):
     figures += [1.0, 2.0, 3.0]
-    run.distill(settings(**EVERY), tmp_path)
+    distill.distill(settings(**EVERY), tmp_path)
     figures += [7.0]
-    run.distill(settings(**EVERY, emd__steps=8, samples=60), tmp_path)
+    distill.distill(settings(**EVERY, emd__steps=8, samples=60), tmp_path)
     assert "was evaluated with other files or samples" in capsys.readouterr().err
     assert best(tmp_path) == (8, 7.0)
 
 
 def test_what_a_crash_left_behind_is_cleared(tmp_path, figures):
     figures += [1.0] * 3
-    run.distill(settings(**EVERY), tmp_path)
+    distill.distill(settings(**EVERY), tmp_path)
     checkpoints = tmp_path / "checkpoints"
     # In the middle of replacing it, and in the middle of writing another.
     checkpoint.best_of(checkpoints).rename(checkpoints / ".best.old")
     (checkpoints / ".best.tmp").mkdir()
-    assert run.open_run(tmp_path, best=True)[2].steps_done == 2
+    assert distill.open_run(tmp_path, best=True)[2].steps_done == 2
     figures += [0.5]
-    run.distill(settings(**EVERY, emd__steps=8), tmp_path)
+    distill.distill(settings(**EVERY, emd__steps=8), tmp_path)
     assert best(tmp_path) == (8, 0.5)
     assert not list(checkpoints.glob(".best*"))
 
 
 def test_the_command_line_chooses_the_best(tmp_path, figures, capsys):
     def call(*words):
-        code = cli.main([str(word) for word in words])
+        code = commands.main([str(word) for word in words])
         return code, capsys.readouterr()
 
     figures += [3.0, 1.0, 2.0]
     folder = tmp_path / "run"
-    run.distill(settings(**EVERY), folder)
+    distill.distill(settings(**EVERY), folder)
     for name, options in {"best": ["--best"], "last": []}.items():
         assert call("sample", folder, "-n", 5, "--out", tmp_path / f"{name}.pt", *options)[0] == 0
         assert call("export", folder, tmp_path / f"{name}.safetensors", *options)[0] == 0
@@ -165,11 +165,11 @@ def test_the_command_line_chooses_the_best(tmp_path, figures, capsys):
     assert code == 0 and metrics["steps"] == 4 and metrics["trained"] == 6
     assert "These metrics are of the checkpoint of step 4." in (folder / "report.md").read_text()
     assert metrics["frechet"]["generator"] != last["frechet"]["generator"]
-    run.distill(settings(**EVERY), folder)  # finished, though an earlier checkpoint was evaluated last
+    distill.distill(settings(**EVERY), folder)  # finished, though an earlier checkpoint was evaluated last
     assert "is finished" in capsys.readouterr().err
     code, said = call("sample", tmp_path / "best.safetensors", "--best", "--out", tmp_path / "x.pt")
     assert code == 2 and "--best needs a run folder" in said.err
-    run.distill(settings(), tmp_path / "plain")
+    distill.distill(settings(), tmp_path / "plain")
     code, said = call("sample", tmp_path / "plain", "--best", "--out", tmp_path / "x.pt")
     assert code == 1 and "has no best checkpoint: distil with --evaluation.every IMAGES" in said.err
 
@@ -184,7 +184,7 @@ def test_digits_have_the_metrics_of_the_end(tmp_path):
         "emd.langevin_steps": 1,
         "evaluation.every": 8,
     }
-    metrics = run.distill(config.load("digits", tiny), tmp_path)
+    metrics = distill.distill(config.load("digits", tiny), tmp_path)
     (row,) = (row for row in journal.read(tmp_path / "log.jsonl") if "evaluation_frechet" in row)
     for name in ("frechet", "recall", "precision", "accuracy"):
         assert row[f"evaluation_{name}"] == metrics[name]["generator"], name
@@ -199,7 +199,7 @@ def test_keys_that_make_no_sense():
 
 
 def on_a_rank(folder, parallel):
-    return run.distill(settings(**EVERY, emd__parallel=parallel), folder)
+    return distill.distill(settings(**EVERY, emd__parallelism__parallel=parallel), folder)
 
 
 @pytest.mark.slow
@@ -214,5 +214,5 @@ def test_ranks_agree_on_the_best(tmp_path, parallel):
     step, value = best(tmp_path)
     assert list(rows) == [2, 4, 6] and value == min(rows.values()) == rows[step]
     assert first["best"] == second["best"] and first["best"]["step"] == step
-    run.distill(settings(**EVERY, emd__steps=8, emd__parallel=parallel), tmp_path)  # on one process
+    distill.distill(settings(**EVERY, emd__steps=8, emd__parallelism__parallel=parallel), tmp_path)  # on one process
     assert best(tmp_path)[1] == min(distances(tmp_path).values())

@@ -6,12 +6,14 @@ import json
 import signal
 import subprocess
 import sys
+import tomllib
 
 import pytest
 import torch
 from spawned import Command, ended, wait_for
 
-from emd_fast.cli import commands as cli
+from emd_fast import config
+from emd_fast.cli import commands
 from emd_fast.train import checkpoint
 
 TINY = [
@@ -40,7 +42,7 @@ def call(capsys, monkeypatch, tmp_path):
     def run(*words):
         monkeypatch.chdir(tmp_path)
         try:
-            code = cli.main([str(word) for word in words])
+            code = commands.main([str(word) for word in words])
         except SystemExit as stop:
             code = stop.code
         return code, *capsys.readouterr()
@@ -103,7 +105,7 @@ def test_an_apex_that_is_not_nvidias_is_told_apart(call, tmp_path, monkeypatch):
     [
         (["distil", "digits"], "did you mean 'distill'"),
         (["distill", "digit"], "did you mean 'digits'"),
-        (["distill", "gmm", "--gama-z", "0.1"], "did you mean --gamma-z"),
+        (["distill", "gmm", "--gama-z", "0.1"], "did you mean '--gamma-z'"),
         (["distill", "gmm", "--gamma-z"], "needs a value"),
         (["distill", "gmm", "--gamma-z", "2"], "gamma_z must be in [0, 1)"),
         (["distill", "gmm", "--langevin-steps", "0"], "langevin_steps"),
@@ -139,10 +141,21 @@ def test_other_failures_are_one_line_and_exit_code_1(gmm, call, tmp_path):
         assert said in err and len(err.strip().splitlines()) == 1
 
 
-def test_help_has_examples_and_units(call):
+def test_help_explains_every_key_in_one_line(call):
     assert "emd-fast distill digits" in call("--help")[1]
-    told = call("distill", "--help")[1]
-    assert "--emd.gamma-z" in told and "units:" in told and "examples:" in told
+    lines = call("distill", "--help")[1].splitlines()
+    for entry in (entry for table in config.tables() for entry in table.entries):
+        option = f"  --{entry.short.replace('_', '-')} {entry.default} "
+        (line,) = [line for line in lines if line.startswith(option)]
+        assert f"  {entry.facts.help}" in line and entry.facts.range in line and entry.facts.unit in line
+
+
+@pytest.mark.parametrize("option", ["--generator-lr", "--emd.optimizer.generator-lr"])
+def test_a_key_of_a_section_goes_by_its_short_and_its_full_name(call, option):
+    out = call("plan", "gmm", option, "0.25", "--optimizer-name=adamw_8bit", "--time-distribution.low", "0.5")[1]
+    planned = tomllib.loads(out[: out.index("1 device,")])["emd"]
+    assert (planned["optimizer"]["generator_lr"], planned["optimizer"]["name"]) == (0.25, "adamw_8bit")
+    assert planned["time_distribution"]["low"] == 0.5
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

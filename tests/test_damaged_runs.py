@@ -14,7 +14,7 @@ import torch
 from emd_fast import cli, config
 from emd_fast.config import ConfigError
 from emd_fast.io import signed
-from emd_fast.io.files import write_whole
+from emd_fast.io.files import write_atomic
 from emd_fast.reporting import journal, pictures, report
 from emd_fast.run import distill as run
 from emd_fast.run import folder as folders
@@ -22,7 +22,7 @@ from emd_fast.run.folder import RunError
 from emd_fast.tasks import encoded
 from emd_fast.train import checkpoint, conditions
 
-TINY = {"steps": 4, "batch_size": 4, "langevin_steps": 1, "fake_score_updates": 1, "lr_warmup": 0}
+TINY = {"steps": 4, "batch_size": 4, "langevin_steps": 1, "fake_score_updates": 1}
 
 
 def settings(task="gmm", **changes):
@@ -176,7 +176,7 @@ def test_links_in_the_place_of_files_are_replaced_or_refused(folder, tmp_path):
         run.distill(settings(steps=8), folder)
     assert victim.read_text() == "whole"
     os.symlink(victim, tmp_path / f".x.{os.getpid()}.tmp")
-    write_whole(tmp_path / "x", lambda file: file.write(b"new"))
+    write_atomic(tmp_path / "x", lambda file: file.write(b"new"))
     assert victim.read_text() == "whole" and (tmp_path / "x").read_text() == "new"
 
 

@@ -9,7 +9,7 @@ from helpers import Mlp, assert_same, assert_within, column, naming, randomised,
 from torch import nn
 
 from emd_fast import Denoiser, Generator
-from emd_fast.diffusion.denoiser import base
+from emd_fast.diffusion.denoiser import unwrap
 from emd_fast.diffusion.schedules import EDM, VP, Cosine, RectifiedFlow
 from emd_fast.teachers import gaussian
 
@@ -315,7 +315,7 @@ class TestErrors:
 
     def test_what_is_no_denoiser(self):
         with pytest.raises(TypeError, match="Denoiser"):
-            base(nn.Linear(1, 1))
+            unwrap(nn.Linear(1, 1))
 
     def test_same_form(self):
         v = make("v", Cosine())

@@ -20,11 +20,12 @@ from emd_fast.config import TimeDistribution
 from emd_fast.em.m_step import WEIGHTINGS
 from emd_fast.noise import NoiseStream
 from emd_fast.reporting import journal
-from emd_fast.run import distill as run
+from emd_fast.run import distill
 from emd_fast.run import loop as training
 from emd_fast.teachers.mlp import TimeMLP
 from emd_fast.teachers.small_unet import SmallUNet
 from emd_fast.train import diagnostics, throughput
+from emd_fast.train.preview import denoised
 
 
 def points_teacher(schedule=None) -> Denoiser:
@@ -322,19 +323,19 @@ def asked(monkeypatch):
 
     monkeypatch.setattr(EMDTrainer, "step", counted_step)
     monkeypatch.setattr(torch.Tensor, "tolist", counted_tolist)
-    monkeypatch.setattr(run, "evaluate", lambda *_: {})
+    monkeypatch.setattr(distill, "evaluate", lambda *_: {})
     with Reads():
         yield steps
 
 
 def test_no_value_is_asked_for_between_logged_steps(tmp_path, asked):
-    run.distill(settings.load("gmm", {**TINY, "gradient_variance": True}), tmp_path)
+    distill.distill(settings.load("gmm", {**TINY, "gradient_variance": True}), tmp_path)
     assert set(asked) - {0} == {3, 6, 7}
     assert 3 in asked and 6 in asked
 
 
 def test_the_log_has_everything_and_the_line_says_the_most_of_it(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(run, "evaluate", lambda *_: {})
+    monkeypatch.setattr(distill, "evaluate", lambda *_: {})
     seen = []
     sink = type(
         "Sink",
@@ -348,7 +349,7 @@ def test_the_log_has_everything_and_the_line_says_the_most_of_it(tmp_path, monke
     )
     monkeypatch.setitem(journal._SINKS, "tensorboard", sink)
     extra = {"peak_tflops": 0.5, "gradient_variance": True}
-    run.distill(settings.load("gmm", {**TINY, **extra}), tmp_path, ("tensorboard",))
+    distill.distill(settings.load("gmm", {**TINY, **extra}), tmp_path, ("tensorboard",))
     rows = journal.read(tmp_path / "log.jsonl")
     assert rows == seen and [row["step"] for row in rows] == [3, 6, 7]
     for row in rows:
@@ -365,10 +366,12 @@ def test_the_log_has_everything_and_the_line_says_the_most_of_it(tmp_path, monke
 
 
 def test_what_is_not_known_is_not_said(tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "evaluate", lambda *_: {})
-    run.distill(settings.load("gmm", TINY), tmp_path / "no_peak")
+    monkeypatch.setattr(distill, "evaluate", lambda *_: {})
+    distill.distill(settings.load("gmm", TINY), tmp_path / "no_peak")
     assert all("tflops" in row and "mfu" not in row for row in journal.read(tmp_path / "no_peak" / "log.jsonl"))
-    run.distill(settings.load("gmm", {**TINY, "emd.cuda_graph": True, "peak_tflops": 0.5}), tmp_path / "graph")
+    distill.distill(
+        settings.load("gmm", {**TINY, "emd.compute.cuda_graph": True, "peak_tflops": 0.5}), tmp_path / "graph"
+    )
     assert all("tflops" not in row and "mfu" not in row for row in journal.read(tmp_path / "graph" / "log.jsonl"))
 
 
@@ -390,7 +393,7 @@ def digits_trainer() -> EMDTrainer:
 def test_the_three_networks_denoise_the_same_images():
     trainer = digits_trainer()
     trainer.step()
-    found = trainer.denoised(4)
+    found = denoised(trainer, 4)
     assert list(found) == ["generator", "teacher", "fake_score"]
     x, cond = trainer.generate(4, ema=False), torch.tensor([0, 1, 2, 0])
     assert torch.equal(found["generator"], x)

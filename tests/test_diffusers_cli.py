@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from emd_fast import Denoiser, schedules
-from emd_fast.cli import commands as cli
-from emd_fast.export import pipeline as export
+from emd_fast.cli import commands
+from emd_fast.export import pipeline
 from emd_fast.teachers.small_unet import SmallUNet
 from emd_fast.train import checkpoint, conditions
 
@@ -25,7 +25,7 @@ def call(capsys, monkeypatch, tmp_path):
 
     def run(*words):
         try:
-            code = cli.main([str(word) for word in words])
+            code = commands.main([str(word) for word in words])
         except SystemExit as stop:
             code = stop.code
         return code, *capsys.readouterr()
@@ -171,7 +171,7 @@ def test_without_a_recipe_or_a_teacher(call):
 
 def test_a_folder_that_was_not_exported(tmp_path):
     with pytest.raises(ValueError, match="was not written by"):
-        export.load(tmp_path)
+        pipeline.load(tmp_path)
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import math
 import os
+import time
 import traceback
 
 import pytest
@@ -26,6 +27,8 @@ from emd_fast.distributed import gathered
 from emd_fast.em.fake_score_step import fake_score_step
 from emd_fast.em.m_step import m_step
 from emd_fast.teachers.small_unet import SmallUNet
+from emd_fast.train import health
+from emd_fast.train.preview import denoised
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +117,7 @@ def one_step(settings: EMDConfig, world_dependent_start: bool = False) -> dict:
         "gradients": gradients,
         "ema": {key: whole(value) for key, value in trainer.ema.module.state_dict().items()},
         "metrics": {key: value.item() for key, value in metrics.items()},
-        "shown": torch.stack([trainer.generate(3), *trainer.denoised(3).values()]),
+        "shown": torch.stack([trainer.generate(3), *denoised(trainer, 3).values()]),
     }
 
 
@@ -246,7 +249,7 @@ def reduced() -> dict:
         "teacher": {p.dtype for p in trainer.teacher.parameters()},
         "weights": {p.dtype for net in (trainer.generator, trainer.fake_score) for p in net.parameters()},
         "gradients": {p.grad.dtype for net in (trainer.generator, trainer.fake_score) for p in net.parameters()},
-        "optimizer": {v.dtype for s in trainer.generator_optimizer.state.values() for v in s.values()},
+        "optimizer": {v.dtype for s in trainer.learners["generator"].optimizer.state.values() for v in s.values()},
         "trains": [any(p.requires_grad for p in n.parameters()) for n in (trainer.teacher, trainer.ema.module)],
         "sharded": [distributed.is_sharded(n) for n in (trainer.teacher, trainer.generator, trainer.ema.module)],
         "metrics": {key: value.item() for key, value in metrics.items()},
@@ -294,7 +297,7 @@ def gathers(steps: int) -> dict:
         teacher(), config(parallel="fsdp", langevin_steps=steps, micro_batch_size=2, fake_score_warmup=0)
     )
     trainer.step()
-    micro_batches = trainer._micro_batches(None, 0)
+    micro_batches = trainer.batches.micro_batches(None, 0)
 
     def generator_update():
         with gathered(trainer.generator):
@@ -499,7 +502,7 @@ def poisoned(mode: str) -> tuple:
     trainer._fake_score_update(None, 0)
     same = all(torch.equal(before[key], whole(value)) for key, value in trainer.generator.state_dict().items())
     moved = any(not torch.equal(fake_score_before[k], whole(v)) for k, v in trainer.fake_score.state_dict().items())
-    return same, moved, trainer.skipped.item(), trainer.culprit()
+    return same, moved, trainer.skipped.item(), health.culprit(trainer.learners)
 
 
 @pytest.mark.parametrize("mode", ["replicate", "fsdp"])
@@ -556,6 +559,23 @@ def test_an_attempt_of_torchrun_takes_no_addresses_from_the_ones_before(monkeypa
         mine.set("address", "of a rank that lives")
     # A store of its own is used as it is: the machines of one attempt may count differently.
     assert of(fresh, "1") is fresh
+
+
+def ends_after_the_report(folder, main) -> bool:
+    error = ValueError("of all ranks")
+    error.main = main == distributed.rank()
+    store = dist.distributed_c10d._get_default_store()
+
+    def report(_) -> None:
+        time.sleep(0.3)
+        (folder / "reported").touch()
+
+    distributed.group._report_together(error, report, store)
+    return (folder / "reported").exists()
+
+
+def test_no_rank_ends_before_rank_0_has_reported_an_error_of_all(ranks, tmp_path):
+    assert ranks(2, ends_after_the_report, tmp_path, 0) == [True, True]
 
 
 def test_one_process_is_a_group_of_one(tmp_path):

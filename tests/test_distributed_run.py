@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import math
 import os
@@ -20,9 +21,9 @@ from test_distributed import config, teacher, whole
 
 from emd_fast import EMDTrainer, distributed
 from emd_fast import config as configuration
-from emd_fast.cli import commands as cli
+from emd_fast.cli import commands
 from emd_fast.reporting import journal
-from emd_fast.run import distill as run
+from emd_fast.run import distill
 from emd_fast.train import checkpoint
 from emd_fast.train.checkpoint import CheckpointError
 from emd_fast.train.health import Diverged
@@ -41,11 +42,10 @@ def ranks():
 def state_of(trainer) -> dict[str, torch.Tensor]:
     parts = {"generator": trainer.generator, "fake_score": trainer.fake_score, "ema": trainer.ema.module}
     state = {f"{part}.{key}": whole(v) for part, module in parts.items() for key, v in module.state_dict().items()}
-    for name, optimizer in trainer._optimizers().items():
-        shards = trainer.shards[name]
-        for index, parameter in enumerate(shards.parameters):
-            for key, value in optimizer.state[parameter].items():
-                state[f"{name}_optimizer.{index}.{key}"] = whole(shards.like(index, value))
+    for name, learner in trainer.learners.items():
+        for index, parameter in enumerate(learner.trainable.parameters):
+            for key, value in learner.optimizer.state[parameter].items():
+                state[f"{name}_optimizer.{index}.{key}"] = whole(learner.trainable.like(index, value))
     return state
 
 
@@ -102,7 +102,7 @@ def test_a_run_goes_on_on_other_ranks(ranks, tmp_path, before, after):
 
     def on(place, *arguments):
         world, mode = place
-        settings = config(parallel=mode, optimizer="adamw")
+        settings = config(parallel=mode, optimizer_name="adamw")
         return [train(settings, *arguments)] if world == 1 else ranks(world, train, settings, *arguments)
 
     saved = on(before, 2, None, tmp_path / "half")[0][1]
@@ -125,53 +125,53 @@ def test_a_schedule_that_ends_at_the_last_step_keeps_it(tmp_path):
 
 
 def test_too_many_gradients_that_are_not_finite_end_the_run_by_name(tmp_path, monkeypatch):
-    original = run.EMDTrainer._accumulate
+    original = distill.EMDTrainer._update
 
-    def poisoned(self, name, pieces, loss_of):
-        loss = original(self, name, pieces, loss_of)
+    def poisoned(self, name):
         if name == "fake_score":
-            self.shards[name].parameters[2].grad.fill_(float("nan"))
-        return loss
+            self.learners[name].trainable.parameters[2].grad.fill_(float("nan"))
+        return original(self, name)
 
-    monkeypatch.setattr(run.EMDTrainer, "_accumulate", poisoned)
+    monkeypatch.setattr(distill.EMDTrainer, "_update", poisoned)
     settings = configuration.load("gmm", {**TINY, "emd.steps": 50, "emd.max_skipped": 3})
-    with pytest.raises(Diverged, match=r"not finite, last that of network\.hidden\.0\.weight of the fake_score"):
-        run.distill(settings, tmp_path)
+    with pytest.raises(Diverged, match=r"not finite is that of network\.hidden\.0\.weight of the fake_score"):
+        distill.distill(settings, tmp_path)
     assert "network.hidden.0.weight of the fake_score" in (tmp_path / "report.md").read_text()
 
 
 def diverging(folder, mode) -> tuple[int, list[bool], str]:
     """A run in which one rank's loss of the generator is NaN from the third step on: its exit code, whether each of
     these steps left the generator and its optimizer as they were, and what this rank said."""
-    accumulate, update, unchanged, said = EMDTrainer._accumulate, EMDTrainer._update, [], io.StringIO()
+    generator_loss, update, unchanged, said = EMDTrainer._generator_loss, EMDTrainer._update, [], io.StringIO()
 
-    def poisoned(self, name, pieces, loss_of):
-        ill = name == "generator" and self.steps_done >= 2 and distributed.rank() == 1
-        return accumulate(self, name, pieces, (lambda piece: loss_of(piece) * math.nan) if ill else loss_of)
+    def poisoned(self, posteriors):
+        if self.steps_done >= 2 and distributed.rank() == 1:
+            posteriors = [dataclasses.replace(each, drift=each.drift * math.nan) for each in posteriors]
+        return generator_loss(self, posteriors)
 
     def watched(self, name):
         if name != "generator" or self.steps_done < 2:
             return update(self, name)
-        moments = [v for state in self.generator_optimizer.state.values() for v in state.values()]
+        moments = [v for state in self.learners["generator"].optimizer.state.values() for v in state.values()]
         held = [*map(distributed.local, self.generator.parameters()), *moments]
         before = [tensor.detach().clone() for tensor in held]
         norm = update(self, name)
         unchanged.append(all(torch.equal(a, b) for a, b in zip(held, before, strict=True)))
         return norm
 
-    EMDTrainer._accumulate, EMDTrainer._update = poisoned, watched
+    EMDTrainer._generator_loss, EMDTrainer._update = poisoned, watched
     try:
         with contextlib.redirect_stderr(said):
-            code = cli.main(command(folder, parallel=mode, max_skipped=3, log_every=1))
+            code = commands.main(command(folder, parallel=mode, max_skipped=3, log_every=1))
     finally:
-        EMDTrainer._accumulate, EMDTrainer._update = accumulate, update
+        EMDTrainer._generator_loss, EMDTrainer._update = generator_loss, update
     return code, unchanged, said.getvalue()
 
 
 @pytest.mark.parametrize(("world", "mode"), [(2, "replicate"), (2, "fsdp"), (3, "replicate"), (3, "fsdp")])
 def test_a_rank_whose_gradient_is_not_finite_stops_all_and_no_weight_has_moved(ranks, tmp_path, world, mode):
     results = ranks(world, diverging, tmp_path, mode)
-    line = "not finite, last that of first.weight of the generator"
+    line = "not finite is that of first.weight of the generator"
     for rank, (code, unchanged, said) in enumerate(results):
         assert code == 1 and unchanged == [True] * 4
         assert [line in it for it in said.splitlines() if it.startswith("emd-fast:")] == [True] * (rank == 0), said
@@ -275,7 +275,7 @@ def test_a_signal_to_one_rank_stops_all_and_the_run_goes_on(tmp_path):
     assert [code for code, _ in results] == [0, 0], results
     assert f"resuming {folder} at step {stopped} of {steps}" in results[0][1]
     assert (folder / "report.md").exists() and (folder / "metrics.json").exists()
-    again = run.distill(configuration.load(str(folder / "config.toml")), folder)
+    again = distill.distill(configuration.load(str(folder / "config.toml")), folder)
     assert again["steps"] == steps
     # The same run in one process, to rounding that the steps have had time to spread.
     assert all(torch.isfinite(value).all() for value in weights(folder, steps).values())
@@ -327,7 +327,7 @@ def survives_being_killed(folder, seed, kills):
     (process,) = started(command(folder / "killed", steps=steps, save_every=1))
     assert ended([process])[0][0] == 0, process.said()
     check_leg(process, last)
-    run.distill(configuration.load("gmm", {**TINY, "emd.steps": steps, "save_every": steps}), folder / "whole")
+    distill.distill(configuration.load("gmm", {**TINY, "emd.steps": steps, "save_every": steps}), folder / "whole")
     mine, its = weights(folder / "killed", steps), weights(folder / "whole", steps)
     assert all(torch.equal(mine[key], its[key]) for key in its)
     assert not list(checkpoints.glob(".*"))

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from emd_fast import EMDConfig, EMDTrainer
-from emd_fast.cli import commands as cli
+from emd_fast.cli import commands
 from emd_fast.diffusion.schedules import EDM
 from emd_fast.teachers import edm
 
@@ -39,7 +39,7 @@ def pickled(tmp_path_factory):
 @pytest.fixture
 def call(capsys):
     def run(*words):
-        code = cli.main([str(word) for word in words])
+        code = commands.main([str(word) for word in words])
         return code, *capsys.readouterr()
 
     return run

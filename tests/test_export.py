@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from emd_fast import Denoiser, EMDConfig, EMDTrainer, Generator, schedules
-from emd_fast.export import pipeline as export
+from emd_fast.export import pipeline
 from emd_fast.teachers import gaussian_mixture
 from emd_fast.teachers.mlp import PointGenerator, TimeMLP
 from emd_fast.teachers.small_unet import SmallUNet, initialise
@@ -42,7 +42,7 @@ def test_the_file_gives_the_bits_of_the_trainer(make, ema, tmp_path):
     trainer = make()
     for _ in range(2):
         trainer.step()
-    loaded = export.load(export.export(trainer, tmp_path / "one.safetensors", "safetensors", ema=ema))
+    loaded = pipeline.load(pipeline.export(trainer, tmp_path / "one.safetensors", "safetensors", ema=ema))
     assert torch.equal(loaded.sample(5), trainer.generate(5, ema=ema))
     assert torch.equal(loaded.sample(2, first_sample=3), trainer.generate(2, ema=ema, first_sample=3))
     assert not torch.equal(loaded.sample(5, seed=99), loaded.sample(5))
@@ -54,15 +54,15 @@ def test_a_network_that_fuse_refuses_is_loaded_as_it_is(tmp_path):
     network = SmallUNet(1, 132)  # one head of 264 dimensions
     teacher = Denoiser(network, schedules.EDM(), "edm", sigma_data=0.5, sample_shape=(1, 8, 8))
     trainer = EMDTrainer(teacher, EMDConfig(steps=1, batch_size=2, num_classes=10, fuse=False))
-    export.export(trainer, tmp_path / "wide.safetensors", format="safetensors")
+    pipeline.export(trainer, tmp_path / "wide.safetensors", format="safetensors")
     with pytest.warns(UserWarning, match=r"wide\.safetensors is not fused: .*256"):
-        one_step = export.load(tmp_path / "wide.safetensors")
+        one_step = pipeline.load(tmp_path / "wide.safetensors")
     assert torch.equal(one_step.sample(2), trainer.generate(2))
 
 
 def test_the_generator_of_a_trainer_is_what_the_numbers_say(tmp_path):
     trainer = mlp_behind_a_denoiser()
-    loaded = export.load(export.export(trainer, tmp_path / "x", "safetensors"))
+    loaded = pipeline.load(pipeline.export(trainer, tmp_path / "x", "safetensors"))
     z = torch.randn(6, 2)
     t = torch.full((6,), 0.7)
     expected = trainer.ema.module.denoiser.denoise(0.5 * z, t)
@@ -81,11 +81,11 @@ def test_what_cannot_be_described_is_refused_before_anything_is_written(tmp_path
             return self.layer(z)
 
     with pytest.raises(ValueError, match="a Mine cannot be described in a file: SmallUNet"):
-        export.export(points(Mine()), tmp_path / "x", "safetensors")
+        pipeline.export(points(Mine()), tmp_path / "x", "safetensors")
     with pytest.raises(ValueError, match="needs a teacher from a folder of diffusers"):
-        export.export(points(), tmp_path / "x")
+        pipeline.export(points(), tmp_path / "x")
     with pytest.raises(ValueError, match="format must be"):
-        export.export(points(), tmp_path / "x", "onnx")
+        pipeline.export(points(), tmp_path / "x", "onnx")
     assert not list(tmp_path.iterdir())
 
 
@@ -101,21 +101,21 @@ def test_an_output_of_the_users_own_is_refused(tmp_path):
     trainer = EMDTrainer(denoiser, EMDConfig(steps=1, batch_size=2))
     assert isinstance(trainer.generator, Generator)
     with pytest.raises(ValueError, match="an `output` of its own"):
-        export.export(trainer, tmp_path / "x", "safetensors")
+        pipeline.export(trainer, tmp_path / "x", "safetensors")
 
 
 def test_files_of_others_and_of_later_versions(tmp_path):
     from safetensors.torch import save_file
 
     with pytest.raises(ValueError, match="cannot read"):
-        export.load(tmp_path / "nowhere")
+        pipeline.load(tmp_path / "nowhere")
     (tmp_path / "text").write_text("no")
     with pytest.raises(ValueError, match="cannot read"):
-        export.load(tmp_path / "text")
+        pipeline.load(tmp_path / "text")
     save_file({"a": torch.ones(1)}, tmp_path / "other")
     with pytest.raises(ValueError, match="was not written by"):
-        export.load(tmp_path / "other")
+        pipeline.load(tmp_path / "other")
     later = {"emd_fast": json.dumps({"version": 99, "generator": {}})}
     save_file({"a": torch.ones(1)}, tmp_path / "later", metadata=later)
     with pytest.raises(ValueError, match="has format version 99, this release reads 1"):
-        export.load(tmp_path / "later")
+        pipeline.load(tmp_path / "later")

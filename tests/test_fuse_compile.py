@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 
 import emd_fast
 from emd_fast.em.frozen import frozen
-from emd_fast.fusion import conditioning_cache, regional
+from emd_fast.fusion import compiled_blocks, conditioning_cache
 
 # Tracing a UNet takes seconds: one of each family, and those that take long only on request.
 QUICK = ["shallow unet2d_condition", "song", "small"]
@@ -24,10 +24,10 @@ ALL = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in ("unet2d
 def fresh():
     torch._dynamo.reset()
     counters.clear()
-    regional._compiled.cache_clear()
+    compiled_blocks._compiled.cache_clear()
     yield
     torch._dynamo.reset()
-    regional._compiled.cache_clear()
+    compiled_blocks._compiled.cache_clear()
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -120,7 +120,7 @@ def test_conditions_are_computed_once_outside_of_the_compiled_code(name):
 
 def test_more_sizes_than_the_compiler_takes_run_without_it(caplog):
     """A picture or an evaluation is no reason to stop a run."""
-    regional._say_once.cache_clear()
+    compiled_blocks._say_once.cache_clear()
     network, x, arguments = make("small")
     cases = [(x[:n], tuple(a[:n] for a in arguments)) for n in (1, 2, 1, 2)]
     cases += [(torch.cat([x] * n), tuple(torch.cat([a] * n) for a in arguments)) for n in (2, 3, 4)]
@@ -131,7 +131,7 @@ def test_more_sizes_than_the_compiler_takes_run_without_it(caplog):
         for case, result in zip(cases, expected, strict=True):
             assert relative(output(network, *case), result) < 1e-5
     structures = {
-        regional.structure(module) for module in network.modules() if type(module).__name__ == "ResidualBlock"
+        compiled_blocks.structure(module) for module in network.modules() if type(module).__name__ == "ResidualBlock"
     }
     assert counting.graphs == 2 * len(structures)
     assert caplog.text.count("as many sizes as torch.compile allows") == 1

@@ -7,7 +7,7 @@ import torch
 from networks import make, output
 from test_e_step import Flops
 from test_fuse import relative
-from test_fuse_prepared import BF16, frozen
+from test_fuse_weight_cache import BF16, frozen
 from torch import nn
 
 import emd_fast

@@ -7,7 +7,7 @@ import torch
 from networks import make, output
 from safetensors.torch import load_file
 from test_fuse import relative
-from test_fuse_prepared import BF16, passes
+from test_fuse_weight_cache import BF16, passes
 
 import emd_fast
 from emd_fast.cache.weights import WEIGHT_CACHE, weight_cache

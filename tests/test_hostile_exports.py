@@ -21,6 +21,8 @@ from emd_fast.export.pipeline import EXPORTED, export, load
 from emd_fast.io import signed
 from emd_fast.teachers.mlp import TimeMLP
 
+for name in ("UNet2DModel", "DiTTransformer2DModel"):  # imported here, not inside the watch
+    getattr(pytest.importorskip("diffusers"), name)
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
 
 
@@ -35,7 +37,6 @@ def file(tmp_path_factory):
 def folder(tmp_path_factory):
     from emd_fast.teachers import diffusers as teachers
 
-    pytest.importorskip("diffusers")
     path = tmp_path_factory.mktemp("made")
     trainer = EMDTrainer(
         teachers.load(diffusers_folders.dit(path / "teacher")),

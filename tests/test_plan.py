@@ -14,11 +14,11 @@ from torch.utils.flop_counter import flop_registry
 
 from emd_fast import Denoiser, EMDTrainer, Generator, distributed
 from emd_fast import config as configuration
-from emd_fast.cli import commands as cli
+from emd_fast.cli import commands
 from emd_fast.config import ConfigError
 from emd_fast.diffusion.schedules import EDM
 from emd_fast.distributed import GroupError
-from emd_fast.run import distill as run
+from emd_fast.run import distill
 from emd_fast.run.plan import GIB, Ceilings, estimate, plan
 from emd_fast.run.sizes import Sizes, Work
 
@@ -70,7 +70,7 @@ def measured(mode: str, precision: str) -> tuple[dict, dict]:
         "average": held(trainer.ema.module.parameters()),
         "optimizer": sum(
             held(value for state in o.state.values() for key, value in state.items() if key != "step")
-            for o in (trainer.generator_optimizer, trainer.fake_score_optimizer)
+            for o in (learner.optimizer for learner in trainer.learners.values())
         ),
     }, received.bytes
 
@@ -110,10 +110,10 @@ def test_what_cannot_fit_is_refused_with_what_helps():
         made(parallel="replicate").check(20 * GIB)
     with pytest.raises(ConfigError, match="try a smaller --micro-batch-size"):
         made(parallel="fsdp", activations=2 * GIB).check(20 * GIB)
-    with pytest.raises(ConfigError, match="more devices, or --optimizer adamw_8bit"):
+    with pytest.raises(ConfigError, match="more devices, or --optimizer-name adamw_8bit"):
         made(devices=1).check(20 * GIB)
     # 8-bit moments, and micro-batches that take fewer samples through at a time, are seen.
-    assert made(optimizer="adamw_8bit").chosen.memory["optimizer"] < made().chosen.memory["optimizer"] / 3
+    assert made(optimizer_name="adamw_8bit").chosen.memory["optimizer"] < made().chosen.memory["optimizer"] / 3
     assert made(devices=8, micro_batch_size=4, activations=1e9).chosen.memory["activations"] == 4e9
     assert made().table().count("not known") == made(activations=1e9).table().count("not known") + 2
     with pytest.raises(ConfigError, match="at least the number of devices, 64, got 32"):
@@ -189,7 +189,7 @@ def test_times_are_those_of_the_ceilings():
 
 
 def test_the_figures_of_the_docs_are_those_of_the_code(capsys):
-    text = (Path(__file__).resolve().parents[1] / "docs" / "scaling.md").read_text()
+    text = (Path(__file__).resolve().parents[1] / "docs" / "distributed.md").read_text()
     exec(text.split("```python\n")[1].split("```")[0], {})
     rows = capsys.readouterr().out
     assert len(rows.splitlines()) == 16 and rows in text
@@ -198,24 +198,24 @@ def test_the_figures_of_the_docs_are_those_of_the_code(capsys):
 def test_plan_prints_the_configuration_and_the_table_and_writes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = ["plan", "digits", "--devices", "8", "--parallel", "fsdp"]
-    assert cli.main(words) == 0
+    assert commands.main(words) == 0
     said = capsys.readouterr().out
     assert 'parallel = "fsdp"' in said and "8 devices" in said and "fsdp *" in said and "replicate" in said
     assert not list(tmp_path.iterdir())
-    assert cli.main([*words, "--device-memory", "0.0001"]) == 2
+    assert commands.main([*words, "--device-memory", "0.0001"]) == 2
     assert "parallel = 'fsdp' needs" in capsys.readouterr().err
-    assert cli.main(["distill", "digits", "--devices", "8"]) == 2
+    assert commands.main(["distill", "digits", "--devices", "8"]) == 2
     assert "unknown option '--devices'" in capsys.readouterr().err
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert cli.main(["plan", "digits"]) == 0
+    assert commands.main(["plan", "digits"]) == 0
     assert "4 devices" in capsys.readouterr().out
 
 
 def test_what_cannot_fit_is_refused_before_it_is_allocated(tmp_path, capsys, monkeypatch):
     """Networks of 28 GiB each on a machine of one GiB."""
-    monkeypatch.setattr(run, "available", lambda: float(GIB))
+    monkeypatch.setattr(distill, "available", lambda: float(GIB))
     width = ["--mixture.generator-width", "60000", "--mixture.fake-score-width", "60000"]
-    assert cli.main(["distill", "gmm", "--out", str(tmp_path / "x"), *width]) == 2
+    assert commands.main(["distill", "gmm", "--out", str(tmp_path / "x"), *width]) == 2
     said = capsys.readouterr().err
     assert "GiB a device, and there are 1: try" in said and len(said.strip().splitlines()) == 1
 
@@ -223,15 +223,15 @@ def test_what_cannot_fit_is_refused_before_it_is_allocated(tmp_path, capsys, mon
 @pytest.mark.parametrize("recipe", ["gmm", "digits"])
 def test_a_plan_is_made_of_shapes_alone(recipe, monkeypatch):
     seen, original = [], Sizes.of
-    monkeypatch.setattr(run.Sizes, "of", lambda *networks: seen.extend(networks) or original(*networks))
-    run.plan_of(configuration.load(recipe), 4, Ceilings(1e12, 1e9))
+    monkeypatch.setattr(distill.Sizes, "of", lambda *networks: seen.extend(networks) or original(*networks))
+    distill.plan_of(configuration.load(recipe), 4, Ceilings(1e12, 1e9))
     parameters = [p for network in seen for p in network.parameters()]
     assert len(seen) == 3 and parameters and all(p.is_meta for p in parameters)
 
 
 def test_plan_takes_ceilings_and_any_key_and_invents_nothing(capsys):
     def told(*words):
-        code = cli.main(["plan", "gmm", "--devices", "4", *words])
+        code = commands.main(["plan", "gmm", "--devices", "4", *words])
         said = capsys.readouterr()
         return code, said.out, said.err
 
@@ -242,7 +242,7 @@ def test_plan_takes_ceilings_and_any_key_and_invents_nothing(capsys):
     assert not [line for line in whole.splitlines() if "seconds" in line and "not known" in line]
     assert told("--tflops", "10", "--gb-per-second", "1", "--langevin-steps", "32")[1] != whole
     for words, said in (
-        (["--langevin-stepz", "4"], "did you mean --langevin-steps"),
+        (["--langevin-stepz", "4"], "did you mean '--langevin-steps'"),
         (["--parallel", "hybrid", "--shard-group", "3"], "shard_group must divide the 4 ranks, got 3"),
         (["--batch-size", "2"], "at least the number of devices, 4, got 2"),
         (["--device-memory", "1e-6"], "GiB a device"),
@@ -250,4 +250,4 @@ def test_plan_takes_ceilings_and_any_key_and_invents_nothing(capsys):
         code, _, err = told(*words)
         assert code == 2 and said in err and len(err.strip().splitlines()) == 1, err
     with pytest.raises(SystemExit):
-        cli.main(["plan", "gmm", "--devices", "4", "--tflops", "0"])
+        commands.main(["plan", "gmm", "--devices", "4", "--tflops", "0"])

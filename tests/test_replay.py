@@ -11,10 +11,10 @@ from test_run import settings
 from test_trainer import config, digits_teacher
 
 from emd_fast import EMDTrainer
-from emd_fast.cli import commands as cli
+from emd_fast.cli import commands
 from emd_fast.config import ConfigError
 from emd_fast.em import score_difference
-from emd_fast.run import distill as run
+from emd_fast.run import distill
 from emd_fast.run.folder import RunError
 from emd_fast.run.replay import replay
 from emd_fast.train import checkpoint
@@ -27,7 +27,7 @@ TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 def folder(tmp_path_factory):
     """Six steps with checkpoints of steps 4 and 6."""
     path = tmp_path_factory.mktemp("runs") / "gmm"
-    run.distill(settings(), path)
+    distill.distill(settings(), path)
     return path
 
 
@@ -52,7 +52,7 @@ def test_a_sample_alone_is_that_sample_of_the_whole_batch(changes):
     assert torch.equal(alone.t[0], whole.t[5]) and torch.equal(alone.cond[0], whole.cond[5])
     if changes.get("gamma_z") == 0.0:  # z stays what was drawn
         assert torch.equal(alone.z[0], whole.z[5])
-    assert [now.k for now in steps] == list(range(trainer._langevin_steps()))
+    assert [now.k for now in steps] == list(range(trainer._langevin_steps))
     torch.testing.assert_close(steps[-1].drift, alone.drift)
     torch.testing.assert_close(steps[-1].eps, alone.eps)
 
@@ -78,7 +78,7 @@ def test_what_is_seen_of_a_step_is_what_the_step_did():
 
 @pytest.mark.parametrize("sample", [0, 11, 15])
 def test_a_replay_is_the_sample_of_the_batch_at_its_checkpoint(folder, sample):
-    _, _, trainer = run.open_run(folder, up_to=4)
+    _, _, trainer = distill.open_run(folder, up_to=4)
     assert trainer.steps_done == 4
     whole = trainer.sample_posterior(step=4)
     again = replay(folder, 4, sample)
@@ -103,7 +103,7 @@ def test_caught_up_it_is_what_the_run_computed(folder, monkeypatch, step):
         return found
 
     monkeypatch.setattr(EMDTrainer, "_e_step", noted)
-    _, _, trainer = run.open_run(folder, up_to=4)
+    _, _, trainer = distill.open_run(folder, up_to=4)
     trainer.step()
     trainer.step()
     monkeypatch.undo()
@@ -122,14 +122,14 @@ def test_what_cannot_be_replayed_is_one_clear_line(folder, tmp_path, capsys):
         replay(folder, -1, 0)
     with pytest.raises(RunError, match="not the folder of a run"):
         replay(tmp_path, 4, 0)
-    assert cli.main(["replay", str(folder), "--step", "3", "--sample", "0"]) == 1
+    assert commands.main(["replay", str(folder), "--step", "3", "--sample", "0"]) == 1
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
-    assert cli.main(["replay", str(folder), "--step", "4", "--sample", "99"]) == 2
+    assert commands.main(["replay", str(folder), "--step", "4", "--sample", "99"]) == 2
 
 
 @pytest.mark.usefixtures("without_pictures")
 def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(tmp_path, capsys):
-    run.distill(settings(), tmp_path)
+    distill.distill(settings(), tmp_path)
     file = checkpoint.path_of(tmp_path / "checkpoints", 6) / "rank-00000.bin"
     file.write_bytes(file.read_bytes()[:100])
     assert "checkpoint of step 4, 2 steps earlier" in replay(tmp_path, 6, 0).weights
@@ -137,7 +137,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(tmp_path, capsys):
 
 
 def test_the_command_prints_the_steps_and_writes_the_pictures(folder, tmp_path, capsys):
-    assert cli.main(["replay", str(folder), "--step", "6", "--sample", "2", "--out", str(tmp_path / "x")]) == 0
+    assert commands.main(["replay", str(folder), "--step", "6", "--sample", "2", "--out", str(tmp_path / "x")]) == 0
     said = capsys.readouterr().out
     for word in ("drift", "delta", "alpha", "sigma", "condition none", "checkpoint of step 6"):
         assert word in said, word
@@ -161,14 +161,14 @@ def test_images_are_pictures_where_they_can_be_and_tensors_always(folder, tmp_pa
 
 @pytest.mark.usefixtures("without_pictures")
 def test_a_run_that_stopped_names_the_command(tmp_path, monkeypatch, capsys):
-    run.distill(settings(emd__steps=4), tmp_path)
+    distill.distill(settings(emd__steps=4), tmp_path)
     outputs = score_difference.ScoreDifference.outputs
     monkeypatch.setattr(
         score_difference.ScoreDifference, "outputs", lambda self, x: [F * math.nan for F in outputs(self, x)]
     )
     with pytest.raises(Diverged):
-        run.distill(settings(emd__steps=8), tmp_path)
+        distill.distill(settings(emd__steps=8), tmp_path)
     command = f"emd-fast replay {tmp_path} --step 5 --sample 0"
     assert command in (tmp_path / "report.md").read_text() and command in capsys.readouterr().err
-    assert cli.main(command.split()[1:]) == 0
+    assert commands.main(command.split()[1:]) == 0
     assert "nan" in capsys.readouterr().out

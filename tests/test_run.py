@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -18,11 +19,10 @@ import torch
 from emd_fast import config
 from emd_fast.config import ConfigError
 from emd_fast.em import score_difference
-from emd_fast.io.files import write_whole
+from emd_fast.io.files import write_atomic
 from emd_fast.reporting import journal, report
-from emd_fast.run import distill as run
-from emd_fast.run import study
-from emd_fast.run.folder import RunError, locked, metrics_of
+from emd_fast.run import distill, study
+from emd_fast.run.folder import RunError, locked, metrics_of, open_folder
 from emd_fast.run.signals import Interrupted
 from emd_fast.train import checkpoint
 from emd_fast.train.checkpoint import CheckpointError
@@ -57,7 +57,7 @@ def assert_same(first, second):
 
 def test_a_run_leaves_the_promised_folder(tmp_path, without_pictures):
     without_pictures.undo()
-    metrics = run.distill(settings(), tmp_path)
+    metrics = distill.distill(settings(), tmp_path)
     for name in ("config.toml", "log.jsonl", "metrics.json", "report.md", "samples/points.png"):
         assert (tmp_path / name).stat().st_size > 0, name
     assert config.load(str(tmp_path / "config.toml")) == settings()
@@ -75,50 +75,53 @@ def test_a_run_leaves_the_promised_folder(tmp_path, without_pictures):
 
 @pytest.mark.parametrize(
     ("changes", "sinks", "said"),
-    [({}, ("tensorboard",), "TensorBoard is not installed"), ({"emd__optimizer": "adamw_8bit"}, (), "needs torchao")],
+    [
+        ({}, ("tensorboard",), "TensorBoard is not installed"),
+        ({"emd__optimizer__name": "adamw_8bit"}, (), "needs torchao"),
+    ],
 )
 def test_what_is_not_installed_is_said_before_anything_is_made(tmp_path, monkeypatch, changes, sinks, said):
     for module in ("torch.utils.tensorboard", "torchao.optim"):
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises((ModuleNotFoundError, ConfigError), match=said):
-        run.distill(settings(**changes), tmp_path / "run", sinks)
+        distill.distill(settings(**changes), tmp_path / "run", sinks)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_finished_run_says_so_and_trains_nothing(tmp_path, capsys, monkeypatch):
-    metrics = run.distill(settings(), tmp_path)
-    monkeypatch.setattr(run.EMDTrainer, "step", lambda self: pytest.fail("a finished run trained on"))
-    assert run.distill(settings(), tmp_path) == metrics
+    metrics = distill.distill(settings(), tmp_path)
+    monkeypatch.setattr(distill.EMDTrainer, "step", lambda self: pytest.fail("a finished run trained on"))
+    assert distill.distill(settings(), tmp_path) == metrics
     assert "is finished: 6 steps" in capsys.readouterr().err
 
 
 def test_more_steps_go_on_from_a_finished_run(tmp_path, capsys):
-    run.distill(settings(emd__steps=2), tmp_path / "legs")
-    run.distill(settings(), tmp_path / "legs")
+    distill.distill(settings(emd__steps=2), tmp_path / "legs")
+    distill.distill(settings(), tmp_path / "legs")
     assert "resuming" in capsys.readouterr().err
-    run.distill(settings(), tmp_path / "whole")
+    distill.distill(settings(), tmp_path / "whole")
     assert_same(weights(tmp_path / "legs"), weights(tmp_path / "whole"))
     legs, whole = (journal.read(tmp_path / name / "log.jsonl") for name in ("legs", "whole"))
     assert [row["drift_rms"] for row in legs] == [row["drift_rms"] for row in whole]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_and_stops_and_the_run_goes_on_bit_for_bit(tmp_path, monkeypatch, number):
-    step = run.EMDTrainer.step
+    step = distill.EMDTrainer.step
 
     def interrupted(self, cond=None):
         if self.steps_done == 2:
             os.kill(os.getpid(), number)
         return step(self, cond)
 
-    monkeypatch.setattr(run.EMDTrainer, "step", interrupted)
+    monkeypatch.setattr(distill.EMDTrainer, "step", interrupted)
     with pytest.raises(Interrupted) as stop:
-        run.distill(settings(save_every=100), tmp_path / "legs")
+        distill.distill(settings(save_every=100), tmp_path / "legs")
     assert stop.value.exit_code == 128 + number
     assert not (tmp_path / "legs" / "metrics.json").exists()
     monkeypatch.undo()
-    run.distill(settings(save_every=100), tmp_path / "legs")
-    run.distill(settings(save_every=100), tmp_path / "whole")
+    distill.distill(settings(save_every=100), tmp_path / "legs")
+    distill.distill(settings(save_every=100), tmp_path / "whole")
     assert_same(weights(tmp_path / "legs"), weights(tmp_path / "whole"))
 
 
@@ -131,9 +134,9 @@ def test_a_signal_outside_of_the_training_ends_the_run_at_once(tmp_path, monkeyp
         finally:
             os.kill(os.getpid(), signal.SIGTERM)  # again, on the way out
 
-    monkeypatch.setattr(run, place, interrupted)
+    monkeypatch.setattr(distill, place, interrupted)
     with pytest.raises(Interrupted) as stop:
-        run.distill(settings(emd__steps=2), tmp_path)
+        distill.distill(settings(emd__steps=2), tmp_path)
     assert stop.value.exit_code == 128 + number
     assert capsys.readouterr().err.count("stopped; the same command goes on from what is saved") == 1
 
@@ -149,15 +152,26 @@ def test_a_signal_while_the_last_checkpoint_is_written_waits_for_it(tmp_path, mo
 
     monkeypatch.setattr(checkpoint, "_write_folder", slowly)
     with pytest.raises(Interrupted) as stop:
-        run.distill(settings(emd__steps=2, background_checkpoints=True), tmp_path)
+        distill.distill(settings(emd__steps=2, background_checkpoints=True), tmp_path)
     assert stop.value.exit_code == 143 and "stopped at step 2 of 2, saved" in capsys.readouterr().err
     assert weights(tmp_path, 2)
 
 
 def test_signals_work_again_as_before_after_a_run(tmp_path):
-    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    run.distill(settings(emd__steps=2), tmp_path)
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+    before = [signal.getsignal(number) for number in numbers]
+    distill.distill(settings(emd__steps=2), tmp_path)
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
+def test_a_closed_terminal_does_not_end_a_run_under_nohup(tmp_path, monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    step = distill.EMDTrainer.step
+    monkeypatch.setattr(distill.EMDTrainer, "step", lambda self: (os.kill(os.getpid(), signal.SIGHUP), step(self))[1])
+    try:
+        assert distill.distill(settings(emd__steps=2), tmp_path)["steps"] == 2
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_run_works_outside_of_the_main_thread(tmp_path):
@@ -165,7 +179,7 @@ def test_a_run_works_outside_of_the_main_thread(tmp_path):
 
     def work():
         try:
-            run.distill(settings(emd__steps=2), tmp_path)
+            distill.distill(settings(emd__steps=2), tmp_path)
         except BaseException as error:
             failures.append(error)
 
@@ -176,47 +190,58 @@ def test_a_run_works_outside_of_the_main_thread(tmp_path):
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(tmp_path, capsys):
-    run.distill(settings(), tmp_path / "damaged")
-    run.distill(settings(emd__steps=8), tmp_path / "whole")
+    distill.distill(settings(), tmp_path / "damaged")
+    distill.distill(settings(emd__steps=8), tmp_path / "whole")
     last = checkpoint.path_of(tmp_path / "damaged" / "checkpoints", 6) / "rank-00000.bin"
     last.write_bytes(last.read_bytes()[:500])
-    run.distill(settings(emd__steps=8), tmp_path / "damaged")
+    distill.distill(settings(emd__steps=8), tmp_path / "damaged")
     said = capsys.readouterr().err
     assert "step-00000006 is truncated, damaged" in said and "at step 4 of 8" in said
     assert_same(weights(tmp_path / "damaged", 8), weights(tmp_path / "whole", 8))
 
 
 def test_when_no_checkpoint_can_be_read_nothing_is_overwritten(tmp_path):
-    run.distill(settings(emd__steps=2), tmp_path)
+    distill.distill(settings(emd__steps=2), tmp_path)
     path = checkpoint.path_of(tmp_path / "checkpoints", 2) / "rank-00000.bin"
     path.write_bytes(b"gone")
     with pytest.raises(CheckpointError, match="delete them to start over"):
-        run.distill(settings(), tmp_path)
+        distill.distill(settings(), tmp_path)
     assert path.read_bytes() == b"gone"
 
 
 def test_another_configuration_in_the_same_folder_is_refused(tmp_path):
-    run.distill(settings(emd__steps=2), tmp_path)
+    distill.distill(settings(emd__steps=2), tmp_path)
     before = (tmp_path / "config.toml").read_text()
     with pytest.raises(RunError, match=r"emd\.gamma_eps = 0\.16, not 0\.2"):
-        run.distill(settings(emd__gamma_eps=0.2), tmp_path)
+        distill.distill(settings(emd__gamma_eps=0.2), tmp_path)
     assert (tmp_path / "config.toml").read_text() == before
+
+
+def test_the_last_step_of_a_schedule_stays_where_it_is(tmp_path):
+    ends = {"emd__optimizer__lr_schedule": "linear"}
+    for steps in (2, 3):  # nothing has begun
+        with contextlib.ExitStack() as held:
+            open_folder(tmp_path, settings(emd__steps=steps, **ends), held)
+    (tmp_path / "log.jsonl").touch()
+    with contextlib.ExitStack() as held, pytest.raises(RunError, match=r"emd\.steps = 3, not 4"):
+        open_folder(tmp_path, settings(emd__steps=4, **ends), held)
+    assert config.load(str(tmp_path / "config.toml")) == settings(emd__steps=3, **ends)
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(RunError, match="cannot write the run folder"):
-        run.distill(settings(), tmp_path / "file" / "run")
+        distill.distill(settings(), tmp_path / "file" / "run")
     assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_a_second_run_in_a_folder_is_refused_while_the_first_is_under_way(tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "evaluate", lambda *_: {})
+    monkeypatch.setattr(distill, "evaluate", lambda *_: {})
     (tmp_path / ".lock").write_text("process 1 on a machine that is off")  # of a run that was killed
     with locked(tmp_path), pytest.raises(RunError, match=rf"under way in .* \(process {os.getpid()} on "):
-        run.distill(settings(emd__steps=2), tmp_path)
+        distill.distill(settings(emd__steps=2), tmp_path)
     assert os.listdir(tmp_path) == [".lock"]
-    run.distill(settings(emd__steps=2), tmp_path)
+    distill.distill(settings(emd__steps=2), tmp_path)
     with locked(tmp_path):  # it is free again
         pass
 
@@ -226,8 +251,8 @@ def test_a_folder_that_cannot_be_locked_is_used_with_a_warning(tmp_path, monkeyp
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    monkeypatch.setattr(run, "evaluate", lambda *_: {})
-    run.distill(settings(emd__steps=2), tmp_path)
+    monkeypatch.setattr(distill, "evaluate", lambda *_: {})
+    distill.distill(settings(emd__steps=2), tmp_path)
     assert f"{tmp_path} cannot be locked (No locks available)" in capsys.readouterr().err
 
 
@@ -236,14 +261,14 @@ def test_a_disk_that_is_full_at_the_end_leaves_the_run_unfinished(tmp_path, monk
         def write(_):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        write_whole(folder / "report.md", write)
+        write_atomic(folder / "report.md", write)
 
     monkeypatch.setattr(report, "write", full)
     with pytest.raises(OSError, match=r"No space left on device: .*report\.md"):
-        run.distill(settings(emd__steps=2), tmp_path)
+        distill.distill(settings(emd__steps=2), tmp_path)
     assert (tmp_path / "metrics.json").exists()
     monkeypatch.undo()
-    run.distill(settings(emd__steps=2), tmp_path)
+    distill.distill(settings(emd__steps=2), tmp_path)
     assert "## Results" in (tmp_path / "report.md").read_text()
 
 
@@ -253,7 +278,7 @@ def test_a_run_that_diverges_ends_with_a_report(tmp_path, monkeypatch):
         score_difference.ScoreDifference, "outputs", lambda self, x: [F * math.nan for F in at(self, x)]
     )
     with pytest.raises(Diverged, match="z"):
-        run.distill(settings(), tmp_path)
+        distill.distill(settings(), tmp_path)
     report = (tmp_path / "report.md").read_text()
     assert "stopped" in report and "gamma_z" in report
     assert not (tmp_path / "metrics.json").exists()

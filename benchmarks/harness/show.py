@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.record import TIMED, WRONG, Record, Result, Row
-from emd_fast.io.files import write_whole
+from emd_fast.io.files import write_atomic
 
 _HEADER = (
     "contender",
@@ -93,7 +93,7 @@ def plot(path: Path, record: Record) -> None:
         panel.set_title(result.title, fontsize=9, loc="left")
         panel.set_xlabel("ms; dashed: memory-bound floor" if result.bytes is not None else "ms", fontsize=8)
         panel.tick_params(labelsize=8)
-    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
 
 def _cells(result: Result) -> list[list[str]]:

@@ -1,15 +1,15 @@
-"""The command line `emd-fast`. Exit codes: 0 done, 2 usage, 130 and 143 interrupted, 1 otherwise."""
+"""What the commands of `emd-fast` do.
+
+Exit codes: 0 done, 2 usage, 128 + N ended by signal N, 1 otherwise.
+"""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import importlib
 import importlib.util
-import json
 import os
-import platform
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -21,28 +21,30 @@ from torch.utils import _pytree as pytree
 
 import emd_fast
 from emd_fast import config
-from emd_fast.cli.options import overrides, parse
-from emd_fast.config import ConfigError, EvaluationConfig, RunConfig
+from emd_fast.cli.errors import REPORTED, report
+from emd_fast.cli.evaluate import evaluate, files_of
+from emd_fast.cli.info import info
+from emd_fast.cli.keys import overrides
+from emd_fast.cli.named import named
+from emd_fast.cli.options import TAKE_KEYS, parse
+from emd_fast.config import ConfigError, RunConfig
 from emd_fast.distributed import GroupError
 from emd_fast.io import code
 from emd_fast.io.code import CodeRefused
-from emd_fast.io.files import write_whole
-
-_FILES = ("detector", "reference", "compare_with", "clip")  # what a pretrained task is judged by
+from emd_fast.io.files import write_atomic
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit code."""
     options, rest = parse(sys.argv[1:] if arguments is None else arguments)
     try:
-        if rest and options.command not in ("distill", "study", "plan"):
+        if rest and options.command not in TAKE_KEYS:
             raise ConfigError(f"unknown option {rest[0]!r}; see emd-fast {options.command} --help")
-        with code.allow(*_named(options, rest)):
+        with code.allow(*named(options, rest)):
             return _COMMANDS[options.command](options, rest)
-    except (ConfigError, GroupError, CodeRefused) as error:
-        return _fail(error, 2)
-    except (OSError, RuntimeError, ValueError, ModuleNotFoundError) as error:
-        return _fail(error, 1)
+    except REPORTED as error:
+        report(error)
+        return 2 if isinstance(error, (ConfigError, GroupError, CodeRefused)) else 1
     except KeyboardInterrupt:
         return 130
     except BaseException as error:
@@ -52,49 +54,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return exit_code
 
 
-def _named(options: argparse.Namespace, rest: Sequence[str]) -> list[str | None]:
-    """The code that the command line names: a teacher's function, a detector's file."""
-    keys = overrides(rest) if rest else {}
-    folder = getattr(options, "source", getattr(options, "run", None))
-    if folder is not None and options.teacher is not None:
-        from emd_fast.run.folder import settings_of
-
-        has = settings_of(folder).pretrained.teacher
-        if options.teacher != has:
-            raise ConfigError(f"{folder} has the teacher {has!r}, not {options.teacher!r}")
-    names = [getattr(options, "teacher", None), getattr(options, "detector", None)]
-    names += [keys.get("pretrained.teacher"), keys.get("evaluation.detector")]
-    return [name if name is None else str(name) for name in names]
-
-
-def _fail(error: BaseException, code: int) -> int:
-    if getattr(error, "main", True):  # what all ranks raise alike is said by one of them
-        print(f"emd-fast: {error}", file=sys.stderr)
-    return code
-
-
 def _settings(options: argparse.Namespace, rest: Sequence[str]) -> RunConfig:
-    """The configuration that the options of distill, study and plan describe."""
+    """Loads the configuration that the options of distill, study and plan describe."""
     from emd_fast.run.distill import shortened
 
     keys = overrides(rest)
     for key in ("teacher", "prompts"):
         if getattr(options, key) is not None:
             keys |= {"task": "pretrained", f"pretrained.{key}": getattr(options, key)}
-    keys |= {f"evaluation.{key}": value for key, value in _files(options).items()}
+    keys |= {f"evaluation.{key}": value for key, value in files_of(options).items()}
     settings = config.load(options.recipe, keys)
     return shortened(settings) if options.short else settings
 
 
 def _distill(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from emd_fast import distributed
-    from emd_fast.run import distill as run
+    from emd_fast.run import distill
 
     settings = _settings(options, rest)
     folder = options.out or Path("runs") / Path(options.recipe).stem
     sinks = tuple(name for name in ("tensorboard", "wandb") if getattr(options, name))
-    with distributed.process_group():
-        run.distill(settings, folder, sinks)
+    with distributed.process_group(report):
+        distill.distill(settings, folder, sinks)
         if distributed.is_main():
             print(folder / "report.md")
     return 0
@@ -106,7 +87,7 @@ def _study(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
     settings = _settings(options, rest)
     folder = options.out or Path("runs") / f"{Path(options.recipe).stem}-study"
-    with distributed.process_group():
+    with distributed.process_group(report):
         study.conduct(settings, folder)
         if distributed.is_main():
             print(folder / "study.md")
@@ -116,7 +97,7 @@ def _study(options: argparse.Namespace, rest: Sequence[str]) -> int:
 def _plan(options: argparse.Namespace, rest: Sequence[str]) -> int:
     import tomli_w
 
-    from emd_fast.run import distill as run
+    from emd_fast.run import distill
     from emd_fast.run.plan import GIB, Ceilings
 
     settings = _settings(options, rest)
@@ -125,7 +106,7 @@ def _plan(options: argparse.Namespace, rest: Sequence[str]) -> int:
         None if options.tflops is None else options.tflops * 1e12,
         None if options.gb_per_second is None else options.gb_per_second * 1e9,
     )
-    plan = run.plan_of(settings, options.devices or int(os.environ.get("WORLD_SIZE", 1)), ceilings)
+    plan = distill.plan_of(settings, options.devices or int(os.environ.get("WORLD_SIZE", 1)), ceilings)
     print(plan.table())
     if options.device_memory is not None:
         plan.check(options.device_memory * GIB)
@@ -161,7 +142,7 @@ def _sample(options: argparse.Namespace, rest: Sequence[str]) -> int:
         return 0
     samples = samples_of(0, options.n)
     if options.out.suffix == ".pt":
-        write_whole(options.out, lambda file: torch.save(samples.cpu(), file))
+        write_atomic(options.out, lambda file: torch.save(samples.cpu(), file))
     elif samples.dim() == 4:
         pictures.save_grid(options.out, decode(samples).cpu())
     else:
@@ -171,19 +152,23 @@ def _sample(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def _generator(options: argparse.Namespace) -> tuple[Callable, Callable, Callable, int]:
-    """How to generate, decode and encode prompts, and the number of classes: of a run, or of what was exported."""
-    from emd_fast.export import pipeline as export
-    from emd_fast.run import distill as run
+    """Opens a run or an exported generator.
+
+    Returns:
+        Functions that generate, decode and encode prompts, and the number of classes.
+    """
+    from emd_fast.export import pipeline
+    from emd_fast.run import distill
     from emd_fast.tasks.pretrained import decoded
 
-    if (options.run / export.EXPORTED).exists() or options.run.is_file():
+    if (options.run / pipeline.EXPORTED).exists() or options.run.is_file():
         if options.raw:
             raise ConfigError("--raw needs a run folder: what was exported has one set of weights")
         if options.best:
             raise ConfigError("--best needs a run folder: what was exported is one checkpoint")
-        one_step = export.load(options.run, device="cuda" if torch.cuda.is_available() else "cpu")
+        one_step = pipeline.load(options.run, device="cuda" if torch.cuda.is_available() else "cpu")
         return one_step.sample, one_step.decode, one_step.encode, one_step.metadata.num_classes
-    _, _, trainer = run.open_run(options.run, best=options.best)
+    _, _, trainer = distill.open_run(options.run, best=options.best)
     teacher: Any = trainer.teacher
     generate = functools.partial(trainer.generate, ema=not options.raw)
 
@@ -196,99 +181,20 @@ def _generator(options: argparse.Namespace) -> tuple[Callable, Callable, Callabl
 
 
 def _export(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    from emd_fast.export import pipeline as export
+    from emd_fast.export import pipeline
     from emd_fast.reporting.progress import say
-    from emd_fast.run import distill as run
+    from emd_fast.run import distill
 
-    _, _, trainer = run.open_run(options.run, best=options.best)
+    _, _, trainer = distill.open_run(options.run, best=options.best)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", UserWarning)
         is_file = options.out.suffix == ".safetensors"
-        export.export(trainer, options.out, "safetensors" if is_file else "diffusers", ema=not options.raw)
+        pipeline.export(trainer, options.out, "safetensors" if is_file else "diffusers", ema=not options.raw)
     for warning in said:
-        if issubclass(warning.category, export.NotForStock):
+        if issubclass(warning.category, pipeline.NotForStock):
             say(f"warning: {warning.message}")
     print(options.out)
     return 0
-
-
-def _evaluate(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    from emd_fast import distributed
-
-    with distributed.process_group():
-        is_run = (options.source / "config.toml").exists() or not options.detector
-        metrics = _evaluate_run(options) if is_run else _evaluate_images(options)
-        if distributed.is_main():
-            print(json.dumps(metrics, indent=1))
-    return 0
-
-
-def _evaluate_run(options: argparse.Namespace) -> dict[str, Any]:
-    from emd_fast.run import distill as run
-    from emd_fast.run.folder import seconds_of, settings_of
-
-    if options.write_reference:
-        raise ConfigError("--write-reference is for real images: a folder or .zip of them, with --detector")
-    folder = options.source
-    settings = settings_of(folder)
-    changes: dict[str, Any] = {"evaluation": dataclasses.replace(settings.evaluation, **_files(options))}
-    if options.samples:
-        if settings.task == "digits":
-            raise ConfigError("--samples is not for digits: they are as many as there are held-out images")
-        changes["samples"] = options.samples
-    settings = dataclasses.replace(settings, **changes)
-    _, task, trainer = run.open_run(folder, best=options.best, settings=settings)
-    task.open_references()
-    return run.evaluate(settings, folder, task, trainer, seconds_of(folder))
-
-
-def _evaluate_images(options: argparse.Namespace) -> dict[str, Any]:
-    """Of what was exported, or of images in files."""
-    from emd_fast.export import pipeline as export
-    from emd_fast.metrics import evaluation
-    from emd_fast.metrics.images import ImageFiles, to_uint8
-
-    config.from_dict(EvaluationConfig, _files(options))  # what needs what
-    if options.best or options.clip:
-        raise ConfigError(f"{'--best' if options.best else '--clip'} needs a run folder")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    evaluator = evaluation.Evaluator.read(**_files(options), device=device)
-    if (options.source / export.EXPORTED).exists() or options.source.suffix == ".safetensors":
-        if options.write_reference:
-            raise ConfigError("--write-reference is for real images: a folder or .zip of them")
-        one_step = export.load(options.source, device=device)
-        n = options.samples or evaluation.COMPARABLE
-
-        def images(first: int, n: int) -> torch.Tensor:
-            return to_uint8(one_step.decode(one_step.sample(n, first_sample=first)))
-
-        found = evaluation.evaluate(evaluator, images, n, options.batch_size)
-        return found | evaluation.provenance(evaluator, n, one_step.metadata.seed)
-    files = ImageFiles(options.source)
-    if options.samples not in (None, len(files)):
-        raise ConfigError(f"{options.source} has {len(files)} images, --samples is {options.samples}")
-    if options.write_reference:
-        return _write_reference(options.write_reference, evaluator, files, options.batch_size)
-    found = evaluation.evaluate(evaluator, files, len(files), options.batch_size)
-    return found | evaluation.provenance(evaluator, len(files))
-
-
-def _write_reference(out: Path, evaluator: Any, files: Any, batch: int) -> dict[str, Any]:
-    from emd_fast import distributed
-    from emd_fast.metrics import evaluation, reference
-
-    if out.suffix != ".npz":
-        raise ConfigError(f"--write-reference must end in .npz, got {out}")
-    moments = evaluation.moments_of(evaluator.detector, files, len(files), batch)
-    detector = evaluator.detector.sha256
-    distributed.on_main(lambda: reference.save(out, moments, files.shape, detector))
-    written = reference.load(out)
-    return {"n": len(files), "reference": {"file": str(out), "sha256": written.sha256}, "detector": detector}
-
-
-def _files(options: argparse.Namespace) -> dict[str, Any]:
-    """The files to judge by that were given as options."""
-    return {name: getattr(options, name) for name in _FILES if getattr(options, name) is not None}
 
 
 def _replay(options: argparse.Namespace, rest: Sequence[str]) -> int:
@@ -304,8 +210,8 @@ def _replay(options: argparse.Namespace, rest: Sequence[str]) -> int:
 def _bench(options: argparse.Namespace, rest: Sequence[str]) -> int:
     folder = Path(emd_fast.__file__).resolve().parents[1] / "benchmarks"
     if not (folder / "harness" / "command.py").exists():
-        raise RuntimeError("the bench is not part of an installation: it runs from a checkout, as emd-fast bench there")
-    # By its path: another package of this name may be installed.
+        raise RuntimeError("emd-fast bench needs a checkout: an installation has no benchmarks/")
+    # Loaded by its path, since another package named benchmarks may be installed.
     loaded = getattr(sys.modules.get("benchmarks"), "__file__", None)
     if loaded is None or Path(loaded).resolve() != folder / "__init__.py":
         spec = importlib.util.spec_from_file_location(
@@ -315,7 +221,7 @@ def _bench(options: argparse.Namespace, rest: Sequence[str]) -> int:
         sys.modules["benchmarks"] = package = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(package)
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))  # where --against looks, besides what is installed
+        sys.path.append(str(Path.cwd()))  # so that --against finds modules here
     exit_code: int = importlib.import_module("benchmarks.harness.command").run(options)
     return exit_code
 
@@ -329,62 +235,15 @@ def _convert(options: argparse.Namespace, rest: Sequence[str]) -> int:
     return 0
 
 
-def _info(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    from emd_fast.backends import native
-
-    report = emd_fast.backend_report()
-    facts = {
-        "emd_fast": emd_fast.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        **{name: _found(name) for name in ("triton", "xformers", "diffusers", "sklearn")},
-        "apex": _apex(),
-        "native": native.facts(),
-    }
-    if options.json:
-        print(json.dumps({**facts, "ops": report}, indent=1))
-        return 0
-    for name, value in facts.items():
-        print(f"{name:12} {value}")
-    print(f"\n{'op':22} {'cpu tensors':12} {'cuda tensors':12}")
-    for op, by_device in report.items():
-        print(f"{op:22} {by_device['cpu']['backend']:12} {by_device['cuda']['backend']:12}")
-    reasons = {
-        f"{device}: {row['reason']}"
-        for by_device in report.values()
-        for device, row in by_device.items()
-        if row["reason"]
-    }
-    print("\nwhy not a faster backend:", *(sorted(reasons) or ["every op has its fastest"]), sep="\n  ")
-    return 0
-
-
-def _found(package: str) -> str:
-    """Whether it could be imported, without importing it."""
-    return "installed" if importlib.util.find_spec(package) else "not installed"
-
-
-def _apex() -> str:
-    """NVIDIA's apex is known by its features: the package called apex on PyPI is another thing."""
-    found = importlib.util.find_spec("apex")
-    if found is None:
-        return "not installed"
-    folders = [Path(folder) for folder in found.submodule_search_locations or []]
-    nvidia = any((folder / "optimizers" / "fused_adam.py").exists() for folder in folders)
-    return "NVIDIA's" if nvidia else "installed, but not NVIDIA's apex"
-
-
 _COMMANDS = {
     "distill": _distill,
     "study": _study,
     "plan": _plan,
     "sample": _sample,
     "export": _export,
-    "evaluate": _evaluate,
+    "evaluate": evaluate,
     "replay": _replay,
     "bench": _bench,
     "convert": _convert,
-    "info": _info,
+    "info": info,
 }

@@ -1,92 +1,40 @@
-"""The words of the command line: its commands and their options, and every key of the configuration as an option."""
+"""Commands of the command line and their options. keys.py has the keys of the configuration."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import difflib
 import math
 import re
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import emd_fast
 from emd_fast import config
-from emd_fast.config import (
-    ConfigError,
-    EMDConfig,
-    EvaluationConfig,
-    MixtureConfig,
-    PretrainedConfig,
-    RunConfig,
-    TeacherConfig,
-)
+from emd_fast.cli import keys, named
 
-_TABLES = {
-    "emd": EMDConfig,
-    "teacher": TeacherConfig,
-    "mixture": MixtureConfig,
-    "pretrained": PretrainedConfig,
-    "evaluation": EvaluationConfig,
-}
+TAKE_KEYS = ("distill", "study", "plan")  # commands that take keys of the configuration as options
 
 
 def parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The command and its options, and the words that are neither: keys of the configuration, for `overrides`."""
+    """Parses the command and its options; what is left is for `keys.overrides`."""
     return _parser().parse_known_args(_with_recipe(list(words)))
 
 
-def overrides(words: Sequence[str]) -> dict[str, Any]:
-    """{"emd.gamma_z": 0.02} from ["--gamma-z", "0.02"].
-
-    Raises:
-        ConfigError: an unknown option, with the nearest right one, or one without a value.
-    """
-    known = {item.name: item.name for item in dataclasses.fields(RunConfig) if item.name not in _TABLES}
-    for table, cls in _TABLES.items():
-        known |= {f"{table}.{item.name}": f"{table}.{item.name}" for item in dataclasses.fields(cls)}
-    known |= {item.name: f"emd.{item.name}" for item in dataclasses.fields(EMDConfig)}
-    found: dict[str, Any] = {}
-    rest = list(words)
-    while rest:
-        word = rest.pop(0)
-        option, has_value, value = word.partition("=")
-        key = option.removeprefix("--").replace("-", "_")
-        nested = key.rpartition(".")[0] in ("emd.time_distribution", "emd.fake_score_time_distribution")
-        if not option.startswith("--") or (key not in known and not nested):
-            near = difflib.get_close_matches(key.replace("student", "fake_score"), known, 1)
-            hint = f"; did you mean --{near[0].replace('_', '-')}?" if near else ""
-            raise ConfigError(f"unknown option {option!r}{hint}")
-        if not has_value:
-            if not rest:
-                raise ConfigError(f"{option} needs a value")
-            value = rest.pop(0)
-        found[known.get(key, key)] = _value(value)
-    return found
-
-
-def _value(text: str) -> Any:
-    if text.lower() == "none":
-        return None
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
-
-
 def _with_recipe(words: list[str]) -> list[str]:
-    """`distill --teacher X` is `distill pretrained --teacher X`. An optional argument would take the value of a key of
-    the configuration, which argparse does not know, for the recipe."""
+    """Completes `distill --teacher X` to `distill pretrained --teacher X`.
+
+    An optional argument would not do: argparse would take the value of a key for the recipe.
+    """
     names_teacher = any(word.partition("=")[0] == "--teacher" for word in words)
-    if names_teacher and words[0] in ("distill", "study", "plan") and words[1].startswith("-"):
+    if names_teacher and words[0] in TAKE_KEYS and words[1].startswith("-"):
         return [words[0], "pretrained", *words[1:]]
     return words
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse, but a wrong word gets the nearest right one, and no part of a word passes for it."""
+    """An ArgumentParser that names the nearest right word, and accepts no abbreviations."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"allow_abbrev": False, **options})
@@ -102,17 +50,17 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="emd-fast",
-        description="EM Distillation: a diffusion teacher becomes a generator that needs one network call.",
+        description="EM Distillation: turns a diffusion model into a one-step generator.",
         epilog="examples:\n"
         "  emd-fast distill digits --out runs/digits          train, distil, evaluate, report\n"
-        "  emd-fast study gmm                                 K = 1 to 16 on a mixture with exact scores\n"
-        "  emd-fast distill --teacher FOLDER --out runs/mine  distil a model of diffusers, or of your own\n"
-        "  emd-fast sample runs/digits -n 100 --out grid.png  pictures of the one-step generator\n"
+        "  emd-fast study gmm                                 compare K = 1 to 16 on a mixture\n"
+        "  emd-fast distill --teacher FOLDER --out runs/mine  distil a model of your own\n"
+        "  emd-fast sample runs/digits -n 100 --out grid.png  draw samples of the generator\n"
         "  emd-fast evaluate runs/mine --detector inception.pt --reference imagenet-64x64.npz\n"
-        "  emd-fast export runs/mine one-step                 a folder that DiffusionPipeline.from_pretrained loads\n"
-        "  emd-fast plan digits --devices 64                  memory and traffic of each device, beforehand\n"
-        "  emd-fast replay runs/digits --step 400 --sample 7  one sample's E-step again, step by step\n"
-        "  emd-fast info                                      every op, its backend here, and why not a faster one",
+        "  emd-fast export runs/mine one-step                 write a diffusers pipeline\n"
+        "  emd-fast plan digits --devices 64                  estimate memory and traffic of a device\n"
+        "  emd-fast replay runs/digits --step 400 --sample 7  repeat one sample's E-step\n"
+        "  emd-fast info                                      list ops, backends and versions",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"emd-fast {emd_fast.__version__}")
@@ -120,188 +68,159 @@ def _parser() -> argparse.ArgumentParser:
 
     distill = commands.add_parser(
         "distill",
-        help="train a teacher where the recipe has one, distil it, evaluate",
-        description="Runs a recipe into a folder. The same command on the same folder goes on where it stopped.",
-        epilog=_keys(),
+        help="distil a recipe's teacher, and evaluate the generator",
+        description="Runs a recipe. The same command on the same folder resumes the run.",
+        epilog=keys.described(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _settings(distill)
     distill.add_argument("--out", type=Path, help="run folder (default: runs/RECIPE)")
-    distill.add_argument("--tensorboard", action="store_true", help="log to TensorBoard too")
-    distill.add_argument("--wandb", action="store_true", help="log to Weights & Biases too")
+    distill.add_argument("--tensorboard", action="store_true", help="also log to TensorBoard")
+    distill.add_argument("--wandb", action="store_true", help="also log to Weights & Biases")
 
     study = commands.add_parser(
         "study",
-        help="a recipe with several K and seeds: a table",
-        description="Runs the study of the recipe digits or gmm. The same command on the same folder resumes it.",
-        epilog="takes the configuration keys that distill takes: see emd-fast distill --help",
+        help="compare several K over several seeds",
+        description="Runs the study of digits or gmm. The same command on the same folder resumes it.",
+        epilog="takes the keys of the configuration too: see emd-fast distill --help",
     )
     _settings(study)
     study.add_argument("--out", type=Path, help="folder of the study (default: runs/RECIPE-study)")
 
     plan = commands.add_parser(
         "plan",
-        help="what a recipe would need of each device: memory, traffic, time",
-        description="Prints the configuration, and what it needs with every way to lay the networks out. Counted "
-        "from the sizes of the networks; nothing is run. Times are lower bounds from the ceilings that you give.",
-        epilog="takes the configuration keys that distill takes: see emd-fast distill --help",
+        help="estimate memory, traffic and time of a recipe on each device",
+        description="Prints the configuration and its requirements under each parallel mode, computed "
+        "from the sizes of the networks. Nothing is run. Times are lower bounds that follow from the "
+        "peak rates given as options.",
+        epilog="takes the keys of the configuration too: see emd-fast distill --help",
     )
     _settings(plan)
-    plan.add_argument("--devices", type=_positive, help="how many (default: those of torchrun, or one)")
-    plan.add_argument("--device-memory", type=_above_0, help="refuse what does not fit into so many GiB")
-    plan.add_argument("--tflops", type=_above_0, help="of a device, in the compute dtype: for the time of a step")
-    plan.add_argument("--gb-per-second", type=_above_0, help="that a device receives from others, in 10^9 bytes")
+    plan.add_argument("--devices", type=_positive, help="number of devices (default: that of torchrun, or 1)")
+    plan.add_argument("--device-memory", type=_above_0, help="memory of a device in GiB: fail if the run does not fit")
+    plan.add_argument("--tflops", type=_above_0, help="peak TFLOP/s of a device in the compute dtype")
+    plan.add_argument("--gb-per-second", type=_above_0, help="peak rate at which a device receives, in 10^9 bytes/s")
 
-    sample = commands.add_parser("sample", help="pictures of a run's one-step generator, or of an exported one")
-    _teacher_code(sample)
-    sample.add_argument("run", type=Path, help="run folder, or what `emd-fast export` wrote")
-    sample.add_argument("-n", type=_positive, default=100, help="how many samples (default 100)")
+    sample = commands.add_parser("sample", help="draw samples of a run's generator, or of an exported one")
+    named.add_teacher(sample)
+    sample.add_argument("run", type=Path, help="run folder, or an exported generator")
+    sample.add_argument("-n", type=_positive, default=100, help="number of samples (default 100)")
     sample.add_argument(
-        "--out", type=Path, required=True, help=".png for a grid or scatter, .pt for (n, ...), or a folder"
+        "--out", type=Path, required=True, help=".png for one picture, .pt for a tensor (n, ...), or a folder"
     )
-    sample.add_argument("--label", type=int, help="one class for all; classes in turn by default")
-    sample.add_argument("--prompt", help="one prompt for all; the run's prompts in turn by default")
-    sample.add_argument("--first", type=int, default=0, help="index of the first sample in the stream (default 0)")
-    sample.add_argument("--raw", action="store_true", help="the generator itself, not the average of its weights")
-    sample.add_argument("--best", action="store_true", help="of the run's best checkpoint, not its last")
+    sample.add_argument("--label", type=int, help="class of all samples (default: each class in turn)")
+    sample.add_argument("--prompt", help="prompt of all samples (default: each of the run's in turn)")
+    sample.add_argument("--first", type=int, default=0, help="index of the first sample (default 0)")
+    sample.add_argument("--raw", action="store_true", help="use the raw weights, not their average")
+    sample.add_argument("--best", action="store_true", help="use the best checkpoint, not the last")
 
     export = commands.add_parser(
         "export",
-        help="a run's one-step generator as a pipeline folder of diffusers, or one file",
-        epilog="docs/export.md says which pipelines sample it, and how",
+        help="write a run's generator as a diffusers pipeline, or as one file",
+        epilog="docs/export.md has the pipelines that can sample it",
     )
-    _teacher_code(export)
+    named.add_teacher(export)
     export.add_argument("run", type=Path, help="run folder")
     export.add_argument("out", type=Path, help="a new folder, or a .safetensors file")
-    export.add_argument("--raw", action="store_true", help="the generator itself, not the average of its weights")
-    export.add_argument("--best", action="store_true", help="the run's best checkpoint, not its last")
+    export.add_argument("--raw", action="store_true", help="use the raw weights, not their average")
+    export.add_argument("--best", action="store_true", help="use the best checkpoint, not the last")
 
     evaluate = commands.add_parser(
         "evaluate",
-        help="metrics.json and report.md of a run, again; Fréchet distance and others of a run, a generator or images",
-        description="By the figures of the run's task; with --detector by that, of whatever makes or holds images.",
-        epilog="docs/evaluation.md says what the numbers are and what they compare with",
+        help="compute the metrics of a run, an exported generator, or images",
+        description="Writes metrics.json and report.md of a run again. With --detector it also takes an "
+        "exported generator, or a folder or .zip of images.",
+        epilog="docs/evaluation.md defines the metrics",
     )
-    evaluate.add_argument(
-        "source", type=Path, help="run folder; with --detector also what `emd-fast export` wrote, or images"
-    )
+    evaluate.add_argument("source", type=Path, help="run folder; with --detector also an exported generator, or images")
     _judged_by(evaluate)
-    _teacher_code(evaluate)
-    evaluate.add_argument("--samples", type=_positive, help="how many to draw (default: the run's; 50,000)")
-    evaluate.add_argument("--batch-size", type=_positive, default=64, help="of a generator or images (default 64)")
-    evaluate.add_argument("--best", action="store_true", help="the run's best checkpoint, not its last")
+    named.add_teacher(evaluate)
+    evaluate.add_argument("--samples", type=_positive, help="number of samples (default: the run's, or 50,000)")
+    evaluate.add_argument("--batch-size", type=_positive, default=64, help="images in a pass (default 64)")
+    evaluate.add_argument("--best", action="store_true", help="use the best checkpoint, not the last")
     evaluate.add_argument(
         "--write-reference",
         type=Path,
         metavar="OUT.npz",
-        help="the images' statistics, as a reference for others",
+        help="write the images' statistics as a reference",
     )
 
     replay = commands.add_parser(
         "replay",
-        help="one sample's E-step of a run again, Langevin step by step",
-        description="On one process, however many the run had: noise, time and condition are those of the run. The "
-        "weights are those of the last checkpoint at or before the step.",
+        help="repeat the E-step of one sample of a run",
+        description="Repeats it in one process, with the noise, time and condition of the run. The weights "
+        "are those of the last checkpoint at or before the step.",
     )
-    _teacher_code(replay)
+    named.add_teacher(replay)
     replay.add_argument("run", type=Path, help="run folder")
     replay.add_argument("--step", type=int, required=True, help="optimizer step, counted from 0")
-    replay.add_argument("--sample", type=int, required=True, help="index in the batch of all devices")
-    replay.add_argument("--out", type=Path, help="folder of table and pictures (default: RUN/replay/step-N-sample-I)")
+    replay.add_argument("--sample", type=int, required=True, help="index in the global batch")
+    replay.add_argument("--out", type=Path, help="output folder (default: RUN/replay/step-N-sample-I)")
     replay.add_argument(
         "--catch-up",
         action="store_true",
-        help="first repeat on the whole batch what the run did since the checkpoint, the fake score's updates included",
+        help="first repeat the steps from the checkpoint on, on the whole batch",
     )
 
     bench = commands.add_parser(
         "bench",
-        help="time the ops beside PyTorch and other libraries (from a checkout)",
-        description="Contenders that were found right, timed in turn in one process. Without OP: every op.",
-        epilog="--against gets the op's own arguments, all by keyword, and does what the op does: docs/benchmarks.md",
+        help="time the ops against PyTorch and other libraries (needs a checkout)",
+        description="Verifies the contenders, then times them in turn in one process.",
+        epilog="--against takes a function with the op's keyword arguments: docs/benchmarks.md",
     )
-    bench.add_argument("ops", nargs="*", metavar="OP", help="names of files in benchmarks/, as langevin_eps")
+    bench.add_argument("ops", nargs="*", metavar="OP", help="op to time, as langevin_eps (default: all)")
+    bench.add_argument("--shape", type=_sizes, action="append", help="as 16,320,64,64; repeatable (default: the op's)")
     bench.add_argument(
-        "--shape", type=_sizes, action="append", help="as 16,320,64,64; again for more (default: a table)"
+        "--dtype", choices=("bf16", "fp16", "fp32"), help="dtype of the networks' tensors (default bf16)"
     )
-    bench.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="of the networks' tensors (default bf16)")
-    bench.add_argument("--layout", choices=("nchw", "nhwc"), help="of the networks' tensors (default nchw)")
-    bench.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
-    bench.add_argument("--backend", action="append", default=[], help="of ours, this alone; again for more")
-    bench.add_argument("--against", action="append", default=[], metavar="MODULE:FUNCTION", help="one more contender")
-    bench.add_argument("--skip", action="append", default=[], metavar="NAME", help="leave out a contender")
-    bench.add_argument("--threads", type=_positive, help="of PyTorch on the CPU")
-    bench.add_argument("--rounds", type=_positive, default=50, help="readings of each contender (default 50)")
-    bench.add_argument("--warm", action="store_true", help="one set of inputs, which may stay in the cache")
-    bench.add_argument("--no-graph", dest="graph", action="store_false", help="GPU: time launches, not a CUDA graph")
-    bench.add_argument("--json", type=Path, metavar="FILE", help="everything about the run")
-    bench.add_argument("--markdown", type=Path, metavar="FILE", help="the tables")
-    bench.add_argument("--plot", type=Path, metavar="FILE.png", help="a picture")
-    bench.add_argument("--compare", type=Path, metavar="OLD.json", help="exit code 1 on a regression beyond the noise")
-    bench.add_argument("--ncu", action="store_true", help="print the command of Nsight Compute for OP, and run it")
-    bench.add_argument("--one-call", action="store_true", help="one call of ours for a profiler, untimed")
+    bench.add_argument("--layout", choices=("nchw", "nhwc"), help="layout of the networks' tensors (default nchw)")
+    bench.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU if present)")
+    bench.add_argument("--backend", action="append", default=[], help="the only backend of ours to time; repeatable")
+    bench.add_argument("--against", action="append", default=[], metavar="MODULE:FUNCTION", help="another contender")
+    bench.add_argument("--skip", action="append", default=[], metavar="NAME", help="contender to leave out; repeatable")
+    bench.add_argument("--threads", type=_positive, help="CPU threads of PyTorch")
+    bench.add_argument("--rounds", type=_positive, default=50, help="timings of each contender (default 50)")
+    bench.add_argument("--warm", action="store_true", help="reuse one set of inputs, so that caches are warm")
+    bench.add_argument(
+        "--no-graph", dest="graph", action="store_false", help="time kernel launches instead of a CUDA graph"
+    )
+    bench.add_argument("--json", type=Path, metavar="FILE", help="write all results")
+    bench.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables")
+    bench.add_argument("--plot", type=Path, metavar="FILE.png", help="write a plot")
+    bench.add_argument(
+        "--compare", type=Path, metavar="OLD.json", help="exit with code 1 on a regression beyond the noise"
+    )
+    bench.add_argument("--ncu", action="store_true", help="print and run the Nsight Compute command for OP")
+    bench.add_argument("--one-call", action="store_true", help="make one untimed call of ours, for a profiler")
 
     convert = commands.add_parser(
         "convert",
-        help="a checkpoint of EDM or EDM2 as safetensors",
-        description="Reads the average of the weights from a pickle of NVlabs, and runs nothing that is in it.",
+        help="convert a checkpoint of EDM or EDM2 to safetensors",
+        description="Reads the averaged weights of an NVlabs pickle without running code from it.",
     )
-    convert.add_argument("file", type=Path, metavar="FILE.pkl", help="what NVlabs published, or their code wrote")
-    convert.add_argument("out", type=Path, metavar="OUT.safetensors", help="what emd_fast.teachers.edm.load reads")
+    convert.add_argument(
+        "file", type=Path, metavar="FILE.pkl", help="pickle that NVlabs published, or their code wrote"
+    )
+    convert.add_argument("out", type=Path, metavar="OUT.safetensors", help="file for emd_fast.teachers.edm.load")
 
-    info = commands.add_parser("info", help="ops, backends, versions")
-    info.add_argument("--json", action="store_true", help="for programs")
+    info = commands.add_parser("info", help="list ops, backends and versions")
+    info.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
 
 def _settings(command: argparse.ArgumentParser) -> None:
-    """The options that choose a configuration, besides its keys."""
-    command.add_argument(
-        "recipe", help=f"{', '.join(config.recipes())}, or a .toml file; may be left out for --teacher"
-    )
-    command.add_argument(
-        "--teacher",
-        metavar="FOLDER",
-        help="of diffusers, a hub name, or package.module:function, which naming it here allows to run",
-    )
-    command.add_argument("--prompts", metavar="FILE", help="for --teacher: a prompt in each line, or .safetensors")
+    """Adds the options that choose a configuration, besides its keys."""
+    command.add_argument("recipe", help=f"{', '.join(config.recipes())}, or a .toml file; optional with --teacher")
+    command.add_argument("--teacher", metavar="FOLDER", help=keys.help_of("pretrained.teacher"))
+    command.add_argument("--prompts", metavar="FILE", help=keys.help_of("pretrained.prompts"))
     _judged_by(command)
-    command.add_argument("--short", action="store_true", help="a tenth of all steps: shows that it works, not how well")
+    command.add_argument("--short", action="store_true", help="run a tenth of all steps, as a smoke test")
 
 
 def _judged_by(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--detector",
-        metavar="FILE",
-        help="TorchScript, as EDM's Inception: code, which naming it here allows to run (docs/evaluation.md)",
-    )
-    command.add_argument("--reference", metavar="FILE.npz", help="statistics of real images, for the Fréchet distance")
-    command.add_argument("--compare-with", metavar="IMAGES", help="folder or .zip, for precision and recall")
-    command.add_argument("--clip", metavar="FOLDER", help="of a CLIP model, for the score of prompts given as text")
-
-
-def _teacher_code(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--teacher", metavar="MODULE:FUNCTION", help="the Python code that this run gets its teacher from: allows it"
-    )
-
-
-def _keys() -> str:
-    lines = ["configuration (TOML keys as options; those of [emd] also without the prefix):"]
-    for table, cls in {"": RunConfig, **_TABLES}.items():
-        for item in dataclasses.fields(cls):
-            if item.name not in _TABLES:
-                name = f"{table}.{item.name}" if table else item.name
-                default = getattr(cls(**({"emd": EMDConfig(num_classes=10)} if cls is RunConfig else {})), item.name)
-                default = config.to_dict(default) if dataclasses.is_dataclass(default) else default
-                lines.append(f"  --{name.replace('_', '-'):34} {default}")
-    lines += [
-        "units: t-star in the schedule's t (sigma for EDM); time distributions in sigma / alpha; step sizes a number",
-        "or pairs, as in --gamma-z '[[0.05, 1e-4], [0.5, 0.01]]'; steps are optimizer steps of the generator.",
-        "examples: emd-fast distill digits --langevin-steps 8 --seed 1 --out runs/k8",
-        "          emd-fast distill digits --noise-cancellation false --teacher.steps 1000 --out runs/noisy",
-    ]
-    return "\n".join(lines)
+    for name, metavar in {"detector": "FILE", "reference": "FILE", "compare-with": "IMAGES", "clip": "FOLDER"}.items():
+        text = keys.help_of(f"evaluation.{name.replace('-', '_')}")
+        command.add_argument(f"--{name}", metavar=metavar, help=text)
 
 
 def _positive(text: str) -> int:

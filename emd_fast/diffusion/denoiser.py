@@ -1,4 +1,8 @@
-"""Any network as an affine score: raw output F, denoised image D = c_skip x_t + c_out F, score s = a x_t + b F."""
+"""Wraps any network as an affine score.
+
+F is the raw output of the network, D = c_skip x_t + c_out F the denoised image, and
+s = a x_t + b F the score. docs/algorithm.md has the table of coefficients.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +17,25 @@ from torch.utils import _pytree as pytree
 
 from emd_fast.cache.conditioning import same
 from emd_fast.cache.weights import autocast_dtype
-from emd_fast.diffusion.schedules import Schedule, check_times
+from emd_fast.diffusion.schedules import Schedule
 
 Pair = tuple[Tensor, Tensor]
 Condition = Any  # None, a tensor, or any pytree of tensors batched on dimension 0
 
 
 class _Form:
-    """One parametrization: (c_skip, c_out) and (a, b) of alpha and sigma. The closed form of (a, b) is the point: the
-    general one, (alpha D - x_t) / sigma^2, cancels in float32."""
+    """Coefficients of one parametrization as functions of alpha and sigma.
+
+    (a, b) are closed forms, because the general formula (alpha D - x_t) / sigma^2 cancels in
+    float32.
+
+    Args:
+        denoised: (alpha, sigma) -> (c_skip, c_out).
+        score: (alpha, sigma) -> (a, b).
+        holds: (alpha, sigma) -> a tensor that is 0 for schedules of this parametrization. None if
+            any schedule fits.
+        needs: the condition of `holds` in words, for error messages.
+    """
 
     def __init__(
         self,
@@ -72,29 +86,33 @@ def _identity(t: Tensor) -> Tensor:
 
 
 def column(values: Tensor, like: Tensor) -> Tensor:
-    """(B,) shaped to multiply (B, ...)."""
+    """Reshapes values (B,) to broadcast against `like` (B, ...)."""
     return values.reshape(-1, *[1] * (like.dim() - 1))
 
 
 class Denoiser(nn.Module):
-    """A network with the schedule and the parametrization that give its output a meaning.
+    """A network with its noise schedule and the parametrization of its output.
 
-    The network is called `network(c_in(t) * x_t, c_noise(t), cond)`; `x_t` reaches it in the dtype of its parameters.
+    The network is called as `network(c_in(t) * x_t, c_noise(t), cond)`. The first argument has the
+    dtype of the network's parameters.
 
     Args:
         network: a module or function.
-        schedule: alpha, sigma and log-SNR of t.
-        parametrization: what the output is: "eps", "x0", "v", "flow" (eps - x) or "edm".
-        sigma_data: standard deviation of the data; needed for "edm" and for it alone.
-        c_in, c_noise: functions of t (B,); 1 and t by default, for "edm" 1 / sqrt(sigma^2 + sigma_data^2) and
-            log(sigma) / 4.
-        output: takes what the network returns to F, (B, ...) like x_t: an attribute, half of the channels, a sign.
-        sample_shape: shape of one sample, where the denoiser alone must say what to generate.
-        null_cond: the condition that means "none", for guidance: a pytree like cond, batched on dimension 0 with size
-            1 or B, or an int for labels.
+        schedule: alpha, sigma and log-SNR as functions of t.
+        parametrization: kind of the output: "eps", "x0", "v", "flow" (eps - x) or "edm".
+        sigma_data: standard deviation of the data. "edm" requires it; the others refuse it.
+        c_in, c_noise: functions of t (B,) float32. The defaults are 1 and t. For "edm" they are
+            1 / sqrt(sigma^2 + sigma_data^2) and log(sigma) / 4.
+        output: converts the return value of the network to F (B, ...), the shape of x_t. Examples
+            are a function that takes an attribute, drops channels, or changes the sign.
+        sample_shape: shape of one sample, without the batch.
+        null_cond: the unconditional condition for guidance: a pytree like cond, with size 1 or B
+            in dimension 0, or an int for labels.
 
     Raises:
-        ValueError: an unknown parametrization, one that does not fit the schedule, or sigma_data missing or idle.
+        ValueError: an unknown parametrization, one that does not fit the schedule, or sigma_data
+            that is missing, refused or not positive.
+        TypeError: `schedule` lacks members of a schedule.
     """
 
     def __init__(
@@ -125,7 +143,7 @@ class Denoiser(nn.Module):
         self.sigma_data = sigma_data
         self.sample_shape = None if sample_shape is None else tuple(sample_shape)
         self.null_cond = null_cond
-        # Where its weights came from, a path or a name: checkpoints say it, for people.
+        # Origin of the weights, a path or a name. Checkpoints record it for messages.
         self.source: str | None = None
         # Dtype of the matmul and convolution weights after cast_weights, None without it.
         self.weights_dtype: torch.dtype | None = None
@@ -138,11 +156,18 @@ class Denoiser(nn.Module):
 
     @classmethod
     def from_x0(cls, function: Callable[[Tensor, Tensor, Condition], Tensor], schedule: Schedule, **options: Any):
-        """The denoiser whose function (x_t, t, cond) already returns the denoised image D."""
+        """Makes a denoiser from a function (x_t, t, cond) that returns the denoised image D.
+
+        Args:
+            function: returns D (B, ...) for x_t (B, ...) and t (B,) float32.
+            schedule: the noise schedule.
+            options: keyword arguments of Denoiser.
+        """
         return cls(function, schedule, "x0", **options)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Denoiser:
-        # Schedules have no state; with one that knows no other equality, a copy must still be of the same schedule.
+        # The copy shares the schedule, which has no state. A user's schedule may compare by
+        # identity, and the copy must count as having the same schedule.
         memo[id(self.schedule)] = self.schedule
         copied = memo[id(self)] = self.__class__.__new__(self.__class__)
         copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
@@ -152,14 +177,24 @@ class Denoiser(nn.Module):
         if self._form.holds is None:
             return
         low, high = self.schedule.t_min, self.schedule.t_max
-        t = torch.linspace(low, high, 17, device="cpu")  # values, also where networks are made on the meta device
+        t = torch.linspace(low, high, 17, device="cpu")  # the default device may be "meta"
         if self._form.holds(self.schedule.alpha(t), self.schedule.sigma(t)).abs().max() > 1e-4:
             raise ValueError(
                 f"parametrization {self.parametrization!r} needs {self._form.needs}, which {self.schedule!r} has not"
             )
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Condition = None) -> Tensor:
-        """F (B, ...), the raw output of the network for x_t (B, ...) at t (B,) float32."""
+        """Returns F (B, ...), the raw output of the network.
+
+        Args:
+            x_t: (B, ...) floating.
+            t: (B,) float32.
+            cond: None, a tensor, or a pytree of tensors batched on dimension 0.
+
+        Raises:
+            ValueError: t has another shape, or the output has another shape than x_t.
+            TypeError: the output is not a tensor.
+        """
         if x_t.dim() == 0 or t.shape != x_t.shape[:1]:
             raise ValueError(f"t must have shape (B,) for x_t (B, ...), got {tuple(t.shape)} for {tuple(x_t.shape)}")
         scaled = x_t if self._c_in is None else column(self._c_in(t), x_t) * x_t
@@ -180,15 +215,15 @@ class Denoiser(nn.Module):
 
     @property
     def has_output(self) -> bool:
-        """Whether an `output` of the user's stands between the network and F."""
+        """Whether an `output` function converts the return value of the network to F."""
         return self._output is not None
 
     def network_inputs(self, t: Tensor) -> Pair:
-        """(c_in, c_noise), each (B,) float32: the scale of x_t and the noise level as the network gets them."""
+        """Returns c_in, the scale of x_t, and c_noise, the noise-level input: (B,) float32 each."""
         return (torch.ones_like(t) if self._c_in is None else self._c_in(t)), self._c_noise(t)
 
     def _products(self, x_t: Tensor) -> contextlib.AbstractContextManager[Any]:
-        """What a network needs around it whose products have weights of another dtype than the rest."""
+        """Autocast, if matmul weights have a dtype of their own and no autocast is active."""
         if self.weights_dtype is None or autocast_dtype(x_t.device.type) is not None:
             return contextlib.nullcontext()
         return torch.autocast(x_t.device.type, self.weights_dtype)
@@ -201,75 +236,59 @@ class Denoiser(nn.Module):
         return x_t.dtype
 
     def coefficients(self, t: Tensor) -> Pair:
-        """(c_skip, c_out), each (B,) float32."""
+        """Returns (c_skip, c_out) of D = c_skip x_t + c_out F at t, each (B,) float32."""
         return self._form.denoised(self.schedule.alpha(t), self.schedule.sigma(t))
 
     def score_coefficients(self, t: Tensor) -> Pair:
-        """(a, b), each (B,) float32."""
+        """Returns (a, b) of the score s = a x_t + b F at t, each (B,) float32."""
         return self._form.score(self.schedule.alpha(t), self.schedule.sigma(t))
 
     def guided(self, x_t: Tensor, t: Tensor, cond: Condition, guidance: float | Tensor | None) -> Tensor:
-        """F_u + guidance (F_c - F_u), float32; F_c alone when guidance is None."""
+        """Returns the guided output F_u + guidance (F_c - F_u), (B, ...) float32.
+
+        Args:
+            guidance: a number or (B,) float32. None returns F_c, from one pass.
+
+        Raises:
+            ValueError: guidance without a condition or without a null condition.
+        """
         if guidance is None:
             return self(x_t, t, cond).float()
-        conditional, unconditional = (F.float() for F in both(self, x_t, t, cond, None))
+        conditional, unconditional = (F.float() for F in conditional_and_unconditional(self, x_t, t, cond, None))
         w = column(guidance, x_t) if isinstance(guidance, Tensor) else guidance
         return unconditional + w * (conditional - unconditional)
 
     def denoise(self, x_t: Tensor, t: Tensor, cond: Condition = None, guidance: float | Tensor | None = None) -> Tensor:
-        """D = c_skip x_t + c_out F, float32."""
+        """Returns the denoised image D = c_skip x_t + c_out F, (B, ...) float32.
+
+        Arguments and errors are those of `guided`.
+        """
         c_skip, c_out = self.coefficients(t)
         return column(c_skip, x_t) * x_t + column(c_out, x_t) * self.guided(x_t, t, cond, guidance)
 
     def score(self, x_t: Tensor, t: Tensor, cond: Condition = None, guidance: float | Tensor | None = None) -> Tensor:
-        """s = a x_t + b F, float32: the gradient of the log density of x_t."""
+        """Returns the score s = a x_t + b F, (B, ...) float32: the gradient of log p(x_t).
+
+        Arguments and errors are those of `guided`.
+        """
         a, b = self.score_coefficients(t)
         return column(a, x_t) * x_t + column(b, x_t) * self.guided(x_t, t, cond, guidance)
 
     def same_form(self, other: Denoiser) -> bool:
-        """Whether (a, b) are the same functions of t, so that the x terms of a score difference cancel."""
+        """Whether both have equal (a, b), so that the x terms of a score difference cancel."""
         mine, its = ((d.schedule, d.parametrization, d.sigma_data) for d in (self, other))
         return mine == its
 
 
-class Generator(nn.Module):
-    """A denoiser at one noise level as a one-step generator: generator(z, cond) = D(input_scale z; t_star).
+def unwrap(network: Any) -> Denoiser:
+    """Returns the Denoiser inside wrappers of DDP and torch.compile.
 
-    Args:
-        denoiser: its network is the generator's.
-        t_star: the noise level, in the units of the schedule's t.
-        input_scale: scale of z; sigma(t_star) when None.
+    Raises:
+        TypeError: there is no Denoiser inside.
     """
-
-    def __init__(self, denoiser: Denoiser, t_star: float, *, input_scale: float | None = None) -> None:
-        super().__init__()
-        t = check_times(denoiser.schedule, torch.tensor([t_star], dtype=torch.float32, device="cpu"))
-        self.denoiser = denoiser
-        self.t_star = t_star
-        self.input_scale = denoiser.schedule.sigma(t).item() if input_scale is None else input_scale
-        if not self.input_scale > 0:
-            raise ValueError(f"input_scale must be positive, got {self.input_scale}")
-        self.c_skip, self.c_out = (c.item() for c in denoiser.coefficients(t))
-
-    @property
-    def sample_shape(self) -> tuple[int, ...] | None:
-        return self.denoiser.sample_shape
-
-    def forward(self, z: Tensor, cond: Condition = None) -> Tensor:
-        """x (B, ...) for z (B, ...) ~ N(0, I)."""
-        x_t = self.input_scale * z
-        t = same(self._times, len(z), z.device)
-        return self.c_skip * x_t + self.c_out * self.denoiser(x_t, t, cond)
-
-    def _times(self, batch: int, device: torch.device) -> Tensor:
-        return torch.full((batch,), self.t_star, dtype=torch.float32, device=device)
-
-
-def base(network: Any) -> Denoiser:
-    """The Denoiser inside what may be wrapped by DDP or torch.compile."""
     inner = network
     while not isinstance(inner, Denoiser):
-        # Not `or`: the truth of a module is its len(), which a compiled one refuses to tell.
+        # `or` would call len() on a module, which a compiled module does not support.
         wrapped = getattr(inner, "module", None)
         inner = getattr(inner, "_orig_mod", None) if wrapped is None else wrapped
         if inner is None:
@@ -278,10 +297,10 @@ def base(network: Any) -> Denoiser:
 
 
 def null_like(null_cond: Condition, cond: Condition, batch: int) -> Condition:
-    """null_cond, batched and typed like cond.
+    """Expands null_cond to a batch, with the structure, dtypes and devices of cond.
 
     Raises:
-        ValueError: there is none, or it has another structure than cond.
+        ValueError: cond or null_cond is None, or they have different structures.
     """
     if cond is None:
         raise ValueError("guidance needs a condition: give cond, or leave guidance None")
@@ -297,9 +316,9 @@ def null_like(null_cond: Condition, cond: Condition, batch: int) -> Condition:
     return pytree.tree_unflatten(matched, structure)
 
 
-def both(network: Any, x_t: Tensor, t: Tensor, cond: Condition, null_cond: Condition) -> Pair:
-    """F_c and F_u, from one pass of twice the batch."""
-    null_cond = base(network).null_cond if null_cond is None else null_cond
+def conditional_and_unconditional(network: Any, x_t: Tensor, t: Tensor, cond: Condition, null_cond: Condition) -> Pair:
+    """Returns F_c and F_u, each (B, ...), from one pass with a batch of 2 B."""
+    null_cond = unwrap(network).null_cond if null_cond is None else null_cond
     return network(torch.cat([x_t, x_t]), *same(_twice, t, cond, null_cond)).chunk(2)
 
 

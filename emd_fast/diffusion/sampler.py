@@ -1,4 +1,4 @@
-"""Sampling from a teacher in many steps: what the one-step generator is compared with."""
+"""Many-step sampling from a teacher, the baseline of the one-step generator."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 from emd_fast.diffusion.denoiser import Denoiser
 
 _RHO = 7.0
-# The range of noise-to-signal ratios of the EDM paper, for data of about unit scale; a schedule may go further (log-SNR
-# of -20 is a ratio of 22,026), where 18 steps would be too few and nothing is left to find.
+# Range of sigma / alpha of the EDM paper, for data of about unit scale. A schedule may go further
+# (a log-SNR of -20 is a ratio of 22,026), but 18 steps would be too few for that range.
 _RATIO_MIN, _RATIO_MAX = 0.002, 80.0
 
 
@@ -19,20 +19,22 @@ _RATIO_MIN, _RATIO_MAX = 0.002, 80.0
 def heun(
     denoiser: Denoiser, z: Tensor, cond: Any = None, steps: int = 18, guidance: float | Tensor | None = None
 ) -> Tensor:
-    """Samples of a denoiser: the probability-flow ODE by Heun's method, deterministic, of second order.
+    """Samples a denoiser: Heun's deterministic second-order method for the probability-flow ODE.
 
-    The ODE is solved for y = x_t / alpha as a function of r = sigma / alpha, where it reads dy/dr = (y - D) / r for
-    every schedule. The grid of r has rho = 7 from 80 to 0.002, or what part of that the schedule covers, then 0.
+    The ODE is solved for y = x_t / alpha as a function of r = sigma / alpha. It is
+    dy/dr = (y - D) / r for every schedule. The grid of r has rho = 7 and goes from 80 to 0.002,
+    cut to the range of the schedule, and then to 0.
 
     Args:
         denoiser: D(x_t; t) of any schedule.
-        z: (B, ...) float32 ~ N(0, I), where the ODE starts (times its largest r).
-        cond: as the denoiser takes it, batched like z.
-        steps: at least 2; 2 steps - 1 evaluations of the denoiser, twice as large with guidance.
-        guidance: None, or the scale of classifier-free guidance, a number or (B,).
+        z: (B, ...) float32 ~ N(0, I). The ODE starts at z times the largest r.
+        cond: the condition of the denoiser, batched like z.
+        steps: number of steps, at least 2. They take 2 steps - 1 evaluations of the denoiser.
+            With guidance each evaluation has a batch of 2 B.
+        guidance: scale of classifier-free guidance: None, a number or (B,) float32.
 
     Returns:
-        (B, ...) float32.
+        Samples x (B, ...) float32.
 
     Raises:
         ValueError: steps below 2, or z without a batch dimension.
@@ -54,7 +56,7 @@ def heun(
     for r, r_next in zip(ratios, [*ratios[1:], 0.0], strict=True):
         before = slope(y, r)
         euler = y + (r_next - r) * before
-        # At r = 0 the slope is not defined: the last step is Euler's, which gives D itself.
+        # The slope is not defined at r = 0. The last step is an Euler step, which returns D.
         y = euler if r_next == 0 else y + (r_next - r) * (before + slope(euler, r_next)) / 2
     return y
 
@@ -67,5 +69,5 @@ def _grid(denoiser: Denoiser, steps: int) -> list[float]:
 
 
 def _time(denoiser: Denoiser, r: float) -> Tensor:
-    """t (1,) at which sigma / alpha is r."""
+    """Returns t (1,) float32 at which sigma / alpha is r."""
     return denoiser.schedule.t_from_log_snr(-2 * torch.log(torch.tensor([r], dtype=torch.float32)))

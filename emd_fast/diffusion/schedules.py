@@ -1,7 +1,8 @@
 """Noise schedules: x_t = alpha(t) x + sigma(t) eps, for t (B,) float32 (docs/algorithm.md).
 
-Any object with the members of `Schedule` is a schedule; these are the common ones. `t` is the noise level sigma itself
-for `EDM` and a time in [0, 1] for the others; noise grows with t in all of them.
+Any object with the members of `Schedule` is a schedule. This module has the common ones. t is the
+noise level sigma for `EDM`, and a time in [0, 1] for the others. The noise-to-signal ratio grows
+with t in all of them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from torch.nn.functional import logsigmoid
 
 @runtime_checkable
 class Schedule(Protocol):
-    """What the library asks of a schedule. All functions are elementwise on float32 tensors."""
+    """Interface of a noise schedule. All functions are elementwise on float32 tensors.
+
+    `t_min` and `t_max` are the limits of t. `t_from_log_snr` is the inverse of `log_snr`.
+    """
 
     t_min: float
     t_max: float
@@ -32,10 +36,13 @@ class Schedule(Protocol):
 
 
 def check_times(schedule: Schedule, t: Tensor) -> Tensor:
-    """t, if it lies in the domain of the schedule. No check where it would make the host wait or inside a capture.
+    """Returns t after checking that it lies in the domain of the schedule.
+
+    Values are not checked where that would synchronise with a device, and in compiled code.
 
     Raises:
-        ValueError: a time outside the domain, or not finite. TypeError: not a floating-point tensor.
+        ValueError: a time outside of the domain, or not finite.
+        TypeError: not a floating-point tensor.
     """
     if not isinstance(t, Tensor) or not t.is_floating_point():
         raise TypeError(f"t must be a floating-point tensor, got {getattr(t, 'dtype', type(t).__name__)}")
@@ -48,10 +55,13 @@ def check_times(schedule: Schedule, t: Tensor) -> Tensor:
 
 
 def check_log_snr(log_snr: Tensor) -> Tensor:
-    """log_snr, if it is a log-SNR, of any size; where `check_times` checks.
+    """Returns log_snr after checking that it has no NaN. Infinite values are valid.
+
+    Values are checked where `check_times` checks them.
 
     Raises:
-        ValueError: a NaN. TypeError: not a floating-point tensor.
+        ValueError: a NaN.
+        TypeError: not a floating-point tensor.
     """
     if not isinstance(log_snr, Tensor) or not log_snr.is_floating_point():
         found = getattr(log_snr, "dtype", type(log_snr).__name__)
@@ -62,7 +72,7 @@ def check_log_snr(log_snr: Tensor) -> Tensor:
 
 
 class _Named:
-    """Two schedules with the same parameters are the same schedule."""
+    """Base class: schedules of one class are equal. A class with parameters compares them too."""
 
     domain: tuple[float, float] = (0.0, 1.0)
 
@@ -77,7 +87,7 @@ class _Named:
 
 
 class EDM(_Named):
-    """alpha = 1, sigma = t (Karras et al., arXiv 2206.00364)."""
+    """Schedule of EDM: alpha = 1, sigma = t (Karras et al., arXiv 2206.00364)."""
 
     t_min, t_max = 0.002, 80.0
     domain = (0.0, math.inf)
@@ -96,13 +106,17 @@ class EDM(_Named):
 
 
 class Cosine(_Named):
-    """alpha = cos(pi t / 2), sigma = sin(pi t / 2) (Nichol and Dhariwal, arXiv 2102.09672, without the offset)."""
+    """Cosine schedule: alpha = cos(pi t / 2), sigma = sin(pi t / 2).
 
-    # log-SNR from 20 to -20: further out float32 cannot tell alpha, or sigma, from 0 in a sum with the other.
+    Source: Nichol and Dhariwal, arXiv 2102.09672, without their offset.
+    """
+
+    # The log-SNR goes from 20 to -20. Beyond that range, adding alpha to sigma (or sigma to alpha)
+    # in float32 changes nothing.
     t_min, t_max = 2 / math.pi * math.atan(math.exp(-10)), 2 / math.pi * math.atan(math.exp(10))
 
     def alpha(self, t: Tensor) -> Tensor:
-        # cos(pi t / 2) would be small and negative at t = 1 in float32.
+        # In float32 cos(pi t / 2) would be slightly negative at t = 1.
         return torch.sin(math.pi / 2 * (1 - check_times(self, t)))
 
     def sigma(self, t: Tensor) -> Tensor:
@@ -116,7 +130,7 @@ class Cosine(_Named):
 
 
 class RectifiedFlow(_Named):
-    """alpha = 1 - t, sigma = t (Liu et al., arXiv 2209.03003)."""
+    """Rectified flow: alpha = 1 - t, sigma = t (Liu et al., arXiv 2209.03003)."""
 
     t_min, t_max = 1e-4, 1 - 1e-4
 
@@ -134,9 +148,10 @@ class RectifiedFlow(_Named):
 
 
 class VP(_Named):
-    """The variance-preserving chain of N betas (Ho et al., arXiv 2006.11239): index i stands at t = i / (N - 1).
+    """Variance-preserving chain of N betas (Ho et al., arXiv 2006.11239).
 
-    log alpha is interpolated linearly between the indices; alpha^2 + sigma^2 = 1.
+    Index i of the chain is t = i / (N - 1). log alpha is interpolated linearly between indices,
+    and alpha^2 + sigma^2 = 1.
 
     Args:
         betas: (N,) numbers in (0, 1), N >= 2.
@@ -176,7 +191,7 @@ class VP(_Named):
         return twice - torch.log(-torch.expm1(twice))
 
     def t_from_log_snr(self, log_snr: Tensor) -> Tensor:
-        """The inverse; a log-SNR outside the chain's gives the nearer end."""
+        """Returns the t of a log-SNR. A value outside of the chain gives the nearest end."""
         falling = self._table(check_log_snr(log_snr).device)
         log_alpha = (logsigmoid(log_snr) / 2).clamp(falling[-1], falling[0])
         index = torch.searchsorted(-falling, -log_alpha).clamp(1, self.indices - 1)

@@ -6,7 +6,7 @@ import contextlib
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -17,12 +17,16 @@ class LostRank(RuntimeError):
 
 
 @contextlib.contextmanager
-def process_group() -> Iterator[None]:
+def process_group(report: Callable[[Exception], object] = lambda error: None) -> Iterator[None]:
     """Context manager: starts the process group that torchrun's environment variables describe.
 
     The group is destroyed at the end. gloo serves CPU tensors and nccl CUDA tensors. Each process
     uses the GPU of its LOCAL_RANK. Without those variables, or inside an existing process group,
     it does nothing.
+
+    Args:
+        report: shows an error that all ranks raise. Rank 0 calls it; the other ranks wait for it,
+            since torchrun stops rank 0 as soon as another rank ends.
 
     Raises:
         LostRank: the connection to another rank was lost inside the block.
@@ -48,9 +52,20 @@ def process_group() -> Iterator[None]:
             raise LostRank(f"rank {own} has lost another rank, which may say why: {reason}") from error
         if not hasattr(error, "main"):  # an error that has it was raised on all ranks together
             vars(error)["main"] = not _main_prints(store, str(error))
+        _report_together(error, report, store)
         raise
     finally:
         dist.destroy_process_group()
+
+
+def _report_together(error: Exception, report: Callable[[Exception], object], store: dist.Store) -> None:
+    key = "emd_fast has reported"
+    with contextlib.suppress(RuntimeError):  # the process that hosts the store has ended
+        if is_main():
+            report(error)
+            store.set(key, "")
+        elif not getattr(error, "main", True):
+            _wait_for_keys(store, [key], seconds=60)
 
 
 def _main_prints(store: dist.Store, message: str) -> bool:
@@ -72,9 +87,9 @@ def _main_prints(store: dist.Store, message: str) -> bool:
     return False
 
 
-def _wait_for_keys(store: dist.Store, keys: list[str]) -> bool:
-    """Whether the store has these keys within two seconds. (store.wait() warns on a timeout.)"""
-    end = time.monotonic() + 2
+def _wait_for_keys(store: dist.Store, keys: list[str], seconds: float = 2) -> bool:
+    """Whether the store has these keys in time. (store.wait() warns on a timeout.)"""
+    end = time.monotonic() + seconds
     while not store.check(keys):
         if time.monotonic() > end:
             return False

@@ -1,4 +1,4 @@
-"""Which rows of a tensor a rank holds, and which rank writes them."""
+"""Rows of a tensor that a rank holds, and the choice of the rank that writes them."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Rows:
-    """Consecutive rows of a tensor (entries of dimension 0) that this rank holds. A scalar has one row.
+    """Consecutive rows of a tensor (entries of dimension 0) that this rank holds.
+
+    A scalar has one row.
 
     Args:
-        shape: of the whole tensor.
-        first: the index of the first row.
-        values: (n, *shape[1:]) the rows, sharing the tensor's memory; (1,) for a scalar.
-        copy: which of the equal copies of a DTensor's shard they are; None for a plain tensor,
-            which every rank holds.
+        shape: shape of the whole tensor.
+        first: index of the first row.
+        values: the rows (n, *shape[1:]), or (1,) for a scalar. They share the tensor's memory.
+        copy: index among the equal copies of a DTensor's shard. None for a plain tensor, which
+            every rank holds.
     """
 
     shape: tuple[int, ...]
@@ -29,7 +31,7 @@ class Rows:
 
 
 def held(tensor: Tensor) -> Rows:
-    """The rows of a tensor that this rank holds.
+    """Returns the rows of a tensor that this rank holds.
 
     Raises:
         ValueError: a DTensor that is neither replicated nor sharded once, on dimension 0.
@@ -50,18 +52,20 @@ def held(tensor: Tensor) -> Rows:
 
 
 def to_write(tensors: Mapping[str, Tensor], rank: int, world: int) -> dict[str, Rows]:
-    """The rows of each tensor that `rank` writes, so that all ranks together write every row once.
+    """Selects the rows of each tensor that `rank` writes.
+
+    All ranks together write every row once.
 
     Args:
         tensors: the same names in the same order on every rank.
 
     Returns:
-        name -> rows; none of them (n = 0) where other ranks write them.
+        name -> rows. n is 0 if other ranks write all rows of the tensor.
     """
     result, load = {}, [0] * world
     for name, tensor in tensors.items():
         rows = held(tensor)
-        if rows.copy is None:  # the rank that has least to write so far takes it
+        if rows.copy is None:  # written by the rank with the least to write so far
             writer = load.index(min(load))
             load[writer] += rows.values.nbytes
             mine = writer == rank

@@ -1,1 +1,1 @@
-"""EM Distillation, in the words of docs/algorithm.md. No kernel and no device in sight."""
+"""EM Distillation, with the names of docs/algorithm.md. The algorithm knows no kernel or device."""

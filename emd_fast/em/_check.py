@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from emd_fast.diffusion.denoiser import Condition, base
+from emd_fast.diffusion.denoiser import Condition, unwrap
 from emd_fast.em.types import LangevinSettings
 from emd_fast.noise import LIMITS, NoiseStream
 from emd_fast.ops import _check
@@ -33,12 +33,12 @@ def e_step(teacher: Any, z: Tensor, eps: Tensor, t: Tensor, cond: Condition, set
             raise TypeError(f"guidance must be a number or a tensor, got {type(guidance).__name__}")
         if not math.isfinite(guidance):
             raise ValueError(f"guidance must be finite, got {guidance}")
-    _check.per_sample("sigma(t)", base(teacher).schedule.sigma(t), z, positive=True, synchronize=True)
+    _check.per_sample("sigma(t)", unwrap(teacher).schedule.sigma(t), z, positive=True, synchronize=True)
 
 
 def _latents(z: Tensor, eps: Tensor, t: Tensor, cond: Condition) -> None:
     for name, value in (("z", z), ("eps", eps)):
-        # The E-step copies both to float32, so that float64 is welcome too.
+        # The E-step copies both to float32, so float64 is valid too.
         if not isinstance(value, Tensor) or not value.is_floating_point():
             raise TypeError(f"{name} must be a floating-point tensor, got {getattr(value, 'dtype', type(value))}")
         if value.dim() == 0:

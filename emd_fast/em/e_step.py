@@ -13,7 +13,7 @@ from torch import Tensor
 from emd_fast import ops
 from emd_fast.cache.conditioning import conditioning_cache
 from emd_fast.cache.weights import weight_cache
-from emd_fast.diffusion.denoiser import Condition, base, column
+from emd_fast.diffusion.denoiser import Condition, column, unwrap
 from emd_fast.distributed import gathered
 from emd_fast.em import _check
 from emd_fast.em.frozen import frozen
@@ -36,7 +36,7 @@ def sample_eps_z(
     `watch` is called after each Langevin step.
     """
     generator, teacher, fake_score = networks
-    schedule = base(teacher).schedule
+    schedule = unwrap(teacher).schedule
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
     difference = ScoreDifference(teacher, fake_score, t, cond, settings.null_cond, settings.guidance)
     z, eps = _copied(z), _copied(eps)
@@ -98,17 +98,17 @@ def e_step(
 ) -> EStep:
     """Langevin steps on the density proportional to q(x_t) / p(x_t) N(eps) N(z).
 
-    Here x_t = alpha g(z) + sigma eps, and q and p are the diffused densities of teacher and generator.
-    One step is one pass of generator, teacher and fake score, and one backward pass of the generator to
-    its input. If gamma_z is the number 0, the generator runs once and has no backward pass. No parameter
-    gets a gradient. Memory does not grow with `steps`.
+    Here x_t = alpha g(z) + sigma eps, and q and p are the diffused densities of teacher and
+    generator. One step is one pass of generator, teacher and fake score, and one backward pass of
+    the generator to its input. If gamma_z is the number 0, the generator runs once and has no
+    backward pass. No parameter gets a gradient. Memory does not grow with `steps`.
 
     Args:
         generator: callable (z, cond) -> x.
-        teacher, fake_score: Denoisers of one schedule, bare or wrapped by DDP, FSDP2 (gathered once) or
-            torch.compile.
+        teacher, fake_score: Denoisers of one schedule, bare or wrapped by DDP, FSDP2 (gathered
+            once) or torch.compile.
         z, eps: (B, ...), floating; not modified.
-        t: (B,) float32, held fixed.
+        t: (B,) float32, fixed during the chain.
         cond: None, a tensor or a pytree of tensors batched on dimension 0.
         null_cond: the unconditional condition for guidance; the teacher's own when None.
         guidance: None, a number or (B,) float32: F = F_u + guidance (F_c - F_u) for the teacher.

@@ -8,7 +8,7 @@ from torch import Tensor
 from emd_fast import ops
 from emd_fast.cache.conditioning import conditioning_cache
 from emd_fast.cache.weights import weight_cache
-from emd_fast.diffusion.denoiser import Condition, base, column
+from emd_fast.diffusion.denoiser import Condition, column, unwrap
 from emd_fast.distributed import gathered
 from emd_fast.em import _check
 from emd_fast.em.frozen import frozen
@@ -37,7 +37,7 @@ def sample_x_z(
     """
     generator, teacher, fake_score = networks
     _check.e_step(teacher, z, eps, t, cond, settings)
-    noise, schedule = settings.noise, base(teacher).schedule
+    noise, schedule = settings.noise, unwrap(teacher).schedule
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
     difference = ScoreDifference(teacher, fake_score, t, cond, settings.null_cond, settings.guidance)
     z, noises = z.detach().float(), eps.detach().float()

@@ -1,4 +1,4 @@
-"""The M-step: the generator moves towards where the E-step took its samples."""
+"""M-step: regression of the generator on the result of the E-step."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from torch import Tensor
 from emd_fast import ops
 from emd_fast.em.types import EStep, GeneratorLike
 
-# What a sample weighs, by its alpha and sigma. The gradient to g is -weight (alpha / sigma) drift / n.
+# Weight of a sample as a function of alpha and sigma, each (B,). The gradient with respect to g is
+# -weight (alpha / sigma) drift / n for n elements per sample.
 WEIGHTINGS = {
     "one": lambda alpha, sigma: torch.ones_like(sigma),
     "sigma": lambda alpha, sigma: sigma,
@@ -18,16 +19,16 @@ WEIGHTINGS = {
 
 
 def m_step(generator: GeneratorLike, sampled: EStep, weight: Tensor, *, noise_cancellation: bool = True) -> Tensor:
-    """The regression of alpha g(z_K) on alpha g(z_K) + sigma drift, target fixed, for each sample.
+    """Loss per sample of regressing alpha g(z_K) on alpha g(z_K) + sigma drift, target detached.
 
     Args:
-        generator: the one that the E-step ran, with its gradients.
-        sampled: what the E-step returned.
+        generator: callable (z, cond) -> x, the generator of the E-step.
+        sampled: result of the E-step.
         weight: (B,) float32.
-        noise_cancellation: regress on drift; on eps_K when False.
+        noise_cancellation: use drift in the target. False uses eps_K.
 
     Returns:
-        (B,) float32, differentiable in the generator's parameters.
+        Losses (B,) float32, differentiable in the parameters of the generator.
     """
     generated = generator(sampled.z, sampled.cond)
     drift = sampled.drift if noise_cancellation else sampled.eps

@@ -1,4 +1,4 @@
-"""delta = s_teacher - s_fake as an affine combination of x_t and raw network outputs."""
+"""Score difference delta = s_teacher - s_fake, affine in x_t and the raw network outputs."""
 
 from __future__ import annotations
 
@@ -7,19 +7,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emd_fast.diffusion.denoiser import Condition, base, both, column, null_like
+from emd_fast.diffusion.denoiser import Condition, column, conditional_and_unconditional, null_like, unwrap
 from emd_fast.em.streams import side_by_side
 
 
 class ScoreDifference:
-    """The coefficients of delta for times t (B,), fixed over an E-step, and the passes that give the outputs.
+    """Coefficients of delta at fixed times t, and the network passes that give its terms.
+
+    Attributes:
+        coefs: (B, n) float32, one column per term: x_t (only if `needs_x`), the outputs of the
+            teacher, the output of the fake score.
+        needs_x: whether delta has a term in x_t.
 
     Args:
-        teacher, fake_score: Denoisers, bare or wrapped, of one schedule.
-        guidance: None, a number or (B,) float32: the teacher's classifier-free guidance weight.
+        teacher, fake_score: Denoisers of one schedule, bare or wrapped.
+        t: (B,) float32.
+        cond, null_cond: conditions, as for `e_step`.
+        guidance: classifier-free guidance weight of the teacher: None, a number or (B,) float32.
 
     Raises:
-        ValueError: two schedules. TypeError: not a Denoiser.
+        ValueError: different schedules, or guidance without a condition or null condition.
+        TypeError: a network that is not a Denoiser.
     """
 
     def __init__(
@@ -32,7 +40,7 @@ class ScoreDifference:
         guidance: float | Tensor | None,
     ) -> None:
         self.teacher, self.fake_score, self.t = teacher, fake_score, t
-        inner_teacher, inner_fake_score = base(teacher), base(fake_score)
+        inner_teacher, inner_fake_score = unwrap(teacher), unwrap(fake_score)
         self.cond, self.null_cond, self.guided = cond, None, guidance is not None
         if self.guided:
             self.null_cond = null_like(inner_teacher.null_cond if null_cond is None else null_cond, cond, len(t))
@@ -49,17 +57,17 @@ class ScoreDifference:
         self.coefs = torch.stack([*k_x, *k_teacher, -b_fake_score], dim=1)
 
     def outputs(self, x: Tensor) -> list[Tensor]:
-        """The raw outputs for x_t (B, ...), in the order of the columns of `coefs`."""
+        """Returns the raw outputs for x_t (B, ...), in the order of the columns of `coefs`."""
         teacher, fake_score = side_by_side(lambda: self._teacher(x), lambda: self.fake_score(x, self.t, self.cond))
         return [*teacher, fake_score]
 
     def _teacher(self, x: Tensor) -> list[Tensor]:
         if self.guided:
-            return list(both(self.teacher, x, self.t, self.cond, self.null_cond))
+            return list(conditional_and_unconditional(self.teacher, x, self.t, self.cond, self.null_cond))
         return [self.teacher(x, self.t, self.cond)]
 
     def at(self, x: Tensor) -> Tensor:
-        """delta (B, ...) float32, for code that has no use for a fused op."""
+        """Returns delta (B, ...) float32 in plain PyTorch, for code that uses no fused op."""
         terms = [*([x] if self.needs_x else []), *self.outputs(x)]
         delta = torch.zeros_like(x, dtype=torch.float32)
         for k, term in zip(self.coefs.unbind(1), terms, strict=True):

@@ -1,4 +1,4 @@
-"""Passes that do not depend on each other, side by side where somebody asked for it."""
+"""Runs independent network passes on two CUDA streams, if `branches` is active."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _active = _Active()
 
 @contextlib.contextmanager
 def branches(wanted: bool = True) -> Iterator[None]:
-    """Inside it, in this thread, `side_by_side` uses a second CUDA stream.
+    """Context manager: `side_by_side` uses a second CUDA stream inside, in this thread.
 
-    One for all calls: what a stream has freed only that stream gets again, so that with a stream for each call each
-    would take the memory of a pass.
+    All calls share this stream. Memory that was freed on a stream is reused only on that stream,
+    so a stream per call would take the memory of a pass per call.
     """
     outer, _active.other = _active.other, torch.cuda.Stream() if wanted else None
     try:
@@ -35,8 +35,12 @@ def branches(wanted: bool = True) -> Iterator[None]:
 
 
 def side_by_side(first: Callable[[], A], second: Callable[[], B]) -> tuple[A, B]:
-    """Both results. Inside `branches` the second runs on the other stream, which starts and ends with this call: what
-    it allocates is used again only by a stream that has waited. Neither may read what the other makes meanwhile."""
+    """Returns the results of both functions. Inside `branches`, `second` runs on the other stream.
+
+    The other stream waits for the current one at the start, and the current one waits for it at
+    the end. Memory is therefore reused only by a stream that has waited. Neither function may read
+    the results of the other.
+    """
     if torch.compiler.is_compiling() or (other := _active.other) is None:
         return first(), second()
     current = torch.cuda.current_stream()

@@ -38,7 +38,7 @@ class LangevinSettings:
 
     @property
     def moves_z(self) -> bool:
-        """False only where gamma_z is the number 0: reading a tensor would make the host wait."""
+        """False only if gamma_z is the number 0. A tensor is not read, to avoid a synchronisation."""
         return isinstance(self.gamma_z, Tensor) or self.gamma_z > 0
 
 

@@ -21,15 +21,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from emd_fast.diffusion.denoiser import Denoiser, Generator
+from emd_fast.diffusion.denoiser import Denoiser
+from emd_fast.diffusion.generator import Generator
 from emd_fast.export import facts
 from emd_fast.export.one_step import Metadata, OneStep
-from emd_fast.fusion.plan import fuse_known
-from emd_fast.io.files import write_whole
+from emd_fast.fusion.fusing import fuse_known
+from emd_fast.io.files import write_atomic
 from emd_fast.io.reading import read_bytes, reason
 from emd_fast.teachers.diffusers import DiffusersDenoiser
 from emd_fast.teachers.diffusers.architectures import ARCHITECTURES, Network
-from emd_fast.teachers.diffusers.folder import EXPORTED, Folder, need_diffusers, read_json
+from emd_fast.teachers.diffusers.folder import EXPORTED, Folder, import_diffusers, read_json
 from emd_fast.teachers.diffusers.weights import check_config
 from emd_fast.teachers.mlp import PointGenerator, TimeMLP
 from emd_fast.teachers.small_unet import SmallUNet
@@ -114,7 +115,7 @@ def _write_folder(out: Path, generator: nn.Module, metadata: Metadata) -> Path:
     component = denoiser.folder.architecture.component
     source = denoiser.folder
     index = {name: value for name, value in source.index.items() if name != "scheduler"}
-    index |= {component: ["diffusers", source.model_class], "_diffusers_version": need_diffusers().__version__}
+    index |= {component: ["diffusers", source.model_class], "_diffusers_version": import_diffusers().__version__}
 
     try:
         pipeline, scheduler = stock.pipeline_class(denoiser), stock.scheduler(generator)
@@ -179,7 +180,7 @@ def _write_file(out: Path, generator: nn.Module, metadata: Metadata) -> Path:
     told = {"generator": asdict(metadata), "network": described, "digests": {"weights": facts.digest_of(weights)}}
     whole = encoded(weights, {"emd_fast": facts.encoded(told)})
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(out, lambda file: file.write(whole))
+    write_atomic(out, lambda file: file.write(whole))
     return out
 
 
@@ -282,7 +283,7 @@ def _built(path: Path, name: str, config: dict[str, Any], weights: Mapping[str, 
     def build() -> nn.Module:
         if name in _OWN:
             return _OWN[name][0](**config)
-        return Network(getattr(need_diffusers(), name).from_config(config))
+        return Network(getattr(import_diffusers(), name).from_config(config))
 
     if name not in _OWN and name not in ARCHITECTURES:
         raise ValueError(f"{path} holds a {name[:100]}, which this release cannot build")

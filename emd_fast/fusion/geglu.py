@@ -16,7 +16,7 @@ from torch.nn.functional import gelu
 from torch.utils.checkpoint import checkpoint
 
 from emd_fast.cache.weights import autocast_dtype
-from emd_fast.fusion.fused import Fused, has, is_a
+from emd_fast.fusion.fused_class import Fused, has, is_a
 from emd_fast.fusion.layer_norm import source
 
 FEW_CHANNELS = 320

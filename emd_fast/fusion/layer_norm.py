@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
 from emd_fast.cache.weights import autocast_dtype
-from emd_fast.fusion.fused import Fused, is_a
+from emd_fast.fusion.fused_class import Fused, is_a
 
 # On the output of a norm: the norm, its input, and the output's version then. A layer that would rather have the output
 # computed again than keep it looks there.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from emd_fast.cache.weights import WEIGHT_CACHE, autocast_dtype, is_plain
 from emd_fast.fusion.convolution import convolution
-from emd_fast.fusion.fused import Fused
+from emd_fast.fusion.fused_class import Fused
 
 _OF_PYTORCH = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from emd_fast import ops
-from emd_fast.fusion.fused import STATE, Fused, is_a
+from emd_fast.fusion.fused_class import STATE, Fused, is_a
 
 SERVED = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and errors that name them."""
+"""Atomic writes of files, and OSErrors that name the file."""
 
 from __future__ import annotations
 
@@ -9,11 +9,18 @@ from pathlib import Path
 from typing import BinaryIO
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Writes to a temporary name beside `path`, then renames: a crash or a full disk leaves what was there.
+def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Writes a file under a temporary name beside `path`, syncs it and renames it to `path`.
+
+    After a crash or on a full disk the old file is unchanged.
+
+    Args:
+        path: path of the file.
+        write: writes the contents to the open file.
 
     Raises:
-        OSError: what the file system says, with the path; the temporary file is gone then.
+        OSError: the file cannot be written. The message has its path. The temporary file is
+            removed.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -25,22 +32,22 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
     finally:
-        with contextlib.suppress(OSError):  # what went wrong before is what to say
+        with contextlib.suppress(OSError):  # an earlier error must not be replaced
             temporary.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
-    """The same of text, in UTF-8.
+    """Writes text in UTF-8 as `write_atomic` does.
 
     Raises:
-        OSError: as for `write_whole`.
+        OSError: as for `write_atomic`.
     """
-    write_whole(path, lambda file: file.write(text.encode()))
+    write_atomic(path, lambda file: file.write(text.encode()))
 
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Inside, an OSError gets this path: the system names none where it is a write that fails."""
+    """Context manager: adds this path to an OSError. The system gives none for a failed write."""
     try:
         yield
     except OSError as error:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import io
-import os
-import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from emd_fast.metrics.image_source import open_source, summary
+
+_MOST_PIXELS = 2**26  # 8,192 x 8,192
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -37,32 +40,30 @@ def rgb(images: Tensor) -> Tensor:
 
 
 class ImageFiles:
-    """The images in a folder (with its subfolders) or in a .zip, sorted by name.
+    """The images in a folder (with its subfolders) or in a .zip, sorted by name (`image_source`).
 
-    All images have one size. Nothing is resized.
+    All images have one size; nothing is resized. Grey images among RGB ones are repeated to RGB.
+
+    Attributes:
+        path: the folder or the .zip.
+        shape: (1 or 3, H, W); 3 if any of the images is RGB.
+        summary: one line: how many files are taken, how many are left out, and why.
 
     Raises:
-        ValueError: no such folder or .zip, or no image in it.
+        ValueError: no such folder or .zip, no image in it, or a file that cannot be read.
     """
 
     def __init__(self, path: str | Path) -> None:
         from PIL import Image
 
-        self.path, self._open_image = Path(path), Image.open
+        self.path = Path(path)
         known = {ending for ending, format in Image.registered_extensions().items() if format in Image.OPEN}
-        self._bytes: Callable[[str], Any]
-        if self.path.is_dir():
-            names = [os.path.relpath(file, self.path) for file in self.path.rglob("*") if file.is_file()]
-            self._bytes = lambda name: (self.path / name).read_bytes()
-        elif zipfile.is_zipfile(self.path):
-            archive = zipfile.ZipFile(self.path)
-            names, self._bytes = archive.namelist(), archive.read
-        else:
-            raise ValueError(f"{path} is neither a folder nor a .zip of images")
-        self._names = sorted(name for name in names if os.path.splitext(name)[1].lower() in known)
-        if not self._names:
-            raise ValueError(f"there is no image in {path}")
-        self.shape = tuple(self._read(self._names[0]).shape)
+        self._source = open_source(self.path, known)
+        self.summary = summary(self.path, self._source)
+        self._names = self._source.names
+        self.shape = (1, *self._read(self._names[0]).shape[1:])
+        if any(self._mode(name) == "RGB" for name in self._names):
+            self.shape = (3, *self.shape[1:])
 
     def __len__(self) -> int:
         return len(self._names)
@@ -73,35 +74,56 @@ class ImageFiles:
         Raises:
             ValueError: an image cannot be read, or its size differs from the first image's.
         """
-        images = []
-        for name in self._names[first : first + n]:
-            images.append(self._read(name))
-            if images[-1].shape != self.shape:
-                raise ValueError(
-                    f"images must have one size: {self.path / name} is {size(images[-1].shape)}, "
-                    f"{self._names[0]} is {size(self.shape)}; nothing is resized here"
-                )
-        return torch.stack(images)
+        images = [self._read(name, self.shape) for name in self._names[first : first + n]]
+        return torch.stack([image.expand(self.shape) for image in images])
 
     @functools.cached_property
     def sha256(self) -> str:
         """sha256 of the contents of the files, in order; names do not count."""
         digest = hashlib.sha256()
         for name in self._names:
-            digest.update(self._bytes(name))
+            digest.update(self._source.read(name))
         return digest.hexdigest()
 
-    def _read(self, name: str) -> Tensor:
-        from PIL import UnidentifiedImageError
+    def _mode(self, name: str) -> str:
+        with self._opened(name) as image:
+            return image.mode
 
-        try:
-            with self._open_image(io.BytesIO(self._bytes(name))) as image:
-                mode, pixels = image.mode, np.array(image)
-        except (OSError, UnidentifiedImageError, zipfile.BadZipFile, SyntaxError, ValueError) as error:
-            raise ValueError(f"cannot read the image {self.path / name}: {error}") from None
-        if mode not in ("L", "RGB"):
-            raise ValueError(f"images must be grey or RGB of 8 bits: {self.path / name} has mode {mode}")
+    def _read(self, name: str, shape: Sequence[int] | None = None) -> Tensor:
+        with self._opened(name) as image:
+            here = (image.height, image.width)
+            if shape is not None and here != tuple(shape[1:]):
+                raise _Refused(
+                    f"images must have one size: {self.path / name} is {size(here)}, "
+                    f"{self._names[0]} is {size(shape[1:])}; nothing is resized here"
+                )
+            pixels = np.array(image)
         return torch.from_numpy(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1).copy())
+
+    @contextlib.contextmanager
+    def _opened(self, name: str) -> Iterator[Any]:
+        """Opens an image and checks its header. Decoding errors inside the block are one ValueError."""
+        from PIL import Image
+
+        file = self.path / name
+        try:
+            with Image.open(io.BytesIO(self._source.read(name))) as image:
+                if image.mode not in ("L", "RGB"):
+                    raise _Refused(f"images must be grey or RGB of 8 bits: {file} has mode {image.mode}")
+                if image.width * image.height > _MOST_PIXELS:
+                    raise _Refused(
+                        f"{file} claims {image.width} x {image.height} pixels: at most {_MOST_PIXELS:,} are read"
+                    )
+                yield image
+        except (_Refused, KeyboardInterrupt):
+            raise
+        except Exception as error:  # the decoders of damaged files raise errors of many classes
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"cannot read the image {file}: {reason}") from None
+
+
+class _Refused(ValueError):
+    """An image that can be read, and is not of the kind that is wanted."""
 
 
 def size(shape: Sequence[int]) -> str:

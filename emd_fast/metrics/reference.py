@@ -1,4 +1,4 @@
-"""Statistics of real images: .npz files of EDM and ADM, .pkl files of EDM2, and those that are made here."""
+"""Statistics of real images, from .npz files of EDM and ADM and .pkl files of EDM2."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ import torch
 
 from emd_fast.io import arrays
 from emd_fast.io.arrays import PlainArray, read_npz
-from emd_fast.io.files import write_whole
+from emd_fast.io.files import write_atomic
 from emd_fast.io.pickles import PickleError, read
 from emd_fast.metrics.detector import sha256_of
 from emd_fast.metrics.distance import Moments
 from emd_fast.metrics.images import size
 
 _WANTED = "an .npz of EDM with mu and sigma, or a .pkl of EDM2"
-_LARGEST = 2**29  # bytes of an array: 8,192 features; 2,048 have a covariance of 32 MiB
+_LARGEST = 2**29  # bytes of an array: the float64 covariance of 8,192 features
 
 
 class BadReference(ValueError):
-    """A file that holds no statistics: one line that names it and what is wanted."""
+    """A file has no usable statistics. The message is one line that names the file."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,10 @@ class Reference:
     """Statistics of a data set.
 
     Args:
-        path, sha256: of the file.
-        moments: by the name of their detector ("fid"; EDM2 has "fd_dinov2" too).
-        shape: (C, H, W) of the images, and detector: the sha256 of its file; None where the file does not say.
+        path, sha256: path and SHA-256 of the file.
+        moments: moments by the name of the metric ("fid"; EDM2 has "fd_dinov2" too).
+        shape: (C, H, W) of the images, or None if the file does not state it.
+        detector: SHA-256 of the detector's file, or None if the file does not state it.
     """
 
     path: Path
@@ -45,10 +46,10 @@ class Reference:
     detector: str | None = None
 
     def of_width(self, width: int) -> Moments:
-        """The moments of features of so many numbers.
+        """Returns the moments of features of this width.
 
         Raises:
-            BadReference: there are none.
+            BadReference: the file has none of this width.
         """
         for moments in self.moments.values():
             if len(moments.mean) == width:
@@ -57,10 +58,12 @@ class Reference:
         raise BadReference(f"{self.path} has statistics of {there} features, the detector gives {width}")
 
     def check(self, shape: tuple[int, ...], detector: str) -> None:
-        """Whether images of this shape and this detector can be compared with it, as far as the file says.
+        """Checks the shape (C, H, W) of images and the SHA-256 of a detector against the file.
+
+        A fact that the file does not state is not checked.
 
         Raises:
-            BadReference: they cannot.
+            BadReference: the shape or the detector differs.
         """
         if self.shape is not None and self.shape[1:] != shape[1:]:
             raise BadReference(
@@ -73,10 +76,12 @@ class Reference:
 
 
 def load(path: str | Path) -> Reference:
-    """Reads a reference. Nothing in the file is run, and of an .npz only the statistics are read.
+    """Reads a reference file as data. Nothing in it is executed.
+
+    Only the statistics of an .npz are read.
 
     Raises:
-        BadReference: no such file, something else, or statistics that cannot be.
+        BadReference: there is no such file, it is of another kind, or its statistics are invalid.
     """
     path = Path(path)
     if not path.is_file():
@@ -90,7 +95,16 @@ def load(path: str | Path) -> Reference:
 
 
 def save(path: str | Path, moments: Moments, shape: tuple[int, ...], detector: str) -> None:
-    """Writes statistics as EDM's .npz, with the number of images, their shape and the sha256 of the detector beside."""
+    """Writes statistics in EDM's .npz format, which fid.py reads.
+
+    The file also has the number of images, their shape and the SHA-256 of the detector.
+
+    Args:
+        path: path of the file.
+        moments: mean and covariance of the features.
+        shape: (C, H, W) of the images.
+        detector: SHA-256 of the detector's file.
+    """
     buffer = io.BytesIO()
     np.savez(
         buffer,
@@ -100,7 +114,7 @@ def save(path: str | Path, moments: Moments, shape: tuple[int, ...], detector: s
         shape=np.array(shape, np.int64),
         detector=np.array(detector),
     )
-    write_whole(Path(path), lambda file: file.write(buffer.getvalue()))
+    write_atomic(Path(path), lambda file: file.write(buffer.getvalue()))
 
 
 def _npz(path: Path) -> tuple[dict[str, Moments], dict[str, Any]]:
@@ -162,7 +176,7 @@ def _pkl(path: Path) -> tuple[dict[str, Moments], dict[str, Any]]:
     for name, entry in data.items():
         if type(entry) is dict and {"mu", "sigma"} <= entry.keys():
             mu, sigma = (_value(key, entry[key]) for key in ("mu", "sigma"))
-            # Many entries with one array would cost out of all proportion to the size of the file.
+            # Many entries that share one array would take much memory for a small file.
             left -= mu.nbytes + sigma.nbytes
             if left < 0:
                 raise PickleError("the arrays claim more bytes than the file has")

@@ -1,4 +1,4 @@
-"""The log of a run: log.jsonl always, TensorBoard and Weights & Biases when asked."""
+"""Log of a run: log.jsonl, and TensorBoard and Weights & Biases if they are selected."""
 
 from __future__ import annotations
 
@@ -48,26 +48,29 @@ def _row(line: str) -> dict[str, Any]:
 
 
 def check(sinks: tuple[str, ...]) -> None:
-    """Whether these sinks are installed, before anything was done for them.
+    """Checks that the packages of these sinks are installed, before a run starts.
 
     Raises:
-        ModuleNotFoundError: one that is not, with the extra that brings it.
+        ModuleNotFoundError: a package is missing. The message names the extra to install.
     """
     for name in sinks:
         _SINKS[name].module()
 
 
 class Journal:
-    """Appends a row of numbers for each logged step.
+    """Appends one row of numbers per logged step.
 
     Args:
-        folder: of the run.
-        step: where the run goes on; rows of later steps, which a crash has made untrue, are taken out.
+        folder: the run folder.
+        step: the step at which the run starts or resumes. Rows of later steps are removed, because
+            these steps are made again.
         sinks: any of "tensorboard", "wandb".
+        config: the configuration, for Weights & Biases.
 
     Raises:
-        ModuleNotFoundError: a sink that is not installed, with the extra that brings it.
-        OSError: a file that cannot be written, with its path. RuntimeError: a sink that cannot be used, and why.
+        ModuleNotFoundError: a package is missing. The message names the extra to install.
+        OSError: a file cannot be written. The message has its path.
+        RuntimeError: Weights & Biases cannot be used. The message has the reason.
     """
 
     def __init__(
@@ -98,7 +101,7 @@ class Journal:
 class _TensorBoard:
     def __init__(self, folder: Path, step: int, config: dict[str, Any]) -> None:
         self.path = folder / "tensorboard"
-        # What a killed run has logged beyond the step where it goes on is hidden.
+        # Hides the rows that a killed run has logged after the step at which it resumes.
         self._writer = self.module().SummaryWriter(str(self.path), purge_step=step + 1)
 
     @staticmethod
@@ -117,15 +120,18 @@ class _TensorBoard:
 
 class _WandB:
     def __init__(self, folder: Path, step: int, config: dict[str, Any]) -> None:
-        """All legs of a run are one there, known by the id that the folder keeps. Steps that are made again after a
-        crash are logged already: the service leaves out a step below the last that it has."""
+        """Opens or continues the run whose id is in the folder.
+
+        The service ignores rows of steps below its last one, so it keeps the first rows of steps
+        that are made again after a crash.
+        """
         path, module = folder / "wandb.id", self.module()
         own = read_bytes(path, 200).decode(errors="replace").strip() if path.exists() else None
         if own is not None and not _WANDB_ID.fullmatch(own):
             raise RuntimeError(f"{path} holds no id of Weights & Biases: remove it to log to a new run there")
         try:
             self._run = module.init(dir=str(folder), config=config, id=own, resume="allow", allow_val_change=True)
-        except Exception as error:  # of its own kinds: no key, no such project, no network
+        except Exception as error:  # wandb has its own kinds: no key, no project, no network
             raise RuntimeError(f"Weights & Biases cannot be used: {error}") from error
         write_text(path, self._run.id)
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import torch
 from torch import Tensor
 
-from emd_fast.io.files import write_whole
+from emd_fast.io.files import write_atomic
 from emd_fast.metrics.images import to_uint8
 
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ def _running_mean(values: Sequence[float]) -> list[float]:
 def _write(path: str | os.PathLike[str], fill: Callable[[BinaryIO], Any]) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, fill)
+    write_atomic(path, fill)
 
 
 def _import(module: str) -> Any:

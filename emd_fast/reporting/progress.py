@@ -1,4 +1,4 @@
-"""What a person sees while a phase runs: a bar with the time left on a terminal, plain lines elsewhere."""
+"""Progress of a phase: a bar with the time left on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ _LINES = 10  # plain lines in a phase, at most
 
 
 class Progress:
-    """Progress of one phase of `total` steps."""
+    """Shows the progress of one phase on stderr.
+
+    Args:
+        name: name of the phase.
+        total: number of steps.
+        done: steps that an earlier part of the run has finished.
+    """
 
     def __init__(self, name: str, total: int, done: int = 0) -> None:
         self.name, self.total, self.done = name, total, done
@@ -26,7 +32,7 @@ class Progress:
         )
 
     def update(self, done: int, text: str = "") -> None:
-        """`done` steps are behind us; `text` is what to say beside them (only read where it is shown)."""
+        """Shows that `done` steps are finished, with `text` beside the number."""
         if self.bar is not None:
             self.bar.update(done - self.done)
             if text:
@@ -43,7 +49,7 @@ class Progress:
 
 
 def summary(row: Mapping[str, float]) -> str:
-    """What a row of log.jsonl has of this, in a few words: losses, drift, speed, memory and where the time goes."""
+    """Formats a row of log.jsonl: losses, drift, speed, memory and shares of the time."""
     parts = [
         f"{word} {row[name] * scale:.3g}{unit}"
         for name, word, scale, unit in (
@@ -66,7 +72,7 @@ def summary(row: Mapping[str, float]) -> str:
 
 
 def say(line: str) -> None:
-    """One line for the person who watches, from the main rank: stderr, so that stdout stays for results."""
+    """Prints one line to stderr on rank 0. stdout is for results only."""
     if not is_main():
         return
     tqdm.write(line, file=sys.stderr)

@@ -158,7 +158,7 @@ def _curves(folder: Path) -> list[str]:
         pictures.curves(folder / "curves.png", journal.read(folder / "log.jsonl"))
     except ValueError:  # nothing was logged
         return []
-    except ModuleNotFoundError as error:  # a run must not fail at its end for want of matplotlib
+    except ModuleNotFoundError as error:  # a missing matplotlib must not fail a finished run
         return ["## Training", f"There are no curves: {error}."]
     return ["## Training", "![losses, drift and z, gradient norms](curves.png)"]
 

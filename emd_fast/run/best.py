@@ -21,10 +21,10 @@ from emd_fast.train.trainer import EMDTrainer
 class Best:
     """The evaluations of a run, and the checkpoint `checkpoints/best` in its folder.
 
-    All ranks create one and make the same calls. An evaluation draws its samples from the SHOWN noise
-    stream and leaves training unchanged, bit for bit. The checkpoint with the lowest "frechet" is
-    kept. That value is saved with the checkpoint, together with what it depends on (reference files,
-    samples, seed), so that a resumed run compares like with like.
+    All ranks create one and make the same calls. An evaluation draws its samples from the SHOWN
+    noise stream and leaves training unchanged, bit for bit. The checkpoint with the lowest
+    "frechet" is kept. That value is saved with the checkpoint, together with what it depends on
+    (reference files, samples, seed), so that a resumed run compares like with like.
     """
 
     def __init__(self, trainer: EMDTrainer, task: Task, settings: RunConfig, folder: Path) -> None:
@@ -58,7 +58,7 @@ class Best:
         )
 
     def evaluate(self) -> dict[str, float]:
-        """Evaluates the generator, keeps it if it is the best so far, and returns a row for the log."""
+        """Evaluates the generator and keeps it if it is the best so far. Returns a row for the log."""
         began = time.monotonic()
         try:
             mine = self._task.interim_metrics(self._trainer)

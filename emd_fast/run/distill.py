@@ -1,7 +1,7 @@
 """A run from start to end: teacher, distillation, evaluation, report.
 
-Repeating the command on the same folder resumes the run; on a finished run it only says so. Inside a
-process group all ranks call the same functions, and the main rank writes and prints.
+Repeating the command on the same folder resumes the run; on a finished run it only says so. Inside
+a process group all ranks call the same functions, and the main rank writes and prints.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from typing import Any
 import torch
 
 from emd_fast import distributed
-from emd_fast.config import RunConfig, to_dict
-from emd_fast.diffusion.denoiser import Denoiser, Generator
+from emd_fast.config import RunConfig, flatten
+from emd_fast.diffusion.denoiser import Denoiser
+from emd_fast.diffusion.generator import Generator
 from emd_fast.reporting import journal, report
 from emd_fast.reporting.progress import Progress, say
 from emd_fast.run.best import best_of_run
-from emd_fast.run.folder import RunError, finished_metrics, flat, open_folder, settings_of, write_metrics
+from emd_fast.run.folder import RunError, finished_metrics, open_folder, settings_of, write_metrics
 from emd_fast.run.loop import train
 from emd_fast.run.plan import UNKNOWN, Ceilings, Plan, available, plan
 from emd_fast.run.signals import end_on_signals, stop_on_signals
@@ -51,10 +52,10 @@ def distill(settings: RunConfig, folder: Path, sinks: tuple[str, ...] = ()) -> d
 
 
 def _distill(settings: RunConfig, folder: Path, sinks: tuple[str, ...], held: contextlib.ExitStack) -> dict[str, Any]:
-    distributed.check_same({"the run folder": str(folder), **flat(to_dict(settings))})
+    distributed.check_same({"the run folder": str(folder), **flatten(settings)})
     # A missing package is reported before a teacher is trained.
     distributed.on_main(lambda: journal.check(sinks))
-    optimizers.make(settings.emd, [torch.nn.Parameter(torch.zeros(1))], 1.0)
+    optimizers.make(settings.emd.optimizer, [torch.nn.Parameter(torch.zeros(1))], 1.0)
     distributed.on_main(lambda: open_folder(folder, settings, held))
     metrics = finished_metrics(folder, settings)
     if metrics is not None:
@@ -99,7 +100,7 @@ def plan_of(settings: RunConfig, devices: int = 0, ceilings: Ceilings = UNKNOWN)
         settings.emd,
         devices=devices,
         # The tasks here run on the CPU, where "auto" is float32.
-        reduced=settings.emd.precision == "bfloat16",
+        reduced=settings.emd.compute.precision == "bfloat16",
         work=work,
         ceilings=ceilings,
     )

@@ -7,7 +7,6 @@ samples/.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import fcntl
 import os
 import re
@@ -19,26 +18,12 @@ from typing import Any
 import tomli_w
 
 from emd_fast import config
-from emd_fast.config import EvaluationConfig, RunConfig, to_dict
+from emd_fast.config import RunConfig, forbidden_change, to_dict
 from emd_fast.io import folders
 from emd_fast.io.files import write_text
 from emd_fast.io.reading import read_bytes, reason
 from emd_fast.io.signed import check_text, json_of, table_of, text_of
 from emd_fast.reporting.progress import say
-from emd_fast.train.state import RESUMABLE
-
-_RESUMABLE = {
-    *(f"emd.{name}" for name in RESUMABLE),
-    "log_every",
-    "save_every",
-    "keep_checkpoints",
-    "background_checkpoints",
-    "peak_tflops",
-    "gradient_variance",
-    "samples",
-    *(f"evaluation.{item.name}" for item in dataclasses.fields(EvaluationConfig)),
-}
-
 
 # Folders that a run writes into.
 _FOLDERS = ("checkpoints", "samples", "samples/networks", "teacher", "replay", "tensorboard", "wandb")
@@ -131,20 +116,11 @@ def _begun(folder: Path) -> bool:
 
 
 def _check_same_run(folder: Path, was: RunConfig, now: RunConfig) -> None:
-    before, after = flat(to_dict(was)), flat(to_dict(now))
-    for key in sorted({*before, *after}):
-        if before.get(key) != after.get(key) and key not in _RESUMABLE:
-            raise RunError(
-                f"{folder} holds a run with {key} = {before.get(key)!r}, not {after.get(key)!r}: choose another --out"
-            )
-
-
-def flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flattens nested tables to dotted keys."""
-    result: dict[str, Any] = {}
-    for key, value in table.items():
-        result |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return result
+    change = forbidden_change(was, now)
+    if change is not None:
+        raise RunError(
+            f"{folder} holds a run with {change.key} = {change.was!r}, not {change.now!r}: choose another --out"
+        )
 
 
 def settings_of(folder: Path) -> RunConfig:

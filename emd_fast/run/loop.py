@@ -18,7 +18,9 @@ from emd_fast.run.plan import GIB
 from emd_fast.run.signals import Interrupted, stop_on_signals
 from emd_fast.tasks import Task
 from emd_fast.train import checkpoint, diagnostics, throughput
-from emd_fast.train.health import Diverged, check_health
+from emd_fast.train.divergence import cause
+from emd_fast.train.health import Diverged, HealthCheck
+from emd_fast.train.preview import denoised
 from emd_fast.train.trainer import EMDTrainer
 
 _SHOWN = 8  # images per network in a picture
@@ -50,7 +52,7 @@ def train(trainer: EMDTrainer, settings: RunConfig, folder: Path, sinks: tuple[s
         checkpoint.clear_unfinished(checkpoint_folder)
     agree, saved, stop = distributed.AsyncMax(), first if first else -1, 0
     best = Best(trainer, task, settings, folder) if settings.evaluation.every else None
-    flops = math.nan
+    health, flops = HealthCheck(settings.emd), math.nan
     began = time.monotonic()
 
     def save() -> None:
@@ -81,16 +83,17 @@ def train(trainer: EMDTrainer, settings: RunConfig, folder: Path, sinks: tuple[s
                     metrics, flops = throughput.counted(trainer.step)
                 else:
                     metrics = trainer.step()
+                worst = health.note(metrics)
                 done = trainer.steps_done
                 if done % settings.log_every == 0 or done == total:
                     variance = trainer.gradient_variance() if settings.gradient_variance else {}
-                    numbers = _numbers(metrics | trainer.diagnostics() | variance)
+                    numbers = _numbers(metrics | worst | trainer.diagnostics() | variance)
                     seconds = time.monotonic() - began
                     row = {"step": done, **numbers, "seconds": before + seconds}
                     row |= _speed(trainer, settings, (done - first) / seconds, flops)
                     if log is not None:
                         log.write(row)
-                    check_health(numbers, settings.emd, trainer.culprit)
+                    health.check(numbers, lambda: cause(trainer))
                     progress.update(done, summary(row))
                 if best is not None and best.due():
                     figures = best.evaluate()
@@ -126,12 +129,12 @@ def train(trainer: EMDTrainer, settings: RunConfig, folder: Path, sinks: tuple[s
 def _countable(trainer: EMDTrainer) -> bool:
     """Whether the operations of the next step can be counted and are those of every step.
 
-    The fake score's warm-up adds operations. A CUDA graph hides them, and torch.compile does not work
-    under a counter; torchao's optimizer compiles its step.
+    The fake score's warm-up adds operations. A CUDA graph hides them, and torch.compile does not
+    work under a counter; torchao's optimizer compiles its step.
     """
     warms_up = trainer.steps_done == 0 and trainer.config.fake_score_warmup > 0
-    config = trainer.config
-    return not (warms_up or config.cuda_graph or config.compile or config.optimizer == "adamw_8bit")
+    compute = trainer.config.compute
+    return not (warms_up or compute.cuda_graph or compute.compile or trainer.config.optimizer.name == "adamw_8bit")
 
 
 def _numbers(scalars: dict[str, Tensor]) -> dict[str, float]:
@@ -169,7 +172,7 @@ def _show(trainer: EMDTrainer, folder: Path) -> None:
     """
     if len(trainer.sample_shape) != 3 or trainer.sample_shape[0] not in (1, 3):
         return
-    rows = trainer.denoised(_SHOWN)
+    rows = denoised(trainer, _SHOWN)
     if distributed.is_main():
         # Values that are not finite must not end the run here.
         images = torch.cat(list(rows.values())).nan_to_num()

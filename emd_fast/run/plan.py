@@ -86,10 +86,10 @@ def estimate(
     """
     trained = sizes.generator + sizes.fake_score
     updates = config.fake_score_updates
-    optimizer = _OPTIMIZER_BYTES[config.optimizer]
+    optimizer = _OPTIMIZER_BYTES[config.optimizer.name]
     compute = 2 if reduced else 4
     share = -(-config.batch_size // devices)
-    samples = min(config.micro_batch_size or share, share)
+    samples = min(config.compute.micro_batch_size or share, share)
     if mode == "replicate" or devices == 1:
         among = 1
         memory = {
@@ -193,7 +193,7 @@ class Plan:
         elif self.chosen.memory["activations"] > available / 2:
             helps = "a smaller --micro-batch-size, or --activation-checkpointing true"
         elif self.chosen.memory["optimizer"] > available / 4:
-            helps = "more devices, or --optimizer adamw_8bit"
+            helps = "more devices, or --optimizer-name adamw_8bit"
         else:
             helps = "more devices"
         raise ConfigError(f"parallel = {self.chosen.mode!r} needs {need}: try {helps}")
@@ -223,9 +223,9 @@ def plan(
     devices = devices or distributed.world_size()
     if config.batch_size < devices:
         raise ConfigError(f"batch_size must be at least the number of devices, {devices}, got {config.batch_size}")
-    mode, reason = distributed.resolve(config.parallel, sizes.generator, devices)
+    mode, reason = distributed.resolve(config.parallelism.parallel, sizes.generator, devices)
     modes = ["replicate", "fsdp"] if devices > 1 else ["replicate"]
-    group = config.shard_group or (distributed.local_size() if distributed.world_size() == devices else 0)
+    group = config.parallelism.shard_group or (distributed.local_size() if distributed.world_size() == devices else 0)
     if mode == "hybrid":
         distributed.check_group(devices, group)
     if devices > 1 and group and 1 < group < devices and devices % group == 0:

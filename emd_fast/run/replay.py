@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from emd_fast.config import ConfigError
 from emd_fast.em.types import EStep, LangevinStep
-from emd_fast.io.files import write_text, write_whole
+from emd_fast.io.files import write_atomic, write_text
 from emd_fast.reporting import pictures
 from emd_fast.run.distill import open_run
 from emd_fast.run.folder import settings_of
@@ -63,13 +63,13 @@ class Replay:
     def write(self, folder: Path) -> list[Path]:
         """Writes the table, and `before` and `after` as tensors. Returns the paths.
 
-        Points in the plane, and images of one or three channels that are finite, are drawn as well.
+        Points in the plane, and finite images of one or three channels, are drawn as well.
         """
         folder.mkdir(parents=True, exist_ok=True)
         samples = {"before": self.before.cpu(), "after": self.after.cpu()}
         paths = [folder / "replay.txt", folder / "samples.pt"]
         write_text(paths[0], f"{self.table()}\n")
-        write_whole(paths[1], lambda file: torch.save(samples, file))
+        write_atomic(paths[1], lambda file: torch.save(samples, file))
         if self.before.dim() == 2 and self.before.shape[1] == 2:
             paths.append(folder / "points.png")
             pictures.scatter(paths[-1], samples)

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM in a run: training records them and saves; elsewhere they end the run."""
+"""SIGINT, SIGTERM and SIGHUP in a run: training records them and saves; elsewhere they end the run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from emd_fast.reporting.progress import say
 
 
 class Interrupted(BaseException):
-    """SIGINT or SIGTERM ended the run, after everything worth keeping was saved."""
+    """A signal ended the run, after everything worth keeping was saved."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -21,7 +21,7 @@ class Interrupted(BaseException):
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[Callable[[], int]]:
-    """Context manager: SIGINT and SIGTERM are only recorded inside the block.
+    """Context manager: the signals are only recorded inside the block.
 
     Yields a function that returns the number of the first signal, or 0. Leaving the block raises
     Interrupted if there was a signal.
@@ -35,7 +35,7 @@ def stop_on_signals() -> Iterator[Callable[[], int]]:
 
 @contextlib.contextmanager
 def end_on_signals() -> Iterator[None]:
-    """Context manager: the first SIGINT or SIGTERM prints a message and raises Interrupted.
+    """Context manager: the first signal prints a message and raises Interrupted.
 
     Further signals are ignored, since the run is already ending. A `stop_on_signals` inside the
     block takes precedence.
@@ -61,7 +61,11 @@ def _handled_by(handler: Callable[[int, Any], object]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # only the main thread can set handlers
         yield
         return
-    previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    # nohup ignores SIGHUP, so that a closed terminal does not end the run. Windows has no SIGHUP.
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    previous = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:

@@ -79,7 +79,7 @@ class Work:
         """
         k = 1 if config.objective == "vsd" else config.langevin_steps
         moves_z = config.objective != "vsd" and config.gamma_z != 0
-        learning = 4 if config.activation_checkpointing else 3
+        learning = 4 if config.compute.activation_checkpointing else 3
         fake_score = config.fake_score_updates * (self.generator + learning * self.fake_score)
         scores = k * ((1 if config.guidance is None else 2) * self.teacher + self.fake_score)
         if config.sampling == "x_z":

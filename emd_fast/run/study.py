@@ -1,7 +1,7 @@
 """Studies of the Langevin step count K and of noise cancellation over several seeds.
 
-Each variant and seed is an ordinary run in its own folder, so an interrupted study resumes where it
-stopped.
+Each variant and seed is an ordinary run in its own folder, so an interrupted study resumes where
+it stopped.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from emd_fast.config import ConfigError, EMDConfig, RunConfig
 from emd_fast.io.files import write_text
 from emd_fast.reporting import journal
 from emd_fast.reporting.progress import say
-from emd_fast.run import distill as run
+from emd_fast.run import distill
 from emd_fast.tasks import task_of
 from emd_fast.train import checkpoint
 
@@ -55,7 +55,7 @@ def conduct(settings: RunConfig, folder: Path) -> Path:
                 checkpoint.save(own / "teacher", checkpoint.load(folder / "teacher"))
             emd = dataclasses.replace(variant.settings.emd, seed=seed)
             say(f"study: {variant.name}, seed {seed}")
-            metrics = run.distill(dataclasses.replace(variant.settings, emd=emd), own)
+            metrics = distill.distill(dataclasses.replace(variant.settings, emd=emd), own)
             results.setdefault(variant.name, []).append({**_numbers(metrics), **_gradient_norm(own)})
     write_text(folder / "study.json", json.dumps(results, indent=1))
     lines = [
@@ -109,7 +109,8 @@ def passes(config: EMDConfig) -> int:
 def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
     """Metrics of the generator.
 
-    They include the Fréchet distance relative to real data, or the least and greatest mass of a mode.
+    They include the Fréchet distance relative to real data, or the least and greatest mass of a
+    mode.
     """
     row = {
         key: value["generator"]

@@ -19,6 +19,7 @@ from emd_fast.metrics import evaluation
 from emd_fast.metrics.evaluation import Evaluator
 from emd_fast.metrics.images import to_uint8
 from emd_fast.reporting import pictures
+from emd_fast.reporting.progress import say
 from emd_fast.tasks import OnStep, encoded
 from emd_fast.teachers import custom, edm
 from emd_fast.teachers import diffusers as folders
@@ -106,6 +107,8 @@ class Pretrained:
 
     def open_references(self) -> None:
         self.evaluator.check()
+        if self.evaluator.compare_with is not None:
+            say(self.evaluator.compare_with.summary)
         if self.evaluator.clip is not None and not self._has_texts():
             raise ConfigError("the CLIP score needs prompts as text: give --prompts FILE, a prompt in each line")
 
@@ -133,8 +136,8 @@ class Pretrained:
         return lambda first, n: [lines[i % len(lines)] for i in range(first, first + n)]
 
     def evaluate(self, trainer: EMDTrainer, untrained: EMDTrainer, folder: Path | None) -> dict[str, Any]:
-        """Pictures, mean and std; with files named in the configuration, also the evaluator's metrics."""
-        z, cond = trainer.shown(_PREVIEWS)
+        """Writes pictures, and returns mean, std and the metrics whose files are configured."""
+        z, cond = trainer.batches.shown(_PREVIEWS)
         samples = {
             "teacher": heun(trainer.teacher, z, cond, guidance=trainer.config.guidance),
             "init": untrained.generate(_PREVIEWS, cond, ema=False),
@@ -169,7 +172,7 @@ def _images(trainer: EMDTrainer) -> tuple[evaluation.Images, int]:
     def images(first: int, n: int) -> Tensor:
         return to_uint8(decoded(trainer.teacher, trainer.generate(n, first_sample=first)))
 
-    return images, config.micro_batch_size or -(-config.batch_size // distributed.world_size())
+    return images, config.compute.micro_batch_size or -(-config.batch_size // distributed.world_size())
 
 
 def _is_edm(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""Where teachers come from. A teacher is an emd_fast.Denoiser."""
+"""Sources of teachers: formulas, checkpoints, diffusers folders. A teacher is a Denoiser."""
 
 from emd_fast.teachers import diffusers, edm
 from emd_fast.teachers.analytic import gaussian, gaussian_mixture

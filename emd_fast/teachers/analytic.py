@@ -1,4 +1,4 @@
-"""Teachers whose score is known exactly: what the algorithm is checked against."""
+"""Teachers with an exact score, for tests of the algorithm."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from emd_fast.diffusion.schedules import Schedule
 
 
 def gaussian(mean: Tensor, covariance: Tensor, schedule: Schedule) -> Denoiser:
-    """The exact denoiser of N(mean, covariance).
+    """Returns the exact denoiser of the normal distribution N(mean, covariance).
 
     Args:
-        mean: the shape of one sample, d elements.
+        mean: tensor with the shape of one sample, d elements.
         covariance: (d, d), symmetric, positive semidefinite.
         schedule: any schedule.
 
     Raises:
-        ValueError: shapes that do not fit, or a covariance that is none.
+        ValueError: shapes that do not match, or a matrix that is no covariance.
     """
     mean = torch.as_tensor(mean)
     return gaussian_mixture([1.0], mean[None], torch.as_tensor(covariance)[None], schedule)
@@ -29,24 +29,25 @@ def gaussian(mean: Tensor, covariance: Tensor, schedule: Schedule) -> Denoiser:
 def gaussian_mixture(
     weights: Tensor | Sequence[float], means: Tensor, covariances: Tensor, schedule: Schedule
 ) -> Denoiser:
-    """The exact denoiser of sum_m weights[m] N(means[m], covariances[m]).
+    """Returns the exact denoiser of the mixture sum_m weights[m] N(means[m], covariances[m]).
 
     Args:
-        weights: (M,), positive; scaled to sum to 1.
-        means: (M, ...), the shape of one sample after M, d elements.
+        weights: (M,), positive. They are scaled to a sum of 1.
+        means: (M, ...), with d elements per mean in the shape of one sample.
         covariances: (M, d, d), symmetric, positive semidefinite.
         schedule: any schedule.
 
     Raises:
-        ValueError: shapes that do not fit, weights that are not positive, or a covariance that is none.
+        ValueError: shapes that do not match, weights that are not positive, or a matrix that is no
+            covariance.
     """
     network = _MixtureNoise(torch.as_tensor(weights), torch.as_tensor(means), torch.as_tensor(covariances), schedule)
-    # The "eps" form: the score is -F / sigma with nothing to cancel.
+    # In the "eps" form the score is -F / sigma, which subtracts nothing.
     return Denoiser(network, schedule, "eps", sample_shape=tuple(torch.as_tensor(means).shape[1:]))
 
 
 class _MixtureNoise(nn.Module):
-    """E[eps | x_t], in float64 whatever comes in. The log density of x_t is a log-sum-exp over the components."""
+    """Returns E[eps | x_t], computed in float64 for inputs of any floating dtype."""
 
     def __init__(self, weights: Tensor, means: Tensor, covariances: Tensor, schedule: Schedule) -> None:
         super().__init__()

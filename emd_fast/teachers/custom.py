@@ -1,4 +1,4 @@
-"""A teacher by name: "package.module:function", whose function takes nothing and returns a Denoiser."""
+"""Teachers from a user's function, named as "package.module:function"."""
 
 from __future__ import annotations
 
@@ -11,10 +11,15 @@ from emd_fast.diffusion.denoiser import Denoiser
 
 
 def load(name: str) -> Denoiser:
-    """Calls the function; modules in the working directory are found too.
+    """Imports the module and calls the function without arguments.
+
+    The working directory is searched too.
+
+    Returns:
+        The Denoiser that the function returned.
 
     Raises:
-        ConfigError: no such module or function, or one that returns something else.
+        ConfigError: there is no such module or function, or it does not return a Denoiser.
     """
     module_name, _, function_name = name.partition(":")
     if str(Path.cwd()) not in sys.path:

@@ -1,4 +1,4 @@
-"""Teachers from the checkpoints of EDM and EDM2 (NVlabs): the pickle itself, or the safetensors it was converted to."""
+"""Teachers from checkpoints of EDM and EDM2 (NVlabs): pickles, or the output of `convert`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from emd_fast.config import from_dict
 from emd_fast.diffusion.denoiser import Denoiser
 from emd_fast.diffusion.schedules import EDM
-from emd_fast.io.files import write_whole
+from emd_fast.io.files import write_atomic
 from emd_fast.teachers.edm_networks import DhariwalUNet, EDM2UNet, SongUNet
 from emd_fast.teachers.edm_networks.arguments import DhariwalArguments, EDM2Arguments, SongArguments, UNetArguments
 from emd_fast.teachers.edm_networks.layers import fir
@@ -23,9 +23,10 @@ from emd_fast.teachers.edm_pickle import read_network
 
 _METADATA = "emd_fast.edm"
 _FORMAT = 1
-# The first arguments of every wrapper, in order; the others are only ever given by name.
+# The positional arguments of every wrapper, in order. All others are passed by name.
 _POSITIONAL = ("img_resolution", "img_channels", "label_dim", "use_fp16")
-# Arguments that change nothing here: dropout is off, precision is the trainer's, the range of sigma the recipe's.
+# Arguments without effect here: dropout is off, the trainer sets the precision, and the recipe sets
+# the range of sigma.
 _IDLE = {"use_fp16", "dropout", "label_dropout", "sigma_min", "sigma_max", "epsilon_t", "logvar_channels"}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -37,7 +38,7 @@ _NETWORKS: dict[str, tuple[type[UNetArguments], Callable[[Any], nn.Module]]] = {
 
 
 class EDMError(ValueError):
-    """A file that gives no teacher: one line that names it and what is wrong."""
+    """A file has no usable teacher. The message is one line that names file and reason."""
 
 
 # Preconditioning: from a network to a Denoiser ------------------------------------------------------------------------
@@ -45,14 +46,14 @@ class EDMError(ValueError):
 
 @dataclass(frozen=True)
 class _Wrapper:
-    """One class of the checkpoints that wraps a network.
+    """A preconditioning class of the checkpoints, which wraps a network.
 
     Args:
-        prefix: of the network's tensors in its state dict.
-        network: what it wraps when its arguments do not say.
-        own: the arguments that are its own and not the network's, with their defaults.
-        options: takes these, the channels of an image, to what tells Denoiser about the network.
-        outputs: output channels for one channel of an image.
+        prefix: prefix of the network's tensors in the state dict.
+        network: class of the network, if the arguments do not name one.
+        own: arguments of the wrapper itself, with their defaults.
+        options: (arguments of the wrapper, channels of an image) -> keyword arguments of Denoiser.
+        outputs: output channels per channel of an image.
     """
 
     prefix: str
@@ -88,12 +89,12 @@ def _iddpm(own: Mapping[str, Any], channels: int) -> dict[str, Any]:
         "parametrization": "eps",
         "c_in": _c_in,
         "c_noise": _NearestStep(int(own["M"]), own["C_1"], own["C_2"]),
-        "output": lambda returned: returned[:, :channels],  # the others are a learned variance
+        "output": lambda returned: returned[:, :channels],  # without the learned variance
     }
 
 
 class _NearestStep:
-    """c_noise of iDDPM: the index of the step of its chain whose noise level is nearest to sigma (B,), float32."""
+    """c_noise of iDDPM: index (B,) float32 of the step whose noise level is nearest to sigma (B,)."""
 
     def __init__(self, steps: int, c_1: float, c_2: float) -> None:
         self._levels = torch.tensor(_iddpm_levels(steps, c_1, c_2), dtype=torch.float32)
@@ -107,7 +108,7 @@ class _NearestStep:
 
 
 def _iddpm_levels(steps: int, c_1: float, c_2: float) -> list[float]:
-    """Noise levels of the chain, falling to 0 (Nichol and Dhariwal, arXiv 2102.09672; EDM, table 1)."""
+    """Decreasing noise levels of the chain (Nichol and Dhariwal, arXiv 2102.09672; EDM, table 1)."""
 
     def alpha_bar(j: int) -> float:
         return math.sin(math.pi / 2 * j / steps / (c_2 + 1)) ** 2
@@ -133,7 +134,7 @@ _WRAPPERS = {
 
 @dataclass(frozen=True)
 class _Teacher:
-    """What a file holds: the class of the wrapper, its arguments, the network's tensors."""
+    """Contents of a file: class of the wrapper, its arguments, tensors of the network."""
 
     wrapper: str
     arguments: dict[str, Any]
@@ -141,23 +142,30 @@ class _Teacher:
 
 
 def load(path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Denoiser:
-    """The teacher in a checkpoint of EDM or EDM2, as a Denoiser on the schedule EDM. Runs nothing that is in the file.
+    """Loads a teacher from a checkpoint of EDM or EDM2, as a Denoiser on the schedule EDM.
+
+    Nothing in the file is executed.
 
     Args:
-        path: a pickle of NVlabs, of which the average of the weights is taken (entry "ema"), or what `convert` wrote.
-        device: where its tensors go.
-        dtype: of its parameters, float32, bfloat16 or float16; buffers are float32.
+        path: a pickle of NVlabs, or the output of `convert`. The average of the weights (entry
+            "ema") is read.
+        device: device of the tensors.
+        dtype: dtype of the parameters: float32, bfloat16 or float16. Buffers are float32.
 
     Returns:
-        denoiser(x_t, t, cond), in eval mode. x_t: (B, C, H, W) as in `sample_shape`, images in [-1, 1] (latents of
-        standard deviation 0.5 for EDM2 at 512 pixels). cond: (B,) int64 labels; None, or a label equal to the number of
-        classes, is "none" (`null_cond`), the row of zeros of the checkpoints. Networks without classes take None alone.
+        A Denoiser in eval mode. x_t is (B, C, H, W) with the shape of `sample_shape`: images in
+        [-1, 1], or latents of standard deviation 0.5 for EDM2 at 512 pixels. cond is (B,) int64
+        labels. None and the label num_classes mean "no label" (`null_cond`). Networks without
+        classes take None only.
 
     Raises:
-        EDMError, PickleError (both ValueError): not such a file, an architecture that is not supported, arguments or
-            weights that do not fit it. OSError: it cannot be opened. TypeError: another dtype.
+        EDMError, PickleError: both are ValueErrors. The file is of another kind, its architecture
+            is not supported, or its arguments or weights do not match.
+        OSError: the file cannot be opened.
+        TypeError: another dtype.
 
-    Source: Karras et al. (arXiv 2206.00364, 2312.02696), table 1 of the first for the preconditioning.
+    Source: Karras et al. (arXiv 2206.00364, 2312.02696); table 1 of the first for the
+        preconditioning.
     """
     if dtype not in _DTYPES:
         raise TypeError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
@@ -165,22 +173,28 @@ def load(path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.d
 
 
 def convert(source: str | Path, target: str | Path) -> str:
-    """Writes the teacher of a checkpoint as safetensors: the network's tensors in their dtype, and what it is as JSON.
+    """Converts a checkpoint to a safetensors file with the network's tensors and a JSON description.
+
+    The tensors keep their dtype.
+
+    Args:
+        source: a pickle of NVlabs.
+        target: path of the safetensors file.
 
     Returns:
-        A few words about it: wrapper, network, shape of an image, classes, parameters.
+        A line for messages: wrapper, network, shape of an image, classes, parameters.
 
     Raises:
-        EDMError, PickleError (both ValueError): as `load`, and nothing is written then. OSError: a file cannot be read
-            or written.
+        EDMError, PickleError: as for `load`. Nothing is written then.
+        OSError: a file cannot be read or written.
     """
     from safetensors.torch import save_file
 
     teacher = _read(Path(source))
-    denoiser = _denoiser(Path(source), teacher, torch.device("cpu"), torch.float32)  # or else nothing is written
+    denoiser = _denoiser(Path(source), teacher, torch.device("cpu"), torch.float32)  # an invalid file writes nothing
     what = {"format": _FORMAT, "class": teacher.wrapper, "arguments": teacher.arguments}
     metadata = {_METADATA: json.dumps(what)}
-    write_whole(Path(target), lambda file: save_file(teacher.tensors, file.name, metadata))
+    write_atomic(Path(target), lambda file: save_file(teacher.tensors, file.name, metadata))
     shape = " x ".join(map(str, denoiser.sample_shape or ()))
     count = sum(parameter.numel() for parameter in denoiser.parameters())
     kind = type(denoiser.network).__name__
@@ -190,7 +204,8 @@ def convert(source: str | Path, target: str | Path) -> str:
 def _read(path: Path) -> _Teacher:
     with open(path, "rb") as file:
         head = file.read(9)
-    # A file of safetensors starts with the length of its header, eight bytes, and the header with a brace.
+    # A safetensors file starts with the length of its header in eight bytes. The header starts with
+    # a brace.
     teacher = _read_safetensors(path) if head[8:] == b"{" else _read_pickle(path)
     if teacher.wrapper not in _WRAPPERS:
         raise EDMError(
@@ -216,7 +231,7 @@ def _read_safetensors(path: Path) -> _Teacher:
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(_METADATA)
-            # Copies: the tensors of safetensors lie in the file, which somebody may change or cut off.
+            # Copies, because safetensors maps the file, which may change while it is mapped.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()} if text else {}
     except SafetensorError as error:
         raise EDMError(f"{path} is not a whole file of safetensors: {str(error).splitlines()[0]}") from None
@@ -246,7 +261,7 @@ def _denoiser(path: Path, teacher: _Teacher, device: torch.device, dtype: torch.
         channels = given.pop("img_channels")
         given |= {"in_channels": channels, "out_channels": wrapper.outputs * channels}
         arguments = from_dict(arguments_type, given)
-        with torch.device("meta"):  # no memory, and no time, before it is known that the weights fit
+        with torch.device("meta"):  # the weights are checked before memory is allocated
             network = network_type(arguments)
         options = wrapper.options(own, arguments.in_channels)
     except KeyError as error:
@@ -281,7 +296,7 @@ def _check_fit(
                 f"{path}: the weights do not fit {kind}: {name} is {tensor.dtype} {tuple(tensor.shape)}, "
                 f"expected floating-point {tuple(expected[name].shape)}"
             )
-        # The arguments choose how a filter is applied, so the stored one must be that of the arguments.
+        # The arguments select how a filter is applied, so the stored filter must match them.
         if name.endswith("resample_filter") and not torch.allclose(tensor.float(), fir(taps), atol=1e-3):
             raise EDMError(f"{path}: the weights do not fit {kind}: {name} is not the filter {taps}")
 

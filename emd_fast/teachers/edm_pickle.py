@@ -1,9 +1,10 @@
-"""Reads the checkpoints of EDM and EDM2 (NVlabs): pickles that carry Python source, none of which is looked at.
+"""Reads checkpoints of EDM and EDM2 (NVlabs) as data, without executing the Python source in them.
 
-Such a file is a dict whose entry "ema" is the network. Every network and layer is a call of
-`torch_utils.persistence._reconstruct_persistent_obj` with the name of its class, the source of the class's module, and
-its `__dict__`; every tensor is a call of torch with a storage that is a file of torch in itself. What is taken is the
-name of the class, the arguments it was built with, and the tensors. The file is read by `io.pickles`.
+Such a pickle is a dict whose entry "ema" is the network. Every network and layer is a call of
+`torch_utils.persistence._reconstruct_persistent_obj` with the name of its class, the source of the
+class's module, and its `__dict__`. Every tensor is a call of torch with a storage, which is a torch
+file of its own. This module reads the name of the class, its constructor arguments and the tensors.
+`io.pickles` reads the file.
 """
 
 from __future__ import annotations
@@ -29,20 +30,21 @@ _DTYPES = {
     "torch BFloat16Storage": torch.bfloat16,
     "torch DoubleStorage": torch.float64,
 }
-# The head of a file of torch before 1.6: how a tensor's storage is pickled to this day.
+# Header of torch files before version 1.6. torch still pickles the storage of a tensor in this format.
 _TORCH_MAGIC, _TORCH_FORMAT = 0x1950A86A20F9469CFC6C, 1001
-_DEEPEST, _MOST_TENSORS = 32, 20_000  # of modules; of a network
-_MOST_VALUES, _MOST_ELEMENTS = 10_000, 2**40  # of constructor arguments; of a tensor
+_DEEPEST, _MOST_TENSORS = 32, 20_000  # nesting of modules; tensors of a network
+_MOST_VALUES, _MOST_ELEMENTS = 10_000, 2**40  # constructor arguments; elements of a tensor
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A network as a file has it.
+    """A network as stored in a file.
 
     Args:
-        class_name: of the outermost class, as "EDMPrecond".
-        positional, arguments: that its constructor was given: None, bool, int, float, str, lists and dicts of them.
-        tensors: name -> tensor on the CPU, in the dtype of the file; names as in a state dict.
+        class_name: name of the outermost class, such as "EDMPrecond".
+        positional, arguments: constructor arguments: None, bool, int, float, str, and lists and
+            dicts of them.
+        tensors: state-dict name -> tensor on the CPU, in the dtype of the file.
     """
 
     class_name: str
@@ -52,11 +54,14 @@ class Saved:
 
 
 def read_network(path: str | Path) -> Saved:
-    """The average of the weights (entry "ema") in a checkpoint of EDM or EDM2. Runs nothing that is in the file.
+    """Reads the average of the weights (entry "ema") from a checkpoint of EDM or EDM2.
+
+    Nothing in the file is executed.
 
     Raises:
-        PickleError: not such a file, a damaged one, or one that asks for more than tensors and plain values.
-        OSError: it cannot be opened.
+        PickleError: the file is of another kind, is damaged, or contains more than tensors and
+            plain values.
+        OSError: the file cannot be opened.
     """
     try:
         with open(path, "rb") as file:
@@ -90,7 +95,7 @@ def _network(source: mmap.mmap) -> Saved:
     for name, record in _tensors(root):
         if len(tensors) == _MOST_TENSORS:
             raise PickleError(f"the network has more than {_MOST_TENSORS:,} tensors: refused")
-        # Many views of one storage would cost out of all proportion to the size of the file.
+        # Many views of one storage would take much memory for a small file.
         left -= record.storage.elements().nbytes
         if left < 0:
             raise PickleError("the tensors claim more bytes than the file has")
@@ -98,11 +103,11 @@ def _network(source: mmap.mmap) -> Saved:
     return Saved(root.class_name, positional, arguments, tensors)
 
 
-# What stands for the objects of the file ------------------------------------------------------------------------------
+# Representations of the objects in the file ------------------------------------------------------------------
 
 
 class _Module(Built):
-    """An nn.Module: a container of torch, or a class of the file."""
+    """Representation of an nn.Module: a container of torch, or a class of the file."""
 
     def attributes(self) -> dict[str, Any]:
         if type(self.state) is not dict:
@@ -115,7 +120,7 @@ class _Persistent(_Module):
         if type(meta) is not dict or meta.get("type") != "class" or type(meta.get("class_name")) is not str:
             raise PickleError("a persistent object is not described as torch_utils.persistence does it")
         self.class_name = meta["class_name"][:100]
-        self.state = meta.get("state")  # meta["module_src"], Python source, is not looked at
+        self.state = meta.get("state")  # the Python source in meta["module_src"] is ignored
 
 
 class _Storage:
@@ -177,7 +182,7 @@ def _announced(identifier: Any) -> _Announced:
 
 @dataclass(frozen=True)
 class _Record:
-    """A tensor: a view of a storage."""
+    """Representation of a tensor: a view of a storage."""
 
     storage: _Storage
     offset: int
@@ -200,7 +205,7 @@ def _record(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> _Reco
     sizes = type(size) is tuple and type(stride) is tuple and len(size) == len(stride) <= 8
     if not isinstance(storage, _Storage) or not sizes or any(type(n) is not int for n in (offset, *size, *stride)):
         raise PickleError("a tensor is not described as torch does it")
-    # A stride of 0 repeats an element at no cost to the file, a negative one torch itself does not have.
+    # With a stride of 0 a small file would describe a large tensor. torch has no negative strides.
     if min(offset, *size, 0) < 0 or min(*stride, 1, 1) < 1 or max(offset, *size, *stride, 0) >= _MOST_ELEMENTS:
         raise PickleError("a tensor has an offset, size or stride that no saved tensor has: refused")
     return _Record(storage, offset, size, stride)
@@ -244,7 +249,7 @@ _NAMES: dict[str, Callable[..., Any]] = {
 
 
 def _tensors(root: _Module) -> Iterator[tuple[str, _Record]]:
-    """Parameters and buffers, by the rules of nn.Module.state_dict."""
+    """Yields parameters and persistent buffers, by the rules of nn.Module.state_dict."""
     seen: set[int] = set()
     waiting = [("", root, 0)]
     while waiting:
@@ -277,7 +282,7 @@ def _items(state: dict[str, Any], table: str) -> list[tuple[str, Any]]:
 
 
 def _plain(value: Any) -> Any:
-    """The same value of lists and dicts that nothing else refers to, as JSON can hold it."""
+    """Copies a value to lists and dicts that JSON can represent."""
     count = 0
 
     def copied(value: Any, depth: int) -> Any:

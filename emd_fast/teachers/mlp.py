@@ -1,4 +1,4 @@
-"""Small networks for points in the plane: the fake score and the generator where the teacher is a formula."""
+"""Small networks for points: fake score and generator for analytic teachers."""
 
 from __future__ import annotations
 
@@ -11,16 +11,19 @@ from emd_fast.teachers.small_unet import initialise
 
 
 class TimeMLP(nn.Module):
-    """network(x, c_noise, cond) for x (B, D): residual layers, the noise level by sines and cosines.
+    """Residual MLP network(x, c_noise, cond) for x (B, D), with a Fourier embedding of c_noise (B,).
 
     Args:
-        dimension: D. width, layers: of the hidden part. seed: of its weights (noise stream 13).
+        dimension: D, the number of coordinates.
+        width, layers: width and number of the hidden layers.
+        seed: seed of the weights (noise stream 13).
     """
 
     def __init__(self, dimension: int, width: int, layers: int, seed: int) -> None:
         super().__init__()
         self.frequencies: Tensor
-        # c_noise = log(sigma) / 4 spans 2.7 over EDM's range: from a part of a wave to 2 waves over that.
+        # c_noise = log(sigma) / 4 has a range of 2.7 for EDM. The frequencies give from a fraction
+        # of a period to 2 periods over it.
         self.register_buffer("frequencies", torch.linspace(0.5, 5.0, 8), persistent=False)
         self.first = nn.Linear(dimension + 16, width)
         self.hidden = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
@@ -36,11 +39,14 @@ class TimeMLP(nn.Module):
 
 
 class PointGenerator(nn.Module):
-    """generator(z, cond) -> x for points (B, D).
+    """Generator MLP for points: generator(z, cond) -> x, each (B, D).
 
     Args:
-        dimension: D. width, layers: of the hidden part. seed: of its weights (noise stream 13).
-        collapsed_at: start with every sample near this point (D,), instead of spread around the origin.
+        dimension: D, the number of coordinates.
+        width, layers: width and number of the hidden layers.
+        seed: seed of the weights (noise stream 13).
+        collapsed_at: a point (D,). The generator starts with every sample near it, instead of
+            samples around the origin.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""A UNet for small images, 83 thousand parameters at its defaults: big enough for digits, fast on two cores."""
+"""UNet for small images such as digits, with 83 thousand parameters by default."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from emd_fast import ops
 from emd_fast.noise import Noise, NoiseStream
 from emd_fast.teachers.labels import check_labels
 
-_GROUPS = 4  # of every norm: groups of 4 and 8 channels
+_GROUPS = 4  # groups of every norm, with 4 or 8 channels each by default
 
 
 class SmallUNet(nn.Module):
-    """Residual blocks at two resolutions, attention at the lower one, noise level and class as scale and shift.
+    """UNet with residual blocks at two resolutions and attention at the lower one.
+
+    Noise level and class enter as a scale and a shift of each block. The last convolution of each
+    residual branch and of the network starts at zero, so the initial output is 0.
+    `initialise(network, seed)` sets weights that are equal on every machine. Before that call they
+    are PyTorch's, from its global random generator.
 
     Args:
-        in_channels: of the image, and of the result.
-        channels: at full resolution, a multiple of 4; twice as many at half resolution.
-        num_classes: 0 for a network without labels.
+        in_channels: channels of the image and of the output.
+        channels: channels at full resolution, a multiple of 4. Half resolution has twice as many.
+        num_classes: number of classes; 0 for a network without labels.
         embedding: width of the embedding of noise level and class.
-
-    The network starts as the zero function, as is usual for UNets of diffusion: the last convolution of each residual
-    branch, and of all, starts at zero. Its weights are those of `initialise(network, seed)` once that is called, and
-    PyTorch's own, which depend on its global generator, before.
     """
 
     frequencies: Tensor
@@ -39,7 +40,8 @@ class SmallUNet(nn.Module):
         if channels < _GROUPS or channels % _GROUPS:
             raise ValueError(f"channels must be a multiple of {_GROUPS}, got {channels}")
         self.num_classes = num_classes
-        # c_noise = log(sigma) / 4 spans about 2.7 for sigma in [0.002, 80]: from a part of a wave to 8 waves over that.
+        # c_noise = log(sigma) / 4 has a range of 2.7 for sigma in [0.002, 80]. The frequencies give
+        # from a fraction of a period to 8 periods over it.
         self.register_buffer("frequencies", torch.logspace(0, math.log10(20), channels), persistent=False)
         self.noise_embedding = nn.Linear(2 * channels, embedding)
         self.class_embedding = nn.Embedding(num_classes, embedding) if num_classes else None
@@ -57,26 +59,28 @@ class SmallUNet(nn.Module):
         self.last = _starts_at_zero(nn.Conv2d(channels, in_channels, 3, padding=1))
 
         blocks = (self.down_block, self.middle_block, self.second_block, self.up_block)
-        # One matrix product for the scale and shift of all blocks: at this size a small op costs as much as a big one.
+        # One matrix product gives the scale and shift of all blocks. At this size the number of ops
+        # determines the time.
         self._modulated = [2 * block.channels for block in blocks]
         self.modulation = nn.Linear(embedding, sum(self._modulated))
 
     def forward(self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None) -> Tensor:
-        """The network's output (B, C, H, W), dtype of the parameters.
+        """Returns the output (B, C, H, W), in the dtype of the parameters.
 
         Args:
-            x: (B, C, H, W), H and W even, dtype of the parameters.
+            x: (B, C, H, W) in the dtype of the parameters, H and W even.
             c_noise: (B,), log(sigma) / 4 for EDM.
             labels: (B,) int64 in [0, num_classes), or None for a network without labels.
 
         Raises:
-            ValueError: labels missing, not wanted, of a wrong shape or (CPU tensors) out of range; odd H or W.
+            ValueError: labels that are missing, not expected, of a wrong shape or (CPU tensors) out
+                of range; odd H or W.
             TypeError: labels that are not int64.
         """
         if x.shape[2] % 2 or x.shape[3] % 2:
             raise ValueError(f"x must have even height and width, got {tuple(x.shape)}")
         modulation = self.modulation(self._embed(c_noise, labels)).split(self._modulated, dim=1)
-        # Channels last: convolutions and norms of this size run faster so, on CPUs and GPUs.
+        # Convolutions and norms of this size are faster in channels_last.
         full = self.first(x).contiguous(memory_format=torch.channels_last)
         full = self.down_block(full, modulation[0])
         half = self.middle_block(self.down(full), modulation[1])
@@ -102,7 +106,10 @@ class SmallUNet(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """x + conv(silu(scale and shift(norm(conv(silu(norm(x))))))), with a 1x1 convolution on x where channels differ."""
+    """Residual block: x + conv(silu(scale and shift(norm(conv(silu(norm(x))))))).
+
+    A 1x1 convolution adapts x if the numbers of channels differ.
+    """
 
     def __init__(self, in_channels: int, channels: int) -> None:
         super().__init__()
@@ -114,7 +121,10 @@ class ResidualBlock(nn.Module):
         self.skip = nn.Identity() if in_channels == channels else nn.Conv2d(in_channels, channels, 1)
 
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
-        """(B, channels, H, W) of x (B, in_channels, H, W) and the scale and shift (B, 2 channels)."""
+        """Returns (B, channels, H, W) for x (B, in_channels, H, W).
+
+        `modulation` (B, 2 channels) has the scale and the shift.
+        """
         scale, shift = modulation[:, :, None, None].chunk(2, dim=1)
         h = self.conv1(silu(self.norm1(x)))
         h = torch.addcmul(shift, self.norm2(h), 1 + scale)
@@ -122,7 +132,7 @@ class ResidualBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """x + projection(softmax(q k^T / sqrt(channels)) v), one head over all pixels."""
+    """Self-attention over all pixels with one head: x + projection(softmax(q k^T / sqrt(c)) v)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -131,7 +141,7 @@ class SelfAttention(nn.Module):
         self.projection = _starts_at_zero(nn.Linear(channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, channels, H, W) of x (B, channels, H, W)."""
+        """Returns (B, channels, H, W) for x (B, channels, H, W)."""
         tokens = self.norm(x).flatten(2).transpose(1, 2)
         q, k, v = self.qkv(tokens)[:, None].chunk(3, dim=-1)
         mixed = scaled_dot_product_attention(q, k, v)[:, 0]
@@ -147,18 +157,20 @@ def _starts_at_zero(layer: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def initialise(module: nn.Module, seed: int) -> None:
-    """Fills every parameter from the noise contract (stream 13), in place: the same weights on every machine.
+    """Fills every parameter in place from noise stream 13, with equal weights on every machine.
 
-    Weights of convolutions and linear layers are normal with variance 1 / fan-in, embeddings standard normal, biases 0,
-    norms the identity, layers marked `starts_at_zero` zero. The substep is the index of the parameter in
-    `module.parameters()`, the sample its first dimension.
+    Weights of convolutions and linear layers are normal with variance 1 / fan-in. Embeddings are
+    standard normal, biases are 0, and norms are the identity. Layers with the mark
+    `starts_at_zero` are 0. The substep of the noise is the index of the parameter in
+    `module.parameters()`, and its first dimension is the sample.
 
     Args:
-        module: of nn.Conv2d, nn.Linear, nn.Embedding and nn.GroupNorm, however nested.
+        module: a module with parameters in nn.Conv2d, nn.Linear, nn.Embedding and nn.GroupNorm
+            only.
         seed: 0 <= seed < 2^63.
 
     Raises:
-        TypeError: a layer with parameters that is none of these.
+        TypeError: a layer of another class has parameters.
     """
     index = {parameter: substep for substep, parameter in enumerate(module.parameters())}
     for layer in module.modules():

@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from emd_fast.config import EMDConfig
+from emd_fast.config import AverageConfig
 from emd_fast.distributed import local
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -45,12 +45,12 @@ def half_life(samples: float, batch_size: int) -> Profile:
     return lambda step: 0.5 ** (batch_size / min(samples, 0.05 * batch_size * (step + 1)))
 
 
-def profile(config: EMDConfig) -> Profile:
+def profile(config: AverageConfig, batch_size: int) -> Profile:
     """The decay profile that the configuration selects."""
     if config.ema_profile == "power":
         return power(config.ema_power)
     if config.ema_profile == "half_life":
-        return half_life(config.ema_half_life, config.batch_size)
+        return half_life(config.ema_half_life, batch_size)
     return constant(config.ema)
 
 

@@ -1,14 +1,18 @@
-"""What the samples of a step are drawn from: every number from the stream that is its own (docs/algorithm.md)."""
+"""Random inputs of a training step: z, eps, times, conditions, each from its own noise stream.
+
+docs/algorithm.md lists the streams.
+"""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from emd_fast import ops
+from emd_fast import distributed, ops
 from emd_fast.config import EMDConfig, StepSize, TimeDistribution
 from emd_fast.diffusion.denoiser import Condition
 from emd_fast.diffusion.schedules import Schedule
@@ -16,13 +20,28 @@ from emd_fast.noise import Noise, NoiseStream
 from emd_fast.train.conditions import Table
 
 
+@dataclass(frozen=True)
+class MicroBatch:
+    """Samples of the global batch that one rank takes through the networks at once.
+
+    Attributes:
+        first: index of the first sample in the batch of all ranks.
+        size: number of samples.
+        cond: their conditions, batched.
+    """
+
+    first: int
+    size: int
+    cond: Condition
+
+
 class BatchSampler:
-    """z, eps, times, step sizes and conditions of some samples of the global batch.
+    """Draws z, eps, times, step sizes and conditions of samples of the global batch.
 
     Args:
-        noise: of step 0, moved by what is called here: to a step by `at`, to the first sample by what draws, but for
-            `times`, which comes after.
-        latent_shape, sample_shape: of one z, of one x.
+        noise: noise at step 0. `at` moves it to a step. Every method that draws, except `times`,
+            moves it to the first sample of its call.
+        latent_shape, sample_shape: shape of one z, of one x.
         prompts: conditions to draw from.
     """
 
@@ -31,7 +50,6 @@ class BatchSampler:
         config: EMDConfig,
         schedule: Schedule,
         noise: Noise,
-        *,
         latent_shape: tuple[int, ...],
         sample_shape: tuple[int, ...],
         prompts: Table | None,
@@ -47,7 +65,7 @@ class BatchSampler:
         self._step = step
 
     def e_step(self, first: int, size: int) -> tuple[Tensor, Tensor]:
-        """z_0 and eps_0 of the E-step, of so many samples."""
+        """Draws z_0 and eps_0 of the E-step for `size` samples."""
         self.noise.set(first_sample=first)
         return (
             ops.normal((size, *self.latent_shape), self.noise, stream=NoiseStream.E_STEP_Z),
@@ -55,7 +73,7 @@ class BatchSampler:
         )
 
     def fake_score(self, first: int, size: int, substep: int) -> tuple[Tensor, Tensor]:
-        """z and eps of an update of the fake score."""
+        """Draws z and eps of one update of the fake score."""
         self.noise.set(first_sample=first)
         return (
             ops.normal((size, *self.latent_shape), self.noise, stream=NoiseStream.FAKE_SCORE_Z, substep=substep),
@@ -63,7 +81,7 @@ class BatchSampler:
         )
 
     def times(self, distribution: TimeDistribution, size: int, *, stream: int, substep: int = 0) -> Tensor:
-        """t (size,) float32 of the samples that the noise stands at."""
+        """Draws t (size,) float32, from the sample on that the noise was moved to."""
         low, high = math.log(distribution.low), math.log(distribution.high)
         if distribution.kind == "log_uniform":
             log_ratio = low + (high - low) * ops.uniform((size,), self.noise, stream=stream, substep=substep)
@@ -73,7 +91,10 @@ class BatchSampler:
         return self.schedule.t_from_log_snr(-2 * log_ratio).clamp(self.schedule.t_min, self.schedule.t_max)
 
     def step_size(self, size: StepSize, t: Tensor) -> float | Tensor:
-        """The number, or (B,) interpolated in log (sigma / alpha) and log value."""
+        """Evaluates a step size at t (B,): a number as it is, pairs by interpolation to (B,).
+
+        The interpolation is linear in log(sigma / alpha) and in the logarithm of the value.
+        """
         if not isinstance(size, list):
             return size
         key = tuple(map(tuple, size))
@@ -81,14 +102,40 @@ class BatchSampler:
             self._tables[key] = torch.tensor(size, dtype=torch.float32).log().to(self.noise.device)
         return _interpolate(-self.schedule.log_snr(t) / 2, self._tables[key])
 
+    def micro_batches(self, cond: Condition, substep: int) -> list[MicroBatch]:
+        """This rank's share of the global batch, split into micro-batches."""
+        first, last = distributed.share(self.config.batch_size)
+        size = self.config.compute.micro_batch_size or last - first
+        starts = range(first, last, size)
+        return [self.micro_batch(cond, substep, range(start, min(start + size, last))) for start in starts]
+
+    def micro_batch(self, cond: Condition, substep: int, samples: range) -> MicroBatch:
+        """The samples of this range of the global batch."""
+        drawn = self.conditions(cond, samples.start, samples.stop, substep)
+        return MicroBatch(samples.start, len(samples), drawn)
+
+    def shown(self, n: int, first_sample: int = 0) -> tuple[Tensor, Condition]:
+        """Draws the z (n, ...) of samples that are shown to people.
+
+        Their conditions are the prompts or classes in turn, or None without any.
+        """
+        noise = Noise(self.config.seed, first_sample=first_sample, device=self.noise.device)
+        z = ops.normal((n, *self.latent_shape), noise, stream=NoiseStream.SHOWN)
+        which = range(first_sample, first_sample + n)
+        if self.prompts is not None:
+            return z, self.looked_up(torch.tensor(which, dtype=torch.int64) % len(self.prompts))
+        if self.config.num_classes:
+            return z, torch.tensor(which, dtype=torch.int64, device=self.noise.device) % self.config.num_classes
+        return z, None
+
     def conditions(self, cond: Condition, start: int, end: int, substep: int) -> Condition:
-        """Of the samples from `start` to before `end`: their part of `cond`, or drawn where that is None."""
+        """Conditions of the samples start .. end - 1: their rows of `cond`, or drawn when it is None."""
         self.noise.set(first_sample=start)
         if cond is not None:
             return pytree.tree_map(lambda leaf: leaf[start:end] if isinstance(leaf, Tensor) else leaf, cond)
         size = (end - start,)
         if self.prompts is not None:
-            # Drawn on the host, which has to look the prompts up, and would wait for the device otherwise.
+            # The host looks the prompts up, so it draws too: numbers of the device would make it wait.
             host = Noise(self.config.seed, step=self._step, first_sample=start)
             drawn = ops.integers(len(self.prompts), size, host, stream=NoiseStream.CONDITION, substep=substep)
             return self.looked_up(drawn)
@@ -97,14 +144,14 @@ class BatchSampler:
         return ops.integers(self.config.num_classes, size, self.noise, stream=NoiseStream.CONDITION, substep=substep)
 
     def looked_up(self, indices: Tensor) -> Condition:
-        """The prompts at indices (n,) int64 on the CPU, on the device."""
+        """Copies the prompts at indices (n,) int64 (on the CPU) to the device."""
         assert self.prompts is not None
         found = self.prompts[indices]
         return pytree.tree_map(lambda leaf: leaf.to(self.noise.device, non_blocking=True), found)
 
 
 def _interpolate(log_ratio: Tensor, points: Tensor) -> Tensor:
-    """exp of what lies at log_ratio between points (n, 2) of logarithms."""
+    """Interpolates between points (n, 2) of logarithms at log_ratio, and returns the exponential."""
     if len(points) == 1:
         return points[0, 1].exp().expand_as(log_ratio)
     x, y = points.unbind(1)

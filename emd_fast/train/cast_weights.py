@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from emd_fast.diffusion.denoiser import Denoiser, base
-from emd_fast.fusion.fused import kind_of
+from emd_fast.diffusion.denoiser import Denoiser, unwrap
+from emd_fast.fusion.fused_class import kind_of
 from emd_fast.fusion.layers import Layer, Rounded
-from emd_fast.fusion.network import Conditioning, plain_layers
-from emd_fast.fusion.packed import Packed
+from emd_fast.fusion.qkv_order import Packed
+from emd_fast.fusion.whole_network import Conditioning, plain_layers
 
 # These modules may pass their layers' weights to a fused kernel, which requires one dtype.
 _READ_BY_OTHERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
@@ -82,14 +82,14 @@ def cast_weights(denoiser: Denoiser, dtype: torch.dtype) -> Denoiser:
         to = dtype if id(parameter) in cast else _at_least_float32(parameter)
         memo[id(parameter)] = nn.Parameter(parameter.detach().to(to), requires_grad=False)
     copied = copy.deepcopy(denoiser, memo)
-    base(copied).weights_dtype = dtype
+    unwrap(copied).weights_dtype = dtype
     return copied.eval()
 
 
 def trainable(denoiser: Denoiser) -> Denoiser:
     """Returns a copy with (at least) float32 weights, to start training from."""
     copied = copy.deepcopy(denoiser)
-    base(copied).weights_dtype = None
+    unwrap(copied).weights_dtype = None
     for parameter in copied.parameters():
         if parameter.dtype != (wide := _at_least_float32(parameter)):
             parameter.data = parameter.detach().to(wide)

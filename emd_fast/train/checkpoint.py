@@ -24,7 +24,7 @@ from emd_fast import distributed
 from emd_fast.distributed import rows
 from emd_fast.distributed.rows import Rows
 from emd_fast.io import folders
-from emd_fast.io.files import write_whole
+from emd_fast.io.files import write_atomic
 from emd_fast.train import checkpoint_format
 from emd_fast.train.checkpoint_format import (
     MANIFEST,
@@ -153,7 +153,7 @@ def _write_folder(
         if rank == 0:
             manifest = Manifest(dict(facts), tuple(each.file for each in written), _table(mine, written)).encode()
             checkpoint_format.decode(manifest)  # what could not be read is not written
-            write_whole(temporary / MANIFEST, lambda file: file.write(manifest))
+            write_atomic(temporary / MANIFEST, lambda file: file.write(manifest))
             folders.replace(temporary, path)
             if then is not None:
                 then()

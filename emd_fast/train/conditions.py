@@ -1,4 +1,4 @@
-"""Tables of conditions that a trainer draws from, such as encoded prompts: in memory, or mapped from a file."""
+"""Tables of conditions that a trainer draws from, such as encoded prompts."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from emd_fast.diffusion.denoiser import Condition
-from emd_fast.io.files import write_whole
+from emd_fast.io.files import write_atomic
 
 _ALONE, _NULL = "cond", "null."
 
 
 class Table(Protocol):
-    """N conditions."""
+    """Interface of a table of N conditions. len(table) is N."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, indices: Tensor) -> Condition:
-        """The conditions (n, ...) at indices, an int64 tensor (n,) on the CPU."""
+        """Returns the conditions (n, ...) at indices (n,) int64 on the CPU."""
 
 
 class InMemory:
-    """A table of a pytree of tensors (N, ...)."""
+    """Table in memory, from a pytree of tensors (N, ...)."""
 
     def __init__(self, cond: Condition) -> None:
         sizes = {len(leaf) for leaf in pytree.tree_leaves(cond)}
@@ -42,10 +42,10 @@ class InMemory:
 
 
 class Mapped:
-    """The table in a safetensors file that `save` wrote. Only the rows that are asked for are read.
+    """Table in a safetensors file that `save` wrote. It reads only the rows of an index.
 
     Raises:
-        ValueError: the file cannot be read, or is no table of conditions.
+        ValueError: the file cannot be read, or has no table of conditions.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -73,7 +73,7 @@ class Mapped:
 
     @property
     def null_cond(self) -> Condition:
-        """The condition (1, ...) that means "none", or None where the file has none."""
+        """Unconditional condition (1, ...) for guidance, or None if the file has none."""
         named = {name: _NULL + name for name in self._names}
         stored = set(self._file.keys())
         if not stored.issuperset(named.values()):
@@ -82,12 +82,17 @@ class Mapped:
 
 
 def table(conditions: Any) -> Table:
-    """`conditions` as a table: what is one already, or a tensor, dict, list or tuple of tensors (N, ...)."""
+    """Returns a table of `conditions`: a table, or a tensor, dict, list or tuple of (N, ...)."""
     return InMemory(conditions) if isinstance(conditions, (Tensor, dict, list, tuple)) else conditions
 
 
 def save(path: str | Path, cond: Condition, null_cond: Condition = None) -> None:
-    """Writes conditions (N, ...), a tensor or a dict of tensors, and what means "none" (1, ...), as a table.
+    """Writes a table of conditions to a safetensors file.
+
+    Args:
+        path: path of the file.
+        cond: a tensor (N, ...) or a dict of such tensors.
+        null_cond: the unconditional condition (1, ...) with the structure of cond, or None.
 
     Raises:
         TypeError: another kind of condition.
@@ -98,7 +103,7 @@ def save(path: str | Path, cond: Condition, null_cond: Condition = None) -> None
     if null_cond is not None:
         tensors |= {_NULL + name: value for name, value in _named(null_cond).items()}
     whole = encoded({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
-    write_whole(Path(path), lambda file: file.write(whole))
+    write_atomic(Path(path), lambda file: file.write(whole))
 
 
 def _named(cond: Condition) -> dict[str, Tensor]:

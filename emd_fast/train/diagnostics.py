@@ -1,7 +1,7 @@
 """Diagnostics of a training step: samples, Langevin chains, and the generator's gradient signal.
 
 Everything is computed on the device, from what the step left behind, over the batch of all ranks.
-Nothing here affects training. docs/logging.md explains how to read the values.
+Nothing here affects training. docs/evaluation.md explains the variances, docs/getting_started.md the keys.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from emd_fast.config import TimeDistribution
 from emd_fast.diffusion.denoiser import column
 from emd_fast.diffusion.schedules import Schedule
 from emd_fast.em.types import EStep
+from emd_fast.train.batches import BatchSampler
 
 BINS = 8
 """Number of log-SNR bins of equal width."""
@@ -44,23 +45,20 @@ class StepRecord:
     weight: Tensor
 
 
+def check_step(records: Sequence[StepRecord]) -> None:
+    """Raises RuntimeError if no step was made."""
+    if not records:
+        raise RuntimeError("diagnostics need a step: call step() first")
+
+
 @torch.no_grad()
-def diagnose(
-    records: Sequence[StepRecord],
-    starts: Iterable[tuple[Tensor, Tensor]],
-    *,
-    batch: int,
-    schedule: Schedule,
-    times: TimeDistribution,
-) -> dict[str, Tensor]:
+def diagnose(records: Sequence[StepRecord], batches: BatchSampler) -> dict[str, Tensor]:
     """Computes the diagnostics of one step. All ranks call it. The host does not wait.
 
     Args:
         records: this rank's samples of one step.
-        starts: (z_0, eps_0) for each record.
-        batch: number of samples on all ranks.
-        schedule: noise schedule of the networks.
-        times: the distribution that t was drawn from; the bins divide its log-SNR range.
+        batches: sampler of the step; it draws (z_0, eps_0) once more. The bins divide the log-SNR range
+            of its distribution of t.
 
     Returns:
         Device scalars, float32, the same on every rank:
@@ -73,11 +71,18 @@ def diagnose(
         signal_var_eps: the same with eps_K in place of drift.
         drift_rms_bin0 .. : RMS of drift by log-SNR, from the lowest (most noise) to the highest;
             NaN for a bin without a sample.
+
+    Raises:
+        RuntimeError: there are no records.
     """
-    bins = log_snr_bins(schedule, times)
+    check_step(records)
+    batch, schedule = batches.config.batch_size, batches.schedule
+    bins = log_snr_bins(schedule, batches.config.time_distribution)
     moved, by_bin = [], []
-    for record, (z, eps) in zip(records, starts, strict=True):
-        posterior, share = record.posterior, len(record.posterior.t) / batch
+    for record in records:
+        posterior, size = record.posterior, len(record.posterior.t)
+        z, eps = batches.e_step(record.first_sample, size)
+        share = size / batch
         moved.append(
             torch.stack(
                 [
@@ -115,23 +120,6 @@ def diagnose(
         "signal_var_eps": variances[2],
         **{f"{_BIN}{i}": value for i, value in enumerate((total / count).sqrt().unbind())},
     }
-
-
-def contrast(first: int, size: int, batch: int, device: torch.device) -> Tensor:
-    """(size,) weights of samples `first` and up, for an unbiased estimate of a variance.
-
-    The squared norm of the weighted sum of gradients estimates the variance of the gradient of a
-    batch of `batch` samples. Samples of even and of odd index form two halves, whose mean gradients
-    a and b differ by chance alone. With n and m samples in them, the mean of
-    |a - b|^2 n m / (n + m) is the variance of one sample's gradient; that of the batch mean is
-    1 / (n + m) of it. Indices count in the whole batch, so the estimate does not depend on how the
-    batch is split. The weights are NaN for a batch of one.
-    """
-    even, odd = (batch + 1) // 2, batch // 2
-    if not odd:
-        return torch.full((size,), math.nan, device=device)
-    is_even = torch.arange(first, first + size, device=device) % 2 == 0
-    return torch.full((size,), -((even / odd) ** 0.5), device=device).masked_fill(is_even, (odd / even) ** 0.5)
 
 
 def is_bin(name: str) -> bool:

@@ -1,7 +1,9 @@
-"""What a trainer makes of the networks it is given, before it trains them: checks, copies of the teacher, fusing."""
+"""Preparation of a trainer's networks: checks, copies of the teacher, fusion, sharding."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,21 +12,86 @@ from torch.nn.parallel import DistributedDataParallel
 
 from emd_fast import distributed
 from emd_fast.config import ConfigError, EMDConfig
-from emd_fast.diffusion.denoiser import Denoiser, Generator, base
-from emd_fast.fusion.plan import fuse_known, fusion_report, unfuse
-from emd_fast.train.cast_weights import trainable
+from emd_fast.diffusion.denoiser import Denoiser, unwrap
+from emd_fast.diffusion.generator import Generator
+from emd_fast.fusion.fusing import fuse_known, fusion_report, unfuse
+from emd_fast.train import average
+from emd_fast.train.cast_weights import cast_weights, trainable
+from emd_fast.train.fingerprint import fingerprint
+from emd_fast.train.precision import compute_dtype
 
 
-def make_trainable(
-    teacher: Denoiser, generator: nn.Module | None, fake_score: Denoiser | None, config: EMDConfig
-) -> tuple[nn.Module, Denoiser]:
-    """Generator and fake score: those that are given, or copies of the teacher.
+@dataclass(frozen=True)
+class Prepared:
+    """The networks of a trainer, ready for their first step.
+
+    Attributes:
+        three: generator, teacher and fake score; in eval mode, fused and spread as configured. Only
+            the teacher's parameters require no gradient.
+        ema: average of the generator's weights.
+        teacher_facts: {"path": origin or None, "sha256": fingerprint}, of the teacher as passed in.
+        device, compute_dtype: where and in which dtype the networks run.
+        parallel: "replicate" or "fsdp", and why, in one line.
+        sample_shape, latent_shape: shapes of one x and one z.
+    """
+
+    three: tuple[nn.Module, Denoiser, Denoiser]
+    ema: average.EMA[nn.Module]
+    teacher_facts: dict[str, Any]
+    device: torch.device
+    compute_dtype: torch.dtype
+    parallel: str
+    sample_shape: tuple[int, ...]
+    latent_shape: tuple[int, ...]
+
+
+def prepare(teacher: Denoiser, config: EMDConfig, generator: nn.Module | None, fake_score: Denoiser | None) -> Prepared:
+    """Checks, copies, casts, fuses and shards the networks that EMDTrainer was given.
 
     Raises:
-        ValueError: what EMDTrainer says of the networks that it is given.
+        ValueError, ConfigError: networks that EMDTrainer refuses; its documentation lists them.
+    """
+    if config.batch_size < distributed.world_size():
+        raise ConfigError(
+            f"batch_size must be at least the number of ranks, {distributed.world_size()}, got {config.batch_size}"
+        )
+    shape = _sample_shape(generator, teacher)
+    generator, fake_score = _make_trainable(teacher, generator, fake_score, config)
+    # Rank 0 computes the fingerprint; the other ranks may hold a teacher on the meta device.
+    facts: dict[str, Any] = distributed.on_main(
+        lambda: {"path": unwrap(teacher).source, "sha256": fingerprint(unwrap(teacher))}
+    )
+    device = distributed.device_of(generator)
+    dtype = compute_dtype(config.compute.precision, device)
+    mode, reason = distributed.resolve(config.parallelism.parallel, sum(p.numel() for p in generator.parameters()))
+    if dtype == torch.float32:
+        if any(p.is_floating_point() and p.itemsize < dtype.itemsize for p in teacher.parameters()):
+            teacher = trainable(teacher)  # matmuls refuse float16 weights with float32 inputs
+    elif mode == "replicate":
+        teacher = cast_weights(teacher, dtype)
+    for network, trains in ((teacher, False), (generator, True), (fake_score, True)):
+        network.eval().requires_grad_(trains)  # eval: no dropout and no batch statistics
+    three = (generator, teacher, fake_score)
+    if config.compute.fuse:
+        _fuse_all(*three, compile=config.compute.compile)
+    ema = average.EMA(generator, average.profile(config.average, config.batch_size))
+    _spread(three, ema.module, mode, device=device, dtype=dtype, config=config)
+    if config.compute.activation_checkpointing:
+        _check_blocks(generator=generator, fake_score=fake_score)
+    latent_shape = getattr(generator, "latent_shape", None) or shape
+    return Prepared(three, ema, facts, device, dtype, f"{mode}: {reason}", shape, latent_shape)
+
+
+def _make_trainable(
+    teacher: Denoiser, generator: nn.Module | None, fake_score: Denoiser | None, config: EMDConfig
+) -> tuple[nn.Module, Denoiser]:
+    """Returns the generator and the fake score: the given ones, or copies of the teacher.
+
+    Raises:
+        ValueError: networks that EMDTrainer refuses; its documentation lists them.
     """
     _check_bare(teacher=teacher, generator=generator, fake_score=fake_score)
-    _check_finite("teacher", base(teacher))
+    _check_finite("teacher", unwrap(teacher))
     if (generator is None or fake_score is None) and not any(True for _ in teacher.parameters()):
         raise ValueError("this teacher has no parameters to start from: give EMDTrainer a generator and a fake score")
     if generator is None:
@@ -35,11 +102,11 @@ def make_trainable(
     return generator, fake_score
 
 
-def sample_shape(*owners: Any) -> tuple[int, ...]:
-    """That of the first which says one.
+def _sample_shape(*owners: Any) -> tuple[int, ...]:
+    """The `sample_shape` of the first owner that has one.
 
     Raises:
-        ValueError: none does.
+        ValueError: no owner has one.
     """
     for owner in owners:
         shape = getattr(owner, "sample_shape", None)
@@ -48,17 +115,17 @@ def sample_shape(*owners: Any) -> tuple[int, ...]:
     raise ValueError("give the teacher's Denoiser a sample_shape, so that the trainer knows what to generate")
 
 
-def fuse_all(*networks: nn.Module, compile: bool) -> None:
-    """All or none.
+def _fuse_all(*networks: nn.Module, compile: bool) -> None:
+    """Fuses all networks, or none.
 
     Raises:
-        ConfigError: one that `fuse` refuses.
+        ConfigError: `fuse` refuses one of them.
     """
     done = []
     try:
         for network in networks:
             if compile:
-                unfuse(network)  # one that came fused is not compiled yet
+                unfuse(network)  # a network that came fused is not compiled yet
             bare = not fusion_report(network).fused
             fuse_known(network, compile=compile)
             if bare:
@@ -69,26 +136,53 @@ def fuse_all(*networks: nn.Module, compile: bool) -> None:
         raise ConfigError(f"fuse must be False for this network: {error}") from error
 
 
-def check_blocks(**networks: nn.Module) -> None:
-    """Whether there is something to compute again in each.
+def _spread(
+    networks: Sequence[nn.Module],
+    average: nn.Module,
+    mode: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    config: EMDConfig,
+) -> None:
+    """Replicates or shards the networks over the ranks.
+
+    Args:
+        networks: compute in `dtype`.
+        average: computes in float32, since it is the result of a run.
+        mode: as `distributed.resolve` returns it.
+    """
+    if distributed.world_size() == 1:
+        return
+    mesh = distributed.make_mesh(mode, device, config.parallelism.shard_group)
+    for network in networks:
+        precision = torch.bfloat16 if dtype == torch.bfloat16 else None
+        distributed.shard(network, mode, precision=precision, mesh=mesh, device=device)
+    distributed.shard(average, mode, precision=None, mesh=mesh, device=device)
+
+
+def _check_blocks(**networks: nn.Module) -> None:
+    """Checks that activation checkpointing finds blocks in each network.
 
     Raises:
-        ConfigError: there is not.
+        ConfigError: a network without blocks.
     """
     for name, network in networks.items():
         if not distributed.blocks_of(network):
             raise ConfigError(
                 f"activation_checkpointing must be False: the {name} has no blocks (entries of a ModuleList) "
-                "that could be computed again one at a time"
+                "to recompute one at a time"
             )
 
 
 def _check_bare(**networks: nn.Module | None) -> None:
-    """Gradients would be reduced twice, and by another rule."""
+    """Refuses DDP and FSDP2 wrappers, which would reduce gradients a second time."""
     for name, network in networks.items():
         modules = network.modules() if isinstance(network, nn.Module) else ()
         if any(isinstance(module, DistributedDataParallel) or distributed.is_fsdp(module) for module in modules):
-            raise ValueError(f"the {name} is wrapped in DDP or FSDP2: give it bare, and say config.parallel")
+            raise ValueError(
+                f"the {name} is wrapped in DDP or FSDP2: give it bare, and set parallel in the configuration"
+            )
 
 
 def _check_finite(name: str, module: nn.Module) -> None:
@@ -98,7 +192,7 @@ def _check_finite(name: str, module: nn.Module) -> None:
 
 
 def _check_apart(**networks: nn.Module) -> None:
-    """A generator around the teacher itself, instead of a copy, would train the teacher without a word."""
+    """Refuses shared parameters: a generator around the teacher itself would train the teacher."""
     owner: dict[int, str] = {}
     for name, network in networks.items():
         for parameter in network.parameters():

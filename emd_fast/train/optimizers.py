@@ -9,19 +9,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from emd_fast.config import ConfigError, EMDConfig
+from emd_fast.config import ConfigError, OptimizerConfig
 
 
-def make(config: EMDConfig, parameters: Sequence[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+def make(config: OptimizerConfig, parameters: Sequence[nn.Parameter], lr: float) -> torch.optim.Optimizer:
     """Creates the configured AdamW: torch's fused one, NVIDIA apex's, or torchao's 8-bit one.
 
     Raises:
         ConfigError: the optimizer is not installed.
     """
     options: dict[str, Any] = {"lr": lr, "betas": config.betas, "weight_decay": config.weight_decay}
-    if config.optimizer == "adamw":
+    if config.name == "adamw":
         return torch.optim.AdamW(parameters, fused=True, **options)
-    if config.optimizer == "apex_adamw":
+    if config.name == "apex_adamw":
         try:
             # Recognised by FusedAdam, since the PyPI package named apex is a different project.
             from apex.optimizers import FusedAdam
@@ -75,12 +75,12 @@ def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
             group["lr"] = lr
 
 
-def rate_scale(config: EMDConfig, step: int) -> float:
-    """Factor of the learning rates at `step`: linear warm-up, then the schedule down to lr_end."""
+def rate_scale(config: OptimizerConfig, step: int, steps: int) -> float:
+    """Factor of the learning rates at `step` of `steps`: warm-up, then the schedule to lr_end."""
     if step < config.lr_warmup:
         return (step + 1) / config.lr_warmup
     if config.lr_schedule == "constant":
         return 1.0
-    gone = min(1.0, (step - config.lr_warmup) / max(1, config.steps - config.lr_warmup))
+    gone = min(1.0, (step - config.lr_warmup) / max(1, steps - config.lr_warmup))
     left = 1 - gone if config.lr_schedule == "linear" else (1 + math.cos(math.pi * gone)) / 2
     return config.lr_end + (1 - config.lr_end) * left

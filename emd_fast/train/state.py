@@ -1,8 +1,7 @@
-"""What a trainer needs to go on: its tensors and facts in a checkpoint, and whether that is one of the same run."""
+"""The state of a trainer in a checkpoint: its tensors, its facts, and whether they belong to the same run."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,108 +10,65 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from emd_fast.config import ConfigError, EMDConfig, from_dict
-from emd_fast.distributed import TrainableParameters
+from emd_fast.config import ConfigError, EMDConfig, forbidden_change, from_dict
 from emd_fast.train import checkpoint, optimizers
 from emd_fast.train.checkpoint import CheckpointError
-
-# What may change between two legs of one run; everything else makes it another run. They change time, memory, limits
-# and the order in which numbers are summed.
-RESUMABLE = {
-    "steps",
-    "max_z_rms",
-    "max_skipped",
-    "micro_batch_size",
-    "parallel",
-    "shard_group",
-    "fuse",
-    "compile",
-    "cuda_graph",
-    "activation_checkpointing",
-}
+from emd_fast.train.learner import Learner
 
 
 @dataclass(frozen=True)
 class State:
-    """Weights, averages and moments: the tensors that training changes, by "part.name".
+    """The tensors that training changes, by "part.name": weights, averages and optimizer moments.
 
     Args:
-        modules: by part; their parameters and buffers count.
-        shards, optimizers: of the parts that learn; the moments of such a part are "part_optimizer.parameter.moment".
+        modules: by part; their parameters and buffers are state.
+        learners: the parts that are trained. Their moments are "part_optimizer.parameter.moment".
     """
 
     modules: Mapping[str, nn.Module]
-    shards: Mapping[str, TrainableParameters]
-    optimizers: Mapping[str, torch.optim.Optimizer]
+    learners: Mapping[str, Learner]
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of them, for a checkpoint to write."""
+        """All tensors, as a checkpoint writes them."""
         tensors = self._weights()
-        for name, optimizer in self.optimizers.items():
-            shards = self.shards[name]
-            for index, parameter in enumerate(shards.parameters):
-                for key, value in optimizer.state.get(parameter, {}).items():
+        for name, learner in self.learners.items():
+            trainable = learner.trainable
+            for index, parameter in enumerate(trainable.parameters):
+                for key, value in learner.optimizer.state.get(parameter, {}).items():
                     if isinstance(value, Tensor):
-                        tensors[f"{name}_optimizer.{shards.names[index]}.{key}"] = shards.like(
+                        tensors[f"{name}_optimizer.{trainable.names[index]}.{key}"] = trainable.like(
                             index, optimizers.plain(value)
                         )
         return tensors
 
     def counters(self) -> dict[str, list[dict[str, int]]]:
-        """What each optimizer counts in its groups (apex: the step) instead of in its tensors."""
+        """The counters that an optimizer keeps in its groups instead of in tensors (apex: the step)."""
         return {
             name: [
                 {"step": group["step"]} if isinstance(group.get("step"), int) else {}
-                for group in optimizer.param_groups
+                for group in learner.optimizer.param_groups
             ]
-            for name, optimizer in self.optimizers.items()
+            for name, learner in self.learners.items()
         }
 
     def restore(self, path: Path, counters: Mapping[str, list[dict[str, int]]]) -> None:
-        """Reads the tensors of a checkpoint, and the counters that its facts have, in place.
+        """Reads the tensors of a checkpoint, and the counters of its facts, in place.
 
         Raises:
-            CheckpointError: one of another architecture, named by the tensor that does not fit; one that is damaged.
+            CheckpointError: a damaged checkpoint, or one of another architecture; the error names
+                the tensor that does not fit.
         """
-        tensors, there = self._weights(), checkpoint.shapes(path)
-        states: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in self.shards}
-        for name, shards in self.shards.items():
-            index_of = {parameter: index for index, parameter in enumerate(shards.names)}
-            part = f"{name}_optimizer."
-            for full in [full for full in there if full.startswith(part)]:
-                parameter, _, key = full.removeprefix(part).rpartition(".")
-                if parameter not in index_of:
-                    raise CheckpointError(f"{path} does not fit this {name}: it has no {parameter}")
-                index = index_of[parameter]
-                shape, dtype = there[full]
-                if shape != (() if key == "step" else tuple(shards.whole[index].shape)) or not dtype.is_floating_point:
-                    raise CheckpointError(f"{path} does not fit this {name}: {key} of {parameter} is {shape}, {dtype}")
-                # Made here, before anything is read: what an optimizer would make at its first step comes too late.
-                own = shards.parameters[index]
-                value = torch.zeros(shape, dtype=dtype, device=own.device)
-                if shape == tuple(shards.whole[index].shape):
-                    # In the parameter's memory format: a fused optimizer reads both from first byte to last.
-                    value = torch.zeros_like(own, dtype=dtype, requires_grad=False)
-                states[name].setdefault(index, {})[key] = value
-                tensors[full] = shards.like(index, value)
-            for index, state in states[name].items():
-                if state.keys() - {"step"} != {"exp_avg", "exp_avg_sq"}:
-                    raise CheckpointError(
-                        f"{path} does not fit this {name}: of {shards.names[index]} it has {', '.join(sorted(state))} "
-                        "instead of the two moments of AdamW"
-                    )
-            if len(counters.get(name, ())) != len(self.optimizers[name].param_groups):
+        there = checkpoint.shapes(path)
+        moments = {name: _Moments(name, learner, path, there) for name, learner in self.learners.items()}
+        for name, learner in self.learners.items():
+            if len(counters.get(name, ())) != len(learner.optimizer.param_groups):
                 raise CheckpointError(f"{path} does not fit this {name}: its optimizer has other groups of parameters")
+        tensors = self._weights()
+        for own in moments.values():
+            tensors |= own.tensors
         checkpoint.restore(path, tensors)
-        for name, optimizer in self.optimizers.items():
-            for index, state in states[name].items():
-                own = self.shards[name].parameters[index]
-                for key, value in state.items():
-                    state[key] = optimizers.as_kept(optimizer, own, key, value)
-            groups = optimizer.state_dict()["param_groups"]
-            for group, counted in zip(groups, counters[name], strict=True):
-                group.update(counted)
-            optimizer.load_state_dict({"state": states[name], "param_groups": groups})
+        for name, own in moments.items():
+            own.load(counters[name])
 
     def _weights(self) -> dict[str, Tensor]:
         return {
@@ -122,15 +78,66 @@ class State:
         }
 
 
+class _Moments:
+    """The moments of one optimizer, allocated before anything is read.
+
+    An optimizer would allocate them at its first step, which is after loading.
+    """
+
+    def __init__(
+        self, name: str, learner: Learner, path: Path, there: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+    ) -> None:
+        self.learner = learner
+        self.tensors: dict[str, Tensor] = {}
+        self._states: dict[int, dict[str, Any]] = {}
+        trainable = learner.trainable
+        index_of = {parameter: index for index, parameter in enumerate(trainable.names)}
+        misfit = f"{path} does not fit this {name}"
+        prefix = f"{name}_optimizer."
+        for full in [full for full in there if full.startswith(prefix)]:
+            parameter, _, key = full.removeprefix(prefix).rpartition(".")
+            if parameter not in index_of:
+                raise CheckpointError(f"{misfit}: it has no {parameter}")
+            index, (shape, dtype) = index_of[parameter], there[full]
+            whole = tuple(trainable.whole[index].shape)
+            if shape != (() if key == "step" else whole) or not dtype.is_floating_point:
+                raise CheckpointError(f"{misfit}: {key} of {parameter} is {shape}, {dtype}")
+            own = trainable.parameters[index]
+            value = torch.zeros(shape, dtype=dtype, device=own.device)
+            if shape == whole:
+                # A fused optimizer reads weights and moments in memory order, so the formats must agree.
+                value = torch.zeros_like(own, dtype=dtype, requires_grad=False)
+            self._states.setdefault(index, {})[key] = value
+            self.tensors[full] = trainable.like(index, value)
+        for index, state in self._states.items():
+            if state.keys() - {"step"} != {"exp_avg", "exp_avg_sq"}:
+                raise CheckpointError(
+                    f"{misfit}: of {trainable.names[index]} it has {', '.join(sorted(state))} "
+                    "instead of the two moments of AdamW"
+                )
+
+    def load(self, counters: list[dict[str, int]]) -> None:
+        """Hands the moments and the counters to the optimizer."""
+        optimizer = self.learner.optimizer
+        for index, state in self._states.items():
+            own = self.learner.trainable.parameters[index]
+            for key, value in state.items():
+                state[key] = optimizers.as_kept(optimizer, own, key, value)
+        groups = optimizer.state_dict()["param_groups"]
+        for group, counted in zip(groups, counters, strict=True):
+            group.update(counted)
+        optimizer.load_state_dict({"state": self._states, "param_groups": groups})
+
+
 @dataclass(frozen=True)
 class SavedFacts:
-    """What the facts of a checkpoint say of the run.
+    """The facts of a trainer's checkpoint.
 
-    Args:
-        config: that the run was made with.
-        step, skipped: steps done, and updates left out.
-        teacher: {"path": str or None, "sha256": its fingerprint}.
-        counters: as `State.counters` gives them.
+    Attributes:
+        config: configuration of the run.
+        step, skipped: number of steps done, number of updates skipped.
+        teacher: {"path": str or None, "sha256": fingerprint}.
+        counters: as returned by `State.counters`.
     """
 
     config: EMDConfig
@@ -159,7 +166,7 @@ def read_facts(path: str | Path, facts: Mapping[str, Any]) -> SavedFacts:
         case _:
             raise CheckpointError(f"{path} is not a checkpoint of a trainer: its facts are missing or of another form")
     try:
-        return SavedFacts(from_dict(EMDConfig, config), step, skipped, teacher, counters)
+        return SavedFacts(from_dict(EMDConfig, config, "emd"), step, skipped, teacher, counters)
     except (ConfigError, TypeError) as error:
         raise CheckpointError(f"{path} holds a configuration this release cannot read: {error}") from None
 
@@ -172,26 +179,23 @@ def _are_counters(groups: Any) -> bool:
 
 
 def check_config(path: str | Path, saved: EMDConfig, now: EMDConfig) -> None:
-    """Whether two legs of one run may have these.
+    """Checks that a run of configuration `saved` may go on with `now`.
 
     Raises:
-        CheckpointError: they may not.
+        CheckpointError: a value differs that must not change within a run.
     """
-    # A schedule that ends at the last step is another one when the last step moves.
-    may_change = RESUMABLE - ({"steps"} if saved.lr_schedule != "constant" else set())
-    for item in dataclasses.fields(EMDConfig):
-        was, is_now = getattr(saved, item.name), getattr(now, item.name)
-        if was != is_now and item.name not in may_change:
-            raise CheckpointError(
-                f"{path} was made with {item.name} = {was!r}, not {is_now!r}; another run needs another folder"
-            )
+    change = forbidden_change(saved, now)
+    if change is not None:
+        raise CheckpointError(
+            f"{path} was made with {change.key} = {change.was!r}, not {change.now!r}; another run needs another folder"
+        )
 
 
 def check_teacher(path: str | Path, saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    """Whether the teacher that a checkpoint was made with is the one that is here.
+    """Checks that the teacher of a checkpoint has the weights of the one given now.
 
     Raises:
-        CheckpointError: it is another one.
+        CheckpointError: the fingerprints differ.
     """
     if saved["sha256"] != here["sha256"]:
         was, now = (f"{facts['path'] or 'no file'}, SHA-256 {facts['sha256'][:12]}" for facts in (saved, here))

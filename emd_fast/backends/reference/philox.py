@@ -44,11 +44,11 @@ def blocks(size: list[int], noise: Tensor, stream: int, substep: int) -> Tensor:
 
 
 def in_size(per_block: Tensor, size: list[int]) -> Tensor:
-    """What the blocks (B, blocks, 4) serve to each element: cut to the size and shaped."""
+    """Reshapes numbers per block (B, blocks, 4) to `size`, without the unused ones at the end."""
     return per_block.flatten(1)[:, : math.prod(size[1:])].reshape(size).contiguous()
 
 
 def to_uniform(words: Tensor) -> Tensor:
-    """float32 strictly inside (0, 1)."""
+    """Converts words to float32 strictly inside (0, 1)."""
     u = words.to(torch.float32) * 2.0**-32 + 2.0**-33
     return u.clamp(max=1 - 2.0**-24)

@@ -1,6 +1,6 @@
-"""Teachers from folders of diffusers: a pipeline, or a bare model with its scheduler (docs/teachers.md).
+"""Teachers from diffusers folders: a pipeline, or a model with its scheduler (docs/teachers.md).
 
-diffusers is imported when a folder is loaded, not before.
+diffusers is imported when a folder is loaded.
 """
 
 from __future__ import annotations
@@ -13,19 +13,21 @@ import torch
 from torch import Tensor
 
 from emd_fast.diffusion.denoiser import Condition, Denoiser
-from emd_fast.teachers.diffusers.architectures import Conditions, Network
-from emd_fast.teachers.diffusers.folder import Folder, need_diffusers
-from emd_fast.teachers.diffusers.scheduler import Training, read
+from emd_fast.teachers.diffusers.architectures import ConditionSpec, Network
+from emd_fast.teachers.diffusers.folder import Folder, import_diffusers
+from emd_fast.teachers.diffusers.scheduler import SchedulerInfo, read
 
 __all__ = ["DiffusersDenoiser", "load"]
 
 
 class DiffusersDenoiser(Denoiser):
-    """A Denoiser whose network came from a folder of diffusers.
+    """Denoiser with a network from a diffusers folder.
 
     Attributes:
-        folder: where it came from. trained: its schedule and what it predicts, by the scheduler's configuration.
-        takes: the conditions of the network. num_classes: how many labels may be drawn; 0 without labels.
+        folder: the folder.
+        trained: schedule, parametrization and times, from the scheduler's configuration.
+        takes: the conditions that the network takes.
+        num_classes: number of labels that may be drawn; 0 without labels.
     """
 
     network: Network
@@ -34,7 +36,7 @@ class DiffusersDenoiser(Denoiser):
         self,
         network: Network,
         folder: Folder,
-        training: Training,
+        training: SchedulerInfo,
         scheduler_config: Mapping[str, Any],
         sample_shape: Sequence[int],
         null_cond: Condition,
@@ -45,31 +47,33 @@ class DiffusersDenoiser(Denoiser):
             training.schedule,
             training.parametrization,
             c_noise=training.index,
-            output=lambda returned: returned[:, :channels],  # a learned variance, where there is one, is not used
+            output=lambda returned: returned[:, :channels],  # without a learned variance
             sample_shape=sample_shape,
             null_cond=null_cond,
         )
         self.folder, self.trained, self.scheduler_config = folder, training, dict(scheduler_config)
 
     @property
-    def takes(self) -> Conditions:
+    def takes(self) -> ConditionSpec:
         return self.network.takes
 
     @property
     def num_classes(self) -> int:
-        # The null label of a DiT is none to draw.
+        # The null label of a DiT must not be drawn.
         null = self.folder.architecture.null_label(self.network.model.config)  # type: ignore[arg-type]
         return self.takes.num_classes if null is None else null
 
     def time(self, index: float) -> float:
-        """t of a training index: of index i in a chain of N betas i / (N - 1), in a rectified flow i / N."""
+        """Returns the t of a training index i: i / (N - 1) for N betas, i / N for a rectified flow."""
         return index / self.trained.index_scale
 
     def encode(self, prompts: Sequence[str]) -> Condition:
-        """Conditions (B, ...) for prompts, by the folder's text encoders, which are read for this call alone.
+        """Encodes prompts to a condition (B, ...) with the text encoders of the folder.
+
+        The encoders are read for this call and then freed.
 
         Raises:
-            ValueError: this teacher takes no text, or its folder has no text encoder.
+            ValueError: the teacher takes no text, or its folder has no text encoder.
         """
         if not self.takes.embedding:
             raise ValueError(f"this {self.folder.model_class} takes {self.takes}, not prompts")
@@ -78,7 +82,10 @@ class DiffusersDenoiser(Denoiser):
         return self.folder.encode(list(prompts), self.network.model)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images (B, 3, H, W) float32 of latents by the folder's VAE; the samples themselves where there is none."""
+        """Decodes latents to images (B, 3, H, W) float32 with the folder's VAE.
+
+        Without a VAE it returns the latents as float32.
+        """
         return self.folder.decode(latents)
 
 
@@ -91,23 +98,27 @@ def load(
     sample_shape: Sequence[int] | None = None,
     null_cond: Condition = None,
 ) -> DiffusersDenoiser:
-    """The teacher in a folder of diffusers, in eval mode.
+    """Loads a teacher from a diffusers folder, in eval mode.
 
-    Supported are UNet2DModel, UNet2DConditionModel, DiTTransformer2DModel and SD3Transformer2DModel.
+    The supported networks are UNet2DModel, UNet2DConditionModel, DiTTransformer2DModel and
+    SD3Transformer2DModel.
 
     Args:
-        folder: of a pipeline or a bare model, or the name of a pipeline on the hub.
-        device, dtype: of its weights. Generator and fake score start as copies, and are best trained in float32.
-        scheduler: instead of the folder's: a scheduler, its configuration, or a folder with scheduler_config.json.
-        sample_shape: (C, H, W); by default in_channels and sample_size of the model's configuration.
-        null_cond: the condition that means "none", for guidance. A DiT has its own; for text it is usually
-            `teacher.encode([""])`, which can be set later: `teacher.null_cond = ...`.
+        folder: folder of a pipeline or a model, or the name of a pipeline on the hub.
+        device, dtype: device and dtype of the weights. Generator and fake score start as copies,
+            so float32 is recommended.
+        scheduler: replaces the folder's scheduler: a scheduler, its configuration, or a folder
+            with scheduler_config.json.
+        sample_shape: (C, H, W). None takes in_channels and sample_size of the configuration.
+        null_cond: the unconditional condition for guidance. A DiT has its own. For text it is
+            usually `teacher.encode([""])`, which can be assigned to `teacher.null_cond` later.
 
     Raises:
-        ModuleNotFoundError: no diffusers. FileNotFoundError: no such folder. ValueError: no model in it, or an
-        architecture or scheduler that is not supported.
+        ModuleNotFoundError: diffusers is not installed.
+        FileNotFoundError: there is no such folder.
+        ValueError: the folder has no model, or its architecture or scheduler is not supported.
     """
-    need_diffusers()
+    import_diffusers()
     source = Folder(folder)
     config = _scheduler_config(scheduler) if scheduler is not None else source.scheduler_config()
     training = read(config)

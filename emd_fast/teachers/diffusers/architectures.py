@@ -1,4 +1,4 @@
-"""The networks of diffusers behind one call: network(x, index, cond) -> output (B, C, H, W)."""
+"""One interface for networks of diffusers: network(x, index, cond) -> output (B, C, H, W)."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from emd_fast.teachers.labels import check_labels
 
 
 @dataclass(frozen=True)
-class Conditions:
-    """What a network takes beside the noise level: nothing, labels, text embeddings, or these with pooled ones."""
+class ConditionSpec:
+    """Conditions that a network takes: none, labels, or text embeddings with or without a pooled one."""
 
     num_classes: int = 0
     embedding: int = 0  # width of a token
@@ -31,30 +31,36 @@ class Conditions:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A class of diffusers: the name of its component in a pipeline, and what it takes, by its configuration."""
+    """A supported class of diffusers.
+
+    Args:
+        component: name of the network's component in a pipeline.
+        conditions: configuration -> conditions that the network takes.
+        null_label: configuration -> label that means "no label", or None.
+    """
 
     component: str
-    conditions: Callable[[Mapping[str, Any]], Conditions]
+    conditions: Callable[[Mapping[str, Any]], ConditionSpec]
     null_label: Callable[[Mapping[str, Any]], int | None] = lambda config: None
 
 
-def _unet(config: Mapping[str, Any]) -> Conditions:
+def _unet(config: Mapping[str, Any]) -> ConditionSpec:
     if config.get("time_embedding_type", "positional") != "positional":
         raise ValueError(
             f"a UNet2DModel with time_embedding_type = {config['time_embedding_type']!r} is not supported: "
             "'positional' is"
         )
-    return Conditions(num_classes=_classes(config))
+    return ConditionSpec(num_classes=_classes(config))
 
 
-def _text_unet(config: Mapping[str, Any]) -> Conditions:
+def _text_unet(config: Mapping[str, Any]) -> ConditionSpec:
     for key in ("addition_embed_type", "encoder_hid_dim_type", "class_embed_type", "num_class_embeds"):
         if config.get(key) is not None:
             raise ValueError(
                 f"a UNet2DConditionModel with {key} = {config[key]!r} is not supported: one that takes text embeddings "
                 "alone is"
             )
-    return Conditions(embedding=config["cross_attention_dim"])
+    return ConditionSpec(embedding=config["cross_attention_dim"])
 
 
 def _classes(config: Mapping[str, Any]) -> int:
@@ -68,29 +74,30 @@ def _classes(config: Mapping[str, Any]) -> int:
 ARCHITECTURES = {
     "UNet2DModel": Architecture("unet", _unet),
     "UNet2DConditionModel": Architecture("unet", _text_unet),
-    # The label after the last one was trained as "no label".
+    # The label after the last class was trained as "no label".
     "DiTTransformer2DModel": Architecture(
         "transformer",
-        lambda config: Conditions(num_classes=config["num_embeds_ada_norm"] + 1),
+        lambda config: ConditionSpec(num_classes=config["num_embeds_ada_norm"] + 1),
         lambda config: config["num_embeds_ada_norm"],
     ),
     "SD3Transformer2DModel": Architecture(
         "transformer",
-        lambda config: Conditions(embedding=config["joint_attention_dim"], pooled=config["pooled_projection_dim"]),
+        lambda config: ConditionSpec(embedding=config["joint_attention_dim"], pooled=config["pooled_projection_dim"]),
     ),
 }
 
 
 class Network(nn.Module):
-    """A model of diffusers, called as a Denoiser calls its network.
+    """Adapter with the interface that Denoiser expects of a network.
+
+    `forward` takes x (B, C, H, W), the training index (B,) floating, and a condition. It returns
+    (B, C, H, W), or (B, 2 C, H, W) with a learned variance.
 
     Args:
-        model: of one of ARCHITECTURES.
-
-    forward(x (B, C, H, W), index (B,) float, cond) returns (B, C or 2 C, H, W).
+        model: a model of a class in ARCHITECTURES.
 
     Raises:
-        ValueError, TypeError: a condition that is not what the model takes.
+        ValueError, TypeError: the model does not take this condition.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -114,7 +121,7 @@ class Network(nn.Module):
         elif takes.embedding and not takes.pooled and isinstance(cond, Tensor):
             if cond.is_floating_point() and cond.dim() == 3 and cond.shape[::2] == (len(x), takes.embedding):
                 return {"encoder_hidden_states": cond.to(x.dtype)}
-        elif takes == Conditions() and cond is None:
+        elif takes == ConditionSpec() and cond is None:
             return {}
         raise ValueError(f"this {type(self.model).__name__} takes {takes}; for a batch of {len(x)} got {_told(cond)}")
 

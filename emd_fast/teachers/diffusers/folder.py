@@ -1,4 +1,4 @@
-"""A folder of diffusers on disk: a pipeline with its components, or a bare model."""
+"""Reads a diffusers folder: a pipeline with its components, or a single model."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from emd_fast.teachers.diffusers.architectures import ARCHITECTURES, Architectur
 from emd_fast.teachers.diffusers.index import TEXT_PARTS, TEXT_PIPELINES, VAES, checked, class_of
 
 _NOT_FOR_TEXT = ("vae", "image_encoder", "feature_extractor", "safety_checker")
-_MAY_LACK = ("text_encoder_3", "tokenizer_3")  # of Stable Diffusion 3, the T5 that many folders leave out
-EXPORTED = "emd_fast.json"  # where `emd_fast.export.pipeline` says what it wrote; it names the components too
+_MAY_LACK = ("text_encoder_3", "tokenizer_3")  # the T5 of Stable Diffusion 3, which many folders lack
+EXPORTED = "emd_fast.json"  # written by `emd_fast.export`; it lists the components too
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
-def need_diffusers() -> Any:
-    """The package.
+def import_diffusers() -> Any:
+    """Imports diffusers.
 
     Raises:
-        ModuleNotFoundError: it is not installed, and how to get it.
+        ModuleNotFoundError: it is not installed. The message has the command to install it.
     """
     try:
         import diffusers
@@ -48,19 +48,20 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class Folder:
-    """Where the model, its scheduler and the components around it lie.
+    """Locations of a model, its scheduler and the other components of its pipeline.
 
     Args:
-        name: a pipeline folder (with model_index.json), a model folder (with config.json), or the name of a pipeline on
-            the hub, which is downloaded into the cache of diffusers.
+        name: a pipeline folder (with model_index.json), a model folder (with config.json), or the
+            name of a pipeline on the hub, which is downloaded to the cache of diffusers.
 
     Raises:
-        FileNotFoundError, ValueError: nothing there, no model, or an architecture that is not supported.
+        FileNotFoundError: there is no such folder.
+        ValueError: the folder has no model, or its architecture is not supported.
     """
 
     def __init__(self, name: str | Path) -> None:
         self.root = _found(name)
-        self.index: dict[str, Any] = {}  # of a pipeline
+        self.index: dict[str, Any] = {}  # contents of model_index.json, for a pipeline
         if (self.root / "model_index.json").exists():
             self.index = _index(self.root / "model_index.json")
         elif (self.root / EXPORTED).exists():
@@ -85,7 +86,7 @@ class Folder:
         self._vae: nn.Module | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Folder:
-        return self  # copies of a teacher share its files and its VAE
+        return self  # copies of a teacher share the folder and its VAE
 
     @property
     def architecture(self) -> Architecture:
@@ -116,15 +117,18 @@ class Folder:
         raise ValueError(f"{self.root} has no scheduler/scheduler_config.json: give load() a scheduler")
 
     def load_model(self, dtype: torch.dtype) -> nn.Module:
-        return weights.load(getattr(need_diffusers(), self.model_class), self.model, dtype)
+        return weights.load(getattr(import_diffusers(), self.model_class), self.model, dtype)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Images (B, 3, H, W) float32, about in [-1, 1], of latents; the latents themselves where there is no VAE."""
+        """Decodes latents to images (B, 3, H, W) float32, about in [-1, 1].
+
+        Without a VAE it returns the latents as float32.
+        """
         if not self.has("vae"):
             return latents.float()
         if self._vae is None:
-            vae_class = getattr(need_diffusers(), self._class("vae", "diffusers", VAES))
+            vae_class = getattr(import_diffusers(), self._class("vae", "diffusers", VAES))
             self._vae = weights.load(vae_class, self.root / "vae").eval().requires_grad_(False)
         vae: Any = self._vae.to(latents.device)
         scale = getattr(vae.config, "scaling_factor", None) or 1.0
@@ -133,11 +137,20 @@ class Folder:
 
     @torch.no_grad()
     def encode(self, prompts: list[str], model: nn.Module) -> Condition:
-        """Text embeddings, as the folder's own pipeline computes them; its encoders are read for this call alone."""
+        """Encodes prompts with the text encoders of the folder's pipeline.
+
+        The encoders are read for this call and then freed.
+
+        Returns:
+            Text embeddings (B, tokens, width), or a dict with pooled ones for Stable Diffusion 3.
+
+        Raises:
+            ValueError: the folder has no text encoder.
+        """
         if not self.has("text_encoder"):
             raise ValueError(f"{self.root} has no text encoder: give embeddings instead of prompts")
         pipeline_class = self._text_pipeline()
-        # What encodes no text is left out, and the network is the one that is there already.
+        # Components that encode no text are not loaded, and the pipeline gets the existing network.
         expected = inspect.signature(pipeline_class).parameters
         without = {
             part: None for part in expected if part in _NOT_FOR_TEXT or (part in _MAY_LACK and not self.has(part))
@@ -168,7 +181,7 @@ class Folder:
             )
         for component in filter(self._is_text_part, self.index):
             self._class(component, "transformers", TEXT_PARTS[component.partition("_")[0]])
-        diffusers = need_diffusers()
+        diffusers = import_diffusers()
         if self.has("scheduler"):
             self._class("scheduler", "diffusers", tuple(kind for kind in dir(diffusers) if kind.endswith("Scheduler")))
         return getattr(diffusers, name)
@@ -198,7 +211,7 @@ def _found(name: str | Path) -> Path:
     if path.exists() or not _HUB_NAME.fullmatch(str(name)):
         raise FileNotFoundError(f"{name} is no folder, and not the name of a pipeline on the hub either")
     try:
-        return Path(need_diffusers().DiffusionPipeline.download(str(name), trust_remote_code=False))
+        return Path(import_diffusers().DiffusionPipeline.download(str(name), trust_remote_code=False))
     except (OSError, ValueError, RuntimeError) as error:
         raise FileNotFoundError(
             f"{name} is no folder here, and the hub did not give it: {str(error).splitlines()[0].partition(' (')[0]}"

@@ -24,15 +24,20 @@ _CHAINS = (
 )
 _MOST_STEPS = 2**20
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
-# What diffusers puts in place of the last alpha^2 of a chain rescaled to zero terminal signal, where it needs one.
+# The value that diffusers uses as the last alpha^2 of a chain with zero terminal signal.
 _LAST_ALPHA_SQUARED = 2.0**-24
 
 
 @dataclass(frozen=True)
-class Training:
-    """How a network was trained: the schedule, what it predicts, and the factor from t to what it is told.
+class SchedulerInfo:
+    """How a network was trained.
 
-    A network of a chain of N betas is told the index (N - 1) t; one of a rectified flow is told N t.
+    Args:
+        schedule: the noise schedule.
+        parametrization: kind of the network's output.
+        index_scale: factor from t to the time input of the network: N - 1 for a chain of N betas,
+            N for a rectified flow.
+        betas: the betas of a chain; empty for a rectified flow.
     """
 
     schedule: Schedule
@@ -44,17 +49,18 @@ class Training:
         return self.index_scale * t
 
 
-def read(config: Mapping[str, Any]) -> Training:
-    """Training by a scheduler_config.json.
+def read(config: Mapping[str, Any]) -> SchedulerInfo:
+    """Reads how a network was trained from the contents of a scheduler_config.json.
 
     Raises:
-        ValueError: a scheduler or a prediction type that is not supported, and what is.
+        ValueError: the scheduler or prediction type is not supported. The message lists those that
+            are.
     """
     import diffusers
 
     name = config.get("_class_name")
     if name == _FLOW:
-        return Training(RectifiedFlow(), "flow", float(_steps(config)))
+        return SchedulerInfo(RectifiedFlow(), "flow", float(_steps(config)))
     if name not in _CHAINS:
         raise ValueError(f"the scheduler {name} is not supported: {', '.join((*_CHAINS, _FLOW))} are")
     for key, plain in (("timestep_type", "discrete"), ("use_flow_sigmas", False)):
@@ -63,7 +69,7 @@ def read(config: Mapping[str, Any]) -> Training:
     prediction = config.get("prediction_type", "epsilon")
     if not isinstance(prediction, str) or prediction not in PREDICTIONS:
         raise ValueError(f"prediction_type {prediction!r} of {name} is not supported: {', '.join(PREDICTIONS)} are")
-    # DDIM knows every kind of betas that the others know; what differs between the classes is how they sample.
+    # DDIM supports every kind of betas. The other classes differ in the sampling only.
     asked = (
         "num_train_timesteps",
         "beta_start",
@@ -80,7 +86,7 @@ def read(config: Mapping[str, Any]) -> Training:
         schedule = VP(betas)
     except Exception as error:  # diffusers raises exceptions of many kinds
         raise ValueError(f"the scheduler {name} has no betas that can be used: {reading.reason(error)}") from None
-    return Training(schedule, PREDICTIONS[prediction], float(len(betas) - 1), tuple(betas.tolist()))
+    return SchedulerInfo(schedule, PREDICTIONS[prediction], float(len(betas) - 1), tuple(betas.tolist()))
 
 
 def _steps(config: Mapping[str, Any]) -> int:
@@ -94,10 +100,10 @@ def _steps(config: Mapping[str, Any]) -> int:
 
 
 def _with_signal(betas: Tensor) -> Tensor:
-    """betas, the last one so that some signal is left: log alpha has no value where a rescaled chain has none."""
+    """Changes the last beta of a rescaled chain so that alpha stays positive and log alpha finite."""
     if betas[-1] < 1:
         return betas
     before = torch.prod(1 - betas[:-1])
-    # Less than the index before has, which may be less than what diffusers puts there.
+    # alpha must decrease, and the alpha of the index before may be below the value of diffusers.
     last = torch.clamp(before / 4, max=_LAST_ALPHA_SQUARED)
     return torch.cat([betas[:-1], 1 - (last / before)[None]])

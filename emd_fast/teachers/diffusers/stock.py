@@ -1,9 +1,10 @@
-"""What stock pipelines of diffusers need to make the samples of a one-step generator: a scheduler that ends at t_star.
+"""Schedulers with which stock pipelines of diffusers sample a one-step generator.
 
-A pipeline called with one inference step draws z ~ N(0, I), asks its scheduler for the timestep and runs the network
-once. The chain of betas is cut off after the index of t_star and spaced "trailing", so that the one timestep is that
-index. Then DDIM computes D(z; t_star), which is the generator's for input_scale = 1, and Euler, which multiplies z by
-sigma / alpha first and divides by sqrt(1 + sigma^2 / alpha^2) after, D(sigma z; t_star).
+A pipeline called with one inference step draws z ~ N(0, I), gets the timestep from its scheduler and
+runs the network once. The chain of betas ends at the index of t_star and has "trailing" spacing, so
+that the single timestep is that index. DDIM then computes D(z; t_star), the generator with
+input_scale = 1. Euler multiplies z by sigma / alpha first and divides the network's input by
+sqrt(1 + sigma^2 / alpha^2), which gives D(sigma z; t_star).
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ from typing import Any
 
 import torch
 
-from emd_fast.diffusion.denoiser import Generator
+from emd_fast.diffusion.generator import Generator
 from emd_fast.teachers.diffusers import DiffusersDenoiser
 from emd_fast.teachers.diffusers.scheduler import PREDICTIONS
 
-# The stock pipeline for each network, and the schedulers that it runs as they are meant: those that take z as it is,
-# without the scheduler's init_noise_sigma, need input_scale = 1.
+# Stock pipeline of each network, with the schedulers that it supports. A pipeline that does not scale
+# z by the scheduler's init_noise_sigma needs input_scale = 1.
 _PIPELINES = {
     "UNet2DModel": ("DDIMPipeline", ("DDIMScheduler",)),
     "DiTTransformer2DModel": ("DiTPipeline", ("DDIMScheduler",)),
@@ -28,14 +29,14 @@ _PIPELINES = {
 
 
 class NoStockPipeline(ValueError):
-    """Why no pipeline of diffusers makes these samples in one step."""
+    """No pipeline of diffusers makes these samples in one step. The message has the reason."""
 
 
 def pipeline_class(denoiser: DiffusersDenoiser) -> str:
-    """The stock pipeline that runs this network.
+    """Returns the name of the stock pipeline that runs this network.
 
     Raises:
-        NoStockPipeline: there is none.
+        NoStockPipeline: there is none for this network.
     """
     model, folder = denoiser.folder.model_class, denoiser.folder
     name, _ = _PIPELINES[model]
@@ -51,7 +52,7 @@ def pipeline_class(denoiser: DiffusersDenoiser) -> str:
 
 
 def scheduler(generator: Generator) -> Any:
-    """The scheduler of diffusers with which the stock pipeline makes the generator's samples in one step.
+    """Returns the diffusers scheduler with which the stock pipeline samples in one step.
 
     Raises:
         NoStockPipeline: there is none for this t_star and input_scale.
@@ -95,6 +96,6 @@ def scheduler(generator: Generator) -> Any:
         trained_betas=list(betas[: round(index) + 1]),
         timestep_spacing="trailing",
         prediction_type=predicted,
-        steps_offset=1,  # idle here; another value makes StableDiffusionPipeline warn
+        steps_offset=1,  # without effect; other values cause a warning
         **options,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from emd_fast.config import check_types
+from emd_fast.config import validate
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class UNetArguments:
     attn_resolutions: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        check_types(self)
+        validate(self)
         # Upper ends far above any published network: a hostile file must not build one without end.
         for name, low, high in (
             ("img_resolution", 1, 2**14),

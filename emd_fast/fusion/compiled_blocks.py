@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from emd_fast.fusion.fused import STATE, Fused
+from emd_fast.fusion.fused_class import STATE, Fused
 
 logger = logging.getLogger("emd_fast")
 

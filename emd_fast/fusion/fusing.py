@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from emd_fast.backends import use_backend
-from emd_fast.fusion import diffusers, edm, edm2, regional, small
-from emd_fast.fusion.fused import STATE, Fused, kind_of
+from emd_fast.fusion import compiled_blocks, diffusers_blocks, edm2_blocks, edm_blocks, small_unet_blocks
+from emd_fast.fusion.fused_class import STATE, Fused, kind_of
 from emd_fast.fusion.geglu import GEGLU
 from emd_fast.fusion.layer_norm import LayerNorm
 from emd_fast.fusion.layers import Rounded
 from emd_fast.fusion.layout import name_of, restore, set_layout
-from emd_fast.fusion.network import Conditioning, Network, OwnNetwork, conditioning_layers, plain_layers
 from emd_fast.fusion.norm import SERVED, FoldedSiLU, Norm, silu_behind_norm
-from emd_fast.fusion.report import SUPPORTED, FusionReport, Part
+from emd_fast.fusion.summary import SUPPORTED, FusionReport, Part
+from emd_fast.fusion.whole_network import Conditioning, Network, OwnNetwork, conditioning_layers, plain_layers
 from emd_fast.ops import flops
 
 logger = logging.getLogger("emd_fast")
@@ -27,26 +27,26 @@ logger = logging.getLogger("emd_fast")
 _KINDS: tuple[type[Fused], ...] = (
     OwnNetwork,
     Network,
-    diffusers.ResnetBlock,
-    diffusers.Attention,
+    diffusers_blocks.ResnetBlock,
+    diffusers_blocks.Attention,
     GEGLU,
-    diffusers.Transformer,
-    edm.Block,
-    edm.OwnBlock,
-    edm2.Block,
-    edm2.OwnBlock,
-    small.ResidualBlock,
-    small.SelfAttention,
+    diffusers_blocks.Transformer,
+    edm_blocks.Block,
+    edm_blocks.OwnBlock,
+    edm2_blocks.Block,
+    edm2_blocks.OwnBlock,
+    small_unet_blocks.ResidualBlock,
+    small_unet_blocks.SelfAttention,
     Norm,
 )
 # Blocks whose forward is ours; the others are compiled by the class of the block that repeats.
 _COMPILED = (
-    diffusers.ResnetBlock,
-    edm.Block,
-    edm.OwnBlock,
-    edm2.Block,
-    edm2.OwnBlock,
-    small.ResidualBlock,
+    diffusers_blocks.ResnetBlock,
+    edm_blocks.Block,
+    edm_blocks.OwnBlock,
+    edm2_blocks.Block,
+    edm2_blocks.OwnBlock,
+    small_unet_blocks.ResidualBlock,
 )
 # Layers that compute what they did.
 _LAYERS = (Rounded, LayerNorm)
@@ -152,10 +152,10 @@ def fusion_report(network: nn.Module) -> FusionReport:
         if kind is not None and issubclass(kind, _LAYERS):
             layers.append(Part(path, type(module).__name__, kind.note(module)))
             continue
-        if kind is None and diffusers.Attention.recognises(module) and _is_fused(module):
-            kind = diffusers.Attention
+        if kind is None and diffusers_blocks.Attention.recognises(module) and _is_fused(module):
+            kind = diffusers_blocks.Attention
         if kind is not None:
-            compiled = kind is not regional.Repeated and "compile" in vars(module).get(STATE, {})
+            compiled = kind is not compiled_blocks.Repeated and "compile" in vars(module).get(STATE, {})
             fused.append(Part(path, type(module).__name__, kind.note(module) + (", compiled" if compiled else "")))
         elif (reason := _reason(module)) is not None or any(kind.recognises(module) for kind in _KINDS):
             left.append(Part(path, type(module).__name__, reason or "known; fuse() was not called since it is there"))
@@ -190,10 +190,10 @@ def _plan(network: nn.Module) -> tuple[list[_Step], list[Part]]:
         steps.setdefault(id(layer), _Step(paths[id(layer)], layer, Conditioning))
     for layer, kind in plain_layers(network) if steps else ():
         steps.setdefault(id(layer), _Step(paths[id(layer)], layer, kind))
-    for block in [step.module for step in steps.values() if step.kind in (edm.Block, edm.OwnBlock)]:
+    for block in [step.module for step in steps.values() if step.kind in (edm_blocks.Block, edm_blocks.OwnBlock)]:
         heads: Any = getattr(block, "num_heads", 0) or getattr(block, "heads", 0)
         projection = steps.get(id(block.qkv)) if heads else None
-        if projection is not None and (kind := edm.packed_kind(block, projection.kind)):
+        if projection is not None and (kind := edm_blocks.packed_kind(block, projection.kind)):
             projection.kind, projection.state["heads"] = kind, heads
     return list(steps.values()), left
 
@@ -220,17 +220,17 @@ def _compiled(network: nn.Module, steps: list[_Step], options: dict[str, Any]) -
     blocks = [step for step in steps if step.kind in _COMPILED]
     inside = {id(part) for step in blocks for part in step.module.modules()}
     for module in network.modules():
-        if diffusers.takes_keys_and_values(module):
-            blocks.append(_Step(paths[id(module)], module, diffusers.TransformerBlock))
+        if diffusers_blocks.takes_keys_and_values(module):
+            blocks.append(_Step(paths[id(module)], module, diffusers_blocks.TransformerBlock))
             inside.update(id(part) for part in module.modules())
-    for module in regional.repeated(network):
+    for module in compiled_blocks.repeated(network):
         if id(module) not in planned and not any(id(part) in inside for part in module.modules()):
-            blocks.append(_Step(paths[id(module)], module, regional.Repeated))
+            blocks.append(_Step(paths[id(module)], module, compiled_blocks.Repeated))
     for step in blocks:
         # A graph break in a block of ours is a fault, in an unknown one it is not. Sizes are fixed over a run.
-        fullgraph = step.kind is not regional.Repeated
-        frozen = regional.frozen_options({"fullgraph": fullgraph, "dynamic": False, **options})
-        step.state.update(compile=frozen, structure=regional.structure(step.module))
+        fullgraph = step.kind is not compiled_blocks.Repeated
+        frozen = compiled_blocks.frozen_options({"fullgraph": fullgraph, "dynamic": False, **options})
+        step.state.update(compile=frozen, structure=compiled_blocks.structure(step.module))
     return [*(step for step in steps if step.kind not in _COMPILED), *blocks]
 
 
@@ -249,7 +249,7 @@ def _nothing(network: nn.Module) -> str:
 
 def _is_fused(module: nn.Module) -> bool:
     processor = getattr(module, "processor", None)
-    return kind_of(module) is not None or isinstance(processor, diffusers.Processor)
+    return kind_of(module) is not None or isinstance(processor, diffusers_blocks.Processor)
 
 
 def _apply(steps: list[_Step]) -> list[Part]:
@@ -315,6 +315,6 @@ def _disagreement(before: Tensor | Exception, after: Tensor | Exception | None) 
 def _undo(network: nn.Module) -> None:
     restore(network)
     for module in [module for module in network.modules() if _is_fused(module)]:
-        (kind_of(module) or diffusers.Attention).unfuse(module)
+        (kind_of(module) or diffusers_blocks.Attention).unfuse(module)
     for module in network.modules():
         module.__dict__.pop(_LEFT, None)

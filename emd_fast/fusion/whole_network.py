@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from emd_fast.cache.conditioning import one_pass, remember
-from emd_fast.fusion import edm, edm2, layers, layout
-from emd_fast.fusion.fused import STATE, Fused, has, is_a
+from emd_fast.fusion import edm2_blocks, edm_blocks, layers, layout
+from emd_fast.fusion.fused_class import STATE, Fused, has, is_a
 from emd_fast.fusion.layer_norm import LayerNorm
 
 # The layers of each network that turn time and condition into embeddings. The blocks remember their own projections.
@@ -112,11 +112,11 @@ def conditioning_layers(network: nn.Module) -> Iterator[nn.Module]:
                 yield layer
 
 
-_PLAIN: tuple[type[Fused], ...] = (layers.Convolution, layers.Layer, edm.OwnResampled, LayerNorm)
+_PLAIN: tuple[type[Fused], ...] = (layers.Convolution, layers.Layer, edm_blocks.OwnResampled, LayerNorm)
 _PLAIN_OF: dict[tuple[str, ...], tuple[type[Fused], ...]] = {
-    _EDM: (edm.Conv, edm.Linear),
-    _EDM2: (edm2.MPConv,),
-    _OWN_EDM2: (edm2.MPConv,),
+    _EDM: (edm_blocks.Conv, edm_blocks.Linear),
+    _EDM2: (edm2_blocks.MPConv,),
+    _OWN_EDM2: (edm2_blocks.MPConv,),
 }
 
 

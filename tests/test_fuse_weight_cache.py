@@ -18,7 +18,7 @@ from emd_fast import Denoiser, Generator, Noise, e_step
 from emd_fast.cache.weights import WEIGHT_CACHE, weight_cache
 from emd_fast.diffusion.schedules import EDM
 from emd_fast.distributed import gathered
-from emd_fast.fusion.packed import Packed
+from emd_fast.fusion.qkv_order import Packed
 
 NAMES = [*FAMILIES, *OWN]
 BF16 = {"device_type": "cpu", "dtype": torch.bfloat16}

@@ -4,17 +4,17 @@ import pytest
 import torch
 from torch import nn
 
-from emd_fast.train import average as ema
+from emd_fast.train import average
 from emd_fast.train.average import EMA
 
 
 def test_the_constant_profile_is_warmed_up():
-    decay = ema.constant(0.9)
+    decay = average.constant(0.9)
     assert decay(0) == pytest.approx(0.1) and decay(90) == pytest.approx(0.9) and decay(10**6) == 0.9
 
 
 def test_the_power_profile_starts_as_the_weights_and_weighs_the_past_by_a_power_of_time():
-    decay, gamma, steps = ema.power(6.94), 6.94, 1000
+    decay, gamma, steps = average.power(6.94), 6.94, 1000
     assert decay(0) == 0.0
     # What step i weighs in the end: its share times all later decays; as (i / steps)^gamma, up to a constant.
     weights = []
@@ -28,7 +28,7 @@ def test_the_power_profile_starts_as_the_weights_and_weighs_the_past_by_a_power_
 
 
 def test_after_a_half_life_what_was_counts_half():
-    decay = ema.half_life(3200, batch_size=32)
+    decay = average.half_life(3200, batch_size=32)
     product = 1.0
     for step in range(10_000, 10_100):
         product *= decay(step)

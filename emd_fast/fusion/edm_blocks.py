@@ -13,12 +13,12 @@ from torch.nn.functional import dropout, linear
 from emd_fast.cache.conditioning import remember
 from emd_fast.cache.weights import autocast_dtype
 from emd_fast.fusion.attention import attention, check_head_dim
+from emd_fast.fusion.compiled_blocks import run
 from emd_fast.fusion.convolution import convolution
-from emd_fast.fusion.fused import Fused, has, is_a
+from emd_fast.fusion.fused_class import Fused, has, is_a
 from emd_fast.fusion.layers import Convolution, Rounded
 from emd_fast.fusion.norm import Norm, channels_of
-from emd_fast.fusion.packed import Packed, PackedConvolution, can_pack, packed
-from emd_fast.fusion.regional import run
+from emd_fast.fusion.qkv_order import Packed, PackedConvolution, can_pack, packed
 
 
 class Block(Fused):

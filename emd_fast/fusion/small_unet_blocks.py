@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from emd_fast.fusion.attention import attention, check_head_dim
-from emd_fast.fusion.fused import Fused, has, is_a
+from emd_fast.fusion.compiled_blocks import run
+from emd_fast.fusion.fused_class import Fused, has, is_a
 from emd_fast.fusion.norm import Norm, channels_of
-from emd_fast.fusion.regional import run
 
 
 class ResidualBlock(Fused):

@@ -15,11 +15,11 @@ from torch.nn.functional import avg_pool2d, dropout, interpolate, linear, silu
 from emd_fast.cache.conditioning import remember
 from emd_fast.cache.weights import autocast_dtype, is_plain
 from emd_fast.fusion.attention import attention, check_head_dim
+from emd_fast.fusion.compiled_blocks import run
 from emd_fast.fusion.convolution import convolution
-from emd_fast.fusion.edm import as_image, queries_keys_values
-from emd_fast.fusion.fused import Fused, has, is_a
+from emd_fast.fusion.edm_blocks import as_image, queries_keys_values
+from emd_fast.fusion.fused_class import Fused, has, is_a
 from emd_fast.fusion.layers import Convolution, Rounded
-from emd_fast.fusion.regional import run
 
 _SILU_RMS = 0.596  # of silu(x) for x ~ N(0, 1)
 _EPS = 1e-4

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from emd_fast.cache.qkv_rows import by_part
 from emd_fast.cache.weights import autocast_dtype
-from emd_fast.fusion.fused import STATE
+from emd_fast.fusion.fused_class import STATE
 from emd_fast.fusion.layers import Convolution, Rounded
 
 

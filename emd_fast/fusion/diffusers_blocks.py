@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from emd_fast.cache.conditioning import remember
 from emd_fast.fusion.attention import attention, check_head_dim
-from emd_fast.fusion.fused import Fused, has, is_a, kind_of
+from emd_fast.fusion.compiled_blocks import run
+from emd_fast.fusion.fused_class import Fused, has, is_a, kind_of
 from emd_fast.fusion.norm import SERVED, Norm
-from emd_fast.fusion.regional import run
 
 
 class ResnetBlock(Fused):

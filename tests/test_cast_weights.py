@@ -18,7 +18,7 @@ from emd_fast import Denoiser, EMDTrainer
 from emd_fast import config as configuration
 from emd_fast.diffusion.sampler import heun
 from emd_fast.diffusion.schedules import EDM
-from emd_fast.run import distill as run
+from emd_fast.run import distill
 from emd_fast.run.folder import RunError
 from emd_fast.run.plan import estimate
 from emd_fast.run.sizes import Sizes
@@ -115,7 +115,7 @@ def alive(fused: bool, given: bool) -> tuple[list[str], int, int]:
     owners = (trainer.teacher, trainer.generator, trainer.fake_score)
     held = sum(p.nbytes for network in owners for p in network.parameters())
     planned = estimate(sizes, trainer.config, "replicate", 1, reduced=True).memory["weights"]
-    assert len(watched) > 10 and trainer.config.precision == "bfloat16"
+    assert len(watched) > 10 and trainer.config.compute.precision == "bfloat16"
     return [name for name, *references in watched if any(r() is not None for r in references)], held, int(planned)
 
 
@@ -166,10 +166,10 @@ def test_a_run_drops_the_teacher_that_it_has_rounded(tmp_path, monkeypatch):
         "digits",
         {
             "emd.steps": 1, "emd.fake_score_warmup": 0, "emd.batch_size": 4, "emd.langevin_steps": 1,
-            "emd.precision": "bfloat16", "teacher.steps": 1, "teacher.batch_size": 4,
+            "emd.compute.precision": "bfloat16", "teacher.steps": 1, "teacher.batch_size": 4,
         },
     )  # fmt: skip
-    made = run._teacher
+    made = distill._teacher
     watched: list[weakref.ref] = []
 
     def watch(*arguments):
@@ -182,7 +182,7 @@ def test_a_run_drops_the_teacher_that_it_has_rounded(tmp_path, monkeypatch):
         assert watched and not any(reference() is not None for reference in watched)
         raise RunError("seen")
 
-    monkeypatch.setattr(run, "_teacher", watch)
-    monkeypatch.setattr(run, "train", look)
+    monkeypatch.setattr(distill, "_teacher", watch)
+    monkeypatch.setattr(distill, "train", look)
     with pytest.raises(RunError, match="seen"):
-        run.distill(settings, tmp_path)
+        distill.distill(settings, tmp_path)

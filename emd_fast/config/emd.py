@@ -1,0 +1,107 @@
+"""The distillation, [emd]: the keys of the algorithm, and sections for the rest."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from emd_fast.config.sections import (
+    AverageConfig,
+    ComputeConfig,
+    OptimizerConfig,
+    ParallelismConfig,
+    TimeDistribution,
+)
+from emd_fast.config.settings import ConfigError, While, documented, flat_keys, section, sections, setting, settings
+from emd_fast.config.tables import converted, nearest, validate
+
+StepSize = float | list[tuple[float, float]]
+
+
+@documented
+@dataclass(frozen=True, init=False)
+class EMDConfig:
+    """The distillation: the algorithm, its optimizers, and how the networks run.
+
+    The constructor also accepts the keys of the sections flat and applies them over the sections:
+    `EMDConfig(generator_lr=1e-4)`, `dataclasses.replace(config, generator_lr=1e-4)`. Values are
+    read from their section: `config.optimizer.generator_lr`.
+    """
+
+    steps: int = setting(
+        1000,
+        "optimizer steps of the generator",
+        unit="steps",
+        gt=0,
+        # A schedule that ends at the last step is another schedule when the last step moves.
+        resumable=While("optimizer.lr_schedule", "constant"),
+    )
+    batch_size: int = setting(128, "samples in a step, over all devices", unit="samples", gt=0)
+    langevin_steps: int = setting(4, "K, the Langevin steps of an E-step", unit="steps", ge=1, lt=2**16)
+    gamma_eps: StepSize = setting(0.16, "Langevin step size of eps, or pairs [sigma / alpha, step size]", gt=0, lt=1)
+    gamma_z: StepSize = setting(0.02, "Langevin step size of z, or pairs [sigma / alpha, step size]", ge=0, lt=1)
+    noise_cancellation: bool = setting(True, "regress the generator on drift (true) or on eps_K (false)")
+    sampling: Literal["eps_z", "x_z"] = setting("eps_z", "variables of the Langevin chain; x_z is the ablation")
+    objective: Literal["emd", "vsd"] = setting(
+        "emd", "vsd is score distillation: K = 1, gamma_z = 0, gradient / gamma_eps"
+    )
+    weighting: Literal["one", "sigma", "sigma2", "sigma_over_alpha"] = setting(
+        "sigma2", "weight of a sample in the M-step"
+    )
+    guidance: float | None = setting(None, "classifier-free guidance weight of the teacher")
+    num_classes: int = setting(0, "draw labels below it as conditions; 0 for none", ge=0)
+    t_star: float = setting(2.0, "noise level at which the teacher's network starts as the generator", unit="t")
+    input_scale: float | None = setting(None, "scale of z at the generator's input; none for sigma(t_star)", gt=0)
+    fake_score_updates: int = setting(
+        2,
+        "updates of the fake score before each E-step",
+        unit="steps",
+        ge=1,
+        why="a fake score equal to the teacher gives a score difference of exactly 0, and nothing learns",
+    )
+    fake_score_warmup: int = setting(0, "more updates of the fake score before the first E-step", unit="steps", ge=0)
+    max_z_rms: float = setting(10.0, "stop the run when the RMS of z_K exceeds it", gt=0, resumable=True)
+    max_skipped: int = setting(
+        10, "stop the run after more skipped updates: gradients not finite", ge=0, resumable=True
+    )
+    seed: int = setting(0, "seed of all noise", ge=0, lt=2**63)
+    time_distribution: TimeDistribution = section(TimeDistribution, "noise levels of the E-step")
+    fake_score_time_distribution: TimeDistribution = section(TimeDistribution, "noise levels of the fake-score step")
+    optimizer: OptimizerConfig = section(OptimizerConfig, "optimizers of the generator and the fake score", flat=True)
+    average: AverageConfig = section(AverageConfig, "exponential moving average of the generator's weights", flat=True)
+    parallelism: ParallelismConfig = section(
+        ParallelismConfig, "layout of the networks over several devices", flat=True
+    )
+    compute: ComputeConfig = section(ComputeConfig, "how a device computes the passes", flat=True)
+
+    def __init__(self, **given: Any) -> None:
+        names = [item.name for item in dataclasses.fields(self)]
+        flat: dict[str, dict[str, Any]] = {}
+        places = flat_keys(type(self))
+        for name in (name for name in given if name not in names):
+            if name not in places:
+                raise ConfigError(f"unknown key {name!r}{nearest(name, [*names, *places])}")
+            flat.setdefault(places[name].section, {})[places[name].key] = given[name]
+        for item in settings(type(self)):
+            object.__setattr__(self, item.name, given.get(item.name, item.default))
+        for item in sections(type(self)):
+            table = converted(given.get(item.name, {}), item.default_factory, item.name)
+            object.__setattr__(self, item.name, dataclasses.replace(table, **flat.get(item.name, {})))
+        validate(self)
+        for name in ("gamma_eps", "gamma_z"):
+            _check_step_size(name, getattr(self, name))
+        if self.compute.cuda_graph and self.sampling == "x_z":
+            raise ConfigError('cuda_graph must be False for sampling "x_z", got True')
+
+
+def _check_step_size(name: str, size: StepSize) -> None:
+    if not isinstance(size, list):
+        return
+    ratios = [ratio for ratio, _ in size]
+    if not ratios or ratios[0] <= 0 or ratios != sorted(set(ratios)):
+        raise ConfigError(
+            f"{name} must be pairs [sigma / alpha, value] with rising sigma / alpha above 0, got {size!r}"
+        )
+    if any(value <= 0 for _, value in size):  # interpolated in logarithms
+        raise ConfigError(f"{name} must be above 0 where it is a table, got {size!r}")

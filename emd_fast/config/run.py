@@ -1,0 +1,133 @@
+"""A whole run: the task with its teacher, the distillation, the evaluation and the logs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from emd_fast.config.emd import EMDConfig
+from emd_fast.config.settings import ConfigError, documented, section, setting
+from emd_fast.config.tables import validate
+
+
+@documented
+@dataclass(frozen=True)
+class TeacherConfig:
+    """Training of the digits teacher: denoising score matching with EDM preconditioning."""
+
+    steps: int = setting(2000, "optimizer steps", unit="steps", gt=0)
+    batch_size: int = setting(128, "samples in a step", unit="samples", gt=0)
+    lr: float = setting(4e-3, "learning rate of AdamW", gt=0)
+    warmup: int = setting(100, "linear warm-up of the learning rate", unit="steps", ge=0)
+    ema: float = setting(0.995, "decay of the average of the weights", ge=0, lt=1)
+    log_sigma_mean: float = setting(-0.8, "mean of log sigma", unit="log sigma")
+    log_sigma_std: float = setting(1.2, "standard deviation of log sigma", gt=0)
+    channels: int = setting(16, "channels of the UNet at full resolution", unit="channels", gt=0)
+    conditional: bool = setting(True, "condition on the class label")
+    seed: int = setting(0, "seed of the weights, the data order and the noise", ge=0, lt=2**63)
+
+    def __post_init__(self) -> None:
+        validate(self)
+
+
+@documented
+@dataclass(frozen=True)
+class MixtureConfig:
+    """The mixture of the task gmm, a ring of equal modes, and the small networks that learn it."""
+
+    modes: int = setting(8, "modes on the ring", gt=0)
+    radius: float = setting(2.0, "radius of the ring", gt=0)
+    std: float = setting(0.15, "standard deviation of a mode", gt=0)
+    generator_width: int = setting(64, "hidden units of a layer of the generator", unit="units", gt=0)
+    generator_layers: int = setting(2, "layers of the generator", unit="layers", gt=0)
+    fake_score_width: int = setting(96, "hidden units of a layer of the fake score", unit="units", gt=0)
+    fake_score_layers: int = setting(3, "layers of the fake score", unit="layers", gt=0)
+    collapsed: bool = setting(False, "start the generator near one mode")
+
+    def __post_init__(self) -> None:
+        validate(self)
+
+
+@documented
+@dataclass(frozen=True)
+class PretrainedConfig:
+    """The teacher of the task pretrained."""
+
+    teacher: str = setting(
+        "", "diffusers folder, hub name, EDM checkpoint, or package.module:function if the command line names it"
+    )
+    prompts: str = setting("", "text file with one prompt a line, or .safetensors of conditions")
+
+    def __post_init__(self) -> None:
+        validate(self)
+
+
+@documented
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """How a generator is judged; a pretrained teacher needs the files."""
+
+    every: int = setting(0, "interval of evaluations during training; 0 for none", unit="images", ge=0, resumable=True)
+    detector: str = setting(
+        "",
+        "TorchScript detector, as EDM's Inception; a program, which runs if the command line names it",
+        resumable=True,
+    )
+    reference: str = setting("", "statistics of real images: .npz of EDM or .pkl of EDM2", resumable=True)
+    compare_with: str = setting("", "folder or .zip of as many real images as samples", resumable=True)
+    clip: str = setting("", "CLIP model folder, for the score of text prompts", resumable=True)
+
+    def __post_init__(self) -> None:
+        validate(self)
+        for name in ("reference", "compare_with"):
+            if getattr(self, name) and not self.detector:
+                raise ConfigError(f"{name} needs a detector: give --detector FILE")
+
+
+@documented
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run. Recipes in recipes/*.toml and config.toml of a run folder are instances."""
+
+    task: Literal["digits", "gmm", "pretrained"] = setting("digits", "what is distilled")
+    log_every: int = setting(
+        10, "interval of log.jsonl; only these steps wait for the device", unit="steps", gt=0, resumable=True
+    )
+    save_every: int = setting(100, "interval of checkpoints", unit="steps", gt=0, resumable=True)
+    keep_checkpoints: int = setting(2, "how many of the last checkpoints stay", gt=0, resumable=True)
+    background_checkpoints: bool = setting(
+        True, "write checkpoints during training, from a copy in host memory", resumable=True
+    )
+    peak_tflops: float = setting(
+        0.0, "peak of a device in the compute dtype, for mfu; 0 if unknown", unit="TFLOP/s", ge=0, resumable=True
+    )
+    gradient_variance: bool = setting(False, "log the generator's gradient variance; costs two M-steps", resumable=True)
+    samples: int = setting(
+        2000,
+        "samples of an evaluation; for digits the held-out images count",
+        unit="samples",
+        gt=0,
+        resumable=True,
+    )
+    teacher: TeacherConfig = section(TeacherConfig, "the teacher of the task digits")
+    mixture: MixtureConfig = section(MixtureConfig, "the mixture of the task gmm")
+    pretrained: PretrainedConfig = section(PretrainedConfig, "the teacher of the task pretrained")
+    emd: EMDConfig = section(EMDConfig, "the distillation")
+    evaluation: EvaluationConfig = section(EvaluationConfig, "how a generator is judged")
+
+    def __post_init__(self) -> None:
+        validate(self)
+        judged = self.evaluation
+        if self.task != "pretrained":
+            for name in ("detector", "reference", "compare_with", "clip"):
+                if getattr(judged, name):
+                    raise ConfigError(f"{name} is for pretrained teachers; the task {self.task!r} has its own figures")
+        elif judged.every and not (judged.detector and judged.reference):
+            raise ConfigError("evaluation.every needs a Fréchet distance: give --detector FILE and --reference FILE")
+        expected = 10 if self.teacher.conditional else 0
+        if self.task == "digits" and self.emd.num_classes != expected:
+            conditional = str(self.teacher.conditional).lower()
+            raise ConfigError(
+                f"num_classes must be {expected} for digits with teacher.conditional = {conditional}, "
+                f"got {self.emd.num_classes!r}"
+            )
