@@ -104,13 +104,17 @@ def small():
 
 def test_a_function_is_a_teacher(call, tmp_path):
     done(call("distill", "--teacher", "test_diffusers_cli:small", "--out", "run", *TINY))
-    done(call("export", "run", "one.safetensors"))
-    assert torch.equal(samples(call, "one.safetensors"), samples(call, "run"))
+    named = ("--teacher", "test_diffusers_cli:small")
+    done(call("export", "run", "one.safetensors", *named))
+    assert torch.equal(samples(call, "one.safetensors"), samples(call, "run", *named))
     assert checkpoint.found(tmp_path / "run" / "checkpoints")
-    code, _, err = call("export", "run", "folder")
+    code, _, err = call("export", "run", "folder", *named)
     assert code == 1 and "use format='safetensors'" in err and not (tmp_path / "folder").exists()
     # Its weights are others in every call: samples need none of them, and no training goes on with them.
-    for words in (("distill", "--teacher", "test_diffusers_cli:small", "--out", "run", *TINY, "--steps=3"), REPLAY):
+    for words in (
+        ("distill", "--teacher", "test_diffusers_cli:small", "--out", "run", *TINY, "--steps=3"),
+        (*REPLAY, *named),
+    ):
         code, _, err = call(*words)
         assert code == 1 and "made with a teacher of other weights (test_diffusers_cli:small, SHA-256 " in err
 

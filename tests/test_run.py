@@ -22,7 +22,7 @@ from emd_fast.em import score_difference
 from emd_fast.io.files import write_atomic
 from emd_fast.reporting import journal, report
 from emd_fast.run import distill, study
-from emd_fast.run.folder import RunError, locked, open_folder
+from emd_fast.run.folder import RunError, locked, metrics_of, open_folder
 from emd_fast.run.signals import Interrupted
 from emd_fast.train import checkpoint
 from emd_fast.train.checkpoint import CheckpointError
@@ -62,7 +62,8 @@ def test_a_run_leaves_the_promised_folder(tmp_path, without_pictures):
         assert (tmp_path / name).stat().st_size > 0, name
     assert config.load(str(tmp_path / "config.toml")) == settings()
     assert [row["step"] for row in journal.read(tmp_path / "log.jsonl")] == [2, 4, 6]
-    assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
+    assert metrics_of(tmp_path) == metrics
+    assert set(json.loads((tmp_path / "metrics.json").read_text())) == {*metrics, "sha256"}
     assert set(metrics["frechet"]) == {"real", "teacher", "init", "generator"}
     assert set(metrics["seconds"]) == {"teacher", "distil", "evaluate"}
     assert [path.name for path in checkpoint.found(tmp_path / "checkpoints")] == [
@@ -297,7 +298,7 @@ def test_rows_after_the_checkpoint_are_taken_out_of_the_log(tmp_path):
 def test_a_full_disk_ends_the_log_and_the_next_leg_takes_half_a_row_out(tmp_path):
     class Full:
         def __init__(self, file):
-            self.file, self.left = file, 30
+            self.file, self.left = file, 57
 
         def write(self, row):
             if not self.left:
@@ -315,7 +316,7 @@ def test_a_full_disk_ends_the_log_and_the_next_leg_takes_half_a_row_out(tmp_path
     with pytest.raises(OSError, match=r"No space left on device: .*log\.jsonl"):
         log.write({"step": 2, "x": 2})
     log.close()
-    assert path.stat().st_size == 30 and [row["step"] for row in journal.read(path)] == [1]
+    assert path.stat().st_size == 57 and [row["step"] for row in journal.read(path)] == [1]
     log = journal.Journal(tmp_path, 1)
     log.write({"step": 2, "x": 2})
     log.close()

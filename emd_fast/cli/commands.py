@@ -25,9 +25,12 @@ from emd_fast.cli.errors import REPORTED, report
 from emd_fast.cli.evaluate import evaluate, files_of
 from emd_fast.cli.info import info
 from emd_fast.cli.keys import overrides
+from emd_fast.cli.named import named
 from emd_fast.cli.options import TAKE_KEYS, parse
 from emd_fast.config import ConfigError, RunConfig
 from emd_fast.distributed import GroupError
+from emd_fast.io import code
+from emd_fast.io.code import CodeRefused
 from emd_fast.io.files import write_atomic
 
 
@@ -37,17 +40,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if rest and options.command not in TAKE_KEYS:
             raise ConfigError(f"unknown option {rest[0]!r}; see emd-fast {options.command} --help")
-        return _COMMANDS[options.command](options, rest)
+        with code.allow(*named(options, rest)):
+            return _COMMANDS[options.command](options, rest)
     except REPORTED as error:
         report(error)
-        return 2 if isinstance(error, (ConfigError, GroupError)) else 1
+        return 2 if isinstance(error, (ConfigError, GroupError, CodeRefused)) else 1
     except KeyboardInterrupt:
         return 130
     except BaseException as error:
-        code = getattr(error, "exit_code", None)
-        if code is None:
+        exit_code: int | None = getattr(error, "exit_code", None)
+        if exit_code is None:
             raise
-        return code
+        return exit_code
 
 
 def _settings(options: argparse.Namespace, rest: Sequence[str]) -> RunConfig:
@@ -218,8 +222,8 @@ def _bench(options: argparse.Namespace, rest: Sequence[str]) -> int:
         spec.loader.exec_module(package)
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # so that --against finds modules here
-    code: int = importlib.import_module("benchmarks.harness.command").run(options)
-    return code
+    exit_code: int = importlib.import_module("benchmarks.harness.command").run(options)
+    return exit_code
 
 
 def _convert(options: argparse.Namespace, rest: Sequence[str]) -> int:

@@ -36,7 +36,7 @@ def evaluate(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def _evaluate_run(options: argparse.Namespace) -> dict[str, Any]:
     from emd_fast.run import distill
-    from emd_fast.run.folder import settings_of
+    from emd_fast.run.folder import seconds_of, settings_of
 
     if options.write_reference:
         raise ConfigError("--write-reference is for real images: a folder or .zip of them, with --detector")
@@ -50,9 +50,7 @@ def _evaluate_run(options: argparse.Namespace) -> dict[str, Any]:
     settings = dataclasses.replace(settings, **changes)
     _, task, trainer = distill.open_run(folder, best=options.best, settings=settings)
     task.open_references()
-    path = folder / "metrics.json"
-    seconds = json.loads(path.read_text())["seconds"] if path.exists() else {}
-    return distill.evaluate(settings, folder, task, trainer, seconds)
+    return distill.evaluate(settings, folder, task, trainer, seconds_of(folder))
 
 
 def _evaluate_images(options: argparse.Namespace) -> dict[str, Any]:

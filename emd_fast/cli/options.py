@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import emd_fast
 from emd_fast import config
-from emd_fast.cli import keys
+from emd_fast.cli import keys, named
 
 TAKE_KEYS = ("distill", "study", "plan")  # commands that take keys of the configuration as options
 
@@ -102,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--gb-per-second", type=_above_0, help="peak rate at which a device receives, in 10^9 bytes/s")
 
     sample = commands.add_parser("sample", help="draw samples of a run's generator, or of an exported one")
+    named.add_teacher(sample)
     sample.add_argument("run", type=Path, help="run folder, or an exported generator")
     sample.add_argument("-n", type=_positive, default=100, help="number of samples (default 100)")
     sample.add_argument(
@@ -118,6 +119,7 @@ def _parser() -> argparse.ArgumentParser:
         help="write a run's generator as a diffusers pipeline, or as one file",
         epilog="docs/export.md has the pipelines that can sample it",
     )
+    named.add_teacher(export)
     export.add_argument("run", type=Path, help="run folder")
     export.add_argument("out", type=Path, help="a new folder, or a .safetensors file")
     export.add_argument("--raw", action="store_true", help="use the raw weights, not their average")
@@ -132,6 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("source", type=Path, help="run folder; with --detector also an exported generator, or images")
     _judged_by(evaluate)
+    named.add_teacher(evaluate)
     evaluate.add_argument("--samples", type=_positive, help="number of samples (default: the run's, or 50,000)")
     evaluate.add_argument("--batch-size", type=_positive, default=64, help="images in a pass (default 64)")
     evaluate.add_argument("--best", action="store_true", help="use the best checkpoint, not the last")
@@ -148,6 +151,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Repeats it in one process, with the noise, time and condition of the run. The weights "
         "are those of the last checkpoint at or before the step.",
     )
+    named.add_teacher(replay)
     replay.add_argument("run", type=Path, help="run folder")
     replay.add_argument("--step", type=int, required=True, help="optimizer step, counted from 0")
     replay.add_argument("--sample", type=int, required=True, help="index in the global batch")

@@ -53,7 +53,9 @@ class MixtureConfig:
 class PretrainedConfig:
     """The teacher of the task pretrained."""
 
-    teacher: str = setting("", "diffusers folder, hub name, EDM checkpoint or package.module:function")
+    teacher: str = setting(
+        "", "diffusers folder, hub name, EDM checkpoint, or package.module:function if the command line names it"
+    )
     prompts: str = setting("", "text file with one prompt a line, or .safetensors of conditions")
 
     def __post_init__(self) -> None:
@@ -66,7 +68,11 @@ class EvaluationConfig:
     """How a generator is judged; a pretrained teacher needs the files."""
 
     every: int = setting(0, "interval of evaluations during training; 0 for none", unit="images", ge=0, resumable=True)
-    detector: str = setting("", "TorchScript detector, as EDM's Inception", resumable=True)
+    detector: str = setting(
+        "",
+        "TorchScript detector, as EDM's Inception; a program, which runs if the command line names it",
+        resumable=True,
+    )
     reference: str = setting("", "statistics of real images: .npz of EDM or .pkl of EDM2", resumable=True)
     compare_with: str = setting("", "folder or .zip of as many real images as samples", resumable=True)
     clip: str = setting("", "CLIP model folder, for the score of text prompts", resumable=True)

@@ -19,21 +19,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from emd_fast.diffusion.denoiser import Denoiser
 from emd_fast.diffusion.generator import Generator
+from emd_fast.export import facts
 from emd_fast.export.one_step import Metadata, OneStep
 from emd_fast.fusion.fusing import fuse_known
 from emd_fast.io.files import write_atomic
+from emd_fast.io.reading import read_bytes, reason
 from emd_fast.teachers.diffusers import DiffusersDenoiser
 from emd_fast.teachers.diffusers.architectures import ARCHITECTURES, Network
 from emd_fast.teachers.diffusers.folder import EXPORTED, Folder, import_diffusers, read_json
+from emd_fast.teachers.diffusers.weights import check_config
 from emd_fast.teachers.mlp import PointGenerator, TimeMLP
 from emd_fast.teachers.small_unet import SmallUNet
 from emd_fast.train.trainer import EMDTrainer
-
-_VERSION = 1
 
 
 class NotForStock(UserWarning):
@@ -137,11 +138,13 @@ def _write_folder(out: Path, generator: nn.Module, metadata: Metadata) -> Path:
         _write_json(unfinished / component / "config.json", {k: v for k, v in config.items() if k != "_name_or_path"})
         for name in index:
             if name not in (component, "scheduler") and source.has(name):
-                shutil.copytree(source.root / name, unfinished / name)
+                source.copy(name, unfinished / name)
         if scheduler is not None:
             scheduler.save_pretrained(unfinished / "scheduler")
             _write_json(unfinished / "model_index.json", index)
-        _write_json(unfinished / EXPORTED, {"version": _VERSION, "generator": asdict(metadata), "pipeline": index})
+        written = facts.digests_of(unfinished, EXPORTED)
+        told = {"generator": asdict(metadata), "pipeline": index, "digests": written}
+        (unfinished / EXPORTED).write_text(facts.encoded(told, indent=2))
         if out.exists():
             out.rmdir()
         os.replace(unfinished, out)
@@ -173,9 +176,9 @@ def _write_file(out: Path, generator: nn.Module, metadata: Metadata) -> Path:
             f"a {type(network).__name__} cannot be described in a file: {', '.join((*_OWN, *ARCHITECTURES))} can; save "
             "its state_dict instead"
         )
-    header = {"version": _VERSION, "generator": asdict(metadata), "network": described}
     weights = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
-    whole = encoded(weights, {"emd_fast": json.dumps(header)})
+    told = {"generator": asdict(metadata), "network": described, "digests": {"weights": facts.digest_of(weights)}}
+    whole = encoded(weights, {"emd_fast": facts.encoded(told)})
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(out, lambda file: file.write(whole))
     return out
@@ -239,37 +242,61 @@ def load(path: str | os.PathLike[str], *, device: torch.device | str = "cpu", fu
 def _read_folder(path: Path) -> OneStep:
     if not (path / EXPORTED).exists():
         raise ValueError(f"{path} was not written by emd_fast.export: it has no {EXPORTED}")
-    metadata = _read_metadata(path, read_json(path / EXPORTED))
+    try:
+        content = read_bytes(path / EXPORTED)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {path / EXPORTED}: {reason(error)}") from None
+    table = facts.decoded(path / EXPORTED, content, {"pipeline"}, indent=2)
+    metadata = facts.metadata(path / EXPORTED, table["generator"])
+    facts.check_files(path, table.get("digests", {}))
     folder = Folder(path)
-    return OneStep(Network(folder.load_model(getattr(torch, metadata.dtype))), metadata, folder=folder)
+    return OneStep(Network(folder.load_model(facts.DTYPES[metadata.dtype])), metadata, folder=folder)
 
 
 def _read_file(path: Path) -> OneStep:
     from safetensors import SafetensorError, safe_open
 
     try:
+        if not path.is_file():  # a fifo would block
+            raise OSError("there is no such file" if not path.exists() else "it is not a regular file")
         with safe_open(str(path), "pt") as file:
-            header = json.loads((file.metadata() or {}).get("emd_fast", "{}"))
+            header = (file.metadata() or {}).get("emd_fast", "{}")
             weights = {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError) as error:
         raise ValueError(f"cannot read {path}: {error}") from None
-    metadata = _read_metadata(path, header)
-    name, config = header["network"]["class"], header["network"]["config"]
-    network: nn.Module
-    if name in _OWN:
-        network = _OWN[name][0](**config)
-    elif name in ARCHITECTURES:
-        network = Network(getattr(import_diffusers(), name).from_config(config))
-    else:
-        raise ValueError(f"{path} holds a {name}, which this release cannot build")
-    network = network.to(getattr(torch, metadata.dtype))
+    table = facts.decoded(path, header, {"network"})
+    metadata = facts.metadata(path, table["generator"])
+    if "digests" in table and table["digests"] != {"weights": facts.digest_of(weights)}:
+        raise ValueError(f"{path} is damaged: its weights do not have the SHA-256 that the export stated")
+    network = _built(path, *facts.network(path, table["network"]), weights).to(facts.DTYPES[metadata.dtype])
     network.load_state_dict(weights)
     return OneStep(network, metadata, whole=isinstance(network, PointGenerator))
 
 
-def _read_metadata(path: Path, header: Mapping[str, Any]) -> Metadata:
-    if "generator" not in header:
-        raise ValueError(f"{path} was not written by emd_fast.export")
-    if header.get("version") != _VERSION:
-        raise ValueError(f"{path} has format version {header.get('version')}, this release reads {_VERSION}")
-    return Metadata(**header["generator"])
+def _built(path: Path, name: str, config: dict[str, Any], weights: Mapping[str, Tensor]) -> nn.Module:
+    """The network that a file describes, with any weights. It is built without memory first, and compared.
+
+    Raises:
+        ValueError: an unknown class, or another architecture than that of the weights.
+    """
+
+    def build() -> nn.Module:
+        if name in _OWN:
+            return _OWN[name][0](**config)
+        return Network(getattr(import_diffusers(), name).from_config(config))
+
+    if name not in _OWN and name not in ARCHITECTURES:
+        raise ValueError(f"{path} holds a {name[:100]}, which this release cannot build")
+    try:
+        if name in _OWN:
+            facts.check_own(path, config, weights)
+        else:
+            check_config(config)
+        with torch.device("meta"):
+            facts.check_shapes(path, build(), weights)
+        return build()
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:  # constructors raise exceptions of many kinds
+        said = reason(error)
+        raise ValueError(said if str(path) in said else f"{path} describes no {name}: {said}") from None

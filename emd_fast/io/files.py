@@ -25,7 +25,8 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with naming(path):
-            with open(temporary, "wb") as file:
+            temporary.unlink(missing_ok=True)  # of a killed process with this number, or a link
+            with open(temporary, "xb") as file:
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())

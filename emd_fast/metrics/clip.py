@@ -9,11 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from emd_fast.io import reading
 from emd_fast.metrics.images import rgb
 
 
 class ClipScore:
     """CLIP score 100 max(cos(image, text), 0), by a CLIP model of transformers.
+
+    Code in the folder is not run (`trust_remote_code=False`), and `.bin` weights are read by
+    torch.load with weights_only=True, which is the default of transformers.
 
     Args:
         name: a folder with a CLIPModel and its CLIPProcessor, or a model name on the Hugging Face hub.
@@ -34,10 +38,12 @@ class ClipScore:
                 'the CLIP score needs transformers: `pip install "emd_fast[diffusers]"`', name=error.name
             ) from error
         try:
-            model: Any = CLIPModel.from_pretrained(str(name))
-            self._processor: Any = CLIPProcessor.from_pretrained(str(name))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{name} holds no CLIP model: {(str(error).splitlines() or [''])[0]}") from None
+            if Path(name).is_dir():
+                reading.check_regular(Path(name))
+            model: Any = CLIPModel.from_pretrained(str(name), trust_remote_code=False)
+            self._processor: Any = CLIPProcessor.from_pretrained(str(name), trust_remote_code=False)
+        except Exception as error:  # transformers raises exceptions of many kinds
+            raise ValueError(f"{name} holds no CLIP model: {reading.reason(error)}") from None
         self._model, self._device = model.to(device).eval(), torch.device(device)
 
     @torch.no_grad()

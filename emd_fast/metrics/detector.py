@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import warnings
 import zipfile
 from pathlib import Path
@@ -11,9 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from emd_fast.io.code import CodeRefused
 from emd_fast.metrics.images import rgb
 
-_EXPECTED = "TorchScript, as inception-2015-12-05.pt, or a .pt2 of torch.export"
+_EXPECTED = "TorchScript, as inception-2015-12-05.pt"
+_LARGEST = 2**34  # bytes; the largest published detectors have about 2^31
+# SHA-256 of programs that run without being named. Published hash of inception-2015-12-05.pt of
+# StyleGAN2-ADA: k-diffusion's evaluation.py pins it.
+_KNOWN = {"f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"}
 
 
 class DetectorError(ValueError):
@@ -21,29 +27,38 @@ class DetectorError(ValueError):
 
 
 class Detector:
-    """A detector from a file, in one of two formats.
+    """A detector from a TorchScript file with the interface of NVlabs' Inception.
 
-    - TorchScript, with the interface of NVlabs' Inception: `forward(images, return_features=...)` on
-      uint8 images (n, 3, H, W). It returns features with return_features=True. Without it, it returns
-      class probabilities if forward also takes `no_output_bias`.
-    - A torch.export program (.pt2) that returns features of uint8 images (n, 3, H, W), with n dynamic.
+    `forward(images, return_features=...)` takes uint8 images (n, 3, H, W). It returns features with
+    return_features=True. Without it, it returns class probabilities if forward also takes
+    `no_output_bias`.
 
-    PyTorch's interpreter runs the program in the file. It contains no Python, but it is somebody's
-    code all the same. NVlabs' .pkl is refused: reading this pickle would execute Python.
+    A TorchScript file is code: PyTorch's interpreter runs it, and operators of PyTorch can write
+    files. It runs only if its SHA-256 is that of a published detector, or if the user names the
+    file. A .pt2 of torch.export and NVlabs' .pkl are refused: reading them executes Python.
 
     Args:
         path: path of the file.
         device: where the detector runs.
+        named: whether the user names the file. Pass False for a path that stands in a run folder,
+            a recipe or another file.
 
     Raises:
         DetectorError: there is no such file, or it is of another kind.
+        CodeRefused: the file is not named by the user, and no published detector.
     """
 
-    def __init__(self, path: str | Path, device: torch.device | str = "cpu") -> None:
+    def __init__(self, path: str | Path, device: torch.device | str = "cpu", *, named: bool = True) -> None:
         self.path, self.device = Path(path), torch.device(device)
-        self._network, arguments = _load(self.path, self.device)
-        self.sha256 = sha256_of(self.path)
-        self._options: dict[str, Any] = {"return_features": True} if "return_features" in arguments else {}
+        content = _content(self.path)
+        self.sha256 = hashlib.sha256(content).hexdigest()
+        if not named and self.sha256 not in _KNOWN:
+            raise CodeRefused(
+                f"this run names the detector {self.path}, a TorchScript program that is no published one (sha256 "
+                f"{self.sha256}): give --detector {self.path} to allow it, if you trust that program"
+            )
+        self._network, arguments = _load(self.path, content, self.device)
+        self._options: dict[str, Any] = {"return_features": True}
         self.has_classes = "no_output_bias" in arguments
 
     def features(self, images: Tensor) -> Tensor:
@@ -81,8 +96,8 @@ class Detector:
         return found
 
 
-def _load(path: Path, device: torch.device) -> tuple[Any, set[str]]:
-    """Returns the callable in the file, and the names of the arguments that it takes."""
+def _content(path: Path) -> bytes:
+    """Reads a file that looks like TorchScript, once: the bytes that are hashed are those that run."""
     if not path.is_file():
         raise DetectorError(f"there is no detector file {path}")
     if not zipfile.is_zipfile(path):
@@ -94,26 +109,36 @@ def _load(path: Path, device: torch.device) -> tuple[Any, set[str]]:
                 "TorchScript, inception-2015-12-05.pt"
             )
         raise DetectorError(f"{path} is no detector: it must be {_EXPECTED}")
-    with zipfile.ZipFile(path) as archive:
-        files = {name.partition("/")[2] for name in archive.namelist()}
     try:
-        if "archive_format" in files:
-            program = torch.export.load(str(path)).module().to(device)
-            return program, set()
-        if "constants.pkl" in files:
-            with warnings.catch_warnings():
-                # Published detectors are TorchScript, which PyTorch deprecates.
-                warnings.simplefilter("ignore", DeprecationWarning)
-                script = torch.jit.load(str(path), map_location=device).eval()
-            arguments = {argument.name for argument in script.forward.schema.arguments}
-            if "return_features" not in arguments:
-                raise DetectorError(f"{path} is TorchScript, but its forward takes no return_features: no detector")
-            return script, arguments
-    except DetectorError:
-        raise
-    except Exception as error:  # PyTorch's readers raise exceptions of many kinds
+        with zipfile.ZipFile(path) as archive:
+            files = {name.rpartition("/")[2] for name in archive.namelist()}
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         raise DetectorError(f"cannot read the detector {path}: {_last_line(error)}") from None
-    raise DetectorError(f"{path} is an archive, but no program: a detector must be {_EXPECTED}")
+    if "archive_format" in files or path.suffix == ".pt2":
+        raise DetectorError(
+            f"{path} is a program of torch.export, whose loader runs pickles: refused; save the network with "
+            "torch.jit.script instead"
+        )
+    if "constants.pkl" not in files:
+        raise DetectorError(f"{path} is an archive, but no program: a detector must be {_EXPECTED}")
+    if path.stat().st_size > _LARGEST:
+        raise DetectorError(f"{path} has more than {_LARGEST >> 30} GiB: no detector")
+    return path.read_bytes()
+
+
+def _load(path: Path, content: bytes, device: torch.device) -> tuple[Any, set[str]]:
+    """Returns the program in a file's content, and the names of the arguments that it takes."""
+    try:
+        with warnings.catch_warnings():
+            # Published detectors are TorchScript, which PyTorch deprecates.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            script = torch.jit.load(io.BytesIO(content), map_location=device).eval()
+        arguments = {argument.name for argument in script.forward.schema.arguments}
+    except Exception as error:  # PyTorch's reader raises exceptions of many kinds
+        raise DetectorError(f"cannot read the detector {path}: {_last_line(error)}") from None
+    if "return_features" not in arguments:
+        raise DetectorError(f"{path} is TorchScript, but its forward takes no return_features: no detector")
+    return script, arguments
 
 
 def sha256_of(path: Path) -> str:

@@ -56,14 +56,19 @@ class Evaluator:
         compare_with: str | Path = "",
         clip: str | Path = "",
         device: torch.device | str = "cpu",
+        *,
+        named: bool = True,
     ) -> Evaluator:
         """Opens the files that are given; an empty name stands for none.
 
+        Args:
+            named: whether the user names the detector, as for `Detector`.
+
         Raises:
-            DetectorError, BadReference, ValueError, ModuleNotFoundError: a file of another kind.
+            CodeRefused, DetectorError, BadReference, ValueError, ModuleNotFoundError: a file of another kind.
         """
         return cls(
-            Detector(detector, device) if detector else None,
+            Detector(detector, device, named=named) if detector else None,
             load_reference(reference) if reference else None,
             ImageFiles(compare_with) if compare_with else None,
             ClipScore(clip, device) if clip else None,

@@ -2,25 +2,49 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from emd_fast.io.files import naming, write_text
+from emd_fast.io.reading import parse_json, read_bytes
+from emd_fast.io.signed import checked_row, row_of
+
+_LARGEST = 2**30  # bytes of a log
+_WANDB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """Reads the rows of a log.jsonl. Lines that a crash left incomplete are skipped.
+def read(path: Path, damaged: Callable[[str], object] | None = None) -> list[dict[str, Any]]:
+    """The rows of a log.jsonl; a last line that a crash cut off is left out.
 
-    A missing file has no rows.
+    Args:
+        damaged: called with one line that names the rows which are damaged. They are left out, like
+            all that are no table of numbers with a step.
     """
-    rows = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
+    rows, wrong = [], []
+    content = read_bytes(path, _LARGEST).decode(errors="replace") if path.exists() else ""
+    lines = content.splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(_row(checked_row(line)))
+        except ValueError:
+            if number < len(lines) or content.endswith("\n"):
+                wrong.append(number)
+    if wrong and damaged is not None:
+        more = f" and {len(wrong) - 1} more lines" if len(wrong) > 1 else ""
+        damaged(f"{path} is damaged in line {wrong[0]}{more}: left out")
     return rows
+
+
+def _row(line: str) -> dict[str, Any]:
+    row = parse_json(line)
+    match row:
+        case {"step": int() as step} if not isinstance(step, bool) and 0 <= step < 2**62:
+            if all(value is None or type(value) in (int, float) for value in row.values()):
+                return dict(row)
+    raise ValueError("a row must be a table of numbers with a step")
 
 
 def check(sinks: tuple[str, ...]) -> None:
@@ -54,18 +78,14 @@ class Journal:
     ) -> None:
         self.path = folder / "log.jsonl"
         kept = [row for row in read(self.path) if row["step"] <= step]
-        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
-        # Unbuffered, so that close() does not repeat a write that failed on a full disk.
+        write_text(self.path, "".join(map(row_of, kept)))
+        # Unbuffered: what a full disk has refused must not be tried again by close().
         self._file = open(self.path, "ab", buffering=0)  # closed by close()
         self._sinks = [_SINKS[name](folder, step, config or {}) for name in sinks]
 
     def write(self, row: dict[str, float]) -> None:
-        """Writes one row. `row` has the key "step".
-
-        Raises:
-            OSError: the file cannot be written. The message has its path.
-        """
-        left = (json.dumps(row) + "\n").encode()
+        """Raises OSError, with the path, where the file cannot be written."""
+        left = row_of(row).encode()
         with naming(self.path):
             while left:
                 left = left[self._file.write(left) :]
@@ -106,7 +126,9 @@ class _WandB:
         that are made again after a crash.
         """
         path, module = folder / "wandb.id", self.module()
-        own = path.read_text().strip() if path.exists() else None
+        own = read_bytes(path, 200).decode(errors="replace").strip() if path.exists() else None
+        if own is not None and not _WANDB_ID.fullmatch(own):
+            raise RuntimeError(f"{path} holds no id of Weights & Biases: remove it to log to a new run there")
         try:
             self._run = module.init(dir=str(folder), config=config, id=own, resume="allow", allow_val_change=True)
         except Exception as error:  # wandb has its own kinds: no key, no project, no network

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from emd_fast.io.files import write_text
+from emd_fast.io.reading import parse_json, read_bytes, read_text, reason
+from emd_fast.io.signed import table_of
 from emd_fast.reporting import journal, pictures
 
 _ORDER = ("real", "teacher", "init", "generator")  # of columns and pictures; other names follow
@@ -111,7 +112,7 @@ def _results(metrics: Mapping[str, Any], task: str) -> list[str]:
         table.append([_LABELS.get(key, key), *(_number(rows[key].get(name)) for name in names)])
         real = rows[key].get("real")
         if key == "frechet" and isinstance(real, (int, float)) and real > 0:
-            ratios = {name: rows[key][name] / real for name in rows[key] if rows[key][name] is not None}
+            ratios = {name: value / real for name, value in rows[key].items() if isinstance(value, (int, float))}
             table.append(["Fréchet distance over that of *real*", *(_number(ratios.get(name)) for name in names)])
     facts = ", ".join(f"{key} = {_number(metrics[key])}" for key in ("n", "seed", "seeds") if key in metrics)
     sentences = [f"Each set: {facts}."] if facts else []
@@ -130,7 +131,7 @@ def _best(metrics: Mapping[str, Any]) -> list[str]:
     best = metrics.get("best")
     if not best:
         return []
-    evaluated = f"These metrics are of the checkpoint of step {metrics['steps']}. " if "trained" in metrics else ""
+    evaluated = f"These metrics are of the checkpoint of step {metrics.get('steps')}. " if "trained" in metrics else ""
     return [
         f"{evaluated}The best checkpoint of the training is that of step {best['step']}, with a Fréchet distance of "
         f"{_number(best['frechet'])}: `checkpoints/best`, which `--best` selects."
@@ -166,6 +167,7 @@ def _cost(metrics: Mapping[str, Any]) -> list[str]:
     seconds = metrics.get("seconds")
     if not isinstance(seconds, Mapping) or not seconds:
         return []
+    seconds = {name: value for name, value in seconds.items() if isinstance(value, (int, float))}
     phases = {name: value for name, value in seconds.items() if name != "total"}
     total = seconds.get("total", sum(phases.values()))
     rows = [
@@ -197,14 +199,36 @@ def _number(value: Any) -> str:
 
 
 def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.exists() else ""
+    return read_text(path) if path.exists() else ""
 
 
 def _metrics(path: Path) -> dict[str, Any]:
     try:
-        metrics = json.loads(_text(path) or "{}")
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+        metrics = parse_json(_text(path) or "{}")
+        if isinstance(metrics, dict) and "sha256" in metrics:
+            metrics = table_of(read_bytes(path), indent=1)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged, or not JSON: {reason(error)}") from None
     if not isinstance(metrics, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(metrics).__name__}")
+    for name, value in metrics.items():
+        if not _is_metric(name, value):
+            raise ValueError(f"{path} has an entry {name[:100]!r} of another form")
     return metrics
+
+
+def _is_metric(name: str, value: Any) -> bool:
+    """Whether an entry has the form that an evaluation gives it."""
+    if name in _FILES:
+        return isinstance(value, dict) and {"file", "sha256"} <= value.keys()
+    if name == "best":
+        return isinstance(value, dict) and {"step", "frechet"} <= value.keys() and all(map(_is_plain, value.values()))
+    if isinstance(value, dict):
+        return all(map(_is_plain, value.values()))
+    return name not in ("seconds", "best") and (isinstance(value, str) or _is_plain(value))
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(type(item) in (int, float) for item in value)
+    return value is None or type(value) in (int, float)

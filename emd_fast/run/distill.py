@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,10 @@ from emd_fast import distributed
 from emd_fast.config import RunConfig, flatten
 from emd_fast.diffusion.denoiser import Denoiser
 from emd_fast.diffusion.generator import Generator
-from emd_fast.io.files import write_text
 from emd_fast.reporting import journal, report
 from emd_fast.reporting.progress import Progress, say
 from emd_fast.run.best import best_of_run
-from emd_fast.run.folder import RunError, finished_metrics, open_folder, settings_of
+from emd_fast.run.folder import RunError, finished_metrics, open_folder, settings_of, write_metrics
 from emd_fast.run.loop import train
 from emd_fast.run.plan import UNKNOWN, Ceilings, Plan, available, plan
 from emd_fast.run.signals import end_on_signals, stop_on_signals
@@ -175,11 +173,10 @@ def evaluate(
     trained = max(map(checkpoint.step_of, checkpoint.found(folder / "checkpoints")), default=trainer.steps_done)
     if trained > trainer.steps_done:
         metrics["trained"] = trained  # an earlier checkpoint was evaluated
-    text = json.dumps(metrics, indent=1)
 
     def write() -> None:
         (folder / "report.md").unlink(missing_ok=True)  # without a report the run is unfinished
-        write_text(folder / "metrics.json", text)
+        write_metrics(folder, metrics)
         report.write(folder)
 
     distributed.on_main(write)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
+import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,8 +19,15 @@ import tomli_w
 
 from emd_fast import config
 from emd_fast.config import RunConfig, forbidden_change, to_dict
+from emd_fast.io import folders
 from emd_fast.io.files import write_text
+from emd_fast.io.reading import read_bytes, reason
+from emd_fast.io.signed import check_text, json_of, table_of, text_of
 from emd_fast.reporting.progress import say
+
+# Folders that a run writes into.
+_FOLDERS = ("checkpoints", "samples", "samples/networks", "teacher", "replay", "tensorboard", "wandb")
+_TEMPORARY = re.compile(r"\..+\.tmp")
 
 
 class RunError(RuntimeError):
@@ -37,7 +44,10 @@ def locked(folder: Path) -> Iterator[None]:
         RunError: another run holds the lock.
         OSError: the folder cannot be written.
     """
-    with open(folder / ".lock", "a+") as file:
+    # A link in the place of the lock would lead to a file of somebody else.
+    with open(
+        os.open(folder / ".lock", os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666), "a+"
+    ) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -62,16 +72,42 @@ def open_folder(folder: Path, settings: RunConfig, held: contextlib.ExitStack) -
     path = folder / "config.toml"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        check_links(folder)
         held.enter_context(locked(folder))
+        clear_temporaries(folder)
         (folder / "checkpoints").mkdir(exist_ok=True)
         (folder / "samples").mkdir(exist_ok=True)
         if path.exists() and _begun(folder):
-            _check_same_run(folder, config.load(str(path)), settings)
-        write_text(path, tomli_w.dumps(to_dict(settings)))
+            _check_same_run(folder, settings_of(folder), settings)
+        write_config(folder, settings)
     except OSError as error:
         raise RunError(
             f"cannot write the run folder {folder}: {error.strerror}: {error.filename}; choose another with --out"
         ) from None
+
+
+def write_config(folder: Path, settings: RunConfig) -> None:
+    """Writes config.toml, with the SHA-256 of its lines in the last one."""
+    write_text(folder / "config.toml", text_of(tomli_w.dumps(to_dict(settings))))
+
+
+def check_links(folder: Path) -> None:
+    """Whether all that is written into a run folder stays there.
+
+    Raises:
+        RunError: a folder in it is a link.
+    """
+    for name in _FOLDERS:
+        if (folder / name).is_symlink():
+            raise RunError(f"{folder / name} is a link: a run writes nothing through it; make it a folder")
+
+
+def clear_temporaries(folder: Path) -> None:
+    """Removes what killed processes left half-written. The caller holds the lock."""
+    for parent, names, files in os.walk(folder):  # follows no links
+        for name in filter(_TEMPORARY.fullmatch, [*names, *files]):
+            folders.remove(Path(parent) / name)
+        names[:] = [name for name in names if not _TEMPORARY.fullmatch(name)]
 
 
 def _begun(folder: Path) -> bool:
@@ -96,16 +132,45 @@ def settings_of(folder: Path) -> RunConfig:
     path = folder / "config.toml"
     if not path.exists():
         raise RunError(f"{folder} is not the folder of a run: it has no config.toml")
+    check_links(folder)
+    try:
+        check_text(read_bytes(path))
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"{path} is damaged, or was changed after the run wrote it ({reason(error)}): restore it, or remove it and "
+            "give `emd-fast distill` the recipe and the options of the run again"
+        ) from None
     return config.load(str(path))
+
+
+def write_metrics(folder: Path, metrics: dict[str, Any]) -> None:
+    """Writes metrics.json, with the SHA-256 of its contents in the last field."""
+    write_text(folder / "metrics.json", json_of(metrics, indent=1))
+
+
+def metrics_of(folder: Path) -> dict[str, Any] | None:
+    """Returns metrics.json; None if there is none, or with a warning if it is damaged."""
+    path = folder / "metrics.json"
+    if not path.exists():
+        return None
+    try:
+        return table_of(read_bytes(path), indent=1)
+    except (OSError, ValueError) as error:
+        say(f"{path} is damaged and not used: {reason(error)}")
+        return None
+
+
+def seconds_of(folder: Path) -> dict[str, float]:
+    """Returns the seconds by phase in metrics.json."""
+    seconds = (metrics_of(folder) or {}).get("seconds")
+    if not isinstance(seconds, dict):
+        return {}
+    return {name: value for name, value in seconds.items() if type(value) in (int, float)}
 
 
 def finished_metrics(folder: Path, settings: RunConfig) -> dict[str, Any] | None:
     """Returns metrics.json of a run that has made all its steps and has a report, else None."""
-    path = folder / "metrics.json"
-    if not path.exists() or not (folder / "report.md").exists():
+    if not (folder / "report.md").exists() or (metrics := metrics_of(folder)) is None:
         return None
-    try:
-        metrics = json.loads(path.read_text())
-    except json.JSONDecodeError:
-        return None
-    return metrics if metrics.get("trained", metrics.get("steps", 0)) >= settings.emd.steps else None
+    steps = metrics.get("trained", metrics.get("steps", 0))
+    return metrics if type(steps) is int and steps >= settings.emd.steps else None

@@ -40,8 +40,8 @@ def train(trainer: EMDTrainer, settings: RunConfig, folder: Path, sinks: tuple[s
     if not settings.emd.noise_cancellation:
         say("warning: noise_cancellation is off; the generator's gradient is much noisier without it")
     main = distributed.is_main()
-    rows = [row for row in journal.read(folder / "log.jsonl") if row["step"] <= first]
-    before = rows[-1]["seconds"] if rows else 0.0
+    rows = [row for row in journal.read(folder / "log.jsonl", say) if row["step"] <= first]
+    before = rows[-1].get("seconds") or 0.0 if rows else 0.0
     distributed.barrier()  # the main rank is about to rewrite the log that all ranks read
     logs: list[journal.Journal] = []
     distributed.on_main(lambda: logs.append(journal.Journal(folder, first, sinks, to_dict(settings))))
@@ -66,7 +66,14 @@ def train(trainer: EMDTrainer, settings: RunConfig, folder: Path, sinks: tuple[s
             )
             saved = done
 
+    def show_again() -> None:
+        """Draws the picture of the checkpoint, if the last leg was killed between the two."""
+        due = first and (first % settings.save_every == 0 or first == total)
+        if due and not distributed.on_main(lambda: _picture(folder, first).exists()):
+            _show(trainer, folder)
+
     try:
+        show_again()
         with stop_on_signals() as stopped:
             while trainer.steps_done < total:
                 stop = agree(stopped())
@@ -169,5 +176,8 @@ def _show(trainer: EMDTrainer, folder: Path) -> None:
     if distributed.is_main():
         # Values that are not finite must not end the run here.
         images = torch.cat(list(rows.values())).nan_to_num()
-        path = folder / "samples" / "networks" / f"step-{trainer.steps_done:08d}.png"
-        pictures.save_grid(path, images, columns=_SHOWN)
+        pictures.save_grid(_picture(folder, trainer.steps_done), images, columns=_SHOWN)
+
+
+def _picture(folder: Path, step: int) -> Path:
+    return folder / "samples" / "networks" / f"step-{step:08d}.png"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import statistics
 from collections.abc import Sequence
@@ -127,7 +128,8 @@ def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
 def _gradient_norm(folder: Path) -> dict[str, float]:
     """Median norm of the generator's gradient over the second half of the run: its noise level."""
     rows: Sequence[dict[str, Any]] = journal.read(folder / "log.jsonl")
-    return {"gradient norm": statistics.median(row["generator_grad_norm"] for row in rows[len(rows) // 2 :])}
+    norms = [row["generator_grad_norm"] for row in rows[len(rows) // 2 :] if row.get("generator_grad_norm") is not None]
+    return {"gradient norm": statistics.median(norms) if norms else math.nan}
 
 
 def _question(settings: RunConfig, seeds: int) -> str:

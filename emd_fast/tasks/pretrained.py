@@ -14,12 +14,13 @@ from emd_fast import distributed
 from emd_fast.config import ConfigError, RunConfig
 from emd_fast.diffusion.denoiser import Denoiser
 from emd_fast.diffusion.sampler import heun
+from emd_fast.io import code
 from emd_fast.metrics import evaluation
 from emd_fast.metrics.evaluation import Evaluator
 from emd_fast.metrics.images import to_uint8
 from emd_fast.reporting import pictures
 from emd_fast.reporting.progress import say
-from emd_fast.tasks import OnStep
+from emd_fast.tasks import OnStep, encoded
 from emd_fast.teachers import custom, edm
 from emd_fast.teachers import diffusers as folders
 from emd_fast.train import conditions
@@ -34,6 +35,7 @@ class Pretrained:
             raise ConfigError("there is no teacher: give --teacher, a folder, a file or package.module:function")
         self.config = config
         self.prompts: conditions.Table | None = None
+        self._encoded_in: Path | None = None  # folder of the run whose prompts were encoded
 
     def make_teacher(self, folder: Path, on_step: OnStep | None) -> Denoiser:
         teacher = self._load(_device())
@@ -48,6 +50,7 @@ class Pretrained:
     def _load(self, device: torch.device) -> Denoiser:
         name = self.config.pretrained.teacher
         if ":" in name and not Path(name).exists():
+            code.require(name, "gets its teacher from the Python code", "--teacher")
             return custom.load(name).to(device)
         if _is_edm(name):
             return edm.load(name, device=device)
@@ -87,18 +90,11 @@ class Pretrained:
         elif not text:
             raise ConfigError(f"this teacher takes no prompts, got --prompts {name}")
         else:
-            table = conditions.Mapped(self._encoded(teacher, Path(name), folder / "prompts.safetensors"))
+            table = conditions.Mapped(encoded.encoded(teacher, Path(name), folder))
+            self._encoded_in = folder
         if teacher.null_cond is None:
             teacher.null_cond = table.null_cond
         return table
-
-    def _encoded(self, teacher: Any, prompts: Path, encoded: Path) -> Path:
-        """Encodes the prompts of a text file once for the whole run; returns the path of their table."""
-        if not encoded.exists():
-            lines = _lines(prompts)
-            say(f"encoding {len(lines)} prompts")
-            conditions.save(encoded, teacher.encode(lines), teacher.encode([""]))
-        return encoded
 
     def make_networks(self) -> tuple[nn.Module | None, Denoiser | None]:
         return None, None
@@ -106,7 +102,8 @@ class Pretrained:
     @functools.cached_property
     def evaluator(self) -> Evaluator:
         files = self.config.evaluation
-        return Evaluator.read(files.detector, files.reference, files.compare_with, files.clip, _device())
+        named = code.is_allowed(files.detector)
+        return Evaluator.read(files.detector, files.reference, files.compare_with, files.clip, _device(), named=named)
 
     def open_references(self) -> None:
         self.evaluator.check()
@@ -131,7 +128,9 @@ class Pretrained:
         if self.evaluator.clip is None:
             return None
         path = Path(self.config.pretrained.prompts)
-        lines = _lines(path)
+        lines = encoded.lines_of(path)
+        if self._encoded_in is not None:
+            encoded.check_texts(self._encoded_in, lines, path)
         if self.prompts is not None and len(lines) != len(self.prompts):
             raise ValueError(f"{path} has {len(lines)} prompts, the run was made with {len(self.prompts)}")
         return lambda first, n: [lines[i % len(lines)] for i in range(first, first + n)]
@@ -174,21 +173,6 @@ def _images(trainer: EMDTrainer) -> tuple[evaluation.Images, int]:
         return to_uint8(decoded(trainer.teacher, trainer.generate(n, first_sample=first)))
 
     return images, config.compute.micro_batch_size or -(-config.batch_size // distributed.world_size())
-
-
-def _lines(prompts: Path) -> list[str]:
-    """Reads the prompts of a text file, one per line.
-
-    Raises:
-        ConfigError: the file cannot be read, or has no prompt.
-    """
-    try:
-        lines = [line.strip() for line in prompts.read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the prompts in {prompts}: {getattr(error, 'strerror', error)}") from None
-    if not lines:
-        raise ConfigError(f"there is no prompt in {prompts}")
-    return lines
 
 
 def _is_edm(name: str) -> bool:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from emd_fast.distributed.rows import Rows
+from emd_fast.io.signed import json_of
 
 MANIFEST = "manifest.json"
 VERSION = 3  # 1 and 2 kept their table of contents as a pickle
@@ -127,8 +128,7 @@ def file_name(rank: int) -> str:
 
 def signed(table: Mapping[str, Any]) -> bytes:
     """The table as JSON, with the SHA-256 of its JSON as the last field."""
-    digest = hashlib.sha256(json.dumps(table).encode()).hexdigest()
-    return json.dumps({**table, "sha256": digest}).encode()
+    return json_of(table).encode()
 
 
 def read(folder: Path) -> Manifest:

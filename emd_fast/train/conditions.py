@@ -52,12 +52,15 @@ class Mapped:
         from safetensors import SafetensorError, safe_open
 
         try:
+            if not Path(path).is_file():  # a fifo would block
+                raise OSError("there is no such file" if not Path(path).exists() else "it is not a regular file")
             self._file: Any = safe_open(str(path), "pt")
         except (OSError, SafetensorError) as error:
             raise ValueError(f"cannot read the conditions in {path}: {error}") from None
         self._names = [name for name in self._file.keys() if not name.startswith(_NULL)]
-        sizes = {self._file.get_slice(name).get_shape()[0] for name in self._names}
-        if len(sizes) != 1:
+        shapes = [self._file.get_slice(name).get_shape() for name in self._names]
+        sizes = {shape[0] if shape else -1 for shape in shapes}
+        if len(sizes) != 1 or -1 in sizes:
             raise ValueError(f"{path} is no table of conditions: its tensors must have one batch size, got {sizes}")
         self._size = sizes.pop()
 

@@ -149,7 +149,10 @@ def _sample_shape(config: Any) -> tuple[int, ...]:
     size = config.get("sample_size")
     if size is None:
         raise ValueError("the model's configuration has no sample_size: give load() a sample_shape (C, H, W)")
-    return (config["in_channels"], *((size, size) if isinstance(size, int) else size))
+    sides = (size, size) if isinstance(size, int) else size
+    if not isinstance(sides, (list, tuple)) or not all(type(side) is int and 0 < side <= 2**14 for side in sides):
+        raise ValueError(f"the model's configuration has sample_size = {str(size)[:100]}, not (H, W)")
+    return (config["in_channels"], *sides)
 
 
 def _check_channels(name: str, config: Any, shape: Sequence[int]) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from emd_fast.diffusion.denoiser import Condition
+from emd_fast.io import paths, reading
+from emd_fast.teachers.diffusers import weights
 from emd_fast.teachers.diffusers.architectures import ARCHITECTURES, Architecture
+from emd_fast.teachers.diffusers.index import TEXT_PARTS, TEXT_PIPELINES, VAES, checked, class_of
 
 _NOT_FOR_TEXT = ("vae", "image_encoder", "feature_extractor", "safety_checker")
 _MAY_LACK = ("text_encoder_3", "tokenizer_3")  # the T5 of Stable Diffusion 3, which many folders lack
@@ -38,9 +39,9 @@ def import_diffusers() -> Any:
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from None
+        value = reading.read_json(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {path}: {reading.reason(error)}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object")
     return value
@@ -62,16 +63,16 @@ class Folder:
         self.root = _found(name)
         self.index: dict[str, Any] = {}  # contents of model_index.json, for a pipeline
         if (self.root / "model_index.json").exists():
-            self.index = read_json(self.root / "model_index.json")
+            self.index = _index(self.root / "model_index.json")
         elif (self.root / EXPORTED).exists():
-            self.index = read_json(self.root / EXPORTED).get("pipeline", {})
+            self.index = _index(self.root / EXPORTED, "pipeline")
         self.model = next((self.root / part for part in ("unet", "transformer") if self.has(part)), self.root)
         if not (self.model / "config.json").exists():
             raise ValueError(
                 f"{self.root} is no model of diffusers: it has no config.json, no unet/ and no transformer/"
             )
         self.model_class: str = read_json(self.model / "config.json").get("_class_name", "")
-        if not self.model_class:
+        if not isinstance(self.model_class, str) or not self.model_class:
             raise ValueError(f"{self.model} is no model of diffusers: its config.json has no _class_name")
         if self.model_class not in ARCHITECTURES:
             raise ValueError(
@@ -79,7 +80,7 @@ class Folder:
             )
         if not self.index and (self.root.parent / "model_index.json").exists():
             self.root = self.root.parent
-            self.index = read_json(self.root / "model_index.json")
+            self.index = _index(self.root / "model_index.json")
         if self.has("vqvae"):
             raise ValueError(f"{self.root} has a vqvae, which is not supported: a vae, or none, is")
         self._vae: nn.Module | None = None
@@ -98,6 +99,17 @@ class Folder:
     def has(self, component: str) -> bool:
         return isinstance(self.index.get(component), list) and self.index[component][1] is not None
 
+    def copy(self, component: str, target: Path) -> None:
+        """Copies the folder of a component. Links may lead into this folder, or into the blobs of the hub's cache.
+
+        Raises:
+            ValueError: a link that leads elsewhere, or what is no file and no folder.
+        """
+        roots = [self.root]
+        if self.root.resolve().parent.name == "snapshots":
+            roots.append(self.root.resolve().parents[1] / "blobs")
+        paths.copy_folder(self.root / component, target, tuple(roots))
+
     def scheduler_config(self) -> dict[str, Any]:
         for path in (self.root / "scheduler" / "scheduler_config.json", self.model / "scheduler_config.json"):
             if path.exists():
@@ -105,14 +117,7 @@ class Folder:
         raise ValueError(f"{self.root} has no scheduler/scheduler_config.json: give load() a scheduler")
 
     def load_model(self, dtype: torch.dtype) -> nn.Module:
-        try:
-            return getattr(import_diffusers(), self.model_class).from_pretrained(
-                self.model, torch_dtype=dtype, **_reading()
-            )
-        except (OSError, RuntimeError, ValueError) as error:
-            # The rest of the message is about arguments that the caller does not have.
-            reason = str(error).splitlines()[0].partition(" If you want to")[0].replace("Cannot load  because ", "")
-            raise ValueError(f"cannot read the weights in {self.model}: {reason}") from error
+        return weights.load(getattr(import_diffusers(), self.model_class), self.model, dtype)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -123,8 +128,8 @@ class Folder:
         if not self.has("vae"):
             return latents.float()
         if self._vae is None:
-            vae_class = getattr(import_diffusers(), self.index["vae"][1])
-            self._vae = vae_class.from_pretrained(self.root / "vae", **_reading()).eval().requires_grad_(False)
+            vae_class = getattr(import_diffusers(), self._class("vae", "diffusers", VAES))
+            self._vae = weights.load(vae_class, self.root / "vae").eval().requires_grad_(False)
         vae: Any = self._vae.to(latents.device)
         scale = getattr(vae.config, "scaling_factor", None) or 1.0
         shift = getattr(vae.config, "shift_factor", None) or 0.0
@@ -144,14 +149,19 @@ class Folder:
         """
         if not self.has("text_encoder"):
             raise ValueError(f"{self.root} has no text encoder: give embeddings instead of prompts")
-        pipeline_class = getattr(import_diffusers(), self.index["_class_name"])
+        pipeline_class = self._text_pipeline()
         # Components that encode no text are not loaded, and the pipeline gets the existing network.
         expected = inspect.signature(pipeline_class).parameters
         without = {
             part: None for part in expected if part in _NOT_FOR_TEXT or (part in _MAY_LACK and not self.has(part))
         }
-        given = {self.architecture.component: model, **_reading()}
-        pipeline = pipeline_class.from_pretrained(self.root, **without, **given)
+        given = {self.architecture.component: model, **weights.quietly()}
+        try:
+            for component in filter(self._is_text_part, self.index):
+                reading.check_regular(self.root / component)
+            pipeline = pipeline_class.from_pretrained(self.root, trust_remote_code=False, **without, **given)
+        except Exception as error:  # diffusers and transformers raise exceptions of many kinds
+            raise ValueError(f"cannot read the text encoders in {self.root}: {reading.reason(error)}") from error
         device = next(model.parameters()).device
         for name, part in pipeline.components.items():
             if name.startswith("text_encoder") and part is not None:
@@ -162,10 +172,36 @@ class Folder:
             return {"prompt_embeds": tokens, "pooled_projections": pooled}
         return pipeline.encode_prompt(prompt=prompts, **options)[0]
 
+    def _text_pipeline(self) -> Any:
+        """The class of the pipeline whose text encoders, tokenizers and scheduler may all be loaded."""
+        name = self.index.get("_class_name")
+        if name not in TEXT_PIPELINES:
+            raise ValueError(
+                f"{self.root} has a pipeline {name!r}, which is not supported: {', '.join(TEXT_PIPELINES)} are"
+            )
+        for component in filter(self._is_text_part, self.index):
+            self._class(component, "transformers", TEXT_PARTS[component.partition("_")[0]])
+        diffusers = import_diffusers()
+        if self.has("scheduler"):
+            self._class("scheduler", "diffusers", tuple(kind for kind in dir(diffusers) if kind.endswith("Scheduler")))
+        return getattr(diffusers, name)
 
-def _reading() -> dict[str, bool]:
-    """Options of from_pretrained. Without accelerate diffusers would warn about a second copy."""
-    return {"low_cpu_mem_usage": importlib.util.find_spec("accelerate") is not None}
+    def _is_text_part(self, component: str) -> bool:
+        return self.has(component) and component.partition("_")[0] in TEXT_PARTS
+
+    def _class(self, component: str, library: str, classes: tuple[str, ...]) -> str:
+        try:
+            return class_of(self.index, component, library, classes)
+        except ValueError as error:
+            raise ValueError(f"cannot use the pipeline in {self.root}: {error}") from None
+
+
+def _index(path: Path, part: str | None = None) -> dict[str, Any]:
+    table = read_json(path)
+    try:
+        return checked(table if part is None else table.get(part, {}))
+    except ValueError as error:
+        raise ValueError(f"cannot use {path}: {error}") from None
 
 
 def _found(name: str | Path) -> Path:
@@ -175,7 +211,7 @@ def _found(name: str | Path) -> Path:
     if path.exists() or not _HUB_NAME.fullmatch(str(name)):
         raise FileNotFoundError(f"{name} is no folder, and not the name of a pipeline on the hub either")
     try:
-        return Path(import_diffusers().DiffusionPipeline.download(str(name)))
+        return Path(import_diffusers().DiffusionPipeline.download(str(name), trust_remote_code=False))
     except (OSError, ValueError, RuntimeError) as error:
         raise FileNotFoundError(
             f"{name} is no folder here, and the hub did not give it: {str(error).splitlines()[0].partition(' (')[0]}"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from emd_fast.diffusion.schedules import VP, RectifiedFlow, Schedule
+from emd_fast.io import reading
 
 _FLOW = "FlowMatchEulerDiscreteScheduler"
 _CHAINS = (
@@ -21,6 +22,7 @@ _CHAINS = (
     "EulerAncestralDiscreteScheduler",
     "DPMSolverMultistepScheduler",
 )
+_MOST_STEPS = 2**20
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 # The value that diffusers uses as the last alpha^2 of a chain with zero terminal signal.
 _LAST_ALPHA_SQUARED = 2.0**-24
@@ -58,14 +60,14 @@ def read(config: Mapping[str, Any]) -> SchedulerInfo:
 
     name = config.get("_class_name")
     if name == _FLOW:
-        return SchedulerInfo(RectifiedFlow(), "flow", float(config.get("num_train_timesteps", 1000)))
+        return SchedulerInfo(RectifiedFlow(), "flow", float(_steps(config)))
     if name not in _CHAINS:
         raise ValueError(f"the scheduler {name} is not supported: {', '.join((*_CHAINS, _FLOW))} are")
     for key, plain in (("timestep_type", "discrete"), ("use_flow_sigmas", False)):
         if config.get(key, plain) != plain:
             raise ValueError(f"a {name} with {key} = {config[key]!r} is not supported: {plain!r} is")
     prediction = config.get("prediction_type", "epsilon")
-    if prediction not in PREDICTIONS:
+    if not isinstance(prediction, str) or prediction not in PREDICTIONS:
         raise ValueError(f"prediction_type {prediction!r} of {name} is not supported: {', '.join(PREDICTIONS)} are")
     # DDIM supports every kind of betas. The other classes differ in the sampling only.
     asked = (
@@ -76,9 +78,25 @@ def read(config: Mapping[str, Any]) -> SchedulerInfo:
         "trained_betas",
         "rescale_betas_zero_snr",
     )
-    chain: Any = diffusers.DDIMScheduler(**{"beta_schedule": "linear", **{k: config[k] for k in asked if k in config}})
-    betas = _with_signal(chain.betas.double())
-    return SchedulerInfo(VP(betas), PREDICTIONS[prediction], float(len(betas) - 1), tuple(betas.tolist()))
+    wanted = {key: config[key] for key in asked if key in config}
+    _steps(config)
+    try:
+        chain: Any = diffusers.DDIMScheduler(**{"beta_schedule": "linear", **wanted})
+        betas = _with_signal(chain.betas.double())
+        schedule = VP(betas)
+    except Exception as error:  # diffusers raises exceptions of many kinds
+        raise ValueError(f"the scheduler {name} has no betas that can be used: {reading.reason(error)}") from None
+    return SchedulerInfo(schedule, PREDICTIONS[prediction], float(len(betas) - 1), tuple(betas.tolist()))
+
+
+def _steps(config: Mapping[str, Any]) -> int:
+    """The number of training steps of a scheduler, which bounds its table of betas."""
+    steps, betas = config.get("num_train_timesteps", 1000), config.get("trained_betas")
+    if type(steps) is not int or not 1 < steps <= _MOST_STEPS:
+        raise ValueError(f"num_train_timesteps must be a number from 2 to {_MOST_STEPS:,}, got {str(steps)[:100]}")
+    if betas is not None and (type(betas) not in (list, tuple) or not 1 < len(betas) <= _MOST_STEPS):
+        raise ValueError(f"trained_betas must be a list of 2 to {_MOST_STEPS:,} numbers")
+    return steps
 
 
 def _with_signal(betas: Tensor) -> Tensor:

@@ -1,0 +1,67 @@
+"""Reads whole files of others: regular files of a bounded size, and JSON that cannot exhaust the reader."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+LARGEST = 2**26  # bytes of a file of settings or metrics
+
+
+def read_bytes(path: Path, largest: int = LARGEST) -> bytes:
+    """The contents of a regular file. A fifo or a device is not opened for reading.
+
+    Raises:
+        OSError: it cannot be read. ValueError: no regular file, or a larger one; without the path.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a fifo would block
+    with open(handle, "rb") as file:
+        found = os.fstat(handle)
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError("it is not a regular file")
+        if found.st_size > largest:
+            raise ValueError(f"it has {found.st_size:,} bytes, at most {largest:,} are read")
+        return file.read(largest + 1)
+
+
+def read_text(path: Path, largest: int = LARGEST) -> str:
+    """The same as text in UTF-8. Raises UnicodeDecodeError, a ValueError, besides."""
+    return read_bytes(path, largest).decode()
+
+
+def parse_json(content: str | bytes) -> Any:
+    """A JSON value.
+
+    Raises:
+        ValueError: not JSON, or nested without end.
+    """
+    try:
+        return json.loads(content)
+    except RecursionError:
+        raise ValueError("it is nested without end") from None
+
+
+def read_json(path: Path, largest: int = LARGEST) -> Any:
+    """The JSON value in a file. Raises as `read_bytes` and `parse_json` do."""
+    return parse_json(read_bytes(path, largest))
+
+
+def reason(error: BaseException) -> str:
+    """What an error says, as one short line without a path."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
+
+
+def check_regular(folder: Path) -> None:
+    """Whether all that lies in a folder is regular files and folders, links followed.
+
+    Raises:
+        ValueError: a device, a fifo, a socket or a link to nowhere; with the path.
+    """
+    for path in sorted(folder.iterdir()):
+        if not path.is_dir() and not path.is_file():
+            raise ValueError(f"{path} is no regular file")

@@ -1,0 +1,130 @@
+"""Prompts of a run, encoded once: prompts.safetensors, and prompts.json, which says what it was made of."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from emd_fast.config import ConfigError
+from emd_fast.io.files import write_text
+from emd_fast.io.reading import read_bytes, reason
+from emd_fast.io.signed import json_of, table_of
+from emd_fast.reporting.progress import say
+from emd_fast.train import checkpoint, conditions
+
+TABLE, RECORD = "prompts.safetensors", "prompts.json"
+_SMALL = 2**20  # bytes: the contents of such files of an encoder count, of larger ones the size
+
+
+def lines_of(prompts: Path) -> list[str]:
+    """Reads the prompts of a text file, one per line.
+
+    Raises:
+        ConfigError: the file cannot be read, or has no prompt.
+    """
+    try:
+        text = read_bytes(prompts, 2**31).decode()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read the prompts in {prompts}: {reason(error)}") from None
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise ConfigError(f"there is no prompt in {prompts}")
+    return lines
+
+
+def encoded(teacher: Any, prompts: Path, folder: Path) -> Path:
+    """The table of the prompts in a run folder, encoded now if it is not there.
+
+    A run that has a checkpoint keeps its table: a changed text or encoder is refused. A run that has
+    none encodes the prompts again.
+
+    Args:
+        teacher: has `encode`, and `folder` with the text encoders.
+        prompts: text file. A table that stands is used without it.
+        folder: run folder.
+
+    Raises:
+        ConfigError: the text or the encoders are not those of the table, the table is damaged, or there is no prompt.
+    """
+    table, begun = folder / TABLE, bool(checkpoint.found(folder / "checkpoints"))
+    made_of: dict[str, Any] | None = None
+    try:
+        made_of = _record(folder)
+    except ValueError as error:
+        if begun:
+            raise ConfigError(
+                f"{table} is damaged or not the one that this run made ({reason(error)}): remove it and {RECORD} to "
+                f"encode {prompts} again"
+            ) from None
+    if made_of is not None and not prompts.exists() and table.exists():
+        return table
+    lines = lines_of(prompts)
+    now = {"text": hash_of(lines), "encoder": _encoder(teacher)}
+    if made_of is not None:
+        changed = [name for name in now if made_of[name] != now[name]]
+        if changed and begun:
+            what = f"{prompts} is not the text" if "text" in changed else "the text encoders are not those"
+            raise ConfigError(f"{what} that {table} was made with: restore it, or choose another --out")
+        if not changed and table.exists():
+            return table
+    say(f"encoding {len(lines)} prompts")
+    conditions.save(table, teacher.encode(lines), teacher.encode([""]))
+    write_text(folder / RECORD, json_of({"format": 1, **now, **_file(table)}))
+    return table
+
+
+def check_texts(folder: Path, lines: Sequence[str], prompts: Path) -> None:
+    """Whether these are the prompts that a run's table was made of.
+
+    Raises:
+        ConfigError: they are not.
+    """
+    if (made_of := _record(folder)) is not None and made_of["text"] != hash_of(lines):
+        raise ConfigError(f"{prompts} is not the text that {folder / TABLE} was made with: restore it")
+
+
+def hash_of(lines: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _record(folder: Path) -> dict[str, Any] | None:
+    """What the table was made of; None if nothing says so and there is no table.
+
+    Raises:
+        ValueError: a damaged record, or a table that is not the recorded one.
+    """
+    table, path = folder / TABLE, folder / RECORD
+    if not path.exists():
+        if table.exists():
+            raise ValueError(f"there is no {RECORD}")
+        return None
+    try:
+        made_of = table_of(read_bytes(path))
+    except OSError as error:
+        raise ValueError(reason(error)) from None
+    if made_of.keys() != {"format", "text", "encoder", "size", "sha256_of_table"} or made_of["format"] != 1:
+        raise ValueError(f"{RECORD} has other fields")
+    if table.exists() and any(made_of[name] != value for name, value in _file(table).items()):
+        raise ValueError("it does not have the SHA-256 that was recorded")
+    return made_of
+
+
+def _file(table: Path) -> dict[str, Any]:
+    if not table.is_file():
+        raise ValueError("it is not a regular file")
+    with open(table, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"size": table.stat().st_size, "sha256_of_table": digest}
+
+
+def _encoder(teacher: Any) -> str:
+    """Identity of the text encoders and tokenizers in a teacher's folder: names and sizes, contents of small files."""
+    digest, root = hashlib.sha256(), teacher.folder.root
+    for path in sorted(path for kind in ("text_encoder*", "tokenizer*") for path in root.glob(f"{kind}/*")):
+        if path.is_file():
+            size = path.stat().st_size
+            digest.update(f"{path.relative_to(root)} {size}\n".encode())
+            digest.update(read_bytes(path, _SMALL) if size <= _SMALL else b"")
+    return digest.hexdigest()
