@@ -16,7 +16,8 @@ class ClipScore:
     """CLIP score 100 max(cos(image, text), 0), by a CLIP model of transformers.
 
     Args:
-        name: a folder with a CLIPModel and its CLIPProcessor, or a model name on the Hugging Face hub.
+        name: a folder with a CLIPModel and its CLIPProcessor, or a model name on the Hugging Face
+            hub.
         device: where the model runs.
 
     Raises:
