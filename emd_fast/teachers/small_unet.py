@@ -73,8 +73,8 @@ class SmallUNet(nn.Module):
             labels: (B,) int64 in [0, num_classes), or None for a network without labels.
 
         Raises:
-            ValueError: labels that are missing, not expected, of a wrong shape or (CPU tensors) out
-                of range; odd H or W.
+            ValueError: labels that are missing, not expected, of a wrong shape or (CPU tensors)
+                out of range; odd H or W.
             TypeError: labels that are not int64.
         """
         if x.shape[2] % 2 or x.shape[3] % 2:
