@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from emd_fast.train.trainer import EMDTrainer
 
 _HUGE = 1e4
-"""An RMS that no output, image or latent of a working run comes near."""
+"""An RMS that no output of a working teacher or fake score comes near."""
+_HUGE_SAMPLE = 1e3
+"""An RMS that no image, latent or noised sample of a working run comes near."""
 
 
 def cause(trainer: EMDTrainer) -> str:
@@ -59,12 +61,20 @@ def _observed(networks: dict[str, nn.Module], found: list[str], max_z_rms: float
     """Context manager: appends a sentence to `found` at the first wrong output."""
 
     def look(name: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        if found or not isinstance(output, Tensor) or not (wrong := _wrong(output)):
+        if found or not isinstance(output, Tensor):
             return
-        if _wrong(inputs[0], max_z_rms if name == "generator" else _HUGE):
+        samples = name == "generator"
+        if not (wrong := _wrong(output, _HUGE_SAMPLE if samples else _HUGE)):
+            return
+        if _wrong(inputs[0], max_z_rms if samples else _HUGE_SAMPLE):
             found.append(_CHAIN)
         else:
-            found.append(f"the {name} returned values {wrong} for a finite input: check its weights and conditions")
+            helps = (
+                "check its weights and its conditions"
+                if name == "teacher"
+                else "try smaller learning rates, or a smaller gamma_z"
+            )
+            found.append(f"the {name} returned values {wrong} for a sound input: {helps}")
 
     hooks = [
         network.register_forward_hook(functools.partial(look, name))
@@ -78,7 +88,7 @@ def _observed(networks: dict[str, nn.Module], found: list[str], max_z_rms: float
             hook.remove()
 
 
-def _wrong(x: Tensor, limit: float = _HUGE) -> str:
+def _wrong(x: Tensor, limit: float) -> str:
     """Describes values that no working run has; empty for good ones."""
     if not bool(torch.isfinite(x).all()):
         return "that are not finite"
