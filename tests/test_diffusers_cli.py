@@ -80,7 +80,7 @@ def test_prompts_that_were_encoded_before(call, tmp_path):
     done(call(*words, "--prompts", "p.safetensors"))
     assert samples(call, "run").shape == (3, 4, 8, 8)
     code, _, err = call("sample", "run", "--prompt", "a", "--out", "x.pt")
-    assert code == 1 and "has no text encoder" in err
+    assert code == 2 and "has no text encoder" in err
     conditions.save(tmp_path / "without.safetensors", torch.randn(5, 3, 8))
     code, _, err = call(*words, "--prompts", "without.safetensors", "--out", "none")
     assert code == 2 and "needs a null condition, and without.safetensors has none" in err
@@ -125,7 +125,7 @@ def test_a_function_is_a_teacher(call, tmp_path):
         ("nothing:here", 2, "cannot import the teacher's module 'nothing'"),
         ("test_diffusers_cli:nothing", 2, "has no function 'nothing'"),
         ("test_diffusers_cli:one_of_none", 2, "must return an emd_fast.Denoiser, got NoneType"),
-        ("./nowhere", 1, "./nowhere is no folder"),
+        ("./nowhere", 2, "./nowhere is no folder"),
     ],
 )
 def test_teachers_that_are_none(call, teacher, code, said):
@@ -152,9 +152,9 @@ def test_folders_that_are_no_model(call, tmp_path):
     folders.unet(tmp_path / "other")
     path = tmp_path / "other" / "unet" / "config.json"
     path.write_text(path.read_text().replace("16\n", "24\n"))
-    for folder, said in {"config": "its config.json has no _class_name", "other": "expected shape"}.items():
+    for folder, said in {"config": "its config.json has no _class_name", "other": "do not fit its config.json"}.items():
         code, _, err = call("distill", "--teacher", folder, "--out", "run", *TINY)
-        assert code == 1 and said in err and len(err.strip().splitlines()) == 1
+        assert code == 2 and said in err and len(err.strip().splitlines()) == 1
         assert "If you want" not in err
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from emd_fast.config import ConfigError
 from emd_fast.diffusion.schedules import VP, RectifiedFlow, Schedule
 from emd_fast.io import reading
 
@@ -53,7 +54,7 @@ def read(config: Mapping[str, Any]) -> SchedulerInfo:
     """Reads how a network was trained from the contents of a scheduler_config.json.
 
     Raises:
-        ValueError: the scheduler or prediction type is not supported. The message lists those that
+        ConfigError: the scheduler or prediction type is not supported. The message lists those that
             are.
     """
     import diffusers
@@ -62,13 +63,13 @@ def read(config: Mapping[str, Any]) -> SchedulerInfo:
     if name == _FLOW:
         return SchedulerInfo(RectifiedFlow(), "flow", float(_steps(config)))
     if name not in _CHAINS:
-        raise ValueError(f"the scheduler {name} is not supported: {', '.join((*_CHAINS, _FLOW))} are")
+        raise ConfigError(f"the scheduler {name} is not supported: {', '.join((*_CHAINS, _FLOW))} are")
     for key, plain in (("timestep_type", "discrete"), ("use_flow_sigmas", False)):
         if config.get(key, plain) != plain:
-            raise ValueError(f"a {name} with {key} = {config[key]!r} is not supported: {plain!r} is")
+            raise ConfigError(f"a {name} with {key} = {config[key]!r} is not supported: {plain!r} is")
     prediction = config.get("prediction_type", "epsilon")
     if not isinstance(prediction, str) or prediction not in PREDICTIONS:
-        raise ValueError(f"prediction_type {prediction!r} of {name} is not supported: {', '.join(PREDICTIONS)} are")
+        raise ConfigError(f"prediction_type {prediction!r} of {name} is not supported: {', '.join(PREDICTIONS)} are")
     # DDIM supports every kind of betas. The other classes differ in the sampling only.
     asked = (
         "num_train_timesteps",
@@ -85,7 +86,7 @@ def read(config: Mapping[str, Any]) -> SchedulerInfo:
         betas = _with_signal(chain.betas.double())
         schedule = VP(betas)
     except Exception as error:  # diffusers raises exceptions of many kinds
-        raise ValueError(f"the scheduler {name} has no betas that can be used: {reading.reason(error)}") from None
+        raise ConfigError(f"the scheduler {name} has no betas that can be used: {reading.reason(error)}") from None
     return SchedulerInfo(schedule, PREDICTIONS[prediction], float(len(betas) - 1), tuple(betas.tolist()))
 
 
@@ -93,9 +94,9 @@ def _steps(config: Mapping[str, Any]) -> int:
     """The number of training steps of a scheduler, which bounds its table of betas."""
     steps, betas = config.get("num_train_timesteps", 1000), config.get("trained_betas")
     if type(steps) is not int or not 1 < steps <= _MOST_STEPS:
-        raise ValueError(f"num_train_timesteps must be a number from 2 to {_MOST_STEPS:,}, got {str(steps)[:100]}")
+        raise ConfigError(f"num_train_timesteps must be a number from 2 to {_MOST_STEPS:,}, got {str(steps)[:100]}")
     if betas is not None and (type(betas) not in (list, tuple) or not 1 < len(betas) <= _MOST_STEPS):
-        raise ValueError(f"trained_betas must be a list of 2 to {_MOST_STEPS:,} numbers")
+        raise ConfigError(f"trained_betas must be a list of 2 to {_MOST_STEPS:,} numbers")
     return steps
 
 
