@@ -149,7 +149,9 @@ def _scheduler_config(scheduler: Any) -> dict[str, Any]:
 def _sample_shape(config: Any) -> tuple[int, ...]:
     size = config.get("sample_size")
     if size is None:
-        raise ConfigError("the model's configuration has no sample_size: give load() a sample_shape (C, H, W)")
+        raise ConfigError(
+            "the model's config.json has no sample_size: give --sample-shape C,H,W, or load(sample_shape=(C, H, W))"
+        )
     sides = (size, size) if isinstance(size, int) else size
     if not isinstance(sides, (list, tuple)) or not all(type(side) is int and 0 < side <= 2**14 for side in sides):
         raise ConfigError(f"the model's configuration has sample_size = {str(size)[:100]}, not (H, W)")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from emd_fast.config import ConfigError
 from emd_fast.diffusion.denoiser import Condition
 from emd_fast.io import paths, reading
-from emd_fast.teachers.diffusers import text, weights
+from emd_fast.teachers.diffusers import files, text, weights
 from emd_fast.teachers.diffusers.architectures import ARCHITECTURES, Architecture
 from emd_fast.teachers.diffusers.index import VAES, checked, class_of
 
@@ -102,7 +102,9 @@ class Folder:
         return isinstance(self.index.get(component), list) and self.index[component][1] is not None
 
     def copy(self, component: str, target: Path) -> None:
-        """Copies the folder of a component. Links may lead into this folder, or into the blobs of the hub's cache.
+        """Copies the folder of a component. Weights of a variant get the plain name, which stock pipelines read.
+
+        Links may lead into this folder, or into the blobs of the hub's cache.
 
         Raises:
             ValueError: a link that leads elsewhere, or what is no file and no folder.
@@ -111,6 +113,8 @@ class Folder:
         if self.root.resolve().parent.name == "snapshots":
             roots.append(self.root.resolve().parents[1] / "blobs")
         paths.copy_folder(self.root / component, target, tuple(roots))
+        if stems := {"vae": files.DIFFUSERS, "text": files.TRANSFORMERS}.get(component.partition("_")[0]):
+            files.drop_variant(target, stems)
 
     def scheduler_config(self) -> dict[str, Any]:
         for path in (self.root / "scheduler" / "scheduler_config.json", self.model / "scheduler_config.json"):

@@ -23,6 +23,7 @@ _CHAINS = (
     "EulerAncestralDiscreteScheduler",
     "DPMSolverMultistepScheduler",
 )
+_BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace")
 _MOST_STEPS = 2**20
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 # The value that diffusers uses as the last alpha^2 of a chain with zero terminal signal.
@@ -70,7 +71,10 @@ def read(config: Mapping[str, Any]) -> SchedulerInfo:
     prediction = config.get("prediction_type", "epsilon")
     if not isinstance(prediction, str) or prediction not in PREDICTIONS:
         raise ConfigError(f"prediction_type {prediction!r} of {name} is not supported: {', '.join(PREDICTIONS)} are")
-    # DDIM supports every kind of betas. The other classes differ in the sampling only.
+    kind = config.get("beta_schedule", "linear")
+    if config.get("trained_betas") is None and kind not in _BETAS:
+        raise ConfigError(f"beta_schedule {str(kind)[:100]!r} of {name} is not supported: {', '.join(_BETAS)} are")
+    # DDPM supports every kind of betas. The other classes differ in the sampling only.
     asked = (
         "num_train_timesteps",
         "beta_start",
@@ -82,7 +86,7 @@ def read(config: Mapping[str, Any]) -> SchedulerInfo:
     wanted = {key: config[key] for key in asked if key in config}
     _steps(config)
     try:
-        chain: Any = diffusers.DDIMScheduler(**{"beta_schedule": "linear", **wanted})
+        chain: Any = diffusers.DDPMScheduler(**{"beta_schedule": "linear", **wanted})
         betas = _with_signal(chain.betas.double())
         schedule = VP(betas)
     except Exception as error:  # diffusers raises exceptions of many kinds

@@ -12,6 +12,7 @@ from torch import nn
 
 from emd_fast.config import ConfigError
 from emd_fast.io import reading
+from emd_fast.teachers.diffusers import files
 from emd_fast.teachers.diffusers.names import check_names, silenced
 
 _CODE = ("auto_map", "quantization_config")  # keys that make loaders look for other code
@@ -22,8 +23,8 @@ _DEPTHS = ("layer", "depth", "block", "num_heads")
 def load(kind: Any, folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The model in a folder with config.json and weights.
 
-    Weights are safetensors, or a `.bin` that torch.load reads with weights_only=True, which is what
-    diffusers does.
+    `files.find` says which files are read. A `.bin` is read by torch.load with weights_only=True, which is
+    what diffusers does.
 
     Args:
         kind: a model class of diffusers.
@@ -34,22 +35,23 @@ def load(kind: Any, folder: Path, dtype: torch.dtype = torch.float32) -> nn.Modu
         ConfigError: files of another kind, sizes that the weights do not have, or weights that do not
             fit the configuration.
     """
-    return _loaded(kind, folder, **quietly(), torch_dtype=dtype)
+    return _loaded(kind, folder, files.DIFFUSERS, **quietly(), torch_dtype=dtype)
 
 
 def load_encoder(kind: Any, folder: Path) -> nn.Module:
     """The float32 text encoder in a folder, a model class of transformers. Raises as `load` does."""
-    return _loaded(kind, folder, trust_remote_code=False, dtype=torch.float32)
+    return _loaded(kind, folder, files.TRANSFORMERS, trust_remote_code=False, dtype=torch.float32)
 
 
-def _loaded(kind: Any, folder: Path, **options: Any) -> nn.Module:
+def _loaded(kind: Any, folder: Path, stems: tuple[str, str], **options: Any) -> nn.Module:
     try:
         reading.check_regular(folder)
         config = reading.read_json(folder / "config.json")
         check_config(config)
+        options |= files.find(folder, stems).options
         if hasattr(kind, "from_config"):
-            files = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin")]
-            check_sizes(kind, config, sum(path.stat().st_size for path in files))
+            sizes = [path.stat().st_size for path in folder.iterdir() if path.suffix in (".safetensors", ".bin")]
+            check_sizes(kind, config, sum(sizes))
         with silenced():
             model, found = kind.from_pretrained(
                 folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
@@ -86,9 +88,7 @@ def check_config(config: object) -> None:
 def _check_value(key: str, value: Any) -> None:
     if isinstance(value, (list, tuple)):
         if len(value) > _LONGEST and not all(type(item) is float for item in value):
-            raise ConfigError(
-                f"its configuration has {len(value):,} values for {key}, at most {_LONGEST} are allowed"
-            )
+            raise ConfigError(f"its configuration has {len(value):,} values for {key}, at most {_LONGEST} are allowed")
         for item in value:
             _check_value(key, item)
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
