@@ -96,6 +96,20 @@ def test_prompts_from_a_text_file(call, tmp_path):
     assert torch.equal(samples(call, "run", "--prompt", "d"), samples(call, "one-step", "--prompt", "d"))
 
 
+@pytest.mark.skipif(folders.transformers_missing() is not None, reason=str(folders.transformers_missing()))
+@pytest.mark.parametrize("kind", ["stable_diffusion", "sd3"])
+def test_an_export_without_a_stock_pipeline_encodes_prompts(call, tmp_path, kind):
+    getattr(folders, kind)(tmp_path / "teacher")
+    (tmp_path / "prompts.txt").write_text("a b\nc\n")
+    words = ["distill", "--teacher", "teacher", "--prompts", "prompts.txt", "--out", "run", *TINY]
+    done(call(*words, "--t-star=0.3003", "--input-scale=1"))
+    done(call("export", "run", "one-step"))
+    assert not (tmp_path / "one-step" / "model_index.json").exists()
+    expected = samples(call, "run", "--prompt", "d")
+    (tmp_path / "teacher").rename(tmp_path / "away")
+    assert torch.equal(samples(call, "one-step", "--prompt", "d"), expected)
+
+
 def small():
     """A teacher of one's own."""
     network = SmallUNet(3, channels=4, num_classes=0)

@@ -315,6 +315,6 @@ def test_a_recipe_says_what_it_lacks(pickled, tmp_path, call):
     code, _, error = call("distill", "cifar10", "--out", tmp_path / "b", "--teacher", pickled("vp"), *TINY)
     assert code == 2 and "num_classes must be 0" in error
     code, _, error = call("distill", "edm2", "--out", tmp_path / "c", "--teacher", Path("none.pkl"), *TINY)
-    assert code == 1 and "none.pkl" in error
+    assert code == 2 and "none.pkl" in error
     code, _, error = call("study", "edm2", "--out", tmp_path / "d")
     assert code == 2 and "no study" in error
