@@ -89,7 +89,7 @@ FAMILIES = {
         3,
         lambda g: (_levels(g).exp(), _one_hot(g)),
     ),
-    "edm2": (lookalikes.EDM2UNet, 3, lambda g: (_levels(g), _one_hot(g))),
+    "edm2": (lookalikes.UNet, 3, lambda g: (_levels(g), _one_hot(g))),
     "small": (lambda: SmallUNet(3), 3, _labelled),
 }
 

@@ -1,6 +1,9 @@
 """fuse(): the same numbers, parameters and keys; what it refuses; how it is copied, saved and undone."""
 
 import copy
+import functools
+import importlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +11,7 @@ from helpers import assert_same, assert_within, seeded
 from networks import FAMILIES, make, output
 
 import emd_fast
+from emd_fast.fusion.published import fingerprint
 
 
 def gradients(network, x, arguments, weights=None):
@@ -359,43 +363,77 @@ def test_the_known_parts_of_any_network():
         assert text in str(report)
 
 
-def test_a_structure_that_misleads():
-    """The attributes of a known block, and another computation: left, with a reason, and strict refuses it."""
+def overridden(how):
+    """A network with a block named like a known one, its arguments, the path that is left, and the reason."""
     import lookalikes
 
-    class Other(lookalikes.UNetBlock):
-        def forward(self, x, emb):
-            return 2 * super().forward(x, emb)
-
-    network = torch.nn.ModuleList([Other(16, 16, 8), lookalikes.UNetBlock(16, 16, 8)])
     x, emb = torch.randn(2, 16, 4, 4), torch.randn(2, 8)
-    expected = [block(x, emb) for block in network]
-    before = state_of(network)
-    with pytest.raises(ValueError, match="computes something else"):
+    doubled = {"forward": lambda self, x, emb: 2 * lookalikes.UNetBlock.forward(self, x, emb)}
+    if how == "a subclass":
+        return type("Other", (lookalikes.UNetBlock,), doubled)(16, 16, 8), (x, emb), "", "its forward is not"
+    if how == "a forward on the instance":
+        block = lookalikes.UNetBlock(16, 16, 8)
+        block.forward = functools.partial(doubled["forward"], block)
+        return block, (x, emb), "", "its forward is not"
+    if how == "a subclass of the same name":
+        return type("UNetBlock", (lookalikes.UNetBlock,), doubled)(16, 16, 8), (x, emb), "", "its forward is not"
+    network, x, arguments = make("unet2d")
+    block = network.mid_block.resnets[0]
+    if how == "an option of a later version":
+        block.residual_scale = 2.0
+        reason = "it has attributes that are not known: residual_scale"
+    else:
+        block.__class__ = type("Mine", (type(block),), {"forward": lambda self, x, temb: 2 * x})
+        reason = "its forward is not"
+    return network, (x, *arguments), "mid_block.resnets.0", reason
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "a subclass",
+        "a forward on the instance",
+        "a subclass of the same name",
+        "an option of a later version",
+        "a subclass of diffusers' class",
+    ],
+)
+def test_what_is_not_the_known_class_is_left(how):
+    """With its reason, and strict refuses it."""
+    network, (x, *arguments), path, reason = overridden(how)
+    before, expected = state_of(network), output(network, x, arguments)
+    with pytest.raises(ValueError, match=reason):
         emd_fast.fuse(network, strict=True)
     assert state_of(network) == before
     emd_fast.fuse(network)
-    for block, out in zip(network, expected, strict=True):
-        assert relative(block(x, emb), out) < 1e-5
-    assert [(p.path, p.note) for p in emd_fast.fusion_report(network).left] == [
-        ("0", "its structure is known, but it computes something else")
-    ]
+    assert relative(output(network, x, arguments), expected) < 1e-5
+    assert reason in {part.path: part.note for part in emd_fast.fusion_report(network).left}[path]
     assert state_of(emd_fast.unfuse(network)) == before
 
 
-def test_a_structure_whose_forward_wants_something_else():
+@pytest.mark.parametrize("name", ["forward", "a function that it calls"])
+def test_a_class_that_is_changed_is_not_the_published_one(name, tmp_path, monkeypatch):
+    """Its fingerprint changes with the code, not with comments."""
     import lookalikes
 
-    class Other(lookalikes.UNetBlock):
-        def forward(self, x, emb, mask):
-            return mask * super().forward(x, emb)
-
-    network = Other(16, 16, 8)
-    x, emb = torch.randn(2, 16, 4, 4), torch.randn(2, 8)
-    expected = network(x, emb, 3.0)
-    assert relative(emd_fast.fuse(network)(x, emb, 3.0), expected) < 1e-5
-    (left,) = emd_fast.fusion_report(network).left
-    assert left.path == "" and "does not take what such a module takes" in left.note
+    text = Path(lookalikes.__file__).read_text().partition("\n\n# Their source")[0]
+    assert "return F.silu(x) / 0.596" in text and "y = self.conv_res0(mp_silu(x))" in text
+    changed = {
+        "comment": text.replace("y = self.conv_res0(mp_silu(x))", "y = self.conv_res0(mp_silu(x))  # here"),
+        "forward": text.replace("y = self.conv_res0(mp_silu(x))", "y = self.conv_res0(mp_silu(2 * x))"),
+        "a function that it calls": text.replace("return F.silu(x) / 0.596", "return F.silu(x) / 0.6"),
+    }
+    monkeypatch.syspath_prepend(tmp_path)
+    found = []
+    for how in ("comment", name):
+        module = f"changed_{len(found)}_{len(name)}"
+        (tmp_path / f"{module}.py").write_text(changed[how])
+        found.append(fingerprint(block := importlib.import_module(module).Block))
+    with pytest.raises(ValueError, match="its source is not that of the Block that NVlabs publishes"):
+        emd_fast.fuse(block(16, 16, 8), strict=True)
+    assert found[0] == fingerprint(lookalikes.Block) != found[1]
+    monkeypatch.setattr(lookalikes.Block, "forward", lambda self, x, emb: x)
+    assert fingerprint(lookalikes.Block) is None
 
 
 def broken(how):

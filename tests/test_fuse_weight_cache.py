@@ -15,10 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import emd_fast
 from emd_fast import Denoiser, Generator, Noise, e_step
+from emd_fast.cache.layers import QKVWeight as Packed
 from emd_fast.cache.weights import WEIGHT_CACHE, weight_cache
 from emd_fast.diffusion.schedules import EDM
 from emd_fast.distributed import gathered
-from emd_fast.fusion.qkv_order import Packed
 
 NAMES = [*FAMILIES, *OWN]
 BF16 = {"device_type": "cpu", "dtype": torch.bfloat16}
