@@ -363,6 +363,9 @@ def test_the_known_parts_of_any_network():
         assert text in str(report)
 
 
+METHOD = "its forward, or another method"
+
+
 def overridden(how):
     """A network with a block named like a known one, its arguments, the path that is left, and the reason."""
     import lookalikes
@@ -370,21 +373,38 @@ def overridden(how):
     x, emb = torch.randn(2, 16, 4, 4), torch.randn(2, 8)
     doubled = {"forward": lambda self, x, emb: 2 * lookalikes.UNetBlock.forward(self, x, emb)}
     if how == "a subclass":
-        return type("Other", (lookalikes.UNetBlock,), doubled)(16, 16, 8), (x, emb), "", "its forward is not"
+        return (
+            type("Other", (lookalikes.UNetBlock,), doubled)(16, 16, 8),
+            (x, emb),
+            "",
+            METHOD,
+        )
     if how == "a forward on the instance":
         block = lookalikes.UNetBlock(16, 16, 8)
         block.forward = functools.partial(doubled["forward"], block)
-        return block, (x, emb), "", "its forward is not"
+        return block, (x, emb), "", METHOD
     if how == "a subclass of the same name":
-        return type("UNetBlock", (lookalikes.UNetBlock,), doubled)(16, 16, 8), (x, emb), "", "its forward is not"
+        return (
+            type("UNetBlock", (lookalikes.UNetBlock,), doubled)(16, 16, 8),
+            (x, emb),
+            "",
+            METHOD,
+        )
     network, x, arguments = make("unet2d")
+    if how == "a network with a forward on the instance":
+        network.forward = functools.partial(type(network).forward, network)
+        return network, (x, *arguments), "", METHOD
     block = network.mid_block.resnets[0]
     if how == "an option of a later version":
         block.residual_scale = 2.0
         reason = "it has attributes that are not known: residual_scale"
+    elif how == "a subclass with another method":
+        block = network.mid_block.attentions[0]
+        block.__class__ = type("Mine", (type(block),), {"prepare_attention_mask": lambda self, mask, *_: mask})
+        return network, (x, *arguments), "mid_block.attentions.0", "attention of a kind that is not known"
     else:
         block.__class__ = type("Mine", (type(block),), {"forward": lambda self, x, temb: 2 * x})
-        reason = "its forward is not"
+        reason = METHOD
     return network, (x, *arguments), "mid_block.resnets.0", reason
 
 
@@ -396,6 +416,8 @@ def overridden(how):
         "a subclass of the same name",
         "an option of a later version",
         "a subclass of diffusers' class",
+        "a subclass with another method",
+        "a network with a forward on the instance",
     ],
 )
 def test_what_is_not_the_known_class_is_left(how):

@@ -104,9 +104,9 @@ def named(module: Any, name: str, package: str = "") -> type[nn.Module] | None:
 
 
 def is_a(module: Any, name: str, package: str = "") -> bool:
-    """Whether the module is of the class of this name and has that class's forward.
+    """Whether the module is of the class of this name and computes what that class computes.
 
-    False for a subclass with a forward of its own, for a forward set on the instance, and for a
+    False for a subclass that overrides a method of it, for a forward set on the instance, and for a
     class whose forward was replaced.
     """
     base = named(module, name, package)
@@ -115,15 +115,21 @@ def is_a(module: Any, name: str, package: str = "") -> bool:
     function = base.forward
     # A decorator of NVlabs is a class between, which has the name of the class that it decorates.
     defining = next(cls for cls in base.__mro__ if "forward" in vars(cls))
+    below = type(module).__mro__[: type(module).__mro__.index(base)]
     return (
-        type(module).forward is function
+        not any(_overrides(cls, base) for cls in below)
+        and type(module).forward is function
         and function.__module__ == defining.__module__
         and function.__qualname__ == f"{defining.__qualname__}.forward"
         and (defining is base or defining.__name__ == name)
     )
 
 
-OVERRIDDEN = "its forward is not that of the class that it is named after"
+def _overrides(cls: type, base: type) -> bool:
+    return any(callable(value) and name in vars(base) and name[:2] != "__" for name, value in vars(cls).items())
+
+
+OVERRIDDEN = "its forward, or another method, is not that of the known class"
 
 
 def unknown_attributes(module: Any, known: frozenset[str]) -> str | None:

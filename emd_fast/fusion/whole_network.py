@@ -11,16 +11,20 @@ from torch import Tensor, nn
 from emd_fast.cache.conditioning import one_pass, remember
 from emd_fast.cache.layers import CastWeight
 from emd_fast.fusion import edm2_blocks, edm_blocks, layers, layout
-from emd_fast.fusion.fused_class import STATE, Fused, has, is_a
+from emd_fast.fusion.fused_class import OVERRIDDEN, STATE, Fused, has, is_a, named
 from emd_fast.fusion.layer_norm import LayerNorm
-from emd_fast.fusion.published import is_published
+from emd_fast.fusion.published import is_published, unpublished
 
 # The layers of each network that turn time and condition into embeddings. The blocks remember their
 # own projections. The networks of emd_fast.teachers remember their embeddings themselves.
 _DIFFUSERS = ("time_proj", "time_embedding", "class_embedding", "add_time_proj", "add_embedding", "encoder_hid_proj")
 _EDM = ("map_noise", "map_label", "map_augment", "map_layer0", "map_layer1")
 _EDM2 = ("emb_fourier", "emb_noise", "emb_label")
-_OWN = ("SongUNet", "DhariwalUNet", "EDM2UNet", "SmallUNet")
+_KNOWN = {
+    "emd_fast.teachers.": ("SongUNet", "DhariwalUNet", "EDM2UNet", "SmallUNet"),
+    "diffusers.": ("UNet2DModel", "UNet2DConditionModel"),
+}
+_PUBLISHED = {"SongUNet": _EDM, "DhariwalUNet": _EDM, "UNet": _EDM2}
 # The attribute that holds the network of a preconditioner.
 _INSIDE = {
     "EDMPrecond": "model",
@@ -33,13 +37,10 @@ _INSIDE = {
 
 def _layers(module: nn.Module) -> tuple[str, ...] | None:
     """The names of its embedding layers, None for a module that is no known network."""
-    if any(is_a(module, name, "emd_fast.teachers.") for name in _OWN):
-        return ()
-    if any(is_a(module, name, "diffusers.") for name in ("UNet2DModel", "UNet2DConditionModel")):
-        return _DIFFUSERS
-    if is_published(module, "SongUNet") or is_published(module, "DhariwalUNet"):
-        return _EDM
-    return _EDM2 if is_published(module, "UNet") else None
+    for package, names in _KNOWN.items():
+        if any(is_a(module, name, package) for name in names):
+            return _DIFFUSERS if package == "diffusers." else ()
+    return next((layers for name, layers in _PUBLISHED.items() if is_published(module, name)), None)
 
 
 class Network(Fused):
@@ -53,7 +54,16 @@ class Network(Fused):
         for name, inside in _INSIDE.items():
             if has(module, inside, "sigma_data") and is_published(module, name):
                 return _layers(getattr(module, inside)) is not None
-        return _layers(module) is not None
+        return _layers(module) is not None or cls.why_not(module) is not None
+
+    @classmethod
+    def why_not(cls, module: Any) -> str | None:
+        for package, names in _KNOWN.items():
+            if base := next((name for name in names if named(module, name, package)), None):
+                return None if is_a(module, base, package) else OVERRIDDEN
+        if not has(module, "enc", "dec"):
+            return None
+        return next((unpublished(module, name) for name in _PUBLISHED if named(module, name)), None)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         own = super().forward
