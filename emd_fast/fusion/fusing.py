@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from emd_fast.fusion import compiled_blocks, diffusers_blocks, edm2_blocks, edm_blocks
+from emd_fast.fusion import compiled_blocks, diffusers_blocks, edm2_blocks, edm_blocks, small_unet_blocks
 from emd_fast.fusion.fused_class import STATE, Fused, kind_of
 from emd_fast.fusion.geglu import GEGLU
 from emd_fast.fusion.layer_norm import LayerNorm
@@ -31,6 +31,8 @@ _KINDS: tuple[type[Fused], ...] = (
     diffusers_blocks.Transformer,
     edm_blocks.Block,
     edm2_blocks.Block,
+    small_unet_blocks.ResidualBlock,
+    small_unet_blocks.SelfAttention,
     Norm,
 )
 # Blocks whose forward is ours; the others are compiled by the class of the block that repeats.
@@ -38,6 +40,7 @@ _COMPILED = (
     diffusers_blocks.ResnetBlock,
     edm_blocks.Block,
     edm2_blocks.Block,
+    small_unet_blocks.ResidualBlock,
 )
 # Layers that compute what they did.
 _LAYERS = (Rounded, LayerNorm)

@@ -16,13 +16,17 @@ from emd_fast.fusion.layer_norm import LayerNorm
 from emd_fast.fusion.published import is_published, unpublished
 
 # The layers of each network that turn time and condition into embeddings. The blocks remember their
-# own projections. The networks of emd_fast.teachers remember their embeddings themselves.
+# own projections. The EDM networks of emd_fast.teachers remember their embeddings themselves.
 _DIFFUSERS = ("time_proj", "time_embedding", "class_embedding", "add_time_proj", "add_embedding", "encoder_hid_proj")
 _EDM = ("map_noise", "map_label", "map_augment", "map_layer0", "map_layer1")
 _EDM2 = ("emb_fourier", "emb_noise", "emb_label")
-_KNOWN = {
-    "emd_fast.teachers.": ("SongUNet", "DhariwalUNet", "EDM2UNet", "SmallUNet"),
-    "diffusers.": ("UNet2DModel", "UNet2DConditionModel"),
+_SMALL = ("noise_embedding", "class_embedding", "embedding", "modulation")
+_OWN = "emd_fast.teachers."
+# (package, class): the embedding layers.
+_KNOWN: dict[tuple[str, str], tuple[str, ...]] = {
+    **{(_OWN, name): () for name in ("SongUNet", "DhariwalUNet", "EDM2UNet")},
+    (_OWN, "SmallUNet"): _SMALL,
+    **{("diffusers.", name): _DIFFUSERS for name in ("UNet2DModel", "UNet2DConditionModel")},
 }
 _PUBLISHED = {"SongUNet": _EDM, "DhariwalUNet": _EDM, "UNet": _EDM2}
 # The attribute that holds the network of a preconditioner.
@@ -37,9 +41,9 @@ _INSIDE = {
 
 def _layers(module: nn.Module) -> tuple[str, ...] | None:
     """The names of its embedding layers, None for a module that is no known network."""
-    for package, names in _KNOWN.items():
-        if any(is_a(module, name, package) for name in names):
-            return _DIFFUSERS if package == "diffusers." else ()
+    for (package, name), known in _KNOWN.items():
+        if is_a(module, name, package):
+            return known
     return next((layers for name, layers in _PUBLISHED.items() if is_published(module, name)), None)
 
 
@@ -58,9 +62,9 @@ class Network(Fused):
 
     @classmethod
     def why_not(cls, module: Any) -> str | None:
-        for package, names in _KNOWN.items():
-            if base := next((name for name in names if named(module, name, package)), None):
-                return None if is_a(module, base, package) else OVERRIDDEN
+        for package, name in _KNOWN:
+            if named(module, name, package):
+                return None if is_a(module, name, package) else OVERRIDDEN
         if not has(module, "enc", "dec"):
             return None
         return next((unpublished(module, name) for name in _PUBLISHED if named(module, name)), None)
