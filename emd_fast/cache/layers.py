@@ -12,7 +12,7 @@ from emd_fast.cache.weights import WEIGHT_CACHE, autocast_dtype, is_plain
 
 
 def cast_parameter(name: str) -> Any:
-    """A property: the parameter of this name, or its copy in autocast's dtype where weight_cache holds one."""
+    """Makes a property that returns a parameter, or its cast copy while weight_cache holds one."""
 
     def get(layer: Any) -> Any:
         parameters = layer._parameters

@@ -1,4 +1,4 @@
-"""The parts of diffusers' UNets: residual blocks, attention, transformers. diffusers itself is never imported."""
+"""Residual blocks, attention and transformers of diffusers, which is never imported here."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from emd_fast.fusion.norm import Norm
 from emd_fast.ops.layers import SERVED, attention
 
 DIFFUSERS = "diffusers."
-# The attributes of these classes in diffusers 0.42. An option of a later version has a name that is not among them.
+# The attributes of these classes in diffusers 0.42. An option of a later version has a name that
+# is not among them.
 _RESNET = frozenset(
     "conv1 conv2 conv_shortcut down downsample dropout in_channels nonlinearity norm1 norm2 "
     "out_channels output_scale_factor pre_norm skip_time_act time_emb_proj time_embedding_norm up "
@@ -32,7 +33,7 @@ _OUTPUT = "_get_output_for_continuous_inputs"
 
 
 class ResnetBlock(Fused):
-    """ResnetBlock2D: the embedding's addition, or scale and shift, and both SiLUs are done by the norms."""
+    """A ResnetBlock2D whose norms also apply the embedding and both SiLUs."""
 
     does = "norms, embedding and SiLUs by two kernels"
 
@@ -95,11 +96,11 @@ class Processor:
 
 
 class AttentionProcessor(Processor):
-    """What diffusers' Attention hands its work to: ops.attention on (B, tokens, heads, head_dim), nothing transposed.
+    """An attention processor of diffusers that calls ops.attention without transposing.
 
-    The projections are called as the modules that they are, so LoRA in them is served. Keys and values of a condition
-    are computed once inside conditioning_cache. What ops.attention does not have (a mask, another dtype) goes to the
-    processor that was there before.
+    The projections are called as the modules that they are, so LoRA in them is served. Keys and
+    values of a condition are computed once inside conditioning_cache. What ops.attention does not
+    have (a mask, another dtype) goes to the processor that was there before.
     """
 
     def __call__(
@@ -113,7 +114,11 @@ class AttentionProcessor(Processor):
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
-        """(B, tokens, C) or (B, C, H, W), as `hidden_states` is; key_value: what `keys_and_values` gave, if it did."""
+        """Returns the shape of `hidden_states`: (B, tokens, C) or (B, C, H, W).
+
+        Args:
+            key_value: what `keys_and_values` returned, None to compute it here.
+        """
         if attention_mask is not None or hidden_states.dtype not in SERVED:
             return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
         x = hidden_states if attn.spatial_norm is None else attn.spatial_norm(hidden_states, temb)
@@ -200,7 +205,7 @@ def _scale(attn: Any, original: Any) -> float | None:
 
 
 class Attention(Fused):
-    """An Attention of diffusers with one of its plain processors: it gets ours, and keeps its class."""
+    """An Attention of diffusers with a plain processor. It keeps its class and gets our processor."""
 
     does = "attention by ops.attention, as its processor"
 
@@ -239,7 +244,7 @@ class Attention(Fused):
 
 
 class Transformer(Fused):
-    """Transformer2DModel on images: where they are in channels_last, as tokens are, so is the result."""
+    """A Transformer2DModel on images. The result of channels_last images is channels_last."""
 
     does = "no copies to another layout behind the last block, on channels_last images"
 
@@ -264,7 +269,7 @@ class Transformer(Fused):
 
 
 class TransformerBlock(Fused):
-    """BasicTransformerBlock in compiled code: keys and values of the condition come in from outside."""
+    """A compiled BasicTransformerBlock that is given the keys and values of the condition."""
 
     does = "repeated block, compiled"
 
@@ -282,7 +287,7 @@ class TransformerBlock(Fused):
 
 
 def takes_keys_and_values(block: nn.Module) -> bool:
-    """Whether the block is one of which TransformerBlock can hand keys and values to the second attention alone."""
+    """Whether TransformerBlock can hand keys and values to the second attention of this block."""
     return (
         is_a(block, "BasicTransformerBlock", DIFFUSERS) and not block.only_cross_attention and block.attn2 is not None
     )

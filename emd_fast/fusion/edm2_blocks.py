@@ -1,4 +1,4 @@
-"""The blocks of EDM2's networks, as NVlabs publishes them: magnitude-preserving layers, no group norm.
+"""The magnitude-preserving blocks of EDM2's networks, as NVlabs publishes them.
 
 Source: Karras et al. (arXiv 2312.02696), section 2 and appendix B.
 """
@@ -32,7 +32,7 @@ _RESAMPLE = {
 
 
 class MPConv(Rounded):
-    """A convolution or linear layer of normalised weights, which are the same in every pass of an E-step."""
+    """A convolution or linear layer with normalised weights."""
 
     prepares = "weight normalised and rounded once per E-step"
     spares = Convolution.spares
@@ -82,7 +82,7 @@ def _normalised(weight: Tensor, gain: float | Tensor) -> Tensor:
 
 
 class Block(Fused):
-    """A residual branch with a gain from the embedding, then cosine attention over pixels, if any."""
+    """A residual branch with a gain from the embedding, then optional cosine attention."""
 
     does = "attention by ops.attention, gains computed once inside conditioning_cache"
 

@@ -23,7 +23,7 @@ from emd_fast.ops.layers import attention
 
 
 class Block(Fused):
-    """conv1(silu(norm1 with the embedding(conv0(silu(norm0(x)))))) + skip(x), then attention over pixels, if any."""
+    """The residual block of EDM: norm, SiLU and convolution twice, a skip, optional attention."""
 
     does = "norms, embedding and SiLUs by two kernels, attention by ops.attention"
 
@@ -84,7 +84,7 @@ class Linear(Rounded):
 
 
 class Conv(Rounded):
-    """A convolution, with a filter that changes the resolution before or after it where up or down says so."""
+    """A convolution, with resampling before or after it if `up` or `down` is set."""
 
     spares = Convolution.spares
 
@@ -114,18 +114,18 @@ class Packed(QKVWeight, Rounded):
 
 
 class PackedConvolution(Packed, Convolution):
-    """One that is a Conv2d of PyTorch."""
+    """A projection to q, k and v that is a Conv2d of PyTorch."""
 
 
 class PackedConv(Packed, Conv):
-    """One that is a Conv2d of EDM."""
+    """A projection to q, k and v that is a Conv2d of EDM."""
 
 
 _PACKED: dict[type[Fused], type[Fused]] = {Convolution: PackedConvolution, Conv: PackedConv}
 
 
 def packed_kind(block: Any, kind: type[Fused]) -> type[Fused] | None:
-    """Of which its projection to q, k and v is, instead of this one; None where it is no such layer."""
+    """The kind for a block's projection to q, k and v, None if that is no 1x1 convolution."""
     return _PACKED.get(kind) if block.qkv.weight.shape[2:] == (1, 1) else None
 
 
@@ -136,7 +136,7 @@ def _weight_of(module: Any, dim: int) -> bool:
 
 
 def queries_keys_values(qkv: Tensor, heads: int) -> tuple[Tensor, ...]:
-    """(B, tokens, heads, head_dim) each, strided, of (B, heads head_dim 3, H, W), the channels in that order."""
+    """Splits (B, heads head_dim 3, H, W) into three strided views (B, tokens, heads, head_dim)."""
     return qkv.flatten(2).unflatten(1, (heads, -1, 3)).permute(3, 0, 4, 1, 2).unbind(0)
 
 

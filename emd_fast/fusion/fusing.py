@@ -1,4 +1,4 @@
-"""fuse, fusion_report and unfuse: a plan of what becomes of each module, then the change, all or nothing."""
+"""fuse, fusion_report and unfuse. A plan for each module comes first, then the change."""
 
 from __future__ import annotations
 
@@ -61,18 +61,20 @@ def fuse(
     compile: bool | dict[str, Any] = False,
     strict: bool = False,
 ) -> nn.Module:
-    """Makes the forward pass of a network, and its backward pass to the input, fast. Parameters and numbers stay.
+    """Makes a network's forward pass, and its backward pass to the input, fast.
 
-    Group norms with what surrounds them and attention are served by emd_fast.ops; see docs/fuse.md. It survives
-    deepcopy, pickling, state_dict, fully_shard and torch.compile. `unfuse` undoes it.
+    emd_fast.ops serves group norms, what surrounds them, and attention; see docs/fuse.md.
+    Parameters stay, and results agree to rounding. A fused network can be copied, pickled, sharded
+    and compiled. `unfuse` undoes it.
 
     Args:
-        network: diffusers' UNet2DModel and UNet2DConditionModel, networks of the structure of EDM's and EDM2's,
+        network: diffusers' UNet2DModel and UNet2DConditionModel, NVlabs' networks of EDM and EDM2,
             emd_fast's own, alone or inside another module; of any other the parts that are known.
-        memory_format: of the images that the network is given, and of the weights of convolutions. "auto" is
-            torch.channels_last for images and for weights on a GPU, and leaves those on a CPU; None leaves both.
-            Parameters stay the same objects.
-        compile: True compiles the repeated blocks by torch.compile when they first run; a dict is its arguments.
+        memory_format: of the images that the network is given, and of the weights of convolutions.
+            "auto" is torch.channels_last for images and for weights on a GPU, and leaves those on
+            a CPU; None leaves both. Parameters stay the same objects.
+        compile: True compiles the repeated blocks by torch.compile when they first run; a dict is
+            its arguments.
         strict: raise where a norm or attention is left, instead of reporting it.
 
     Returns:
@@ -80,8 +82,9 @@ def fuse(
 
     Raises:
         TypeError: not a module, or an unknown memory_format or compile.
-        ValueError: groups that do not divide the channels, parameters on several devices, heads of more than 256
-            dimensions; with strict, also where something is left or there is nothing to fuse. Nothing is changed then.
+        ValueError: groups that do not divide the channels, parameters on several devices, heads of
+            more than 256 dimensions; with strict, also where something is left or there is nothing
+            to fuse. Nothing is changed then.
     """
     if not isinstance(network, nn.Module):
         raise TypeError(f"network must be an nn.Module, got {type(network).__name__}")
@@ -115,17 +118,20 @@ def fuse(
 
 
 def fuse_known(network: nn.Module, *, compile: bool = False) -> nn.Module:
-    """`fuse` for whatever a network may be: a formula or a perceptron, of which it knows nothing, is no mistake."""
+    """`fuse` without the warning for a network of which nothing is known."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="nothing to fuse")
         return fuse(network, compile=compile)
 
 
 def unfuse(network: nn.Module) -> nn.Module:
-    """Undoes fuse(): classes, attention processors and memory formats are those of before. Returns the same module.
+    """Undoes fuse(): restores classes, attention processors and memory formats.
+
+    Returns the same module.
 
     Raises:
-        ValueError: a fused module has been sharded since (its class is FSDP2's now). Nothing is changed then.
+        ValueError: a fused module has been sharded since (its class is FSDP2's now). Nothing is
+            changed then.
     """
     for path, module in network.named_modules():
         kind = kind_of(module)
@@ -189,7 +195,7 @@ def _plan(network: nn.Module) -> tuple[list[_Step], list[Part]]:
 
 
 def _reason(module: nn.Module) -> str | None:
-    """Why a norm or attention stays as it is; None for one that does not, and for any other module."""
+    """Why a module stays as it is, None for one that is fused and for any other module."""
     for kind in _KINDS:
         if kind.recognises(module):
             return kind.why_not(module)
@@ -216,7 +222,7 @@ def _compiled(network: nn.Module, steps: list[_Step], options: dict[str, Any]) -
         if id(module) not in planned and not any(id(part) in inside for part in module.modules()):
             blocks.append(_Step(paths[id(module)], module, compiled_blocks.Repeated))
     for step in blocks:
-        # A graph break in a block of ours is a fault, in an unknown one it is not. Sizes are fixed over a run.
+        # A graph break is a fault in a known block only. Sizes are fixed over a run.
         fullgraph = step.kind is not compiled_blocks.Repeated
         frozen = compiled_blocks.frozen_options({"fullgraph": fullgraph, "dynamic": False, **options})
         step.state.update(compile=frozen, structure=compiled_blocks.structure(step.module))

@@ -1,8 +1,9 @@
-"""The gated first half of a transformer's feed-forward layers, of which autograd would keep the most of all.
+"""GEGLU that keeps less for the backward pass.
 
-Stable Diffusion 1.5 would keep 185 of 491 MB a sample for it: values and gates, eight times the channels of a token. To
-have one of them again costs a product of as many terms as a token has channels, so that it is cheapest where channels
-are few, and there tokens are many. Up to `FEW_CHANNELS` the backward pass to the input computes them again.
+For values and gates Stable Diffusion 1.5 would keep 185 of 491 MB a sample: eight times the
+channels of a token. To compute one of them again costs a product with as many terms as a token has
+channels. That is cheapest where channels are few, and there tokens are many. Up to `FEW_CHANNELS`
+the backward pass to the input computes them again.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ FEW_CHANNELS = 320
 
 
 class GEGLU(Fused):
-    """diffusers' GEGLU: one product gives values and gates; of them autograd keeps something, or not even of them."""
+    """diffusers' GEGLU: one product gives values and gates, which are gated by GELU."""
 
     does = (
         "the GELU of the gates computed again in the backward pass instead of being kept, "
@@ -81,7 +82,7 @@ class _Gated(torch.autograd.Function):
 
 
 class _Again(torch.autograd.Function):
-    """The same of projection(x), of which it keeps x; where a norm gave x, the norm's input, which that keeps too."""
+    """`_Gated` of projection(x) that keeps x alone, or the input of the norm that gave x."""
 
     @staticmethod
     def forward(x: Tensor, projection: nn.Module) -> Tensor:
@@ -98,7 +99,7 @@ class _Again(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         differentiable = torch.is_grad_enabled()  # for a second derivative
         (x,) = ctx.saved_tensors
-        # The pass may run in another thread, after the end of autocast: the products are to be those of the first time.
+        # This may run in another thread, after the end of autocast. The products must be the same.
         with _autocast(x.device.type, ctx.autocast):
             x = x if ctx.norm is None else ctx.norm(x)
             x = x if differentiable else x.detach().requires_grad_()

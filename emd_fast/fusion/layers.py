@@ -1,4 +1,4 @@
-"""PyTorch's convolutions and linear layers: weights cast once per E-step, inputs not kept where frozen."""
+"""PyTorch's convolutions and linear layers, with weights that are cast once per E-step."""
 
 from __future__ import annotations
 

@@ -16,8 +16,9 @@ from emd_fast.ops.layers import GroupNorm, group_norm
 class Norm(Fused):
     """A GroupNorm of PyTorch or of EDM.
 
-    The blocks around it hand over what they would do next, so that one kernel does it: an addition before the norm,
-    scale and shift after it, the activation. Hooks and wrappers of the module see its calls as before.
+    The blocks around it hand over what they would do next, so that one kernel does it: an addition
+    before the norm, scale and shift after it, the activation. Hooks and wrappers of the module see
+    its calls as before.
     """
 
     does = "group norm by one kernel"

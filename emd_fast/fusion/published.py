@@ -1,8 +1,8 @@
 """Fingerprints of the classes of EDM and EDM2, whose source NVlabs publishes.
 
-Projects copy these classes, keep the names and change the code. No version and no module path tells
-a copy from the original, so the source does. A fingerprint covers the forward of a class and the
-functions of its module that the forward calls, without comments and formatting.
+Projects copy these classes, keep the names and change the code. No version and no module path
+tells a copy from the original, so the source does. A fingerprint covers the forward of a class and
+the functions of its module that the forward calls, without comments and formatting.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def is_published(module: Any, name: str) -> bool:
 
 
 def fingerprint(cls: Any) -> str | None:
-    """The fingerprint of a class, None where its source cannot be read or its forward was replaced."""
+    """The fingerprint of a class, None if its source cannot be read or its forward was replaced."""
     return _fingerprint(cls, cls.forward)
 
 

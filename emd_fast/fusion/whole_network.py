@@ -1,4 +1,4 @@
-"""Whole networks, and the layers of theirs that see time and condition only: who takes part in conditioning_cache."""
+"""Known networks, and their layers that see time and condition only."""
 
 from __future__ import annotations
 
@@ -48,13 +48,14 @@ def _layers(module: nn.Module) -> tuple[str, ...] | None:
 
 
 class Network(Fused):
-    """A UNet, or a preconditioner around one: all arguments but the first are time and condition."""
+    """A UNet or its preconditioner. All arguments but the first are time and condition."""
 
     does = "inside conditioning_cache, what depends on time and condition alone is computed once"
 
     @classmethod
     def recognises(cls, module: Any) -> bool:
-        # A preconditioner makes a new tensor of its noise level in each pass, so that its own pass counts.
+        # A preconditioner makes a new tensor of its noise level in each pass, so that its own pass
+        # counts.
         for name, inside in _INSIDE.items():
             if has(module, inside, "sigma_data") and is_published(module, name):
                 return _layers(getattr(module, inside)) is not None
@@ -122,7 +123,7 @@ _PLAIN_OF: dict[tuple[str, ...], tuple[type[Fused], ...]] = {
 
 
 def plain_layers(network: nn.Module) -> Iterator[tuple[nn.Module, type[Fused]]]:
-    """PyTorch's convolutions, linear layers and layer norms, in EDM's networks theirs, each with its kind."""
+    """Convolutions, linear layers and layer norms of PyTorch, EDM and EDM2, each with its kind."""
     for root in network.modules():
         own = _PLAIN_OF.get(_layers(root) or ())
         for module in root.modules() if own else (root,):

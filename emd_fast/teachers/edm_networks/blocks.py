@@ -1,4 +1,4 @@
-"""The residual block of EDM's UNets, DDPM++, NCSN++ and ADM, and its convolution with a FIR filter."""
+"""The residual block of DDPM++, NCSN++ and ADM, and its convolution with a FIR filter."""
 
 from __future__ import annotations
 
@@ -32,11 +32,13 @@ class Style:
     """What differs between the families.
 
     Args:
-        scale_shift: the embedding scales and shifts after the second norm (ADM), or is added before it (Song).
+        scale_shift: the embedding scales and shifts after the second norm (ADM), or is added
+            before it (Song).
         skip_scale: of the sum of a branch and what it started from.
         eps: of the norms.
         taps: of the filter that up- and downsampling smooths with.
-        always_project: a 1x1 convolution beside every block that resamples, not only where the channels change.
+        always_project: a 1x1 convolution beside every block that resamples, not only where the
+            channels change.
     """
 
     scale_shift: bool
@@ -51,7 +53,8 @@ class ResampledConv(CastWeight, nn.Module):
 
     Args:
         resample: "up" or "down".
-        filter_last: convolve the larger image, then smooth and thin out (NCSN++'s residual encoder); "down" only.
+        filter_last: convolve the larger image, then smooth and thin out (NCSN++'s residual
+            encoder); "down" only.
     """
 
     resample_filter: Tensor
@@ -81,7 +84,8 @@ class ResampledConv(CastWeight, nn.Module):
         """(B, out_channels, 2H or H/2, 2W or W/2) of x (B, in_channels, H, W)."""
         kernel = None if self.box else self.resample_filter
         if self.filter_last and self.weight is not None:
-            # Padded by what both need, so that the border is that of one filter on an image with zeros around it.
+            # Padded by what both need, so that the border is that of one filter on an image with
+            # zeros around it.
             margin = self.weight.shape[-1] // 2 + (self.resample_filter.shape[-1] - 1) // 2
             wide = conv2d(x, self.weight, padding=margin)
             y = downsample(wide, kernel, padding=0)
@@ -103,7 +107,8 @@ class QKVConv(QKVWeight, nn.Conv2d):
     bias = cast_parameter("bias")
 
     def __new__(cls, *args: Any, heads: int | None = None, **kwargs: Any) -> Any:
-        # LoRA builds its own convolutions from the class of this one. Copies are made without arguments.
+        # LoRA builds its own convolutions from the class of this one. Copies are made without
+        # arguments.
         plain = heads is None and (args or kwargs)
         return nn.Conv2d(*args, **kwargs) if plain else super().__new__(cls)
 
@@ -117,7 +122,7 @@ class QKVConv(QKVWeight, nn.Conv2d):
 
 
 class Block(nn.Module):
-    """Norm, SiLU, convolution, the embedding, norm, SiLU, convolution; what it started from is added; attention.
+    """The residual block of EDM: norm, SiLU and convolution twice, a skip, optional attention.
 
     Args:
         embedding: width of the embedding.

@@ -19,15 +19,16 @@ _STYLE = Style(scale_shift=True, skip_scale=1.0, eps=1e-5, taps=(1.0, 1.0), alwa
 class DhariwalUNet(nn.Module):
     """network(x, c_noise, labels) -> (B, out_channels, H, W).
 
-    x: (B, in_channels, H, W), H = W = img_resolution. c_noise: (B,). labels: (B,) int64 in [0, label_dim), label_dim
-    for "none"; None where the network has no classes, or for "none".
+    x: (B, in_channels, H, W), H = W = img_resolution. c_noise: (B,). labels: (B,) int64 in [0,
+    label_dim), label_dim for "none"; None where the network has no classes, or for "none".
     """
 
     def __init__(self, arguments: DhariwalArguments) -> None:
         super().__init__()
         a = self.arguments = arguments
         width = a.model_channels * a.channel_mult_emb
-        # Labels of augmentations are 0 wherever images are made: their layer is there for the sake of the names.
+        # Labels of augmentations are 0 wherever images are made: their layer is there for the sake
+        # of the names.
         self.map_augment = nn.Linear(a.augment_dim, a.model_channels, bias=False) if a.augment_dim else None
         self.map_layer0 = nn.Linear(a.model_channels, width)
         self.map_layer1 = nn.Linear(width, width)

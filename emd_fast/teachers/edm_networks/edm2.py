@@ -1,4 +1,7 @@
-"""The magnitude-preserving UNet of EDM2 (Karras et al., arXiv 2312.02696); equation numbers are of that paper."""
+"""The magnitude-preserving UNet of EDM2 (Karras et al., arXiv 2312.02696).
+
+Equation numbers are those of the paper.
+"""
 
 from __future__ import annotations
 
@@ -36,8 +39,8 @@ _SILU_RMS = 0.596  # root mean square of silu(x) for x ~ N(0, 1)
 class EDM2UNet(nn.Module):
     """network(x, c_noise, labels) -> (B, out_channels, H, W).
 
-    x: (B, in_channels, H, W), H = W = img_resolution. c_noise: (B,). labels: (B,) int64 in [0, label_dim), label_dim
-    for "none"; None where the network has no classes, or for "none".
+    x: (B, in_channels, H, W), H = W = img_resolution. c_noise: (B,). labels: (B,) int64 in [0,
+    label_dim), label_dim for "none"; None where the network has no classes, or for "none".
     """
 
     def __init__(self, arguments: EDM2Arguments) -> None:
@@ -84,8 +87,9 @@ class EDM2UNet(nn.Module):
 class MPConv(CastWeight, nn.Module):
     """A convolution, or a linear layer where `kernel` is 0, whose filters have unit norm in use (equation 47).
 
-    In train mode the weight itself is normalised before it is used (equation 66), which keeps its learning rate from
-    falling as it grows; `EMDTrainer` keeps networks in eval mode, where it is left as it is.
+    In train mode the weight itself is normalised before it is used (equation 66), which keeps its
+    learning rate from falling as it grows; `EMDTrainer` keeps networks in eval mode, where it is
+    left as it is.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int = 0) -> None:
@@ -206,7 +210,7 @@ class _Fourier(nn.Module):
 
 @functools.cache
 def _fir_on(taps: tuple[float, ...], device: torch.device) -> Tensor:
-    """The filter, which these checkpoints do not store, copied to a device once: a copy in every pass would wait."""
+    """The filter on a device. It is copied once, since a copy in every pass would wait."""
     return fir(taps).to(device)
 
 
@@ -215,7 +219,7 @@ def _silu(x: Tensor) -> Tensor:
 
 
 def _sum(a: Tensor, b: Tensor, share: float) -> Tensor:
-    """(1 - share) a + share b, of the magnitude of a and b where they are independent (equation 88)."""
+    """(1 - share) a + share b, with the magnitude of independent a and b (equation 88)."""
     return torch.add((1 - share) * a, b, alpha=share) / math.hypot(1 - share, share)
 
 

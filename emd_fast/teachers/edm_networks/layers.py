@@ -1,4 +1,4 @@
-"""What the UNets of EDM and EDM2 share: resampling by a FIR filter, attention over pixels, labels, noise levels."""
+"""Shared by the UNets of EDM and EDM2: FIR resampling, attention, labels, noise levels."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def fir(taps: Sequence[float]) -> Tensor:
 
 
 def is_box(taps: Sequence[float]) -> bool:
-    """Whether the filter is the mean of 2x2 pixels, for which there are faster operations than a convolution."""
+    """Whether the filter is the mean of 2x2 pixels, which has operations faster than a convolution."""
     return len(taps) == 2 and taps[0] == taps[1]
 
 
@@ -45,7 +45,8 @@ def projected(x: Tensor, heads: int, weight: Tensor, bias: Tensor | None = None)
     """q, k and v of the pixels of x (B, C, H, W): (B, H W, 3, heads, C / heads).
 
     Args:
-        weight, bias: (3C, C) and (3C,) or None, rows as `emd_fast.cache.qkv_rows.by_part` has them.
+        weight, bias: (3C, C) and (3C,) or None, rows as `emd_fast.cache.qkv_rows.by_part` has
+            them.
     """
     return linear(x.flatten(2).transpose(1, 2), weight, bias).unflatten(2, (3, heads, -1))
 
@@ -102,7 +103,8 @@ def one_hot(labels: Tensor | None, classes: int, batch: int, like: Tensor) -> Te
     """(B, classes), dtype and device of `like`: a row of zeros where the label is `classes`, or for None.
 
     Raises:
-        ValueError: labels of a wrong shape or, of CPU tensors, outside [0, classes]. TypeError: labels not int64.
+        ValueError: labels of a wrong shape or, of CPU tensors, outside [0, classes]. TypeError:
+            labels not int64.
     """
     if labels is None:
         return like.new_zeros(batch, classes)

@@ -1,4 +1,4 @@
-"""DDPM++ and NCSN++, the UNets of Song et al. (arXiv 2011.13456), as EDM uses them for CIFAR-10, FFHQ and AFHQ."""
+"""DDPM++ and NCSN++, the UNets of Song et al. (arXiv 2011.13456), as EDM uses them."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _EPS = 1e-6
 class SongUNet(nn.Module):
     """network(x, c_noise, labels) -> (B, out_channels, H, W).
 
-    x: (B, in_channels, H, W), H = W = img_resolution. c_noise: (B,). labels: (B,) int64 in [0, label_dim), label_dim
-    for "none"; None where the network has no classes, or for "none".
+    x: (B, in_channels, H, W), H = W = img_resolution. c_noise: (B,). labels: (B,) int64 in [0,
+    label_dim), label_dim for "none"; None where the network has no classes, or for "none".
     """
 
     def __init__(self, arguments: SongArguments) -> None:
@@ -37,7 +37,8 @@ class SongUNet(nn.Module):
         )
         self.map_noise = _Noise(noise, a.embedding_type)
         self.map_label = nn.Linear(a.label_dim, noise) if a.label_dim else None
-        # Labels of augmentations are 0 wherever images are made: their layer is there for the sake of the names.
+        # Labels of augmentations are 0 wherever images are made: their layer is there for the sake
+        # of the names.
         self.map_augment = nn.Linear(a.augment_dim, noise, bias=False) if a.augment_dim else None
         self.map_layer0 = nn.Linear(noise, width)
         self.map_layer1 = nn.Linear(width, width)
@@ -52,7 +53,7 @@ class SongUNet(nn.Module):
         self._add_paths_of_the_image(style)
 
     def _add_paths_of_the_image(self, style: Style) -> None:
-        """What leads from the image into each level of the encoder, and from each level of the decoder to the image."""
+        """Adds the paths from the image to the encoder levels and from the decoder levels to it."""
         a, aux = self.arguments, self.arguments.in_channels
         # A block that halves the resolution returns the channels of the level above.
         for r, channels in zip(a.resolutions[1:], a.channels, strict=False):
