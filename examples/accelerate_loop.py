@@ -2,9 +2,9 @@
 
     accelerate launch examples/accelerate_loop.py
 
-Three things differ from plain_pytorch.py. `prepare` wraps networks and optimizers. `Noise` gets the
-index of the first sample of this process. All random numbers come from the noise contract, so that
-every process draws different ones.
+Three things differ from plain_pytorch.py. `prepare` wraps networks and optimizers. `Noise` gets
+the index of the first sample of this process. All random numbers come from the noise contract, so
+that every process draws different ones.
 """
 
 import math

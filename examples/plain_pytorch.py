@@ -1,7 +1,7 @@
 """EM Distillation in a plain PyTorch training loop: three calls of emd_fast per step.
 
-The teacher is a ring of eight modes with an exact score, so the example runs in seconds on a CPU. Any
-emd_fast.Denoiser can replace it; generator and fake score then start as copies of the teacher.
+The teacher is a ring of eight modes with an exact score, so the example runs in seconds on a CPU.
+Any emd_fast.Denoiser can replace it; generator and fake score then start as copies of the teacher.
 """
 
 import math

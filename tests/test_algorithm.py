@@ -1,4 +1,4 @@
-"""What must hold of the algorithm (design, section 1): six statements, each against analytic values."""
+"""What must hold of the algorithm (docs/algorithm.md): six statements, each against analytic values."""
 
 import copy
 import math

@@ -192,7 +192,7 @@ def test_digits_have_the_metrics_of_the_end(tmp_path):
 
 
 def test_keys_that_make_no_sense():
-    with pytest.raises(ConfigError, match="every must be at least 0 images, got -1"):
+    with pytest.raises(ConfigError, match="every must be at least 0, got -1"):
         settings(evaluation__every=-1)
     with pytest.raises(ConfigError, match=r"unknown key 'evaluation\.evry'; did you mean 'every'"):
         settings(evaluation__evry=1)

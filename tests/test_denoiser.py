@@ -1,4 +1,4 @@
-"""Raw network outputs as affine scores: the table of the design, real networks, guidance."""
+"""Raw network outputs as affine scores: the table of docs/algorithm.md, real networks, guidance."""
 
 import copy
 import math
@@ -81,7 +81,7 @@ def test_perfect_output_gives_back_image_and_score(parametrization, schedule):
 
 @pytest.mark.parametrize(("parametrization", "schedule"), CASES, ids=str)
 def test_closed_forms_against_the_general_formula(parametrization, schedule):
-    """a = (alpha c_skip - 1) / sigma^2 and b = alpha c_out / sigma^2 of the design, evaluated in float64."""
+    """a = (alpha c_skip - 1) / sigma^2 and b = alpha c_out / sigma^2 by the general formula, evaluated in float64."""
     t = times(schedule)
     alpha, sigma = exact_levels(parametrization, schedule, t)
     denoiser = make(parametrization, schedule)

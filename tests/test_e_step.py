@@ -1,4 +1,4 @@
-"""The E-step against a plain float64 re-implementation of section 1 of the design, and what it must leave alone."""
+"""The E-step against a plain float64 re-implementation of docs/algorithm.md, and what it must leave alone."""
 
 import copy
 import math

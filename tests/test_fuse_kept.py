@@ -13,7 +13,7 @@ from torch import nn
 import emd_fast
 from emd_fast.backends import native
 from emd_fast.fusion import geglu, layer_norm
-from emd_fast.fusion.convolution import convolution
+from emd_fast.ops.convolution import convolution
 from emd_fast.teachers.edm_networks import DhariwalUNet
 from emd_fast.teachers.edm_networks.arguments import DhariwalArguments
 

@@ -27,7 +27,7 @@ from emd_fast import Noise, ops
 
 
 def formula(eps, drift, terms, coefs, alpha, sigma, gamma, n):
-    """Section 1 of the design, in the dtypes of its arguments. Returns eps, drift and alpha delta."""
+    """The formulas of docs/algorithm.md, in the dtypes of the arguments. Returns eps, drift, alpha delta."""
     delta = sum(column(coefs[:, i], eps) * term for i, term in enumerate(terms))
     pull = column(sigma, eps) * delta
     return (

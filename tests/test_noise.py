@@ -12,7 +12,7 @@ from emd_fast import Noise, ops
 from emd_fast.backends.reference import philox as reference
 from emd_fast.noise import NoiseStream
 
-# Random123's known answers, and the one of the design.
+# Known answers of Random123.
 KNOWN = [
     ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
     ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),

@@ -23,7 +23,7 @@ from emd_fast.backends import reference
 
 
 def formula(output, x0, x_t, c_skip, c_out, weight):
-    """As the design writes it, in the dtypes of its arguments."""
+    """The formula of docs/algorithm.md, in the dtypes of its arguments."""
     residual = column(c_skip, x0) * x_t + column(c_out, x0) * output - x0
     return weight * per_element(residual.square()).mean(1)
 

@@ -10,8 +10,8 @@ from torch.profiler import ProfilerActivity, profile
 
 import emd_fast
 from emd_fast.backends import native
-from emd_fast.fusion.convolution import convolution
 from emd_fast.ops import flops
+from emd_fast.ops.convolution import convolution
 from emd_fast.train.throughput import counted
 
 pytestmark = pytest.mark.skipif(

@@ -47,17 +47,19 @@ class _Pass:
     def needs_gradients(self) -> bool:
         return torch.is_grad_enabled() and any(tensor.requires_grad for _, tensor, _ in self.watched.values())
 
-    def value(self, module: nn.Module, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def value(self, modules: tuple[nn.Module, ...], function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         # A module that is called twice in a pass has two values.
-        call = self.calls[id(module)] = self.calls.get(id(module), -1) + 1
+        first = id(modules[0])
+        call = self.calls[first] = self.calls.get(first, -1) + 1
         given = [leaf for leaf in _tensors((args, kwargs)) if isinstance(leaf, nn.Parameter)]  # a gain, for instance
-        key = (id(module), call, *map(id, given))
+        key = (first, call, *map(id, given))
         if key in self.values:
             value, versions = self.values[key]
             if versions == [leaf._version for leaf in _tensors(value)]:
                 return value
         value = function(*args, **kwargs)
-        tables: list[dict[str, Any]] = [t for part in module.modules() for t in (part._parameters, part._buffers)]
+        parts = [part for module in modules for part in module.modules()]
+        tables: list[dict[str, Any]] = [table for part in parts for table in (part._parameters, part._buffers)]
         for table in (*tables, *({"given": tensor} for tensor in given)):
             for name, tensor in table.items():
                 if tensor is not None:
@@ -142,12 +144,14 @@ def remember(module: Any, function: Callable[..., Any], *args: Any, **kwargs: An
     """function(*args, **kwargs), or what it was in an earlier pass of the same time and condition.
 
     Args:
-        module: whose parameters the function uses besides its arguments.
+        module: the module, or modules (None is skipped), whose parameters the function uses besides
+            its arguments.
         function: of nothing but time and condition.
     """
     if torch.compiler.is_compiling() or _active.current is None:
         return function(*args, **kwargs)
-    return _active.current.value(module, function, args, kwargs)
+    modules = tuple(part for part in module if part is not None) if isinstance(module, tuple) else (module,)
+    return _active.current.value(modules, function, args, kwargs)
 
 
 def same(function: Callable[..., Any], *inputs: Any) -> Any:

@@ -63,7 +63,7 @@ class EMDConfig:
     fake_score_warmup: int = setting(0, "more updates of the fake score before the first E-step", unit="steps", ge=0)
     max_z_rms: float = setting(10.0, "stop the run when the RMS of z_K exceeds it", gt=0, resumable=True)
     max_skipped: int = setting(
-        10, "stop the run after more skipped updates: gradients not finite", ge=0, resumable=True
+        10, "stop the run after more skipped updates, or more than steps / 2", ge=0, resumable=True
     )
     seed: int = setting(0, "seed of all noise", ge=0, lt=2**63)
     time_distribution: TimeDistribution = section(TimeDistribution, "noise levels of the E-step")

@@ -38,7 +38,7 @@ class _Captured:
 
 
 class GraphedEStep:
-    """`e_step` of fixed networks and settings, captured once per shape and replayed, bit for bit equal.
+    """`e_step` of fixed networks and settings, captured once per shape and replayed bit for bit.
 
         settings = {"steps": 8, "gamma_eps": 0.1, "gamma_z": 0.01, "noise": noise}
         sample = GraphedEStep(generator, teacher, fake_score, **settings)

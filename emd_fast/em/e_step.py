@@ -117,7 +117,8 @@ def e_step(
         noise: Langevin noise, streams 2 and 3 at substeps 0 .. K - 1.
 
     Raises:
-        TypeError, ValueError: an argument has a wrong type, shape or range. Nothing is computed then.
+        TypeError, ValueError: an argument has a wrong type, shape or range. Nothing is computed
+            then.
 
     Source: Xie et al., arXiv 2405.16852, algorithm 1; docs/algorithm.md.
     """

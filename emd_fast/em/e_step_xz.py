@@ -28,12 +28,13 @@ def sample_x_z(
 ) -> EStep:
     """Langevin steps on the density proportional to q(x) / p(x) N(x; alpha g(z), sigma^2) N(z).
 
-        grad_x = delta - (x - alpha g(z)) / sigma^2                      step size gamma_eps sigma^2
-        grad_z = J_g(z)^T alpha (x - alpha g(z)) / sigma^2 - z           step size gamma_z
+        grad_x = delta - (x - alpha g(z)) / sigma^2                 step size gamma_eps sigma^2
+        grad_z = J_g(z)^T alpha (x - alpha g(z)) / sigma^2 - z      step size gamma_z
 
-    The chain starts at x = alpha g(z) + sigma eps. `drift` leaves out the noise that the chain added to
-    x, and `eps` is (x_K - alpha g(z_K)) / sigma, so that the M-step is the same as for `e_step`.
-    Arguments and errors are those of `e_step`; `watch` is called after each Langevin step.
+    The chain starts at x = alpha g(z) + sigma eps. `drift` leaves out the noise that the chain
+    added to x, and `eps` is (x_K - alpha g(z_K)) / sigma, so that the M-step is the same as for
+    `e_step`. Arguments and errors are those of `e_step`; `watch` is called after each Langevin
+    step.
     """
     generator, teacher, fake_score = networks
     _check.e_step(teacher, z, eps, t, cond, settings)

@@ -38,7 +38,7 @@ class LangevinSettings:
 
     @property
     def moves_z(self) -> bool:
-        """False only if gamma_z is the number 0. A tensor is not read, to avoid a synchronisation."""
+        """False only if gamma_z is the number 0. A tensor is not read, so no device is awaited."""
         return isinstance(self.gamma_z, Tensor) or self.gamma_z > 0
 
 

@@ -21,8 +21,8 @@ class Metadata:
     """What is written beside the weights of an exported generator.
 
     Args:
-        c_skip, c_out, c_in, c_noise, input_scale: coefficients of x = c_skip u + c_out F(c_in u; c_noise),
-            u = input_scale z.
+        c_skip, c_out, c_in, c_noise, input_scale: coefficients of x = c_skip u + c_out F(c_in u;
+            c_noise), u = input_scale z.
         sample_shape, latent_shape: shapes of one x and one z.
         precision: "float32" or "bfloat16", the autocast dtype that the trainer sampled in.
         dtype: dtype of the weights.
@@ -82,7 +82,8 @@ class OneStep(nn.Module):
 
         Args:
             n: number of samples.
-            cond: batched conditions. When None, a generator with classes takes all classes in turn.
+            cond: batched conditions. When None, a generator with classes takes all classes in
+                turn.
             seed: seed of z; the trainer's when None.
             first_sample: global index of the first sample in noise stream 9.
         """

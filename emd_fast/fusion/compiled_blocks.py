@@ -9,13 +9,13 @@ import functools
 import logging
 import time
 import types
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from emd_fast.fusion.fused_class import STATE, Fused
+from emd_fast.fusion.fused_class import STATE, Fused, is_a
 
 logger = logging.getLogger("emd_fast")
 
@@ -97,6 +97,29 @@ class Repeated(Fused):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return run(self, self._emd_fast_base.forward, *args, **kwargs)
+
+
+class ResidualBlock(Repeated):
+    """A residual block of emd_fast.teachers."""
+
+    does = "residual block"
+
+
+class ConditionedBlock(ResidualBlock):
+    """One that computes something of the embedding, which stays outside of the compiled code."""
+
+    def forward(self, x: Tensor, embedded: Tensor) -> Tensor:  # type: ignore[override]
+        out: Tensor = run(self, self._emd_fast_base.modulated, x, self.condition(embedded))
+        return out
+
+
+def of_teachers(network: nn.Module) -> Iterator[tuple[nn.Module, type[Fused]]]:
+    """The residual blocks of emd_fast.teachers, each with the kind that compiles it."""
+    for module in network.modules():
+        if is_a(module, "ResidualBlock", "emd_fast.teachers."):
+            yield module, ResidualBlock
+        elif any(is_a(module, name, "emd_fast.teachers.edm_networks.") for name in ("Block", "_Block")):
+            yield module, ConditionedBlock
 
 
 def repeated(network: nn.Module) -> list[nn.Module]:

@@ -8,10 +8,27 @@ import torch
 from torch import Tensor, nn
 
 from emd_fast.cache.conditioning import remember
-from emd_fast.fusion.attention import attention, check_head_dim
 from emd_fast.fusion.compiled_blocks import run
-from emd_fast.fusion.fused_class import Fused, has, is_a, kind_of
-from emd_fast.fusion.norm import SERVED, Norm
+from emd_fast.fusion.fused_class import OVERRIDDEN, Fused, check_head_dim, has, is_a, kind_of, named, unknown_attributes
+from emd_fast.fusion.norm import Norm
+from emd_fast.ops.layers import SERVED, attention
+
+DIFFUSERS = "diffusers."
+# The attributes of these classes in diffusers 0.42. An option of a later version has a name that is not among them.
+_RESNET = frozenset(
+    "conv1 conv2 conv_shortcut down downsample dropout in_channels nonlinearity norm1 norm2 "
+    "out_channels output_scale_factor pre_norm skip_time_act time_emb_proj time_embedding_norm up "
+    "upsample use_conv_shortcut use_in_shortcut".split()
+)
+_ATTENTION = frozenset(
+    "add_k_proj add_q_proj add_v_proj added_kv_proj_dim added_proj_bias context_pre_only "
+    "cross_attention_dim dropout fused_projections group_norm heads inner_dim inner_kv_dim is_causal "
+    "is_cross_attention norm_added_k norm_added_q norm_cross norm_k norm_q only_cross_attention "
+    "out_context_dim out_dim pre_only processor query_dim rescale_output_factor residual_connection scale "
+    "scale_qk sliceable_head_dim spatial_norm to_add_out to_k to_out to_q to_v upcast_attention "
+    "upcast_softmax use_bias".split()
+)
+_OUTPUT = "_get_output_for_continuous_inputs"
 
 
 class ResnetBlock(Fused):
@@ -21,18 +38,24 @@ class ResnetBlock(Fused):
 
     @classmethod
     def recognises(cls, module: Any) -> bool:
-        return is_a(module, "ResnetBlock2D") and has(module, "norm1", "norm2", "nonlinearity", "time_embedding_norm")
+        return named(module, "ResnetBlock2D", DIFFUSERS) is not None
 
     @classmethod
     def why_not(cls, module: Any) -> str | None:
-        if not is_a(module.nonlinearity, "SiLU"):
+        if not is_a(module, "ResnetBlock2D", DIFFUSERS):
+            return OVERRIDDEN
+        if why := unknown_attributes(module, _RESNET):
+            return why
+        if not is_a(module.nonlinearity, "SiLU", "torch.nn."):
             return f"its activation is {type(module.nonlinearity).__name__}, not SiLU"
         if module.time_emb_proj is not None and module.time_embedding_norm not in ("default", "scale_shift"):
             return f"time_embedding_norm is {module.time_embedding_norm!r}"
         for name in ("norm1", "norm2"):
             norm = getattr(module, name)
-            if not Norm.recognises(norm) or (why := Norm.why_not(norm)):
-                return f"{name} is {type(norm).__name__}" if not Norm.recognises(norm) else f"{name}: {why}"
+            if not Norm.recognises(norm):
+                return f"{name} is {type(norm).__name__}"
+            if why := Norm.why_not(norm):
+                return f"{name}: {why}"
         return None
 
     def forward(self, input_tensor: Tensor, temb: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
@@ -189,10 +212,14 @@ class Attention(Fused):
     def why_not(cls, module: Any) -> str | None:
         if isinstance(module.processor, Processor):
             return None
-        if not is_a(module, "Attention"):
+        if not is_a(module, "Attention", DIFFUSERS):
             return "attention of a kind that is not known"
-        if type(module.processor).__name__ not in _PROCESSORS:
-            return f"its processor is {type(module.processor).__name__}, which computes something of its own"
+        if why := unknown_attributes(module, _ATTENTION):
+            return why
+        processor = type(module.processor)
+        own = processor.__module__.startswith(DIFFUSERS) and processor.__call__.__module__ == processor.__module__
+        if processor.__name__ not in _PROCESSORS or not own:
+            return f"its processor is {processor.__name__}, which computes something of its own"
         if module.to_k is None or module.inner_kv_dim != module.inner_dim:
             return "it has fewer heads of keys than of queries"
         return None
@@ -218,7 +245,7 @@ class Transformer(Fused):
 
     @classmethod
     def recognises(cls, module: Any) -> bool:
-        return is_a(module, "Transformer2DModel") and has(module, "_get_output_for_continuous_inputs", "proj_out")
+        return is_a(module, "Transformer2DModel", DIFFUSERS) and has(module, _OUTPUT, "proj_out")
 
     def _get_output_for_continuous_inputs(
         self, hidden_states: Tensor, residual: Tensor, batch_size: int, height: int, width: int, inner_dim: int
@@ -256,4 +283,6 @@ class TransformerBlock(Fused):
 
 def takes_keys_and_values(block: nn.Module) -> bool:
     """Whether the block is one of which TransformerBlock can hand keys and values to the second attention alone."""
-    return is_a(block, "BasicTransformerBlock") and not block.only_cross_attention and block.attn2 is not None
+    return (
+        is_a(block, "BasicTransformerBlock", DIFFUSERS) and not block.only_cross_attention and block.attn2 is not None
+    )

@@ -8,50 +8,39 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from emd_fast.backends import use_backend
-from emd_fast.fusion import compiled_blocks, diffusers_blocks, edm2_blocks, edm_blocks, small_unet_blocks
+from emd_fast.fusion import compiled_blocks, diffusers_blocks, edm2_blocks, edm_blocks
 from emd_fast.fusion.fused_class import STATE, Fused, kind_of
 from emd_fast.fusion.geglu import GEGLU
 from emd_fast.fusion.layer_norm import LayerNorm
 from emd_fast.fusion.layers import Rounded
 from emd_fast.fusion.layout import name_of, restore, set_layout
-from emd_fast.fusion.norm import SERVED, FoldedSiLU, Norm, silu_behind_norm
+from emd_fast.fusion.norm import FoldedSiLU, Norm, silu_behind_norm
 from emd_fast.fusion.summary import SUPPORTED, FusionReport, Part
-from emd_fast.fusion.whole_network import Conditioning, Network, OwnNetwork, conditioning_layers, plain_layers
+from emd_fast.fusion.whole_network import Conditioning, Network, conditioning_layers, plain_layers
 from emd_fast.ops import flops
 
 logger = logging.getLogger("emd_fast")
 
 _KINDS: tuple[type[Fused], ...] = (
-    OwnNetwork,
     Network,
     diffusers_blocks.ResnetBlock,
     diffusers_blocks.Attention,
     GEGLU,
     diffusers_blocks.Transformer,
     edm_blocks.Block,
-    edm_blocks.OwnBlock,
     edm2_blocks.Block,
-    edm2_blocks.OwnBlock,
-    small_unet_blocks.ResidualBlock,
-    small_unet_blocks.SelfAttention,
     Norm,
 )
 # Blocks whose forward is ours; the others are compiled by the class of the block that repeats.
 _COMPILED = (
     diffusers_blocks.ResnetBlock,
     edm_blocks.Block,
-    edm_blocks.OwnBlock,
     edm2_blocks.Block,
-    edm2_blocks.OwnBlock,
-    small_unet_blocks.ResidualBlock,
 )
 # Layers that compute what they did.
 _LAYERS = (Rounded, LayerNorm)
-# Set on a module that has the structure of a kind and computes something else.
-_LEFT = "_emd_fast_left"
 
 
 @dataclass
@@ -108,16 +97,15 @@ def fuse(
             step.state["memory_format"] = name_of(memory_format)
     if compile is not False:
         steps = _compiled(network, steps, {} if compile is True else compile)
-    left += _apply(steps)
-    done = [step for step in steps if _is_fused(step.module) and not issubclass(step.kind, _LAYERS)]
+    done = any(not issubclass(step.kind, _LAYERS) for step in steps)
     if strict and (left or not done):
-        _undo(network)
         what = "\n".join(f"  {part.path or 'the network itself'} ({part.name}): {part.note}" for part in left)
         raise ValueError(f"fuse(strict=True) would leave:\n{what}" if left else _nothing(network))
     if not done:
-        _undo(network)
         warnings.warn(_nothing(network), stacklevel=2)
         return network
+    for step in steps:
+        step.kind.fuse(step.module, **step.state)
     set_layout(network, memory_format)
     logger.info(fusion_report(network).summary)
     return network
@@ -190,23 +178,18 @@ def _plan(network: nn.Module) -> tuple[list[_Step], list[Part]]:
         steps.setdefault(id(layer), _Step(paths[id(layer)], layer, Conditioning))
     for layer, kind in plain_layers(network) if steps else ():
         steps.setdefault(id(layer), _Step(paths[id(layer)], layer, kind))
-    for block in [step.module for step in steps.values() if step.kind in (edm_blocks.Block, edm_blocks.OwnBlock)]:
-        heads: Any = getattr(block, "num_heads", 0) or getattr(block, "heads", 0)
-        projection = steps.get(id(block.qkv)) if heads else None
+    for block in [step.module for step in steps.values() if step.kind is edm_blocks.Block]:
+        projection = steps.get(id(block.qkv)) if block.num_heads else None
         if projection is not None and (kind := edm_blocks.packed_kind(block, projection.kind)):
-            projection.kind, projection.state["heads"] = kind, heads
+            projection.kind, projection.state["heads"] = kind, block.num_heads
     return list(steps.values()), left
 
 
 def _reason(module: nn.Module) -> str | None:
     """Why a norm or attention stays as it is; None for one that does not, and for any other module."""
-    if _LEFT in vars(module):
-        return vars(module)[_LEFT]
     for kind in _KINDS:
         if kind.recognises(module):
             return kind.why_not(module)
-    if isinstance(module, nn.GroupNorm):
-        return "it has a forward of its own"
     if isinstance(module, nn.MultiheadAttention) or (
         "attention" in type(module).__name__.lower() and any(True for _ in module.parameters(recurse=False))
     ):
@@ -223,6 +206,9 @@ def _compiled(network: nn.Module, steps: list[_Step], options: dict[str, Any]) -
         if diffusers_blocks.takes_keys_and_values(module):
             blocks.append(_Step(paths[id(module)], module, diffusers_blocks.TransformerBlock))
             inside.update(id(part) for part in module.modules())
+    for module, kind in compiled_blocks.of_teachers(network):
+        blocks.append(_Step(paths[id(module)], module, kind))
+        inside.update(id(part) for part in module.modules())
     for module in compiled_blocks.repeated(network):
         if id(module) not in planned and not any(id(part) in inside for part in module.modules()):
             blocks.append(_Step(paths[id(module)], module, compiled_blocks.Repeated))
@@ -252,69 +238,7 @@ def _is_fused(module: nn.Module) -> bool:
     return kind_of(module) is not None or isinstance(processor, diffusers_blocks.Processor)
 
 
-def _apply(steps: list[_Step]) -> list[Part]:
-    """Makes the change, and takes it back where structure has misled: a fused module that computes something else."""
-    expected = {id(step.module): _tried(step) for step in steps}
-    for step in steps:
-        step.kind.fuse(step.module, **step.state)
-    left = []
-    # Inner modules first: a block is right only if its norms are.
-    for step in reversed(steps):
-        if (before := expected[id(step.module)]) is None or (why := _disagreement(before, _tried(step))) is None:
-            continue
-        step.kind.unfuse(step.module)
-        step.module.__dict__[_LEFT] = f"its structure is known, but it {why}"
-        left.append(Part(step.path, type(step.module).__name__, step.module.__dict__[_LEFT]))
-    return left
-
-
-@torch.no_grad()
-def _tried(step: _Step) -> Tensor | Exception | None:
-    """What the module makes of some input, or raises, where its kind goes by structure; None where that cannot be
-    asked."""
-    module = step.module
-    try:
-        shapes = step.kind.probe(module)
-    except AttributeError:  # a layer that something else has wrapped does not show its shape
-        shapes = None
-    if shapes is None:
-        return None
-    weights = [p for p in module.parameters() if p.is_floating_point()]
-    if not weights or any(type(p) is not nn.Parameter or p.is_meta or p.dtype not in SERVED for p in weights):
-        return None
-    generator = torch.Generator().manual_seed(0)
-    narrow, wide = (choose((p.dtype for p in weights), key=lambda dtype: dtype.itemsize) for choose in (min, max))
-    inputs = [torch.randn(shape, generator=generator).to(weights[0].device, wide) for shape in shapes]
-    training = [part for part in module.modules() if part.training]
-    module.eval()
-    options = vars(module).get(STATE, {}).pop("compile", None)
-    try:
-        # Where the weights of products are rounded, they are for autocast to read.
-        with torch.autocast(inputs[0].device.type, dtype=narrow, enabled=narrow != wide), use_backend("auto"):
-            return module(*inputs).to(narrow)
-    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
-        return error
-    finally:
-        for part in training:
-            part.training = True
-        if options is not None:
-            module.__dict__[STATE]["compile"] = options
-
-
-def _disagreement(before: Tensor | Exception, after: Tensor | Exception | None) -> str | None:
-    """None where the fused module does what it did before."""
-    if isinstance(before, Exception):
-        return f"does not take what such a module takes: {before}"
-    if not isinstance(after, Tensor):
-        return f"fails when it is fused: {after}"
-    tolerance = (1e-3 if before.dtype == torch.float32 else 0.1) * before.float().abs().max().clamp(min=1e-6)
-    same = before.shape == after.shape and bool((before.float() - after.float()).abs().max() <= tolerance)
-    return None if same else "computes something else"
-
-
 def _undo(network: nn.Module) -> None:
     restore(network)
     for module in [module for module in network.modules() if _is_fused(module)]:
         (kind_of(module) or diffusers_blocks.Attention).unfuse(module)
-    for module in network.modules():
-        module.__dict__.pop(_LEFT, None)

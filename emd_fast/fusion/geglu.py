@@ -16,7 +16,7 @@ from torch.nn.functional import gelu
 from torch.utils.checkpoint import checkpoint
 
 from emd_fast.cache.weights import autocast_dtype
-from emd_fast.fusion.fused_class import Fused, has, is_a
+from emd_fast.fusion.fused_class import OVERRIDDEN, Fused, is_a, named, unknown_attributes
 from emd_fast.fusion.layer_norm import source
 
 FEW_CHANNELS = 320
@@ -32,7 +32,12 @@ class GEGLU(Fused):
 
     @classmethod
     def recognises(cls, module: Any) -> bool:
-        return is_a(module, "GEGLU") and has(module, "proj", "gelu")
+        return named(module, "GEGLU", "diffusers.") is not None
+
+    @classmethod
+    def why_not(cls, module: Any) -> str | None:
+        known = is_a(module, "GEGLU", "diffusers.")
+        return unknown_attributes(module, frozenset({"proj"})) if known else OVERRIDDEN
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         again = hidden_states.shape[-1] <= FEW_CHANNELS and _to_input_alone(self, hidden_states)

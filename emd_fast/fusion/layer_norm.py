@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import layer_norm
 
 from emd_fast.cache.weights import autocast_dtype
@@ -26,7 +26,7 @@ class LayerNorm(Fused):
 
     @classmethod
     def recognises(cls, module: Any) -> bool:
-        return isinstance(module, nn.LayerNorm) and is_a(module, "LayerNorm")
+        return is_a(module, "LayerNorm", "torch.nn.")
 
     def forward(self, input: Tensor) -> Tensor:
         frozen = not any(parameter.requires_grad for parameter in self.parameters(recurse=False))

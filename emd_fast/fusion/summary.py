@@ -6,8 +6,9 @@ from collections import Counter
 from dataclasses import dataclass
 
 SUPPORTED = (
-    "diffusers' UNet2DModel, UNet2DConditionModel and their blocks; EDM's SongUNet and DhariwalUNet, EDM2's UNet; "
-    "emd_fast's SmallUNet; of other networks GroupNorm, SiLU behind it in an nn.Sequential, and diffusers' Attention"
+    "diffusers' UNet2DModel, UNet2DConditionModel and their blocks; the UNets of EDM and EDM2, NVlabs' and those of "
+    "emd_fast.teachers; emd_fast's SmallUNet; of other networks GroupNorm, SiLU behind it in an nn.Sequential, and "
+    "diffusers' Attention"
 )
 
 

@@ -20,7 +20,8 @@ class ClipScore:
     torch.load with weights_only=True, which is the default of transformers.
 
     Args:
-        name: a folder with a CLIPModel and its CLIPProcessor, or a model name on the Hugging Face hub.
+        name: a folder with a CLIPModel and its CLIPProcessor, or a model name on the Hugging Face
+            hub.
         device: where the model runs.
 
     Raises:

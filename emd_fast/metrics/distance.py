@@ -1,8 +1,8 @@
 """Fréchet distance between two sets of features, or between their moments.
 
-All arithmetic is float64. With A = R_a^T R_a and B = R_b^T R_b, the trace of (A B)^1/2 is the sum of
-the singular values of R_a R_b^T. This equals the trace of the matrix square root, but it does not take
-square roots of rounding errors in the small eigenvalues of A B when A or B is singular.
+All arithmetic is float64. With A = R_a^T R_a and B = R_b^T R_b, the trace of (A B)^1/2 is the sum
+of the singular values of R_a R_b^T. This equals the trace of the matrix square root, but it does
+not take square roots of rounding errors in the small eigenvalues of A B when A or B is singular.
 """
 
 from __future__ import annotations
@@ -116,8 +116,9 @@ def frechet_of_moments(a: Moments, b: Moments) -> float:
 def frechet(a: Tensor, b: Tensor) -> float:
     """Fréchet distance of the normal distributions fitted to two sets of features.
 
-    It is |mean_a - mean_b|^2 + tr(A + B - 2 (A B)^1/2), with the covariances A and B. The factors of A
-    and B come from a QR decomposition of the centred features, so that no covariance is rounded.
+    It is |mean_a - mean_b|^2 + tr(A + B - 2 (A B)^1/2), with the covariances A and B. The factors
+    of A and B come from a QR decomposition of the centred features, so that no covariance is
+    rounded.
 
     Args:
         a, b: (n, D) features, any floating dtype, n at least 2. The arithmetic is float64.
@@ -126,7 +127,8 @@ def frechet(a: Tensor, b: Tensor) -> float:
         The squared distance, in squared units of the features; 0 for equal sets.
 
     Raises:
-        ValueError: sets of unequal size or width, too few samples, or features that are not finite.
+        ValueError: sets of unequal size or width, too few samples, or features that are not
+            finite.
 
     Source: Heusel et al. (arXiv 1706.08500).
     """
@@ -147,7 +149,8 @@ def checked_pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Checks two sets of features (n, D) of equal size, and returns them in float64.
 
     Raises:
-        ValueError: sets of unequal size or width, too few samples, or features that are not finite.
+        ValueError: sets of unequal size or width, too few samples, or features that are not
+            finite.
     """
     if a.dim() != 2 or a.shape != b.shape:
         raise ValueError(f"two sets of features need one shape (n, D), got {tuple(a.shape)} and {tuple(b.shape)}")

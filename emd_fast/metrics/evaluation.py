@@ -1,7 +1,7 @@
 """Metrics of many images by a detector: streaming over batches and ranks, and all metrics together.
 
-Each rank takes a share of the samples by global index, so that the set of images depends neither on
-the number of ranks nor on the batch size. Sums are added over the ranks.
+Each rank takes a share of the samples by global index, so that the set of images depends neither
+on the number of ranks nor on the batch size. Sums are added over the ranks.
 """
 
 from __future__ import annotations
@@ -124,14 +124,14 @@ def evaluate(
         prompts: (first, n) -> prompts of the images, for the CLIP score.
 
     Returns:
-        "frechet" with a reference; "inception_score" and "inception_score_std" with a detector that has
-        classes and n of 10 or more; "precision" and "recall" (k = 3) with images to compare with;
-        "clip_score" with prompts and a CLIP model.
+        "frechet" with a reference; "inception_score" and "inception_score_std" with a detector
+        that has classes and n of 10 or more; "precision" and "recall" (k = 3) with images to
+        compare with; "clip_score" with prompts and a CLIP model.
 
     Raises:
-        ValueError: images of another size than the reference's, if its file records one; `compare_with`
-            holds another number of images than n; fewer than two images per rank; features that are not
-            finite.
+        ValueError: images of another size than the reference's, if its file records one;
+            `compare_with` holds another number of images than n; fewer than two images per rank;
+            features that are not finite.
     """
     if n < 2 * distributed.world_size():
         raise ValueError(f"an evaluation needs at least 2 images a rank, got {n} for {distributed.world_size()}")

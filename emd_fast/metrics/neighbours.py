@@ -15,10 +15,10 @@ _CLOSE = 1e-11  # bound of the relative error of squared distances from a matrix
 def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> tuple[float, float]:
     """Precision and recall of generated samples in feature space.
 
-    Precision is the fraction of generated samples inside the manifold of the real set. Recall is the
-    fraction of real samples inside the manifold of the generated set. The manifold of a set is the
-    union of balls around its samples, each with the distance to the k-th nearest other sample as
-    radius.
+    Precision is the fraction of generated samples inside the manifold of the real set. Recall is
+    the fraction of real samples inside the manifold of the generated set. The manifold of a set is
+    the union of balls around its samples, each with the distance to the k-th nearest other sample
+    as radius.
 
     Memory does not grow with n^2. Distances come from a matrix product, which cancels for near
     samples. Distances so close to a radius that this error could decide are computed again from

@@ -33,11 +33,12 @@ def grid(images: Tensor, columns: int | None = None, scale: int | None = None) -
     Args:
         images: (N, 1 or 3, H, W) in [-1, 1], N at least 1; values outside are clipped.
         columns: images per row; about the square root of N when None.
-        scale: integer factor of enlargement by pixel repetition. None picks one that gives a side of at
-            least 32 pixels.
+        scale: integer factor of enlargement by pixel repetition. None picks one that gives a side
+            of at least 32 pixels.
 
     Raises:
-        ValueError: another shape, no image, values that are not finite, or columns or scale below 1.
+        ValueError: another shape, no image, values that are not finite, or columns or scale below
+            1.
     """
     if images.dim() != 4 or images.shape[1] not in (1, 3) or not images.numel():
         raise ValueError(f"images must have shape (N, 1 or 3, H, W) and not be empty, got {tuple(images.shape)}")
@@ -98,8 +99,8 @@ def scatter(path: str | os.PathLike[str], samples: Mapping[str, Tensor]) -> None
 
     Args:
         path: path of the file; its folder is created if missing.
-        samples: name -> (n, 2). The first set determines the limits of the axes. A panel's title counts
-            the points that are outside the limits or not finite.
+        samples: name -> (n, 2). The first set determines the limits of the axes. A panel's title
+            counts the points that are outside the limits or not finite.
 
     Raises:
         ValueError: no set, or a set of another shape.
@@ -143,9 +144,9 @@ def curves(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]) -> N
 
     Args:
         path: path of the file; its folder is created if missing.
-        rows: rows of log.jsonl, with "step" and any of generator_loss, fake_score_loss, drift_rms, z_rms,
-            generator_grad_norm, fake_score_grad_norm. Other rows and keys are ignored. Values that are not
-            finite leave a gap.
+        rows: rows of log.jsonl, with "step" and any of generator_loss, fake_score_loss, drift_rms,
+            z_rms, generator_grad_norm, fake_score_grad_norm. Other rows and keys are ignored.
+            Values that are not finite leave a gap.
 
     Raises:
         ValueError: no row has a step and one of these keys.
@@ -182,7 +183,7 @@ def _series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], l
 
 
 def _running_mean(values: Sequence[float]) -> list[float]:
-    """Mean over a window of a tenth of the curve that ends at each point, without values that are not finite."""
+    """Mean of the finite values in a window of a tenth of the curve that ends at each point."""
     window = max(1, len(values) // 10)
     means = []
     for i in range(len(values)):

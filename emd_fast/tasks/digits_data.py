@@ -19,21 +19,23 @@ _SPLIT_SEED = 0
 def load(split: str) -> tuple[Tensor, Tensor]:
     """Loads one split of the real digits.
 
-    The split is fixed: a third of each class, drawn by the noise contract, is held out for the test.
+    The split is fixed: a third of each class, drawn by the noise contract, is held out for the
+    test.
 
     Args:
         split: "train" (1,198 images) or "test" (599 images).
 
     Returns:
-        Images (N, 1, 8, 8) float32 in [-1, 1] and labels (N,) int64 in [0, 10), in the order of the
-        data set.
+        Images (N, 1, 8, 8) float32 in [-1, 1] and labels (N,) int64 in [0, 10), in the order of
+        the data set.
 
     Raises:
         ValueError: split is neither of the two.
         ModuleNotFoundError: scikit-learn is not installed.
 
     Source: Alpaydin and Kaynak, "Optical recognition of handwritten digits" (UCI, 1998), its test
-    part, as shipped by `sklearn.datasets.load_digits`: counts, 0 to 16, of black pixels in 4x4 cells.
+    part, as shipped by `sklearn.datasets.load_digits`: counts, 0 to 16, of black pixels in 4x4
+    cells.
     """
     if split not in ("train", "test"):
         raise ValueError(f"split must be 'train' or 'test', got {split!r}")

@@ -1,6 +1,7 @@
 """Metrics of digits, in the features of a small classifier of real digits.
 
-Every comparison is between two sets of equal size, because all of these metrics depend on the size.
+Every comparison is between two sets of equal size, because all of these metrics depend on the
+size.
 """
 
 from __future__ import annotations
@@ -95,8 +96,8 @@ def _one_thread() -> Iterator[None]:
     """Runs the block on one thread.
 
     A network this small gains nothing from a second thread, and on shared cores the second thread
-    makes it ten times slower. One thread also fixes the order of summation, so that the features do
-    not depend on the number of cores.
+    makes it ten times slower. One thread also fixes the order of summation, so that the features
+    do not depend on the number of cores.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -131,19 +132,20 @@ def digits_metrics(
 ) -> dict[str, Any]:
     """Compares sets of digits with the held-out test split, at equal set sizes.
 
-    Give the sets the labels of the test split (`digits_data.load("test")`), so that a difference in
-    class frequencies does not count as a difference in quality.
+    Give the sets the labels of the test split (`digits_data.load("test")`), so that a difference
+    in class frequencies does not count as a difference in quality.
 
     Args:
-        samples: name -> (images, labels): images (N, 1, 8, 8) in [-1, 1], and the labels (N,) int64
-            that they were generated for, or None, which leaves accuracy out. All sets have one N, 4
-            to 599. The set "real" is added: N images of the train split, drawn by `seed`.
+        samples: name -> (images, labels): images (N, 1, 8, 8) in [-1, 1], and the labels (N,)
+            int64 that they were generated for, or None, which leaves accuracy out. All sets have
+            one N, 4 to 599. The set "real" is added: N images of the train split, drawn by `seed`.
         features: the classifier; a new one of seed 0 is trained when None.
         seed: seed of the choice of train images and, for N below 599, of test images.
 
     Returns:
-        "frechet", "recall", "precision" (k = 3) and "accuracy" (the classifier predicts the requested
-        label), each a dict from "real" and the names in `samples` to a number; "n"; "seed".
+        "frechet", "recall", "precision" (k = 3) and "accuracy" (the classifier predicts the
+        requested label), each a dict from "real" and the names in `samples` to a number; "n";
+        "seed".
 
     Raises:
         ValueError: sets of unequal size, N out of range, a set called "real", or images of another

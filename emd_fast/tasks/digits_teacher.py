@@ -46,11 +46,11 @@ def train(
 
     Args:
         config: steps, batch_size, lr (peak value: linear warm-up over `warmup` steps, then cosine
-            decay to 0), ema (decay per step), log_sigma_mean and log_sigma_std (of ln sigma, which is
-            normal), channels, conditional, seed.
-        on_step: called after every step with the number of steps done and the loss of the last one, a
-            0-dim tensor on `device`; reading it synchronises. An exception that it raises ends the
-            training.
+            decay to 0), ema (decay per step), log_sigma_mean and log_sigma_std (of ln sigma, which
+            is normal), channels, conditional, seed.
+        on_step: called after every step with the number of steps done and the loss of the last
+            one, a 0-dim tensor on `device`; reading it synchronises. An exception that it raises
+            ends the training.
         device: where to train. The result stays there.
 
     Returns:
@@ -61,7 +61,8 @@ def train(
     Raises:
         FloatingPointError: the training diverged.
 
-    Source: Karras et al. (arXiv 2206.00364). The optimizer and its settings are this project's own.
+    Source: Karras et al. (arXiv 2206.00364). The optimizer and its settings are this project's
+    own.
     """
     images, labels = (data.to(device) for data in load("train"))
     trained = denoiser(network(config)).to(device)

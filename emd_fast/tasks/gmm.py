@@ -1,6 +1,7 @@
 """The task "gmm": a ring of equal modes in the plane.
 
-The teacher's score is exact, so that results show the algorithm without errors of a learned teacher.
+The teacher's score is exact, so that results show the algorithm without errors of a learned
+teacher.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Metrics of points: mass per mode, and distances to exact samples of a Gaussian mixture.
 
-Every comparison is between two sets of equal size, because all of these metrics depend on the size.
+Every comparison is between two sets of equal size, because all of these metrics depend on the
+size.
 """
 
 from __future__ import annotations
@@ -40,16 +41,16 @@ def mixture_metrics(
     Returns:
         "mass": M numbers, the fraction of samples nearest to each mean;
         "due": M numbers, the weights;
-        "modes": the number of modes found. A mode is found if the fraction of samples that are nearest
-            to its mean and within 3 std sqrt(D / 2) of it is at least a quarter of its weight. In two
-            dimensions that radius is 3 std, which holds 98.9% of a mode;
+        "modes": the number of modes found. A mode is found if the fraction of samples that are
+            nearest to its mean and within 3 std sqrt(D / 2) of it is at least a quarter of its
+            weight. In two dimensions that radius is 3 std, which holds 98.9% of a mode;
         "total_variation": half the sum of |mass - due|;
         "frechet", "precision", "recall": against n exact samples, on the coordinates (k = 3);
         "n", "seed".
 
     Raises:
-        ValueError: shapes that do not match, a weight or std that is not positive, or samples that are
-            not finite.
+        ValueError: shapes that do not match, a weight or std that is not positive, or samples that
+            are not finite.
     """
     weights = torch.as_tensor(weights, dtype=torch.float64)
     means = torch.as_tensor(means, dtype=torch.float64)

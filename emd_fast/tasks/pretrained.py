@@ -166,7 +166,7 @@ def _device() -> torch.device:
 
 
 def _images(trainer: EMDTrainer) -> tuple[evaluation.Images, int]:
-    """Returns the generator's images by global index, and the batch size of training, which fits a device."""
+    """Returns the generator's images by global index, and the batch size of the training."""
     config = trainer.config
 
     def images(first: int, n: int) -> Tensor:

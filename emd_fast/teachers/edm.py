@@ -173,7 +173,7 @@ def load(path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.d
 
 
 def convert(source: str | Path, target: str | Path) -> str:
-    """Converts a checkpoint to a safetensors file with the network's tensors and a JSON description.
+    """Converts a checkpoint to safetensors: the network's tensors and a JSON description.
 
     The tensors keep their dtype.
 

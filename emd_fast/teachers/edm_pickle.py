@@ -2,9 +2,9 @@
 
 Such a pickle is a dict whose entry "ema" is the network. Every network and layer is a call of
 `torch_utils.persistence._reconstruct_persistent_obj` with the name of its class, the source of the
-class's module, and its `__dict__`. Every tensor is a call of torch with a storage, which is a torch
-file of its own. This module reads the name of the class, its constructor arguments and the tensors.
-`io.pickles` reads the file.
+class's module, and its `__dict__`. Every tensor is a call of torch with a storage, which is a
+torch file of its own. This module reads the name of the class, its constructor arguments and the
+tensors. `io.pickles` reads the file.
 """
 
 from __future__ import annotations

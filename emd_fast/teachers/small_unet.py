@@ -6,10 +6,12 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate, scaled_dot_product_attention, silu
+from torch.nn.functional import interpolate, silu
 
 from emd_fast import ops
+from emd_fast.cache.conditioning import remember
 from emd_fast.noise import Noise, NoiseStream
+from emd_fast.ops.layers import GroupNorm, attention
 from emd_fast.teachers.labels import check_labels
 
 _GROUPS = 4  # groups of every norm, with 4 or 8 channels each by default
@@ -55,7 +57,7 @@ class SmallUNet(nn.Module):
         self.second_block = ResidualBlock(2 * channels, 2 * channels)
         self.up = nn.Conv2d(2 * channels, channels, 3, padding=1)
         self.up_block = ResidualBlock(2 * channels, channels)
-        self.norm = nn.GroupNorm(_GROUPS, channels)
+        self.norm = GroupNorm(_GROUPS, channels)
         self.last = _starts_at_zero(nn.Conv2d(channels, in_channels, 3, padding=1))
 
         blocks = (self.down_block, self.middle_block, self.second_block, self.up_block)
@@ -73,13 +75,14 @@ class SmallUNet(nn.Module):
             labels: (B,) int64 in [0, num_classes), or None for a network without labels.
 
         Raises:
-            ValueError: labels that are missing, not expected, of a wrong shape or (CPU tensors) out
-                of range; odd H or W.
+            ValueError: labels that are missing, not expected, of a wrong shape or (CPU tensors)
+                out of range; odd H or W.
             TypeError: labels that are not int64.
         """
         if x.shape[2] % 2 or x.shape[3] % 2:
             raise ValueError(f"x must have even height and width, got {tuple(x.shape)}")
-        modulation = self.modulation(self._embed(c_noise, labels)).split(self._modulated, dim=1)
+        layers = (self.noise_embedding, self.class_embedding, self.embedding, self.modulation)
+        modulation = remember(layers, self._modulation_of, c_noise, labels).split(self._modulated, dim=1)
         # Convolutions and norms of this size are faster in channels_last.
         full = self.first(x).contiguous(memory_format=torch.channels_last)
         full = self.down_block(full, modulation[0])
@@ -89,7 +92,8 @@ class SmallUNet(nn.Module):
         full = self.up_block(torch.cat([raised, full], dim=1), modulation[3])
         return self.last(silu(self.norm(full)))
 
-    def _embed(self, c_noise: Tensor, labels: Tensor | None) -> Tensor:
+    def _modulation_of(self, c_noise: Tensor, labels: Tensor | None) -> Tensor:
+        """Scales and shifts of all blocks."""
         angles = c_noise.float()[:, None] * self.frequencies
         waves = torch.cat([angles.cos(), angles.sin()], dim=1)
         embedded = self.noise_embedding(waves.to(self.noise_embedding.weight.dtype))
@@ -102,7 +106,7 @@ class SmallUNet(nn.Module):
         if labels is not None and self.class_embedding is not None:
             check_labels(labels, len(c_noise), self.num_classes)
             embedded = embedded + self.class_embedding(labels)
-        return silu(self.embedding(silu(embedded)))
+        return self.modulation(silu(self.embedding(silu(embedded))))
 
 
 class ResidualBlock(nn.Module):
@@ -114,9 +118,9 @@ class ResidualBlock(nn.Module):
     def __init__(self, in_channels: int, channels: int) -> None:
         super().__init__()
         self.channels = channels
-        self.norm1 = nn.GroupNorm(_GROUPS, in_channels)
+        self.norm1 = GroupNorm(_GROUPS, in_channels)
         self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1)
-        self.norm2 = nn.GroupNorm(_GROUPS, channels)
+        self.norm2 = GroupNorm(_GROUPS, channels)
         self.conv2 = _starts_at_zero(nn.Conv2d(channels, channels, 3, padding=1))
         self.skip = nn.Identity() if in_channels == channels else nn.Conv2d(in_channels, channels, 1)
 
@@ -125,10 +129,10 @@ class ResidualBlock(nn.Module):
 
         `modulation` (B, 2 channels) has the scale and the shift.
         """
-        scale, shift = modulation[:, :, None, None].chunk(2, dim=1)
-        h = self.conv1(silu(self.norm1(x)))
-        h = torch.addcmul(shift, self.norm2(h), 1 + scale)
-        return self.skip(x) + self.conv2(silu(h))
+        scale, shift = modulation.chunk(2, dim=1)
+        h = self.conv1(self.norm1(x, activation="silu"))
+        h = self.norm2(h, scale=scale, shift=shift, activation="silu")
+        return self.skip(x) + self.conv2(h)
 
 
 class SelfAttention(nn.Module):
@@ -136,15 +140,15 @@ class SelfAttention(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(_GROUPS, channels)
+        self.norm = GroupNorm(_GROUPS, channels)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.projection = _starts_at_zero(nn.Linear(channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns (B, channels, H, W) for x (B, channels, H, W)."""
         tokens = self.norm(x).flatten(2).transpose(1, 2)
-        q, k, v = self.qkv(tokens)[:, None].chunk(3, dim=-1)
-        mixed = scaled_dot_product_attention(q, k, v)[:, 0]
+        q, k, v = (part[:, :, None] for part in self.qkv(tokens).chunk(3, dim=-1))
+        mixed = attention(q, k, v)[:, :, 0]
         return x + self.projection(mixed).transpose(1, 2).reshape(x.shape)
 
 

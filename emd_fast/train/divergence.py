@@ -18,15 +18,17 @@ if TYPE_CHECKING:
     from emd_fast.train.trainer import EMDTrainer
 
 _HUGE = 1e4
-"""An RMS that no output, image or latent of a working run comes near."""
+"""An RMS that no output of a working teacher or fake score comes near."""
+_HUGE_SAMPLE = 1e3
+"""An RMS that no image, latent or noised sample of a working run comes near."""
 
 
 def cause(trainer: EMDTrainer) -> str:
     """Names the cause of a diverged step, in one sentence with a remedy. All ranks call it.
 
     The E-step of the last step is repeated with its noise. The first network that returns values
-    that are not finite, or huge, for inputs that are neither, is the cause. If there is none, it is
-    the chain of z, or else the tensor whose gradient was not finite.
+    that are not finite, or huge, for inputs that are neither, is the cause. If z was above max_z_rms
+    by then, the cause is its chain. If nothing is found, a gradient was not finite: its tensor is named.
 
     Returns:
         The sentence, the same on every rank: that of the first rank which found something.
@@ -34,11 +36,11 @@ def cause(trainer: EMDTrainer) -> str:
     found: list[str] = []
     networks = {"generator": trainer.generator, "teacher": trainer.teacher, "fake score": trainer.fake_score}
     trainer.batches.at(max(0, trainer.steps_done - 1))
-    with _observed(networks, found), torch.no_grad():
+    with _observed(networks, found, trainer.config.max_z_rms), torch.no_grad():
         for micro_batch in trainer.batches.micro_batches(None, 0):
             samples = range(micro_batch.first, micro_batch.first + micro_batch.size)
             posterior = trainer.sample_posterior(samples=samples, watch=lambda step: None)
-            if not found and _wrong(posterior.z):
+            if not found and _wrong(posterior.z, trainer.config.max_z_rms):
                 found.append(_CHAIN)
     told: list[str | None] = [found[0] if found else None] * distributed.world_size()
     if distributed.world_size() > 1:
@@ -55,16 +57,24 @@ _CHAIN = (
 
 
 @contextlib.contextmanager
-def _observed(networks: dict[str, nn.Module], found: list[str]) -> Iterator[None]:
+def _observed(networks: dict[str, nn.Module], found: list[str], max_z_rms: float) -> Iterator[None]:
     """Context manager: appends a sentence to `found` at the first wrong output."""
 
     def look(name: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        if found or not isinstance(output, Tensor) or not (wrong := _wrong(output)):
+        if found or not isinstance(output, Tensor):
             return
-        if _wrong(inputs[0]):
+        samples = name == "generator"
+        if not (wrong := _wrong(output, _HUGE_SAMPLE if samples else _HUGE)):
+            return
+        if _wrong(inputs[0], max_z_rms if samples else _HUGE_SAMPLE):
             found.append(_CHAIN)
         else:
-            found.append(f"the {name} returned values {wrong} for a finite input: check its weights and conditions")
+            helps = (
+                "check its weights and its conditions"
+                if name == "teacher"
+                else "try smaller learning rates, or a smaller gamma_z"
+            )
+            found.append(f"the {name} returned values {wrong} for a sound input: {helps}")
 
     hooks = [
         network.register_forward_hook(functools.partial(look, name))
@@ -78,9 +88,9 @@ def _observed(networks: dict[str, nn.Module], found: list[str]) -> Iterator[None
             hook.remove()
 
 
-def _wrong(x: Tensor) -> str:
+def _wrong(x: Tensor, limit: float) -> str:
     """Describes values that no working run has; empty for good ones."""
     if not bool(torch.isfinite(x).all()):
         return "that are not finite"
     rms = float(x.detach().double().square().mean().sqrt())
-    return f"of RMS {rms:.2g}" if rms > _HUGE else ""
+    return f"of RMS {rms:.2g}" if rms > limit else ""

@@ -1,9 +1,9 @@
 """Schedulers with which stock pipelines of diffusers sample a one-step generator.
 
-A pipeline called with one inference step draws z ~ N(0, I), gets the timestep from its scheduler and
-runs the network once. The chain of betas ends at the index of t_star and has "trailing" spacing, so
-that the single timestep is that index. DDIM then computes D(z; t_star), the generator with
-input_scale = 1. Euler multiplies z by sigma / alpha first and divides the network's input by
+A pipeline called with one inference step draws z ~ N(0, I), gets the timestep from its scheduler
+and runs the network once. The chain of betas ends at the index of t_star and has "trailing"
+spacing, so that the single timestep is that index. DDIM then computes D(z; t_star), the generator
+with input_scale = 1. Euler multiplies z by sigma / alpha first and divides the network's input by
 sqrt(1 + sigma^2 / alpha^2), which gives D(sigma z; t_star).
 """
 

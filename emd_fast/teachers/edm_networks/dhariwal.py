@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from emd_fast.cache.conditioning import remember
 from emd_fast.teachers.edm_networks import skeleton
 from emd_fast.teachers.edm_networks.arguments import DhariwalArguments
-from emd_fast.teachers.edm_networks.blocks import Block, Style, norm, normalise
+from emd_fast.teachers.edm_networks.blocks import Block, Style, norm
 from emd_fast.teachers.edm_networks.layers import no_labels, one_hot, positional_frequencies, waves
 
 _HEAD = 64  # channels of a head of attention
@@ -45,9 +46,9 @@ class DhariwalUNet(nn.Module):
         self.out_conv = nn.Conv2d(channels, a.out_channels, 3, padding=1)
 
     def forward(self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None) -> Tensor:
-        embedded = self._embed(c_noise, labels)
+        embedded = remember((self.map_layer0, self.map_layer1, self.map_label), self._embed, c_noise, labels)
         h = skeleton.run(self.enc, self.dec, x.contiguous(memory_format=torch.channels_last), embedded)
-        return self.out_conv(normalise(self.out_norm, h, "silu"))
+        return self.out_conv(self.out_norm(h, activation="silu"))
 
     def _embed(self, c_noise: Tensor, labels: Tensor | None) -> Tensor:
         weight = self.map_layer0.weight

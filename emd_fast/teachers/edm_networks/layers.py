@@ -7,12 +7,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d, conv2d, conv_transpose2d, interpolate, linear, scaled_dot_product_attention
+from torch.nn.functional import avg_pool2d, conv2d, conv_transpose2d, interpolate, linear
 
-from emd_fast import ops
+from emd_fast.ops.layers import attention
 from emd_fast.teachers.labels import check_labels
-
-_WIDEST_HEAD = 256  # of emd_fast.ops.attention
 
 
 def fir(taps: Sequence[float]) -> Tensor:
@@ -73,10 +71,7 @@ def pixel_attention(tokens: Tensor, unit: float | None = None) -> Tensor:
     if unit is not None:
         tokens = unit_rms(tokens, -1, unit)
     q, k, v = tokens.unbind(2)
-    if q.shape[-1] <= _WIDEST_HEAD:
-        return ops.attention(q, k, v).flatten(2)
-    q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-    return scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    return attention(q, k, v).flatten(2)
 
 
 def as_image(tokens: Tensor, like: Tensor) -> Tensor:
@@ -85,8 +80,8 @@ def as_image(tokens: Tensor, like: Tensor) -> Tensor:
 
 
 def unit_rms(x: Tensor, dim: int | tuple[int, ...], eps: float) -> Tensor:
-    """x / (eps + root mean square over dim), the mean square in float32."""
-    norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.float32)
+    """x / (eps + root mean square over dim), the mean square in float32 or float64."""
+    norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
     return x / (eps + norm * math.sqrt(norm.numel() / max(x.numel(), 1))).to(x.dtype)
 
 

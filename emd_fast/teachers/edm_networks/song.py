@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from emd_fast.cache.conditioning import remember
 from emd_fast.teachers.edm_networks import skeleton
 from emd_fast.teachers.edm_networks.arguments import SongArguments
-from emd_fast.teachers.edm_networks.blocks import Block, ResampledConv, Style, norm, normalise
+from emd_fast.teachers.edm_networks.blocks import Block, ResampledConv, Style, norm
 from emd_fast.teachers.edm_networks.layers import no_labels, one_hot, positional_frequencies, waves
 
 _EPS = 1e-6
@@ -71,7 +72,8 @@ class SongUNet(nn.Module):
                 self.dec[f"{at}_aux_conv"] = nn.Conv2d(channels, a.out_channels, 3, padding=1)
 
     def forward(self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None) -> Tensor:
-        embedded = self._embed(c_noise, labels)
+        layers = (self.map_noise, self.map_layer0, self.map_layer1, self.map_label)
+        embedded = remember(layers, self._embed, c_noise, labels)
         h, skips = self._encode(x.contiguous(memory_format=torch.channels_last), embedded)
         return self._decode(h, skips, embedded)
 
@@ -102,9 +104,7 @@ class SongUNet(nn.Module):
         return h, skips
 
     def _image(self, at: str, h: Tensor) -> Tensor:
-        layer = self.dec[f"{at}_aux_norm"]
-        assert isinstance(layer, nn.GroupNorm)
-        return self.dec[f"{at}_aux_conv"](normalise(layer, h, "silu"))
+        return self.dec[f"{at}_aux_conv"](self.dec[f"{at}_aux_norm"](h, activation="silu"))
 
     def _decode(self, h: Tensor, skips: list[Tensor], embedded: Tensor) -> Tensor:
         image: Tensor | None = None
