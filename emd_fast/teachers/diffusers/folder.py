@@ -156,6 +156,9 @@ class Folder:
             part: None for part in expected if part in _NOT_FOR_TEXT or (part in _MAY_LACK and not self.has(part))
         }
         given = {self.architecture.component: model, **weights.quietly()}
+        for component in filter(self._is_text_part, self.index):
+            if component.startswith("text_encoder") and component in expected:
+                given[component] = weights.load_encoder(self._encoder_class(component), self.root / component)
         try:
             for component in filter(self._is_text_part, self.index):
                 reading.check_regular(self.root / component)
@@ -185,6 +188,11 @@ class Folder:
         if self.has("scheduler"):
             self._class("scheduler", "diffusers", tuple(kind for kind in dir(diffusers) if kind.endswith("Scheduler")))
         return getattr(diffusers, name)
+
+    def _encoder_class(self, component: str) -> Any:
+        import transformers
+
+        return getattr(transformers, self._class(component, "transformers", TEXT_PARTS["text"]))
 
     def _is_text_part(self, component: str) -> bool:
         return self.has(component) and component.partition("_")[0] in TEXT_PARTS

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from emd_fast.io import reading
-
-_CODE = ("auto_map", "quantization_config")  # keys that make loaders look for other code
-_LARGEST, _LONGEST, _DEEPEST = 2**20, 64, 256  # a size; a list of blocks; layers in a block
-_DEPTHS = ("layer", "depth", "block", "num_heads")
+from emd_fast.io import models, reading
 
 
 def load(kind: Any, folder: Path, dtype: torch.dtype | None = None) -> nn.Module:
@@ -32,19 +27,16 @@ def load(kind: Any, folder: Path, dtype: torch.dtype | None = None) -> nn.Module
         ValueError: files of another kind, sizes that the weights do not have, or weights that are missing.
     """
     try:
-        reading.check_regular(folder)
-        config = reading.read_json(folder / "config.json")
-        check_config(config)
-        files = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin")]
-        check_sizes(kind, config, sum(path.stat().st_size for path in files))
+        models.check_folder(
+            folder, lambda config: kind.from_config({key: config[key] for key in config if key != "_class_name"})
+        )
         options: dict[str, Any] = {} if dtype is None else {"torch_dtype": dtype}
         model, found = kind.from_pretrained(folder, output_loading_info=True, **quietly(), **options)
+        models.check_loaded(found)
     except Exception as error:  # diffusers raises exceptions of many kinds
         # What diffusers goes on to say is advice on arguments that nobody has here.
         said = reading.reason(error).partition(" If you want to")[0].replace("Cannot load  because ", "")
         raise ValueError(f"cannot read the weights in {folder}: {said}") from error
-    if missing := [*found["missing_keys"], *found["mismatched_keys"]]:
-        raise ValueError(f"cannot read the weights in {folder}: {missing[0]} and others are missing or do not fit")
     loaded: nn.Module = model
     return loaded
 
@@ -54,41 +46,13 @@ def quietly() -> dict[str, bool]:
     return {"low_cpu_mem_usage": importlib.util.find_spec("accelerate") is not None}
 
 
-def check_config(config: object) -> None:
-    """Whether a model can be built from a config.json in bounded time.
-
-    Raises:
-        ValueError: no table, a key that names other code, a size or a list that no network has.
-    """
-    if not isinstance(config, Mapping):
-        raise ValueError("config.json must hold a table")
-    for key in _CODE:
-        if config.get(key) is not None:
-            raise ValueError(f"its configuration has {key}, which is not supported")
-    for key, value in config.items():
-        _check_value(str(key)[:100], value)
-
-
-def _check_value(key: str, value: Any) -> None:
-    if isinstance(value, (list, tuple)):
-        if len(value) > _LONGEST and not all(type(item) is float for item in value):
-            raise ValueError(f"its configuration has {len(value):,} values for {key}, at most {_LONGEST} are supported")
-        for item in value:
-            _check_value(key, item)
-    elif isinstance(value, (int, float)) and not isinstance(value, bool):
-        most = _DEEPEST if any(word in key for word in _DEPTHS) and "channels" not in key else _LARGEST
-        if not -most <= value <= most:
-            raise ValueError(f"its configuration has {key} = {value:.4g}, at most {most:,} is supported")
-
-
-def check_sizes(kind: Any, config: Mapping[str, Any], size: int) -> None:
-    """Whether so many bytes can hold the weights of this configuration.
-
-    Raises:
-        ValueError: they cannot; no memory was allocated for them.
-    """
-    with torch.device("meta"):
-        model = kind.from_config({key: value for key, value in config.items() if key != "_class_name"})
-    needed = sum(parameter.numel() for parameter in model.parameters())
-    if needed > size:
-        raise ValueError(f"its configuration is of {needed:,} parameters, the files have {size:,} bytes")
+def load_encoder(kind: Any, folder: Path) -> nn.Module:
+    """The text encoder in a folder, a model class of transformers. Raises as `load` does."""
+    try:
+        models.check_folder(folder, lambda config: kind(kind.config_class.from_dict(config)))
+        model, found = kind.from_pretrained(folder, output_loading_info=True, trust_remote_code=False)
+        models.check_loaded(found)
+    except Exception as error:  # transformers raises exceptions of many kinds
+        raise ValueError(f"cannot read the weights in {folder}: {reading.reason(error)}") from error
+    loaded: nn.Module = model.eval()
+    return loaded
