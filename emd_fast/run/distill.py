@@ -26,8 +26,9 @@ from emd_fast.run.best import best_of_run
 from emd_fast.run.folder import RunError, finished_metrics, open_folder, settings_of
 from emd_fast.run.loop import train
 from emd_fast.run.plan import UNKNOWN, Ceilings, Plan, available, plan
-from emd_fast.run.signals import end_on_signals, stop_on_signals
+from emd_fast.run.signals import Interrupted, end_on_signals, stop_on_signals
 from emd_fast.run.sizes import Sizes, Work
+from emd_fast.run.writes import FolderWrites
 from emd_fast.tasks import Task, task_of
 from emd_fast.train import checkpoint, optimizers
 from emd_fast.train.checkpoint import CheckpointError
@@ -48,6 +49,7 @@ def distill(settings: RunConfig, folder: Path, sinks: tuple[str, ...] = ()) -> d
         CheckpointError: no checkpoint can be read.
         Diverged: training was stopped; report.md says why.
         Interrupted: a signal ended the run; its progress is saved.
+        RunStopped: the folder was moved, removed or cannot be written any more; what can be saved is.
     """
     with end_on_signals(), contextlib.ExitStack() as held:
         return _distill(settings, folder, sinks, held)
@@ -63,6 +65,7 @@ def _distill(settings: RunConfig, folder: Path, sinks: tuple[str, ...], held: co
     if metrics is not None:
         say(f"{folder} is finished: {settings.emd.steps} steps, report in {folder / 'report.md'}")
         return metrics
+    writes = FolderWrites(folder, held)
     needs = plan_of(settings)
     if distributed.world_size() > 1:
         say(needs.table())
@@ -70,14 +73,18 @@ def _distill(settings: RunConfig, folder: Path, sinks: tuple[str, ...], held: co
     task = task_of(settings)
     task.open_references()
     teacher, seconds = _teacher(task, folder)
+    writes.check()
     trainer = _latest(settings, folder, task, teacher)
     del teacher  # frees its float32 weights where the trainer has a bf16 copy
     if distributed.world_size() > 1:
         say(f"{distributed.world_size()} ranks, {trainer.parallel}")
     if trainer.steps_done:
         say(f"resuming {folder} at step {trainer.steps_done} of {settings.emd.steps}")
-    seconds["distil"] = train(trainer, settings, folder, sinks, task)
-    return evaluate(settings, folder, task, trainer, seconds)
+    seconds["distil"] = train(trainer, settings, folder, sinks, task, writes)
+    writes.check()
+    metrics = evaluate(settings, folder, task, trainer, seconds)
+    writes.check()  # what was written may be in another folder by now
+    return metrics
 
 
 def plan_of(settings: RunConfig, devices: int = 0, ceilings: Ceilings = UNKNOWN) -> Plan:
@@ -167,7 +174,7 @@ def evaluate(
         teacher, _ = _teacher(task, folder)
     untrained = EMDTrainer(teacher, trainer.config, *task.make_networks(), prompts=task.prompts)
     with distributed.gathered(trainer.teacher):
-        metrics = task.evaluate(trainer, untrained, folder if distributed.is_main() else None)
+        metrics = task.evaluate(trainer, untrained, folder)
     seconds = {**seconds, "evaluate": time.monotonic() - began}
     metrics = {**metrics, "steps": trainer.steps_done, "seconds": {k: round(v, 2) for k, v in seconds.items()}}
     if kept := best_of_run(folder):
@@ -189,6 +196,7 @@ def evaluate(
 def _teacher(task: Task, folder: Path) -> tuple[Denoiser, dict[str, float]]:
     """Loads or trains the teacher. Returns it, and the seconds that it took."""
     progress: Progress | None = None
+    made: list[Denoiser] = []
     began = time.monotonic()
     with stop_on_signals() as stopped:
 
@@ -200,13 +208,16 @@ def _teacher(task: Task, folder: Path) -> tuple[Denoiser, dict[str, float]]:
                 say("stopped: the next run trains the teacher from the start")
                 raise _Stop
 
-        with contextlib.suppress(_Stop):
-            # The main rank trains the teacher if needed; the others read the file that it wrote.
-            if distributed.is_main():
-                teacher = task.make_teacher(folder, on_step)
-    distributed.barrier()
-    if not distributed.is_main():
-        teacher = task.make_teacher(folder, None)
+        def make() -> int:
+            with contextlib.suppress(_Stop):
+                made.append(task.make_teacher(folder, on_step))
+            return stopped()
+
+        # The main rank trains the teacher if needed; the others read the file that it wrote.
+        stop = distributed.on_main(make)
+    if stop:  # the signal may have reached rank 0 only
+        raise Interrupted(stop)
+    teacher = made[0] if distributed.is_main() else task.make_teacher(folder, None)
     if progress is not None:
         progress.close()
     return teacher, {"teacher": time.monotonic() - began}
