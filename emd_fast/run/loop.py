@@ -65,7 +65,8 @@ def train(
     began = time.monotonic()
 
     def log(row: dict[str, float]) -> None:
-        writes.attempt(lambda: logs[0].write(row))
+        writes.attempt(lambda: logs[0].write(row))  # which reaches the open file wherever it is now
+        writes.look()
 
     def save() -> None:
         nonlocal saved
@@ -121,6 +122,7 @@ def train(
     except Diverged as error:
         command = f"emd-fast replay {folder} --step {trainer.steps_done - 1} --sample 0"
         reason = f"{error}. One sample of that step, Langevin step by step: `{command}`"
+        writes.look()
         writes.attempt(lambda: report.write_stopped(folder, reason))
         if writes.failed is not None:
             say(f"there is no report.md: {writes.failed}")
@@ -188,4 +190,5 @@ def _show(trainer: EMDTrainer, folder: Path, writes: FolderWrites) -> None:
     # Values that are not finite must not end the run here.
     images = torch.cat(list(rows.values())).nan_to_num()
     path = folder / "samples" / "networks" / f"step-{trainer.steps_done:08d}.png"
+    writes.look()
     writes.attempt(lambda: pictures.save_grid(path, images, columns=_SHOWN))

@@ -50,14 +50,18 @@ class FolderWrites:
             watch.add(path)
 
     def attempt(self, write: Callable[[], object]) -> None:
-        """Checks the folder and calls `write`, on rank 0 and as long as nothing has failed."""
+        """Calls `write` on rank 0, as long as nothing has failed."""
         if not distributed.is_main() or self.failed is not None:
             return
         try:
-            self._watches[0].check()
             write()
         except (OSError, RuntimeError, ValueError, ModuleNotFoundError) as error:
             self.failed = error
+
+    def look(self) -> None:
+        """Checks the folder on rank 0. No rank waits."""
+        for watch in self._watches:
+            self.attempt(watch.check)
 
     def check(self) -> None:
         """Checks the folder on rank 0. The other ranks wait.
@@ -65,7 +69,7 @@ class FolderWrites:
         Raises:
             RunStopped: on all ranks, if the folder cannot be written or an attempt has failed.
         """
-        self.attempt(lambda: None)
+        self.look()
         reason = distributed.on_main(lambda: None if self.failed is None else str(self.failed))
         if reason is not None:
             raise RunStopped(reason)
