@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import conv2d
 
 from benchmarks.harness.declare import DTYPES, LAYOUTS, Bench, Case, Function, Inputs, RandomTensors
-from emd_fast.fusion.convolution import convolution
+from emd_fast.ops.convolution import convolution
 
 # 3x3 with equal input and output channels: the most frequent convolution at each resolution.
 ADM = ((16, 192, 64, 64), (16, 384, 32, 32), (16, 576, 16, 16), (16, 768, 8, 8))

@@ -15,7 +15,7 @@ from torch.nn.functional import conv2d, group_norm, silu
 from benchmarks.convolution import ADM, SD15
 from benchmarks.harness.declare import DTYPES, FORWARD, LAYOUTS, Bench, Case, Function, Inputs, RandomTensors
 from emd_fast import ops
-from emd_fast.fusion.convolution import convolution
+from emd_fast.ops.convolution import convolution
 
 GROUPS = 32
 

@@ -1,4 +1,4 @@
-// The convolution of emd_fast/fusion/convolution.py in C++. For small inputs the Python takes
+// The convolution of emd_fast/ops/convolution.py in C++. For small inputs the Python takes
 // longer than the convolution. Autograd saves the weight only. The forward pass is PyTorch's
 // convolution on any device, or Winograd's algorithm on the CPU where it is supported.
 #include <ATen/ATen.h>

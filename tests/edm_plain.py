@@ -1,229 +1,392 @@
-"""The networks of EDM and EDM2 in plain PyTorch, from a state dict, in the precision of what they are given.
+"""The networks of EDM and EDM2 in plain PyTorch: the float64 reference, and lookalikes for fuse().
 
 Written from the papers (arXiv 2206.00364, 2011.13456, 2105.05233, 2312.02696) and from the names in the checkpoints,
-and apart from the library: no layer of it, no fused op, resampling by zeros between pixels, attention by einsum.
+apart from the library. Attributes are named as NVlabs' are. Every layer computes in the precision of what it is given.
 """
 
-from __future__ import annotations
-
 import math
+from functools import partial
 
 import torch
-from torch.nn.functional import conv2d, pad, silu
+from torch import nn
+from torch.nn import functional as F
+
+from emd_fast.fusion.published import PUBLISHED, fingerprint
 
 
-def conv(sd, name, x, padding=None):
-    weight = sd[f"{name}.weight"]
-    padding = weight.shape[-1] // 2 if padding is None else padding
-    y = conv2d(x, weight, padding=padding)
-    return y + sd[f"{name}.bias"][:, None, None] if f"{name}.bias" in sd else y
+def resampled(x, taps, up=False, down=False, margin=None):
+    """Zeros between the pixels (up) or every second pixel (down), smoothed by the separable filter of these taps."""
+    row = torch.as_tensor(taps, dtype=x.dtype)
+    kernel = (torch.outer(row, row) / row.sum() ** 2).expand(x.shape[1], 1, -1, -1)
+    margin = (len(row) - 1) // 2 if margin is None else margin
+    if up:
+        return F.conv_transpose2d(x, 4 * kernel, groups=x.shape[1], stride=2, padding=margin)
+    return F.conv2d(x, kernel, groups=x.shape[1], stride=2, padding=margin) if down else x
 
 
-def dense(sd, name, x):
-    y = x @ sd[f"{name}.weight"].T
-    return y + sd[f"{name}.bias"] if f"{name}.bias" in sd else y
+def attend(qkv, heads):
+    """(B, 3C, H, W), q, k and v the fastest among the channels of a head, to (B, C, H, W)."""
+    q, k, v = qkv.reshape(len(qkv), heads, -1, 3, qkv.shape[2] * qkv.shape[3]).unbind(3)
+    weights = torch.einsum("bhcq,bhck->bhqk", q, k / math.sqrt(q.shape[2])).softmax(3)
+    return torch.einsum("bhqk,bhck->bhcq", weights, v).reshape(len(qkv), -1, *qkv.shape[2:])
 
 
-def norm(sd, name, x, eps):
-    channels = x.shape[1]
-    grouped = x.reshape(len(x), min(32, channels // 4), -1)
-    mean = grouped.mean(2, keepdim=True)
-    variance = ((grouped - mean) ** 2).mean(2, keepdim=True)
-    normal = ((grouped - mean) / torch.sqrt(variance + eps)).reshape(x.shape)
-    return normal * sd[f"{name}.weight"][:, None, None] + sd[f"{name}.bias"][:, None, None]
+def build(network, block, first, a, attend_every=True):
+    """Encoder and decoder; block(cin, cout, decoder=, attention=, up=, down=)."""
+    network.enc, network.dec = nn.ModuleDict(), nn.ModuleDict()
+    levels = [(a["img_resolution"] >> i, a["model_channels"] * mult) for i, mult in enumerate(a["channel_mult"])]
+    network.enc[f"{levels[0][0]}x{levels[0][0]}_conv"] = first
+    skips, channels = [levels[0][1]], levels[0][1]
+    for r, wide in levels:
+        if r != levels[0][0]:
+            network.enc[f"{r}x{r}_down"] = block(channels, channels, down=True)
+            skips.append(channels)
+        for i in range(a["num_blocks"]):
+            network.enc[f"{r}x{r}_block{i}"] = block(channels, wide, attention=r in a["attn_resolutions"])
+            channels = wide
+            skips.append(channels)
+    for r, wide in reversed(levels):
+        if r == levels[-1][0]:
+            network.dec[f"{r}x{r}_in0"] = block(channels, channels, decoder=True, attention=True)
+            network.dec[f"{r}x{r}_in1"] = block(channels, channels, decoder=True)
+        else:
+            network.dec[f"{r}x{r}_up"] = block(channels, channels, decoder=True, up=True)
+        for i in range(a["num_blocks"] + 1):
+            attention = r in a["attn_resolutions"] and (attend_every or i == a["num_blocks"])
+            network.dec[f"{r}x{r}_block{i}"] = block(channels + skips.pop(), wide, decoder=True, attention=attention)
+            channels = wide
 
 
-def down(x, taps, margin=None):
-    margin = (len(taps) - 1) // 2 if margin is None else margin
-    x, n, total = pad(x, (margin,) * 4), len(taps), sum(taps) ** 2
-    height, width = (x.shape[2] - n) // 2 + 1, (x.shape[3] - n) // 2 + 1
-    parts = [
-        a * b / total * x[:, :, i : i + 2 * height - 1 : 2, j : j + 2 * width - 1 : 2]
-        for i, a in enumerate(taps)
-        for j, b in enumerate(taps)
-    ]
-    return torch.stack(parts).sum(0)
+# EDM ----------------------------------------------------------------------------------------------------------------
 
 
-def up(x, taps):
-    batch, channels, height, width = x.shape
-    spread = x.new_zeros(batch, channels, 2 * height, 2 * width)
-    spread[:, :, ::2, ::2] = x
-    n, left = len(taps), len(taps) // 2
-    spread = pad(spread, (left, n - 1 - left, left, n - 1 - left))
-    parts = [
-        4 * a * b / sum(taps) ** 2 * spread[:, :, i : i + 2 * height, j : j + 2 * width]
-        for i, a in enumerate(taps)
-        for j, b in enumerate(taps)
-    ]
-    return torch.stack(parts).sum(0)
+class Linear(nn.Module):
+    def __init__(self, in_features, out_features, bias=True):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(out_features, in_features))
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+
+    def forward(self, x):
+        y = x @ self.weight.to(x.dtype).T
+        return y if self.bias is None else y + self.bias.to(x.dtype)
 
 
-def attend(qkv, heads, unit=None):
-    """(B, 3C, H, W) with q, k, v the fastest among the channels of a head."""
-    batch, channels, height, width = qkv.shape
-    parts = qkv.reshape(batch, heads, channels // 3 // heads, 3, height * width)
-    if unit is not None:
-        parts = parts / (unit + parts.square().mean(2, keepdim=True).sqrt())
-    q, k, v = parts[:, :, :, 0], parts[:, :, :, 1], parts[:, :, :, 2]
-    weights = (torch.einsum("bhcq,bhck->bhqk", q, k) / math.sqrt(q.shape[2])).softmax(-1)
-    return torch.einsum("bhqk,bhck->bhcq", weights, v).reshape(batch, channels // 3, height, width)
+class Conv2d(nn.Module):
+    """A convolution after resampling, or before it (`last`); the resampling alone where kernel is 0."""
+
+    def __init__(self, in_channels, out_channels, kernel, up=False, down=False, taps=(1, 1), last=False):
+        super().__init__()
+        self.up, self.down, self.kernel, self.taps, self.last = up, down, kernel, taps, last
+        shape = (out_channels, in_channels, kernel, kernel)
+        self.weight = nn.Parameter(torch.randn(shape)) if kernel else None
+        self.bias = nn.Parameter(torch.zeros(out_channels)) if kernel else None
+
+    def forward(self, x):
+        margin = (len(self.taps) - 1) // 2
+        x = x if self.last else resampled(x, self.taps, self.up, self.down)
+        if self.weight is None:
+            return x
+        x = F.conv2d(x, self.weight.to(x.dtype), padding=self.kernel // 2 + (margin if self.last else 0))
+        x = resampled(x, self.taps, down=True, margin=0) if self.last else x
+        return x + self.bias.to(x.dtype)[:, None, None]
 
 
-# EDM ------------------------------------------------------------------------------------------------------------------
+class GroupNorm(nn.Module):
+    def __init__(self, num_channels, eps=1e-5):
+        super().__init__()
+        self.num_groups, self.eps = min(32, num_channels // 4), eps
+        self.weight = nn.Parameter(torch.ones(num_channels))
+        self.bias = nn.Parameter(torch.zeros(num_channels))
+
+    def forward(self, x):
+        return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
-def block(sd, name, x, emb, a, adm):
-    eps, scale = (1e-5, 1.0) if adm else (1e-6, math.sqrt(0.5))
-    taps = [1, 1] if adm else a["resample_filter"]
-    place = name.rsplit("_", 1)[1]
-    change = {"down": lambda y: down(y, taps), "up": lambda y: up(y, taps)}.get(place, lambda y: y)
-    h = conv(sd, f"{name}.conv0", change(silu(norm(sd, f"{name}.norm0", x, eps))))
-    of_emb = dense(sd, f"{name}.affine", emb)[:, :, None, None]
-    if adm:
-        slope, offset = of_emb.chunk(2, 1)
-        h = silu(norm(sd, f"{name}.norm1", h, eps) * (slope + 1) + offset)
-    else:
-        h = silu(norm(sd, f"{name}.norm1", h + of_emb, eps))
-    h = conv(sd, f"{name}.conv1", h)
-    beside = change(x)
-    if f"{name}.skip.weight" in sd:
-        beside = conv(sd, f"{name}.skip", beside)
-    h = (h + beside) * scale
-    if f"{name}.qkv.weight" in sd:
-        heads = h.shape[1] // 64 if adm else 1
-        mixed = attend(conv(sd, f"{name}.qkv", norm(sd, f"{name}.norm2", h, eps)), heads)
-        h = (conv(sd, f"{name}.proj", mixed) + h) * scale
-    return h
+class UNetBlock(nn.Module):
+    def __init__(
+        self, in_channels, out_channels, emb_channels, up=False, down=False, attention=False, decoder=False, heads=1,
+        taps=(1, 1), skip_scale=1.0, eps=1e-5, adaptive_scale=True, project=False,
+    ):  # fmt: skip
+        super().__init__()
+        self.num_heads, self.dropout = heads if attention else 0, 0.0
+        self.skip_scale, self.adaptive_scale = skip_scale, adaptive_scale
+        self.norm0, self.norm1 = GroupNorm(in_channels, eps), GroupNorm(out_channels, eps)
+        self.conv0 = Conv2d(in_channels, out_channels, 3, up, down, taps)
+        self.conv1 = Conv2d(out_channels, out_channels, 3)
+        self.affine = Linear(emb_channels, out_channels * (2 if adaptive_scale else 1))
+        self.skip = None
+        if in_channels != out_channels or up or down:
+            kernel = int(project or in_channels != out_channels)
+            self.skip = Conv2d(in_channels, out_channels, kernel, up, down, taps)
+        if self.num_heads:
+            self.norm2 = GroupNorm(out_channels, eps)
+            self.qkv, self.proj = Conv2d(out_channels, 3 * out_channels, 1), Conv2d(out_channels, out_channels, 1)
+
+    def forward(self, x, emb):
+        before = x
+        x = self.conv0(F.silu(self.norm0(x)))
+        params = self.affine(emb)[:, :, None, None].to(x.dtype)
+        if self.adaptive_scale:
+            scale, shift = params.chunk(2, dim=1)
+            x = F.silu(shift + self.norm1(x) * (scale + 1))
+        else:
+            x = F.silu(self.norm1(x + params))
+        x = self.conv1(F.dropout(x, p=self.dropout, training=self.training))
+        x = (x + (before if self.skip is None else self.skip(before))) * self.skip_scale
+        if self.num_heads:
+            x = (self.proj(attend(self.qkv(self.norm2(x)), self.num_heads)) + x) * self.skip_scale
+        return x
 
 
-def positional(c_noise, channels, last):
-    exponents = torch.arange(channels // 2, dtype=c_noise.dtype) / last
-    angles = c_noise[:, None] * 10000**-exponents
-    return angles.cos(), angles.sin()
+class PositionalEmbedding(nn.Module):
+    def __init__(self, num_channels, endpoint=False):
+        super().__init__()
+        self.num_channels, self.endpoint = num_channels, endpoint
+
+    def forward(self, x):
+        half = self.num_channels // 2
+        exponents = torch.arange(half, dtype=x.dtype, device=x.device) / (half - int(self.endpoint))
+        angles = x[:, None] * 10000**-exponents
+        return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-def adm(sd, a, x, c_noise, label):
-    width = a["model_channels"]
-    emb = torch.cat(positional(c_noise, width, width // 2), 1)
-    emb = dense(sd, "map_layer1", silu(dense(sd, "map_layer0", emb)))
-    if a.get("label_dim"):
-        emb = emb + dense(sd, "map_label", label)
-    emb = silu(emb)
-    h, skips = x, []
-    for name in places("enc", a):
-        h = conv(sd, name, h) if name.endswith("conv") else block(sd, name, h, emb, a, True)
-        skips.append(h)
-    for name in places("dec", a):
-        if "_block" in name:
-            h = torch.cat([h, skips.pop()], 1)
-        h = block(sd, name, h, emb, a, True)
-    return conv(sd, "out_conv", silu(norm(sd, "out_norm", h, 1e-5)))
+class FourierEmbedding(nn.Module):
+    def __init__(self, num_channels):
+        super().__init__()
+        self.register_buffer("freqs", 16 * torch.randn(num_channels // 2))
+
+    def forward(self, x):
+        angles = 2 * math.pi * x[:, None] * self.freqs.to(x.dtype)
+        return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-def song(sd, a, x, c_noise, label):
-    a = {"resample_filter": [1, 1], "encoder_type": "standard", "decoder_type": "standard", **a}
-    if a.get("embedding_type") == "fourier":
-        angles = 2 * math.pi * c_noise[:, None] * sd["map_noise.freqs"]
-        cos, sin = angles.cos(), angles.sin()
-    else:
-        width = a["model_channels"]
-        cos, sin = positional(c_noise, width, width // 2 - 1)
-    emb = torch.cat([sin, cos], 1)
-    if a.get("label_dim"):
-        emb = emb + dense(sd, "map_label", label * math.sqrt(a["label_dim"]))
-    emb = silu(dense(sd, "map_layer1", silu(dense(sd, "map_layer0", emb))))
-    taps = a["resample_filter"]
-    h, aux, skips = x, x, []
-    for name in places("enc", a):
-        h = conv(sd, name, h) if name.endswith("conv") else block(sd, name, h, emb, a, False)
-        at = name.rsplit("_", 1)[0]
-        if name.endswith("down") and a["encoder_type"] == "skip":
-            aux = down(aux, taps)
-            h = h + conv(sd, f"{at}_aux_skip", aux)
-        elif name.endswith("down") and a["encoder_type"] == "residual":
-            weight = {"w.weight": sd[f"{at}_aux_residual.weight"]}
-            wide = conv(weight, "w", aux, padding=1 + (len(taps) - 1) // 2)
-            of_aux = down(wide, taps, margin=0) + sd[f"{at}_aux_residual.bias"][:, None, None]
-            h = aux = (h + of_aux) / math.sqrt(2)
-        skips.append(h)
-    picture = None
-    for name in places("dec", a):
-        if "_block" in name:
-            h = torch.cat([h, skips.pop()], 1)
-        h = block(sd, name, h, emb, a, False)
-        at = name.rsplit("_", 1)[0]
-        if name.endswith(f"block{a['num_blocks']}") and f"{at}_aux_conv.weight" in sd:
-            part = conv(sd, f"{at}_aux_conv", silu(norm(sd, f"{at}_aux_norm", h, 1e-6)))
-            picture = part if picture is None else part + up(picture, taps)
-    return picture
+class DhariwalUNet(nn.Module):
+    """ADM: scale and shift after the norm."""
+
+    def __init__(self, label_dropout=0.0, channels_per_head=64, **a):
+        super().__init__()
+        channels, self.label_dropout = a["model_channels"], label_dropout
+        emb = 4 * channels
+        self.map_noise, self.map_augment = PositionalEmbedding(channels), None
+        self.map_layer0, self.map_layer1 = Linear(channels, emb), Linear(emb, emb)
+        self.map_label = Linear(a["label_dim"], emb, bias=False) if a.get("label_dim") else None
+
+        def block(cin, cout, **options):
+            return UNetBlock(cin, cout, emb, heads=cout // channels_per_head, **options)
+
+        build(self, block, Conv2d(a["in_channels"], channels, 3), a)
+        self.out_norm, self.out_conv = GroupNorm(channels), Conv2d(channels, a["out_channels"], 3)
+
+    def forward(self, x, noise_labels, class_labels=None, augment_labels=None):
+        emb = self.map_layer1(F.silu(self.map_layer0(self.map_noise(noise_labels))))
+        if self.map_label is not None:
+            labels = class_labels
+            if self.training and self.label_dropout:
+                labels = labels * (torch.rand(len(x), 1, device=x.device) >= self.label_dropout)
+            emb = emb + self.map_label(labels)
+        emb, skips = F.silu(emb), []
+        for name, block in self.enc.items():
+            x = block(x) if name.endswith("conv") else block(x, emb)
+            skips.append(x)
+        for name, block in self.dec.items():
+            x = block(torch.cat([x, skips.pop()], dim=1) if "block" in name else x, emb)
+        return self.out_conv(F.silu(self.out_norm(x)))
 
 
-def places(side, a):
-    levels = [a["img_resolution"] >> i for i in range(len(a["channel_mult"]))]
-    if side == "enc":
-        for i, r in enumerate(levels):
-            yield f"enc.{r}x{r}_{'down' if i else 'conv'}"
-            yield from (f"enc.{r}x{r}_block{j}" for j in range(a["num_blocks"]))
-    else:
-        for r in reversed(levels):
-            yield from (f"dec.{r}x{r}_{n}" for n in (("in0", "in1") if r == levels[-1] else ("up",)))
-            yield from (f"dec.{r}x{r}_block{j}" for j in range(a["num_blocks"] + 1))
+class SongUNet(nn.Module):
+    """DDPM++ and NCSN++: the embedding is added before the norm, sums are scaled by sqrt(1/2)."""
+
+    def __init__(self, resample_filter=(1, 1), encoder_type="standard", decoder_type="standard", **a):
+        super().__init__()
+        self.num_blocks, self.encoder_type, self.taps, self.label_dropout = (
+            a["num_blocks"],
+            encoder_type,
+            resample_filter,
+            0,
+        )
+        channels = a["model_channels"]
+        noise, emb = channels * a.get("channel_mult_noise", 1), 4 * channels
+        fourier = a.get("embedding_type") == "fourier"
+        self.map_noise = FourierEmbedding(noise) if fourier else PositionalEmbedding(noise, endpoint=True)
+        self.map_label = Linear(a["label_dim"], noise) if a.get("label_dim") else None
+        self.map_augment = None
+        self.map_layer0, self.map_layer1 = Linear(noise, emb), Linear(emb, emb)
+        style = {"skip_scale": math.sqrt(0.5), "eps": 1e-6, "adaptive_scale": False, "project": True}
+        block = partial(UNetBlock, taps=resample_filter, **style)
+        first = Conv2d(a["in_channels"], channels, 3)
+        build(self, lambda cin, cout, **options: block(cin, cout, emb, **options), first, a, attend_every=False)
+        aux, levels = (
+            a["in_channels"],
+            [(a["img_resolution"] >> i, channels * m) for i, m in enumerate(a["channel_mult"])],
+        )
+        for (r, _), (_, wide) in zip(levels[1:], levels, strict=False):
+            if encoder_type == "skip":
+                self.enc[f"{r}x{r}_aux_skip"] = Conv2d(aux, wide, 1)
+            elif encoder_type == "residual":
+                self.enc[f"{r}x{r}_aux_residual"] = Conv2d(aux, wide, 3, down=True, taps=resample_filter, last=True)
+                aux = wide
+        for r, wide in levels if decoder_type == "skip" else levels[:1]:
+            self.dec[f"{r}x{r}_aux_norm"] = GroupNorm(wide, 1e-6)
+            self.dec[f"{r}x{r}_aux_conv"] = Conv2d(wide, a["out_channels"], 3)
+
+    def forward(self, x, noise_labels, class_labels=None, augment_labels=None):
+        emb = self.map_noise(noise_labels).unflatten(1, (2, -1)).flip(1).flatten(1)  # sines first
+        if self.map_label is not None:
+            emb = emb + self.map_label(class_labels * math.sqrt(class_labels.shape[1]))
+        emb = F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
+        aux, skips, picture = x, [], None
+        for name, block in self.enc.items():
+            if "aux" in name:
+                continue
+            x = block(x) if name.endswith("conv") else block(x, emb)
+            at = name.rsplit("_", 1)[0]
+            if name.endswith("down") and self.encoder_type == "skip":
+                aux = resampled(aux, self.taps, down=True)
+                x = x + self.enc[f"{at}_aux_skip"](aux)
+            elif name.endswith("down") and self.encoder_type == "residual":
+                x = aux = (x + self.enc[f"{at}_aux_residual"](aux)) / math.sqrt(2)
+            skips.append(x)
+        for name, block in self.dec.items():
+            if "aux" in name:
+                continue
+            x = block(torch.cat([x, skips.pop()], dim=1) if "block" in name else x, emb)
+            at = name.rsplit("_", 1)[0]
+            if name.endswith(f"block{self.num_blocks}") and f"{at}_aux_conv" in self.dec:
+                part = self.dec[f"{at}_aux_conv"](F.silu(self.dec[f"{at}_aux_norm"](x)))
+                picture = part if picture is None else part + resampled(picture, self.taps, up=True)
+        return picture
 
 
-# EDM2 -----------------------------------------------------------------------------------------------------------------
+class EDMPrecond(nn.Module):
+    def __init__(self, model, sigma_data=0.5):
+        super().__init__()
+        self.model, self.sigma_data = model, sigma_data
+
+    def forward(self, x, sigma, class_labels=None):
+        sigma = sigma.reshape(-1, 1, 1, 1)
+        total = (sigma**2 + self.sigma_data**2).sqrt()
+        c_skip, c_out = self.sigma_data**2 / total**2, sigma * self.sigma_data / total
+        return c_skip * x + c_out * self.model(x / total, (sigma.log() / 4).flatten(), class_labels=class_labels)
 
 
-def filters(sd, name, gain=1.0):
-    w = sd[f"{name}.weight"]
-    over = tuple(range(1, w.dim()))
-    count = w[0].numel()
-    return gain / math.sqrt(count) * w / (1e-4 + w.square().mean(over, keepdim=True).sqrt())
+# EDM2 ---------------------------------------------------------------------------------------------------------------
 
 
-def mp(sd, name, x, gain=1.0):
-    w = filters(sd, name, gain)
-    return x @ w.T if w.dim() == 2 else conv2d(x, w, padding=w.shape[-1] // 2)
+def unit(x, dim):
+    norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    return x / (1e-4 + norm * math.sqrt(norm.numel() / x.numel())).to(x.dtype)
 
 
-def mix(a, b, t):
+def mp_silu(x):
+    return F.silu(x) / 0.596
+
+
+def mp_sum(a, b, t):
     return ((1 - t) * a + t * b) / math.sqrt((1 - t) ** 2 + t**2)
 
 
-def edm2_block(sd, name, x, emb, a):
-    taps, place = a["resample_filter"], name.rsplit("_", 1)[1]
-    x = {"down": lambda y: down(y, taps), "up": lambda y: up(y, taps)}.get(place, lambda y: y)(x)
-    skip = (lambda y: mp(sd, f"{name}.conv_skip", y)) if f"{name}.conv_skip.weight" in sd else lambda y: y
-    if name.startswith("enc"):
-        x = skip(x)
-        x = x / (1e-4 + x.square().mean(1, keepdim=True).sqrt())
-    h = mp(sd, f"{name}.conv_res0", silu(x) / 0.596)
-    scale = mp(sd, f"{name}.emb_linear", emb, sd[f"{name}.emb_gain"]) + 1
-    h = mp(sd, f"{name}.conv_res1", silu(h * scale[:, :, None, None]) / 0.596)
-    x = mix(skip(x) if name.startswith("dec") else x, h, a["res_balance"])
-    if f"{name}.attn_qkv.weight" in sd:
-        mixed = attend(mp(sd, f"{name}.attn_qkv", x), x.shape[1] // a["channels_per_head"], unit=1e-4)
-        x = mix(x, mp(sd, f"{name}.attn_proj", mixed), a["attn_balance"])
-    return x.clamp(-a["clip_act"], a["clip_act"])
+def mp_cat(a, b, t):
+    n, m = a.shape[1], b.shape[1]
+    scale = math.sqrt((n + m) / ((1 - t) ** 2 + t**2))
+    return torch.cat([scale * (1 - t) / math.sqrt(n) * a, scale * t / math.sqrt(m) * b], dim=1)
 
 
-def edm2(sd, a, x, c_noise, label):
-    defaults = {"resample_filter": [1, 1], "concat_balance": 0.5, "label_balance": 0.5, "channels_per_head": 64}
-    a = {**defaults, "res_balance": 0.3, "attn_balance": 0.3, "clip_act": 256, **a}
-    angles = c_noise[:, None] * sd["emb_fourier.freqs"] + sd["emb_fourier.phases"]
-    emb = mp(sd, "emb_noise", math.sqrt(2) * angles.cos())
-    if a.get("label_dim"):
-        emb = mix(emb, mp(sd, "emb_label", label * math.sqrt(a["label_dim"])), a["label_balance"])
-    emb = silu(emb) / 0.596
-    h, skips, t = torch.cat([x, torch.ones_like(x[:, :1])], 1), [], a["concat_balance"]
-    for name in places("enc", a):
-        h = mp(sd, name, h) if name.endswith("conv") else edm2_block(sd, name, h, emb, a)
-        skips.append(h)
-    for name in places("dec", a):
-        if "_block" in name:
-            skip = skips.pop()
-            n, m = h.shape[1], skip.shape[1]
-            c = math.sqrt((n + m) / ((1 - t) ** 2 + t**2))
-            h = torch.cat([c * (1 - t) / math.sqrt(n) * h, c * t / math.sqrt(m) * skip], 1)
-        h = edm2_block(sd, name, h, emb, a)
-    return mp(sd, "out_conv", h, sd["out_gain"])
+class MPConv(nn.Module):
+    """A linear layer or convolution whose weights are of unit magnitude; in training they are kept so."""
+
+    def __init__(self, in_channels, out_channels, kernel=()):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, *kernel))
+
+    def forward(self, x, gain=1):
+        w = self.weight.to(torch.promote_types(x.dtype, torch.float32))
+        dims = list(range(1, w.dim()))
+        if self.training:
+            with torch.no_grad():
+                self.weight.copy_(unit(w, dims))
+        w = (unit(w, dims) * (gain / math.sqrt(w[0].numel()))).to(x.dtype)
+        return F.linear(x, w) if w.dim() == 2 else F.conv2d(x, w, padding=w.shape[-1] // 2)
+
+
+class MPFourier(nn.Module):
+    def __init__(self, num_channels):
+        super().__init__()
+        self.register_buffer("freqs", 2 * math.pi * torch.randn(num_channels))
+        self.register_buffer("phases", 2 * math.pi * torch.rand(num_channels))
+
+    def forward(self, x):
+        return (x.to(self.freqs.dtype)[:, None] * self.freqs + self.phases).cos().to(x.dtype) * math.sqrt(2)
+
+
+class Block(nn.Module):
+    def __init__(
+        self, in_channels, out_channels, emb_channels, decoder=False, attention=False, up=False, down=False,
+        channels_per_head=64, resample_filter=(1, 1), res_balance=0.3, attn_balance=0.3, clip_act=256, dropout=0.0,
+    ):  # fmt: skip
+        super().__init__()
+        self.flavor, self.resample_mode = "dec" if decoder else "enc", "up" if up else "down" if down else "keep"
+        self.resample_filter, self.dropout, self.clip_act = resample_filter, dropout, clip_act
+        self.num_heads = out_channels // channels_per_head if attention else 0
+        self.res_balance, self.attn_balance = res_balance, attn_balance
+        self.emb_gain = nn.Parameter(torch.zeros([]))
+        self.conv_res0 = MPConv(in_channels if decoder else out_channels, out_channels, (3, 3))
+        self.emb_linear = MPConv(emb_channels, out_channels)
+        self.conv_res1 = MPConv(out_channels, out_channels, (3, 3))
+        self.conv_skip = MPConv(in_channels, out_channels, (1, 1)) if in_channels != out_channels else None
+        self.attn_qkv = MPConv(out_channels, 3 * out_channels, (1, 1)) if attention else None
+        self.attn_proj = MPConv(out_channels, out_channels, (1, 1)) if attention else None
+
+    def forward(self, x, emb):
+        x = resampled(x, self.resample_filter, self.resample_mode == "up", self.resample_mode == "down")
+        if self.flavor == "enc":
+            x = unit(x if self.conv_skip is None else self.conv_skip(x), 1)
+        y = self.conv_res0(mp_silu(x))
+        c = self.emb_linear(emb, gain=self.emb_gain) + 1
+        y = mp_silu(y * c[:, :, None, None].to(y.dtype))
+        y = self.conv_res1(F.dropout(y, p=self.dropout, training=self.training))
+        if self.flavor == "dec" and self.conv_skip is not None:
+            x = self.conv_skip(x)
+        x = mp_sum(x, y, self.res_balance)
+        if self.num_heads:
+            y = self.attn_qkv(x)
+            y = unit(y.unflatten(1, (self.num_heads, -1, 3)), 2).flatten(1, 3)
+            x = mp_sum(x, self.attn_proj(attend(y, self.num_heads)), self.attn_balance)
+        return x if self.clip_act is None else x.clip(-self.clip_act, self.clip_act)
+
+
+class UNet(nn.Module):
+    """EDM2's."""
+
+    def __init__(self, concat_balance=0.5, label_balance=0.5, **a):
+        super().__init__()
+        channels, wide = a["model_channels"], a["model_channels"] * max(a["channel_mult"])
+        noise = channels * (a.get("channel_mult_noise") or a["channel_mult"][0])
+        emb = channels * a["channel_mult_emb"] if a.get("channel_mult_emb") else wide
+        self.concat_balance, self.label_balance = concat_balance, label_balance
+        self.emb_fourier, self.emb_noise = MPFourier(noise), MPConv(noise, emb)
+        self.emb_label = MPConv(a["label_dim"], emb) if a.get("label_dim") else None
+        self.out_gain = nn.Parameter(torch.zeros([]))
+        own = ("channels_per_head", "resample_filter", "res_balance", "attn_balance", "clip_act")
+        block = partial(Block, **{name: a[name] for name in own if name in a})
+        first = MPConv(a["in_channels"] + 1, channels, (3, 3))
+        build(self, lambda cin, cout, **options: block(cin, cout, emb, **options), first, a)
+        self.out_conv = MPConv(channels, a["out_channels"], (3, 3))
+
+    def forward(self, x, noise_labels, class_labels=None):
+        emb = self.emb_noise(self.emb_fourier(noise_labels))
+        if self.emb_label is not None:
+            labels = self.emb_label(class_labels * math.sqrt(class_labels.shape[1]))
+            emb = mp_sum(emb, labels, self.label_balance)
+        emb = mp_silu(emb).to(x.dtype)
+        x, skips = torch.cat([x, torch.ones_like(x[:, :1])], dim=1), []
+        for name, block in self.enc.items():
+            x = block(x) if name.endswith("conv") else block(x, emb)
+            skips.append(x)
+        for name, block in self.dec.items():
+            x = block(mp_cat(x, skips.pop(), self.concat_balance) if "block" in name else x, emb)
+        return self.out_conv(x, gain=self.out_gain)
+
+
+# Their source is not NVlabs'. fuse() is to take it for that, since what they compute is the same.
+for name in PUBLISHED.keys() & globals().keys():
+    PUBLISHED[name].add(fingerprint(globals()[name]))

@@ -1,7 +1,7 @@
 """Tiny networks of every family that fuse() knows, with every weight random, and what they are called with."""
 
 import edm_files
-import lookalikes
+import edm_plain
 import torch
 from helpers import randomised, seeded
 
@@ -38,8 +38,11 @@ def unet2d_condition(**options):
     )  # fmt: skip
 
 
+_TINY = {**edm_files.TINY, "label_dim": 10}
+
+
 def _one_hot(g):
-    return torch.eye(10)[torch.randint(10, (BATCH,), generator=g)]
+    return _levels(g), torch.eye(10)[torch.randint(10, (BATCH,), generator=g)]
 
 
 def _levels(g):
@@ -82,14 +85,14 @@ FAMILIES = {
         4,
         lambda g: (_steps(g), torch.randn(BATCH, 77, 24, generator=g)),
     ),
-    "song": (lookalikes.SongUNet, 3, lambda g: (_levels(g), _one_hot(g))),
-    "dhariwal": (lookalikes.DhariwalUNet, 3, lambda g: (_levels(g), _one_hot(g))),
+    "song": (lambda: edm_plain.SongUNet(**_TINY), 3, _one_hot),
+    "dhariwal": (lambda: edm_plain.DhariwalUNet(**_TINY, channels_per_head=8), 3, _one_hot),
     "edm precond": (
-        lambda: lookalikes.EDMPrecond(lookalikes.SongUNet()),
+        lambda: edm_plain.EDMPrecond(edm_plain.SongUNet(**_TINY)),
         3,
-        lambda g: (_levels(g).exp(), _one_hot(g)),
+        lambda g: (_levels(g).exp(), _one_hot(g)[1]),
     ),
-    "edm2": (lookalikes.EDM2UNet, 3, lambda g: (_levels(g), _one_hot(g))),
+    "edm2": (lambda: edm_plain.UNet(**_TINY, channels_per_head=8), 3, _one_hot),
     "small": (lambda: SmallUNet(3), 3, _labelled),
 }
 

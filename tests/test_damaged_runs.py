@@ -153,6 +153,11 @@ def test_a_run_writes_through_no_link(folder, tmp_path, name, monkeypatch, capsy
     (folder / name).symlink_to(outside)
     with pytest.raises(RunError, match="is a link"):
         run.distill(settings(steps=6), folder)
+    fresh = tmp_path / "fresh" / name
+    fresh.parent.mkdir(parents=True)
+    fresh.symlink_to(outside)
+    with pytest.raises(RunError, match="is a link"):
+        run.distill(settings(), tmp_path / "fresh")
     monkeypatch.chdir(tmp_path)
     for words in (["evaluate", "run"], ["replay", "run", "--step=2", "--sample=0"], ["sample", "run", "--out=x.png"]):
         assert cli.main(words) in (1, 2)

@@ -13,7 +13,7 @@ from emd_fast.teachers import edm
 from emd_fast.teachers.edm_networks import DhariwalUNet, EDM2UNet, SongUNet
 from emd_fast.teachers.edm_networks.arguments import DhariwalArguments, EDM2Arguments, SongArguments
 
-PLAIN = {SongUNet: edm_plain.song, DhariwalUNet: edm_plain.adm, EDM2UNet: edm_plain.edm2}
+PLAIN = {SongUNet: edm_plain.SongUNet, DhariwalUNet: edm_plain.DhariwalUNet, EDM2UNet: edm_plain.UNet}
 
 # D(x_t; sigma) of NVlabs' own code (github.com/NVlabs/edm at 008a4e5, edm2 at 4bf8162, float32 on a CPU): channel 1,
 # row 3, the first three columns of both samples. Their wrapper was built with the arguments of `edm_files.NETWORKS`
@@ -60,44 +60,40 @@ def test_it_gives_the_numbers_of_nvlabs(name, loaded):
     assert_within(found, expected, 1e-5 * max(1.0, expected.abs().max().item()), name)
 
 
-def plain(name, x, c_noise, labels, dtype, weights):
-    _, kind, more = edm_files.NETWORKS[name]
-    classes = more.get("label_dim", 0)
-    label = None
-    if classes:
-        given = torch.full((len(x),), classes) if labels is None else labels
-        label = torch.nn.functional.one_hot(given, classes + 1)[:, :classes].to(dtype)
-    arguments = {**edm_files.TINY, **more}
-    return PLAIN[kind](weights, arguments, x.to(dtype), c_noise.to(dtype), label)
+def plain_copy(network, arguments):
+    """The plain formulation of a network, with its weights; called with one-hot labels."""
+    made = PLAIN[type(network)](**arguments)
+    lacking, more = made.load_state_dict(network.state_dict(), strict=False)
+    assert not lacking and all(key.startswith("map_augment") or key.endswith("resample_filter") for key in more)
+    return made.eval()
 
 
 @pytest.mark.parametrize("name", edm_files.NETWORKS)
 def test_outputs_and_gradients_are_those_of_a_plain_formulation(name, loaded):
-    network = loaded(name).network
+    network, arguments = loaded(name).network, {**edm_files.TINY, **edm_files.NETWORKS[name][2]}
     x, _, labels = edm_files.image(3)
     x, c_noise = x / x.abs().amax((1, 2, 3), keepdim=True), torch.tensor([-0.4, 0.7, 1.1])
     labels = labels if loaded(name).null_cond else None
-    generator = torch.Generator().manual_seed(1)
+    reference = plain_copy(network, arguments)
+    v = torch.randn(3, arguments["out_channels"], 8, 8, generator=torch.Generator().manual_seed(1))
 
-    def run(dtype):
-        """Output and gradients of the plain formulation in this precision."""
-        weights = {key: value.detach().to(dtype) for key, value in network.state_dict().items()}
-        inputs = [x.to(dtype).requires_grad_(), *(weights[key].requires_grad_() for key in keys)]
-        y = plain(name, inputs[0], c_noise, labels, dtype, weights)
-        return y, torch.autograd.grad((y * v.to(dtype)).sum(), inputs)
+    def run(network, dtype, labels):
+        """The output, and gradients to the input and to every parameter, by name."""
+        network, inputs = network.to(dtype), {"x": x.to(dtype).requires_grad_()}
+        inputs |= {key: p for key, p in network.named_parameters() if not key.startswith("map_augment")}
+        y = network(inputs["x"], c_noise.to(dtype), labels)
+        return y, dict(zip(inputs, torch.autograd.grad((y * v.to(dtype)).sum(), list(inputs.values())), strict=True))
 
-    keys = [key for key, _ in network.named_parameters() if not key.startswith("map_augment")]
-    inputs = [x.requires_grad_(), *(dict(network.named_parameters())[key] for key in keys)]
-    y = network(x, c_noise, labels)
-    v = torch.randn(y.shape, generator=generator)
-    gradients = torch.autograd.grad((y * v).sum(), inputs)
-
-    exact, exact_gradients = run(torch.float64)
-    eager, eager_gradients = run(torch.float32)
+    y, gradients = run(network, torch.float32, labels)
+    eager_labels = None if labels is None else torch.nn.functional.one_hot(labels, arguments["label_dim"])
+    eager, eager_gradients = run(reference, torch.float32, None if labels is None else eager_labels.float())
+    exact, exact_gradients = run(reference, torch.float64, None if labels is None else eager_labels.double())
+    assert gradients.keys() == exact_gradients.keys()
     assert_within(y, exact, 1e-5, name)
     assert_as_good_as_eager(y, exact, eager, what=name)
     errors = []
-    for key, mine, right, its in zip(["x", *keys], gradients, exact_gradients, eager_gradients, strict=True):
+    for key, mine in gradients.items():
+        right, its = exact_gradients[key], eager_gradients[key]
         scale = max(1.0, right.abs().max().item())
         assert_within(mine / scale, right / scale, 1e-5, f"{name}: gradient of {key}")
         errors.append(torch.stack([(g.double() - right).flatten() / scale for g in (mine, its)]))
@@ -142,7 +138,7 @@ def test_it_compiles_to_one_graph(name, loaded):
     denoiser = loaded(name)
     x, sigma, labels = edm_files.image()
     labels = labels if denoiser.null_cond else None
-    with torch.no_grad():
+    with torch.no_grad(), use_backend("reference"):  # where eager convolutions are PyTorch's, as compiled ones are
         compiled = torch.compile(denoiser.network, fullgraph=True, backend="eager")(x, sigma, labels)
         assert_within(compiled, denoiser.network(x, sigma, labels), 1e-6)
 
@@ -212,9 +208,8 @@ def test_wide_heads_of_attention():
     arguments = SongArguments(8, 3, 3, model_channels=32, channel_mult=[1, 9], num_blocks=1, attn_resolutions=[4])
     network = edm_files.fill(SongUNet(arguments)).eval()
     x, _, _ = edm_files.image()
-    weights = {name: value.double() for name, value in network.state_dict().items()}
-    given = {**edm_files.TINY, "model_channels": 32, "channel_mult": [1, 9]}
-    expected = edm_plain.song(weights, given, x.double(), torch.tensor([0.1, 0.2]).double(), None)
+    reference = plain_copy(network, vars(arguments)).double()
+    expected = reference(x.double(), torch.tensor([0.1, 0.2]).double())
     with torch.no_grad():
         assert_within(network(x, torch.tensor([0.1, 0.2])), expected, 1e-5)
 

@@ -16,8 +16,8 @@ from emd_fast.em.frozen import frozen
 from emd_fast.fusion import compiled_blocks, conditioning_cache
 
 # Tracing a UNet takes seconds: one of each family, and those that take long only on request.
-QUICK = ["shallow unet2d_condition", "song", "small"]
-ALL = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in ("unet2d", "dhariwal", "edm2"))]
+QUICK = ["shallow unet2d_condition", "song", "small", "own edm2"]
+ALL = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in ("unet2d", "edm2", "own adm"))]
 
 
 @pytest.fixture(autouse=True)
@@ -101,7 +101,7 @@ def test_copies_share_the_compiled_code():
     assert not counters["graph_break"]
 
 
-@pytest.mark.parametrize("name", ["shallow unet2d_condition", "small"])
+@pytest.mark.parametrize("name", ["shallow unet2d_condition", "small", "own ddpm++"])
 def test_conditions_are_computed_once_outside_of_the_compiled_code(name):
     network, x, arguments = make(name)
     emd_fast.fuse(network, compile={"backend": "aot_eager"})

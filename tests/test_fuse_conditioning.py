@@ -2,11 +2,12 @@
 
 import copy
 
+import edm_files
+import edm_plain
 import pytest
 import torch
-from helpers import assert_same, assert_within, e_step_xz, seeded
-from networks import FAMILIES, make, output
-from test_e_step import Flops
+from helpers import FlopCount, assert_same, assert_within, e_step_xz, seeded
+from networks import FAMILIES, OWN, make, output
 from torch import nn
 
 import emd_fast
@@ -14,11 +15,10 @@ from emd_fast import Denoiser, Generator, Noise
 from emd_fast.diffusion.schedules import EDM
 from emd_fast.em.frozen import frozen
 from emd_fast.fusion import conditioning_cache
-from emd_fast.teachers.small_unet import SmallUNet
 
 
 def flops(run, *args):
-    with Flops() as counter:
+    with FlopCount() as counter:
         result = run(*args)
     return result, counter.total
 
@@ -29,7 +29,7 @@ def passes(network, x, arguments, count=3):
         return [flops(output, network, x + k, arguments) for k in range(count)]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, *OWN])
 def test_passes_after_the_first_do_less_and_give_the_same_bits(name):
     network, x, arguments = make(name)
     emd_fast.fuse(network)
@@ -38,24 +38,12 @@ def test_passes_after_the_first_do_less_and_give_the_same_bits(name):
         cached = passes(network, x, arguments)
     for (mine, _), (exact, _) in zip(cached, plain, strict=True):
         assert_same(mine, exact)
-    (_, whole), *_ = plain
-    first, second, third = (count for _, count in cached)
+    whole, (first, second, third) = plain[0][1], (count for _, count in cached)
     assert first == whole and third == second < whole
+    if "no attention" in name:  # this one has no linear layers but those that see time and class
+        saved = sum(m.weight.numel() for m in network.modules() if isinstance(m, nn.Linear))
+        assert first - second == 2 * len(x) * saved
     assert passes(network, x, arguments)[0][1] == whole
-
-
-def linear_flops(network):
-    """FLOPs of a pass that the cache is to save: all layers that see the embedding or the condition."""
-    return sum(m.weight.numel() for m in network.modules() if isinstance(m, nn.Linear))
-
-
-def test_every_product_of_time_and_class_is_saved():
-    """A UNet without attention has no linear layers but those."""
-    network, x, arguments = make("unet2d, no attention, classes")
-    emd_fast.fuse(network)
-    with conditioning_cache():
-        (_, first), (_, second), _ = passes(network, x, arguments)
-    assert first - second == 2 * len(x) * linear_flops(network)
 
 
 def test_keys_and_values_are_saved():
@@ -68,15 +56,14 @@ def test_keys_and_values_are_saved():
     with conditioning_cache():
         passes(network, x, arguments, 4)
     own = [key for key in calls if "attn1" in key]
-    assert len(own) == 4 * len(set(own)) > 0
     others = [key for key in calls if "attn1" not in key]
-    assert len(others) == len(set(others)) == 4 * 2 + 8 + 1
+    assert len(own) == 4 * len(set(own)) > 0 and len(others) == len(set(others)) == 4 * 2 + 8 + 1
 
 
 class TestStale:
     """What changes inside the block changes the result."""
 
-    @pytest.fixture(params=["small", "shallow unet2d_condition", "edm2"])
+    @pytest.fixture(params=["small", "shallow unet2d_condition", "own edm2"])
     def case(self, request):
         network, x, arguments = make(request.param)
         emd_fast.fuse(network)
@@ -84,6 +71,7 @@ class TestStale:
             yield network, x, arguments
 
     def check(self, network, x, arguments):
+        """The output in the block, which is that without it."""
         actual = output(network, x, arguments)
         outer = emd_fast.cache.conditioning._active
         cache, outer.cache = outer.cache, None
@@ -93,135 +81,96 @@ class TestStale:
             outer.cache = cache
         return actual
 
-    def test_another_tensor(self, case):
+    def test_another_condition(self, case):
         network, x, (t, cond) = case
-        with conditioning_cache():
-            results = [
+        with conditioning_cache() as cache:
+            first, *others, again = (
                 self.check(network, x, args) for args in ((t, cond), (t + 1, cond), (t, cond.flip(0)), (t, cond))
-            ]
-        assert not torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
-        assert_same(results[0], results[3])
-
-    def test_the_same_tensor_changed_in_place(self, case):
-        network, x, (t, cond) = case
-        with conditioning_cache():
-            before = self.check(network, x, (t, cond))
+            )
+            assert not any(torch.equal(first, other) for other in others)
+            assert_same(first, again)
             t += 1
-            assert not torch.equal(before, self.check(network, x, (t, cond)))
+            assert not torch.equal(first, self.check(network, x, (t, cond)))
             t -= 1
             cond.copy_(cond.flip(0))
-            assert not torch.equal(before, self.check(network, x, (t, cond)))
+            assert not torch.equal(first, self.check(network, x, (t, cond)))
+            for k in range(12):  # more than are kept, in turn
+                self.check(network, x, (t + k % 7, cond))
+            assert len(cache._passes) <= 4
 
-    def test_parameters_changed_in_place(self, case):
+    def test_parameters_that_change(self, case):
+        """In place, with other memory, and with others in their place as load_state_dict(assign=True) does it."""
         network, x, arguments = case
         with conditioning_cache():
             self.check(network, x, arguments)
             for parameter in network.parameters():
                 parameter += 0.1
                 self.check(network, x, arguments)
-
-    def test_parameters_replaced(self, case):
-        network, x, arguments = case
-        with conditioning_cache():
             for parameter in network.parameters():
                 parameter.data = 1.1 * parameter.data
                 self.check(network, x, arguments)
-
-    def test_other_parameters_in_their_place(self, case):
-        """As load_state_dict(assign=True) does it: the old ones stay what they were."""
-        network, x, arguments = case
-        with conditioning_cache():
-            self.check(network, x, arguments)
             changed = {k: 1.1 * v if v.is_floating_point() else v for k, v in network.state_dict().items()}
             network.load_state_dict(changed, assign=True)
             self.check(network, x, arguments)
 
-    def test_many_conditions(self, case):
-        """More than are kept, in turn: as in a memory that is bounded."""
-        network, x, (t, cond) = case
-        with conditioning_cache() as cache:
-            for k in range(12):
-                self.check(network, x, (t + k % 7, cond))
-            assert len(cache._passes) <= 4
-
-    def test_batch_and_dtype_of_x(self, case):
-        network, x, (t, cond) = case
+    def test_modes(self, case):
+        network, x, arguments = case
         with conditioning_cache():
-            self.check(network, x, (t, cond))
+            self.check(network, x, arguments)
             with torch.autocast("cpu", torch.bfloat16):
-                self.check(network, x, (t, cond))
-            self.check(network, x, (t, cond))
+                self.check(network, x, arguments)
+            self.check(network, x, arguments)
             with torch.inference_mode():
-                self.check(network, x, (t, cond))
-            self.check(network, x, (t, cond))
+                self.check(network, x, arguments)
+            self.check(network, x, arguments)
 
-    def test_a_copy_is_another_network(self, case):
+    def test_other_networks(self, case):
         network, x, arguments = case
         other = copy.deepcopy(network)
         for parameter in other.parameters():
             parameter *= 1.1
         with conditioning_cache():
-            a, b = self.check(network, x, arguments), self.check(other, x, arguments)
-        assert not torch.equal(a, b)
-
-    def test_nothing_outlives_the_block(self, case):
-        network, x, arguments = case
-        with conditioning_cache() as cache:
-            output(network, x, arguments)
-            assert cache._passes
-        assert not cache._passes and not cache._same and emd_fast.cache.conditioning._active.cache is None
-        (_, before), *_ = passes(network, x, arguments)
-        with conditioning_cache():
-            (_, after), *_ = passes(network, x, arguments)
-        assert before == after
-
-    def test_only_the_networks_that_are_named(self, case):
-        network, x, arguments = case
-        other = copy.deepcopy(network)
+            assert not torch.equal(self.check(network, x, arguments), self.check(other, x, arguments))
         for given, saves in ((network, True), (Denoiser(network, EDM(), "eps"), True), (other, False)):
             with conditioning_cache(given):
                 (_, first), (_, second), _ = passes(network, x, arguments)
             assert (second < first) == saves
 
-    def test_an_exception_inside_a_pass(self, case):
+    def test_nothing_outlives_the_block_or_an_exception(self, case):
         network, x, arguments = case
-        with conditioning_cache():
+        (_, before), *_ = passes(network, x, arguments)
+        with conditioning_cache() as cache:
             with pytest.raises(RuntimeError):
                 output(network, x[:, :1], arguments)
             self.check(network, x, arguments)
-            assert emd_fast.cache.conditioning._active.current is None
+            assert cache._passes and emd_fast.cache.conditioning._active.current is None
+        assert not cache._passes and not cache._same and emd_fast.cache.conditioning._active.cache is None
+        with conditioning_cache():
+            assert passes(network, x, arguments)[0][1] == before
 
 
 class TestGradients:
-    @pytest.mark.parametrize("name", ["small", "unet2d_condition", "dhariwal"])
-    def test_to_parameters_are_complete_in_every_pass(self, name):
-        """Also after passes without gradients have filled the cache."""
+    @pytest.mark.parametrize("name", ["small", "unet2d_condition", "song", "own adm"])
+    def test_to_parameters_and_to_the_input(self, name):
+        """Complete in every pass, also after passes without gradients have filled the cache."""
         network, x, arguments = make(name)
         emd_fast.fuse(network)
 
-        def gradients():
-            found = torch.autograd.grad(output(network, x, arguments).square().sum(), list(network.parameters()))
-            return torch.cat([g.flatten() for g in found])
+        def gradient(*wanted, k=0):
+            latent = (x + k).requires_grad_()
+            wanted = wanted or (latent,)
+            found = torch.autograd.grad(output(network, latent, arguments).square().sum(), wanted, allow_unused=True)
+            return torch.cat([g.flatten() for g in found if g is not None])
 
-        exact = gradients()
+        exact = gradient(*network.parameters())
         with conditioning_cache():
             passes(network, x, arguments)
             for _ in range(2):
-                assert_same(gradients(), exact)
-
-    @pytest.mark.parametrize("name", ["small", "unet2d_condition", "dhariwal"])
-    def test_to_the_input_of_a_frozen_network(self, name):
-        network, x, arguments = make(name)
-        emd_fast.fuse(network)
-
-        def gradient(k):
-            latent = (x + k).requires_grad_()
-            return torch.autograd.grad(output(network, latent, arguments).square().sum(), latent)[0]
-
+                assert_same(gradient(*network.parameters()), exact)
         with frozen(network):
-            exact = [flops(gradient, k) for k in range(3)]
+            exact = [flops(lambda k=k: gradient(k=k)) for k in range(3)]
             with conditioning_cache():
-                mine = [flops(gradient, k) for k in range(3)]
+                mine = [flops(lambda k=k: gradient(k=k)) for k in range(3)]
         for (a, _), (b, _) in zip(mine, exact, strict=True):
             assert_same(a, b)
         assert mine[1][1] < exact[1][1]
@@ -254,9 +203,8 @@ class TestGradients:
                 assert not output(network, x, arguments).requires_grad
 
     def test_labels_dropped_in_training_are_drawn_anew(self):
-        import lookalikes
-
-        network = emd_fast.fuse(lookalikes.DhariwalUNet(label_dropout=0.5)).train()
+        network = edm_plain.DhariwalUNet(**edm_files.TINY, label_dim=10, label_dropout=0.5)
+        network = emd_fast.fuse(network).train()
         x, arguments = torch.randn(8, 3, 8, 8), (torch.zeros(8), torch.eye(10)[:8])
         with torch.no_grad(), conditioning_cache():
             for parameter in network.parameters():
@@ -269,11 +217,8 @@ def denoisers(fused):
     nets = []
     for seed in range(3):
         network, *_ = make("small", seed)
-        if fused:
-            emd_fast.fuse(network)
-        nets.append(
-            Denoiser(network, EDM(), "edm", sigma_data=0.5, sample_shape=(3, 8, 8), null_cond=torch.tensor([0]))
-        )
+        network = emd_fast.fuse(network) if fused else network
+        nets.append(Denoiser(network, EDM(), "edm", sigma_data=0.5, null_cond=torch.tensor([0])))
     return Generator(nets[0], 2.0), nets[1], nets[2]
 
 
@@ -297,13 +242,12 @@ def test_the_e_step_computes_conditions_once(monkeypatch, run, guidance):
         assert_same(getattr(cached, what), getattr(exact, what), what)
         assert_within(getattr(cached, what), getattr(plain, what), 1e-4, what)
     # Layers of the embedding: two products and additions for each weight and sample, in each pass after the first.
-    network: SmallUNet = denoisers(fused=False)[1].network
+    network = denoisers(fused=False)[1].network
     layers = (network.noise_embedding, network.embedding, network.modulation)
     one = 2 * 4 * sum(layer.weight.numel() for layer in layers)
     samples = 3 if guidance is None else 4  # the teacher's pass is twice as large with guidance
     passes_more = 2 if run is e_step_xz else 0  # the generator's, before and behind the chain
-    assert whole == unfused
-    assert whole - fewer == (2 * samples + passes_more) * one
+    assert whole == unfused and whole - fewer == (2 * samples + passes_more) * one
 
 
 class TextOf(nn.Module):

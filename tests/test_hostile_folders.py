@@ -10,6 +10,7 @@ import sys
 import detector_files
 import diffusers_folders
 import pytest
+import safetensors.torch
 from watch import PROCESSES, bounded, watched
 
 from emd_fast import EMDConfig, EMDTrainer
@@ -175,6 +176,7 @@ def auto_map(name):
             "AutoFeatureExtractor",
         )
         table["auto_map"] = dict.fromkeys(kinds, f"{MODULE}.Runs")
+        table["auto_map"]["AutoTokenizer"] = [f"{MODULE}.Runs"] * 2
         own = ("processor_class", "tokenizer_class", "image_processor_type")
         table |= {key: "Runs" for key in own if key in table}
         path.write_text(json.dumps(table))
@@ -211,7 +213,44 @@ CLIPS = {
     "a configuration of text": lambda folder: (folder / "config.json").write_text('"x"'),
     "sizes of text": changed("config.json", "text_config", "hidden_size", value="x"),
     "a configuration of numbers": changed("config.json", "text_config", value=3),
+    "layers of 10^7": changed("config.json", "text_config", "num_hidden_layers", value=10**7),
+    "layers of the other": changed("config.json", "vision_config", "num_hidden_layers", value=10**7),
+    "sizes of 2^19": changed("config.json", "text_config", "hidden_size", value=2**19),
+    "words of 10^12": changed("config.json", "text_config", "vocab_size", value=10**12),
+    "weights that are missing": lambda folder: renamed(folder / "model.safetensors", "text_projection.weight"),
 }
+ENCODERS = {
+    "layers of 10^7": changed("text_encoder/config.json", "num_hidden_layers", value=10**7),
+    "sizes of 2^19": changed("text_encoder/config.json", "hidden_size", value=2**19),
+    "sizes of text": changed("text_encoder/config.json", "hidden_size", value="8"),
+    "a configuration of a list": lambda folder: (folder / "text_encoder" / "config.json").write_text("[]"),
+    "an encoder with code": lambda folder: auto_map("config.json")(folder / "text_encoder"),
+    "weights that run": lambda folder: pickled("pytorch_model.bin", "*.safetensors")(folder / "text_encoder"),
+    "weights that are missing": lambda folder: renamed(
+        folder / "text_encoder" / "model.safetensors", "final_layer_norm.weight"
+    ),
+    "a tokenizer that is a fifo": lambda folder: os.mkfifo(folder / "tokenizer" / "added_tokens.json"),
+}
+
+
+def renamed(path, ending):
+    """Renames a weight, so that it is missing."""
+    weights = safetensors.torch.load_file(path)
+    name = next(name for name in weights if name.endswith(ending))
+    weights["another"] = weights.pop(name)
+    safetensors.torch.save_file(weights, path, {"format": "pt"})
+
+
+@needs_text
+@pytest.mark.parametrize("name", ENCODERS)
+def test_text_encoders_that_lie(tmp_path, monkeypatch, name):
+    loaded = teachers.load(diffusers_folders.stable_diffusion(tmp_path / "teacher"))
+    monkeypatch.chdir(tmp_path)
+    ENCODERS[name](tmp_path / "teacher")
+    with watched(PROCESSES), bounded(300, seconds=60), pytest.raises(ValueError) as error:
+        loaded.encode(["a"])
+    one_line(error, tmp_path / "teacher")
+    assert not list(tmp_path.rglob("ran"))
 
 
 @needs_text
@@ -230,7 +269,17 @@ def test_a_clip_folder_runs_no_code_and_asks_nothing(tmp_path, monkeypatch, name
             assert "holds no CLIP model" in str(error) and "\n" not in str(error)
         else:
             assert "code" in name
-    assert not (folder / "ran").exists() and MODULE not in sys.modules
+    assert not (folder / "ran").exists() and not [name for name in sys.modules if MODULE in name]
+
+
+@pytest.mark.parametrize("name", ["channels of 2^19", "more layers than weights"])
+def test_a_network_larger_than_its_weights_is_not_allocated(teacher, name):
+    """More layers are found by the names of the weights: a few more parameters may fit into the bytes of a file."""
+    CONFIGS[name](teacher)
+    with pytest.raises(
+        ValueError, match="parameters, the files have" if "2^19" in name else r"19 tensors are missing \("
+    ):
+        teachers.load(teacher)
 
 
 @pytest.mark.parametrize("component", ["transformer", "vae"])

@@ -181,6 +181,22 @@ def test_a_run_in_python_does_not_import_what_its_folder_names(run):
         distill.open_run(run)
 
 
+RECIPES = {
+    "a fifo": lambda path: os.mkfifo(path),
+    "a device": lambda path: path.symlink_to("/dev/zero"),
+    "brackets": lambda path: path.write_text("a = " + "[" * 10**5),
+    "not UTF-8": lambda path: path.write_bytes(b'task = "\xff"'),
+    "a table that is a number": lambda path: path.write_text("emd = 3"),
+    "a task that is a list": lambda path: path.write_text('task = ["digits"]'),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_that_are_none(call, tmp_path, name):
+    RECIPES[name](tmp_path / "recipe.toml")
+    assert "recipe.toml" in refused(call("plan", "recipe.toml"))
+
+
 def test_a_detector_that_a_file_names_is_not_run(call, run, tmp_path):
     detector_files.detector(tmp_path / "d.pt")
     table = settings_of(evaluation={"detector": "d.pt"})

@@ -1,10 +1,12 @@
 """What networks compute of time and condition alone, kept while both are fixed.
 
-Over the steps of an E-step only x changes. Inside `conditioning_cache` a pass of a fused network (emd_fast.fusion) that
-is given the very tensors of an earlier pass, unchanged, takes embeddings, scales, shifts, keys and values from there.
+Over the steps of an E-step only x changes. Inside `conditioning_cache` a pass of a fused network
+(emd_fast.fusion) that is given the very tensors of an earlier pass, unchanged, takes embeddings,
+scales, shifts, keys and values from there.
 
-Tensors are told apart by identity and version, never by value: asking for values would make the host wait, and end a
-capture. `same` is how code outside of networks hands them the very same tensors again.
+Tensors are told apart by identity and version, never by value: asking for values would make the
+host wait, and end a capture. `same` is how code outside of networks hands them the very same
+tensors again.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-# Different conditions of one network inside one block: enough for those of guidance, few enough that conditions that
-# are new in every pass do not fill the memory.
+# Different conditions of one network inside one block: enough for those of guidance, few enough
+# that conditions that are new in every pass do not fill the memory.
 _KEPT = 4
 _FUNCTIONS = (types.FunctionType, types.MethodType)  # no modules: their parameters may change
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.Size)
@@ -47,17 +49,19 @@ class _Pass:
     def needs_gradients(self) -> bool:
         return torch.is_grad_enabled() and any(tensor.requires_grad for _, tensor, _ in self.watched.values())
 
-    def value(self, module: nn.Module, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def value(self, modules: tuple[nn.Module, ...], function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         # A module that is called twice in a pass has two values.
-        call = self.calls[id(module)] = self.calls.get(id(module), -1) + 1
+        first = id(modules[0])
+        call = self.calls[first] = self.calls.get(first, -1) + 1
         given = [leaf for leaf in _tensors((args, kwargs)) if isinstance(leaf, nn.Parameter)]  # a gain, for instance
-        key = (id(module), call, *map(id, given))
+        key = (first, call, *map(id, given))
         if key in self.values:
             value, versions = self.values[key]
             if versions == [leaf._version for leaf in _tensors(value)]:
                 return value
         value = function(*args, **kwargs)
-        tables: list[dict[str, Any]] = [t for part in module.modules() for t in (part._parameters, part._buffers)]
+        parts = [part for module in modules for part in module.modules()]
+        tables: list[dict[str, Any]] = [table for part in parts for table in (part._parameters, part._buffers)]
         for table in (*tables, *({"given": tensor} for tensor in given)):
             for name, tensor in table.items():
                 if tensor is not None:
@@ -77,18 +81,20 @@ _active = _Active()
 
 
 class conditioning_cache:
-    """Context manager: inside it, in this thread, fused networks compute what depends on time and condition alone once.
+    """Context manager: fused networks compute once what depends on time and condition alone.
 
-    The results are those without it, bit for bit. A pass takes values from an earlier one only if its time and
-    condition are the same tensors, unchanged, in the same modes (autocast, inference) and on the same CUDA stream, and
-    no parameter that went into the values has changed. Nothing is kept that has, or ought to have, a gradient; nothing
-    is kept of compiled code, of a network in training that draws random numbers for its condition, nor after the block.
+    The results are those without it, bit for bit. A pass takes values from an earlier one only if
+    its time and condition are the same tensors, unchanged, in the same modes (autocast, inference)
+    and on the same CUDA stream, and no parameter that went into the values has changed. Nothing is
+    kept that has, or ought to have, a gradient; nothing is kept of compiled code, of a network in
+    training that draws random numbers for its condition, nor after the block.
 
     Args:
         networks: the modules that it is for; every fused network when there are none.
 
-    Not noticed: changes past autograd's version counters (through .data or NumPy), another weight given to an adapter,
-    and an optimizer step inside the block on parameters that FSDP2 has sharded.
+    Not noticed: changes past autograd's version counters (through .data or NumPy), another weight
+    given to an adapter, and an optimizer step inside the block on parameters that FSDP2 has
+    sharded.
     """
 
     def __init__(self, *networks: nn.Module) -> None:
@@ -127,7 +133,7 @@ class conditioning_cache:
 
 @contextlib.contextmanager
 def one_pass(network: Any, inputs: Any) -> Iterator[None]:
-    """Inside it, a pass of `network` whose time and condition are `inputs`: what `remember` keeps belongs to them."""
+    """Context manager around one pass of a network; `remember` keeps values for these inputs."""
     cache, outer = _active.cache, _active.current
     # A network inside another belongs to the pass of that one.
     current = outer or (None if cache is None else cache._pass_of(network, inputs))
@@ -142,16 +148,18 @@ def remember(module: Any, function: Callable[..., Any], *args: Any, **kwargs: An
     """function(*args, **kwargs), or what it was in an earlier pass of the same time and condition.
 
     Args:
-        module: whose parameters the function uses besides its arguments.
+        module: the module, or modules (None is skipped), whose parameters the function uses
+            besides its arguments.
         function: of nothing but time and condition.
     """
     if torch.compiler.is_compiling() or _active.current is None:
         return function(*args, **kwargs)
-    return _active.current.value(module, function, args, kwargs)
+    modules = tuple(part for part in module if part is not None) if isinstance(module, tuple) else (module,)
+    return _active.current.value(modules, function, args, kwargs)
 
 
 def same(function: Callable[..., Any], *inputs: Any) -> Any:
-    """function(*inputs); inside conditioning_cache the very object of the call before, for unchanged inputs."""
+    """Returns function(*inputs); inside conditioning_cache the same object for unchanged inputs."""
     if torch.compiler.is_compiling() or _active.cache is None or not isinstance(function, _FUNCTIONS):
         return function(*inputs)
     if (key := _key(function, inputs)) is None:
@@ -193,7 +201,8 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def _state(tensor: Tensor) -> tuple[int, int, bool]:
-    # An adapter that is switched on or off changes nothing about its parameters but whether they train.
-    # The version does not see that .data was replaced. Subclasses (DTensor) have no memory of their own to point to.
+    # An adapter that is switched on or off changes nothing about its parameters but whether they
+    # train. The version does not see that .data was replaced. Subclasses (DTensor) have no memory
+    # of their own to point to.
     version = -1 if tensor.is_inference() else tensor._version
     return version, tensor.data_ptr() if type(tensor) in (Tensor, nn.Parameter) else 0, tensor.requires_grad

@@ -1,10 +1,10 @@
 """Weights cast (autocast) or normalised (EDM2) once per E-step instead of in every pass.
 
 No weight changes during an E-step, yet autocast casts every frozen one in every pass. Inside
-`weight_cache` the layers of fused networks (emd_fast.fusion.layers) read weights that were computed
-on entry. The cache lives only inside the block: parameters stay unchanged, and nothing can become
-stale between two blocks. In a CUDA graph the computation is part of the graph, so that a replay
-reads the current weights.
+`weight_cache` the layers of fused networks (emd_fast.fusion.layers) read weights that were
+computed on entry. The cache lives only inside the block: parameters stay unchanged, and nothing
+can become stale between two blocks. In a CUDA graph the computation is part of the graph, so that
+a replay reads the current weights.
 """
 
 from __future__ import annotations

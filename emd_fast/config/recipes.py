@@ -48,9 +48,11 @@ def _read(recipe: str) -> dict[str, Any]:
     path = Path(recipe)
     if path.suffix == ".toml":
         try:
+            if path.exists() and not path.is_file():  # a fifo would block
+                raise ConfigError(f"cannot read the recipe {recipe}: it is not a regular file")
             text = path.read_text()
-        except OSError as error:
-            raise ConfigError(f"cannot read the recipe {recipe}: {error.strerror}") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read the recipe {recipe}: {getattr(error, 'strerror', error)}") from None
     elif recipe in recipes():
         text = (resources.files("emd_fast") / "recipes" / f"{recipe}.toml").read_text()
     else:
@@ -58,5 +60,5 @@ def _read(recipe: str) -> dict[str, Any]:
         raise ConfigError(f"no recipe {recipe!r}: {known}{nearest(recipe, recipes())}")
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ConfigError(f"{recipe} is not valid TOML: {error}") from None

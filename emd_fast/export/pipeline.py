@@ -27,11 +27,11 @@ from emd_fast.export import facts
 from emd_fast.export.one_step import Metadata, OneStep
 from emd_fast.fusion.fusing import fuse_known
 from emd_fast.io.files import write_atomic
+from emd_fast.io.models import check_config
 from emd_fast.io.reading import read_bytes, reason
 from emd_fast.teachers.diffusers import DiffusersDenoiser
 from emd_fast.teachers.diffusers.architectures import ARCHITECTURES, Network
 from emd_fast.teachers.diffusers.folder import EXPORTED, Folder, import_diffusers, read_json
-from emd_fast.teachers.diffusers.weights import check_config
 from emd_fast.teachers.mlp import PointGenerator, TimeMLP
 from emd_fast.teachers.small_unet import SmallUNet
 from emd_fast.train.trainer import EMDTrainer

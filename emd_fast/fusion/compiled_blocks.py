@@ -1,6 +1,7 @@
-"""torch.compile of the blocks that a network repeats, one compilation for all blocks of one structure.
+"""torch.compile of repeated blocks, with one compilation for all blocks of one structure.
 
-What depends on time and condition alone is computed outside of the compiled code, where conditioning_cache keeps it.
+What depends on time and condition alone is computed outside of the compiled code, where
+conditioning_cache keeps it.
 """
 
 from __future__ import annotations
@@ -9,19 +10,19 @@ import functools
 import logging
 import time
 import types
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from emd_fast.fusion.fused_class import STATE, Fused
+from emd_fast.fusion.fused_class import STATE, Fused, is_a
 
 logger = logging.getLogger("emd_fast")
 
 
 def run(module: Any, body: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """body(module, *args, **kwargs), compiled where fuse() was asked for that."""
+    """Returns body(module, *args, **kwargs), compiled if `fuse(compile=...)` asked for it."""
     options = module.__dict__[STATE].get("compile")
     if options is None or torch.compiler.is_compiling():
         return body(module, *args, **kwargs)
@@ -30,7 +31,7 @@ def run(module: Any, body: Callable[..., Any], *args: Any, **kwargs: Any) -> Any
 
 
 def frozen_options(options: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
-    """Arguments of torch.compile as a value that can be looked up."""
+    """The arguments of torch.compile as a hashable value."""
     return tuple(
         (name, tuple(sorted(value.items())) if name == "options" and value else value)
         for name, value in sorted(options.items())
@@ -38,7 +39,7 @@ def frozen_options(options: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
 
 
 def structure(module: nn.Module) -> Hashable:
-    """Equal for blocks that can share compiled code. Plain values, so that it may be copied and pickled."""
+    """A key of plain values that is equal for blocks which can share compiled code."""
     kind = type(module)
     tensors = (*module.named_parameters(), *module.named_buffers())
     plain = sorted(
@@ -53,8 +54,9 @@ def _compiled(
 ) -> Callable[..., Any]:
     from torch._dynamo.exc import FailOnRecompileLimitHit  # takes seconds, which a bare import must not
 
-    # Dynamo counts recompilations by code object, and stops at eight. A UNet has more sizes of block than that, so
-    # each structure gets a code object of its own; with_gradients is among the arguments for the same reason.
+    # Dynamo counts recompilations by code object, and stops at eight. A UNet has more sizes of
+    # block than that, so each structure gets a code object of its own; with_gradients is among the
+    # arguments for the same reason.
     code = body.__code__.replace()
     own = types.FunctionType(code, body.__globals__, body.__name__, body.__defaults__, body.__closure__)
     own.__kwdefaults__ = body.__kwdefaults__
@@ -68,7 +70,8 @@ def _compiled(
         try:
             result = compiled(module, *args, **kwargs)
         except FailOnRecompileLimitHit:
-            # Sizes are fixed, and pictures, evaluations and last batches bring others. What was compiled stays.
+            # Sizes are fixed, and pictures, evaluations and last batches bring others. What was
+            # compiled stays.
             _say_once(type(module).__name__)
             return body(module, *args, **kwargs)
         if first:
@@ -87,7 +90,7 @@ def _say_once(name: str) -> None:
 
 
 class Repeated(Fused):
-    """A block that a network repeats, of a kind that fuse() does not know otherwise: compiled as it is."""
+    """A repeated block of an unknown kind, compiled as it is."""
 
     does = "repeated block, compiled"
 
@@ -97,6 +100,23 @@ class Repeated(Fused):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return run(self, self._emd_fast_base.forward, *args, **kwargs)
+
+
+class ConditionedBlock(Repeated):
+    """A block of emd_fast's EDM networks. The projection of its embedding is not compiled."""
+
+    does = "residual block"
+
+    def forward(self, x: Tensor, embedded: Tensor) -> Tensor:  # type: ignore[override]
+        out: Tensor = run(self, self._emd_fast_base.modulated, x, self.condition(embedded))
+        return out
+
+
+def conditioned(network: nn.Module) -> Iterator[nn.Module]:
+    """Yields the blocks of emd_fast's EDM networks."""
+    for module in network.modules():
+        if any(is_a(module, name, "emd_fast.teachers.edm_networks.") for name in ("Block", "_Block")):
+            yield module
 
 
 def repeated(network: nn.Module) -> list[nn.Module]:

@@ -1,4 +1,4 @@
-"""The parts of diffusers' UNets: residual blocks, attention, transformers. diffusers itself is never imported."""
+"""Residual blocks, attention and transformers of diffusers, which is never imported here."""
 
 from __future__ import annotations
 
@@ -8,31 +8,55 @@ import torch
 from torch import Tensor, nn
 
 from emd_fast.cache.conditioning import remember
-from emd_fast.fusion.attention import attention, check_head_dim
 from emd_fast.fusion.compiled_blocks import run
-from emd_fast.fusion.fused_class import Fused, has, is_a, kind_of
-from emd_fast.fusion.norm import SERVED, Norm
+from emd_fast.fusion.fused_class import OVERRIDDEN, Fused, check_head_dim, has, is_a, kind_of, named, unknown_attributes
+from emd_fast.fusion.norm import Norm
+from emd_fast.ops.layers import SERVED, attention
+
+DIFFUSERS = "diffusers."
+# The attributes of these classes in diffusers 0.42. An option of a later version has a name that
+# is not among them.
+_RESNET = frozenset(
+    "conv1 conv2 conv_shortcut down downsample dropout in_channels nonlinearity norm1 norm2 "
+    "out_channels output_scale_factor pre_norm skip_time_act time_emb_proj time_embedding_norm up "
+    "upsample use_conv_shortcut use_in_shortcut".split()
+)
+_ATTENTION = frozenset(
+    "add_k_proj add_q_proj add_v_proj added_kv_proj_dim added_proj_bias context_pre_only "
+    "cross_attention_dim dropout fused_projections group_norm heads inner_dim inner_kv_dim is_causal "
+    "is_cross_attention norm_added_k norm_added_q norm_cross norm_k norm_q only_cross_attention "
+    "out_context_dim out_dim pre_only processor query_dim rescale_output_factor residual_connection scale "
+    "scale_qk sliceable_head_dim spatial_norm to_add_out to_k to_out to_q to_v upcast_attention "
+    "upcast_softmax use_bias".split()
+)
+_OUTPUT = "_get_output_for_continuous_inputs"
 
 
 class ResnetBlock(Fused):
-    """ResnetBlock2D: the embedding's addition, or scale and shift, and both SiLUs are done by the norms."""
+    """A ResnetBlock2D whose norms also apply the embedding and both SiLUs."""
 
     does = "norms, embedding and SiLUs by two kernels"
 
     @classmethod
     def recognises(cls, module: Any) -> bool:
-        return is_a(module, "ResnetBlock2D") and has(module, "norm1", "norm2", "nonlinearity", "time_embedding_norm")
+        return named(module, "ResnetBlock2D", DIFFUSERS) is not None
 
     @classmethod
     def why_not(cls, module: Any) -> str | None:
-        if not is_a(module.nonlinearity, "SiLU"):
+        if not is_a(module, "ResnetBlock2D", DIFFUSERS):
+            return OVERRIDDEN
+        if why := unknown_attributes(module, _RESNET):
+            return why
+        if not is_a(module.nonlinearity, "SiLU", "torch.nn."):
             return f"its activation is {type(module.nonlinearity).__name__}, not SiLU"
         if module.time_emb_proj is not None and module.time_embedding_norm not in ("default", "scale_shift"):
             return f"time_embedding_norm is {module.time_embedding_norm!r}"
         for name in ("norm1", "norm2"):
             norm = getattr(module, name)
-            if not Norm.recognises(norm) or (why := Norm.why_not(norm)):
-                return f"{name} is {type(norm).__name__}" if not Norm.recognises(norm) else f"{name}: {why}"
+            if not Norm.recognises(norm):
+                return f"{name} is {type(norm).__name__}"
+            if why := Norm.why_not(norm):
+                return f"{name}: {why}"
         return None
 
     def forward(self, input_tensor: Tensor, temb: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
@@ -72,11 +96,11 @@ class Processor:
 
 
 class AttentionProcessor(Processor):
-    """What diffusers' Attention hands its work to: ops.attention on (B, tokens, heads, head_dim), nothing transposed.
+    """An attention processor of diffusers that calls ops.attention without transposing.
 
-    The projections are called as the modules that they are, so LoRA in them is served. Keys and values of a condition
-    are computed once inside conditioning_cache. What ops.attention does not have (a mask, another dtype) goes to the
-    processor that was there before.
+    The projections are called as the modules that they are, so LoRA in them is served. Keys and
+    values of a condition are computed once inside conditioning_cache. What ops.attention does not
+    have (a mask, another dtype) goes to the processor that was there before.
     """
 
     def __call__(
@@ -90,7 +114,11 @@ class AttentionProcessor(Processor):
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
-        """(B, tokens, C) or (B, C, H, W), as `hidden_states` is; key_value: what `keys_and_values` gave, if it did."""
+        """Returns the shape of `hidden_states`: (B, tokens, C) or (B, C, H, W).
+
+        Args:
+            key_value: what `keys_and_values` returned, None to compute it here.
+        """
         if attention_mask is not None or hidden_states.dtype not in SERVED:
             return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
         x = hidden_states if attn.spatial_norm is None else attn.spatial_norm(hidden_states, temb)
@@ -177,7 +205,7 @@ def _scale(attn: Any, original: Any) -> float | None:
 
 
 class Attention(Fused):
-    """An Attention of diffusers with one of its plain processors: it gets ours, and keeps its class."""
+    """An Attention of diffusers with a plain processor. It keeps its class and gets our processor."""
 
     does = "attention by ops.attention, as its processor"
 
@@ -189,10 +217,14 @@ class Attention(Fused):
     def why_not(cls, module: Any) -> str | None:
         if isinstance(module.processor, Processor):
             return None
-        if not is_a(module, "Attention"):
+        if not is_a(module, "Attention", DIFFUSERS):
             return "attention of a kind that is not known"
-        if type(module.processor).__name__ not in _PROCESSORS:
-            return f"its processor is {type(module.processor).__name__}, which computes something of its own"
+        if why := unknown_attributes(module, _ATTENTION):
+            return why
+        processor = type(module.processor)
+        own = processor.__module__.startswith(DIFFUSERS) and processor.__call__.__module__ == processor.__module__
+        if processor.__name__ not in _PROCESSORS or not own:
+            return f"its processor is {processor.__name__}, which computes something of its own"
         if module.to_k is None or module.inner_kv_dim != module.inner_dim:
             return "it has fewer heads of keys than of queries"
         return None
@@ -212,13 +244,13 @@ class Attention(Fused):
 
 
 class Transformer(Fused):
-    """Transformer2DModel on images: where they are in channels_last, as tokens are, so is the result."""
+    """A Transformer2DModel on images. The result of channels_last images is channels_last."""
 
     does = "no copies to another layout behind the last block, on channels_last images"
 
     @classmethod
     def recognises(cls, module: Any) -> bool:
-        return is_a(module, "Transformer2DModel") and has(module, "_get_output_for_continuous_inputs", "proj_out")
+        return is_a(module, "Transformer2DModel", DIFFUSERS) and has(module, _OUTPUT, "proj_out")
 
     def _get_output_for_continuous_inputs(
         self, hidden_states: Tensor, residual: Tensor, batch_size: int, height: int, width: int, inner_dim: int
@@ -237,7 +269,7 @@ class Transformer(Fused):
 
 
 class TransformerBlock(Fused):
-    """BasicTransformerBlock in compiled code: keys and values of the condition come in from outside."""
+    """A compiled BasicTransformerBlock that is given the keys and values of the condition."""
 
     does = "repeated block, compiled"
 
@@ -255,5 +287,7 @@ class TransformerBlock(Fused):
 
 
 def takes_keys_and_values(block: nn.Module) -> bool:
-    """Whether the block is one of which TransformerBlock can hand keys and values to the second attention alone."""
-    return is_a(block, "BasicTransformerBlock") and not block.only_cross_attention and block.attn2 is not None
+    """Whether TransformerBlock can hand keys and values to the second attention of this block."""
+    return (
+        is_a(block, "BasicTransformerBlock", DIFFUSERS) and not block.only_cross_attention and block.attn2 is not None
+    )

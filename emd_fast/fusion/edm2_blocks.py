@@ -1,4 +1,4 @@
-"""The blocks of EDM2's networks, known by their structure: magnitude-preserving layers, no group norm.
+"""The magnitude-preserving blocks of EDM2's networks, as NVlabs publishes them.
 
 Source: Karras et al. (arXiv 2312.02696), section 2 and appendix B.
 """
@@ -9,17 +9,18 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import avg_pool2d, dropout, interpolate, linear, silu
 
 from emd_fast.cache.conditioning import remember
 from emd_fast.cache.weights import autocast_dtype, is_plain
-from emd_fast.fusion.attention import attention, check_head_dim
 from emd_fast.fusion.compiled_blocks import run
-from emd_fast.fusion.convolution import convolution
 from emd_fast.fusion.edm_blocks import as_image, queries_keys_values
-from emd_fast.fusion.fused_class import Fused, has, is_a
+from emd_fast.fusion.fused_class import Fused, check_head_dim, has, named
 from emd_fast.fusion.layers import Convolution, Rounded
+from emd_fast.fusion.published import is_published, unpublished
+from emd_fast.ops.convolution import convolution
+from emd_fast.ops.layers import attention
 
 _SILU_RMS = 0.596  # of silu(x) for x ~ N(0, 1)
 _EPS = 1e-4
@@ -31,7 +32,7 @@ _RESAMPLE = {
 
 
 class MPConv(Rounded):
-    """A convolution or linear layer of normalised weights, which are the same in every pass of an E-step."""
+    """A convolution or linear layer with normalised weights."""
 
     prepares = "weight normalised and rounded once per E-step"
     spares = Convolution.spares
@@ -43,14 +44,8 @@ class MPConv(Rounded):
             isinstance(weight, Tensor)
             and weight.dim() in (2, 4)
             and module._parameters.keys() == {"weight"}
-            and not isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding))
-            and "forward" not in vars(module)
+            and is_published(module, "MPConv")
         )
-
-    @classmethod
-    def probe(cls, module: Any) -> tuple[tuple[int, ...], ...] | None:
-        weight = module._parameters["weight"]
-        return ((2, weight.shape[1], *[4] * (weight.dim() - 2)),)
 
     def prepare(self) -> dict[str, Tensor]:
         parameter = self._parameters["weight"]
@@ -86,39 +81,24 @@ def _normalised(weight: Tensor, gain: float | Tensor) -> Tensor:
     return unit * (gain / math.sqrt(weight[0].numel()))
 
 
-class OwnBlock(Fused):
-    """The block of emd_fast.teachers' EDM2UNet."""
-
-    does = "gains computed once inside conditioning_cache"
-
-    @classmethod
-    def recognises(cls, module: Any) -> bool:
-        return is_a(module, "_Block") and has(module, "emb_linear", "emb_gain", "modulated")
-
-    def forward(self, x: Tensor, embedded: Tensor) -> Tensor:
-        linear: Any = self.emb_linear
-        gain = remember(linear, linear, embedded, gain=self.emb_gain)
-        return run(self, self._emd_fast_base.modulated, x, gain)
-
-
 class Block(Fused):
-    """A residual branch with a gain from the embedding, then cosine attention over pixels, if any."""
+    """A residual branch with a gain from the embedding, then optional cosine attention."""
 
     does = "attention by ops.attention, gains computed once inside conditioning_cache"
 
     @classmethod
     def recognises(cls, module: Any) -> bool:
-        names = ("conv_res0", "conv_res1", "conv_skip", "emb_linear", "emb_gain", "attn_qkv", "attn_proj")
-        plain = ("flavor", "resample_mode", "num_heads", "res_balance", "attn_balance", "clip_act", "dropout")
-        return has(module, *names, *plain) and "forward" not in vars(module)
+        return named(module, "Block") is not None and has(module, "conv_res0", "emb_linear", "flavor", "resample_mode")
 
     @classmethod
     def why_not(cls, module: Any) -> str | None:
+        if why := unpublished(module, "Block"):
+            return why
         if module.flavor not in ("enc", "dec") or module.resample_mode not in _RESAMPLE:
             return f"flavor {module.flavor!r}, resample_mode {module.resample_mode!r}"
-        taps = getattr(module, "resample_filter", None)
-        if isinstance(taps, Tensor) and module.resample_mode != "keep":
-            taps = taps.flatten().tolist()
+        taps = module.resample_filter
+        if module.resample_mode != "keep":
+            taps = torch.as_tensor(taps).flatten().tolist()
             if len(taps) not in (2, 4) or any(tap != taps[0] for tap in taps):
                 return f"its resampling filter is {taps}, not a box of two pixels"
         return None
@@ -127,12 +107,6 @@ class Block(Fused):
     def check(cls, module: Any) -> None:
         if module.num_heads and hasattr(module.attn_proj, "weight"):
             check_head_dim(module.attn_proj.weight.shape[1] // module.num_heads)
-
-    @classmethod
-    def probe(cls, module: Any) -> tuple[tuple[int, ...], ...] | None:
-        # An encoder block may change the number of channels before its residual branch, a decoder block after it.
-        first = module.conv_skip if module.conv_skip is not None else module.conv_res0
-        return (2, first.weight.shape[1], 4, 4), (2, module.emb_linear.weight.shape[1])
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         linear: Any = self.emb_linear

@@ -1,4 +1,4 @@
-"""The blocks of EDM's networks (SongUNet, DhariwalUNet), known by their structure.
+"""The blocks of EDM's networks (SongUNet, DhariwalUNet) as NVlabs publishes them.
 
 Source: Karras et al. (arXiv 2206.00364), appendix F; Dhariwal and Nichol (arXiv 2105.05233).
 """
@@ -7,44 +7,42 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import dropout, linear
 
 from emd_fast.cache.conditioning import remember
+from emd_fast.cache.layers import QKVWeight, can_pack
 from emd_fast.cache.weights import autocast_dtype
-from emd_fast.fusion.attention import attention, check_head_dim
 from emd_fast.fusion.compiled_blocks import run
-from emd_fast.fusion.convolution import convolution
-from emd_fast.fusion.fused_class import Fused, has, is_a
+from emd_fast.fusion.fused_class import STATE, Fused, check_head_dim, has, named
 from emd_fast.fusion.layers import Convolution, Rounded
 from emd_fast.fusion.norm import Norm, channels_of
-from emd_fast.fusion.qkv_order import Packed, PackedConvolution, can_pack, packed
+from emd_fast.fusion.published import is_published, unpublished
+from emd_fast.ops.convolution import convolution
+from emd_fast.ops.layers import attention
 
 
 class Block(Fused):
-    """conv1(silu(norm1 with the embedding(conv0(silu(norm0(x)))))) + skip(x), then attention over pixels, if any."""
+    """The residual block of EDM: norm, SiLU and convolution twice, a skip, optional attention."""
 
     does = "norms, embedding and SiLUs by two kernels, attention by ops.attention"
 
     @classmethod
     def recognises(cls, module: Any) -> bool:
-        names = ("norm0", "conv0", "affine", "norm1", "conv1", "skip", "adaptive_scale", "skip_scale", "num_heads")
-        return has(module, *names) and "forward" not in vars(module)
+        return named(module, "UNetBlock") is not None and has(module, "norm0", "conv0", "affine", "norm1", "num_heads")
 
     @classmethod
     def why_not(cls, module: Any) -> str | None:
+        if why := unpublished(module, "UNetBlock"):
+            return why
         names = ("norm0", "norm1", *(("norm2",) if module.num_heads else ()))
-        unknown = [name for name in names if not Norm.recognises(getattr(module, name))]
-        return f"{', '.join(unknown)}: not a GroupNorm" if unknown else None
+        unknown = [name for name in names if not Norm.serves(getattr(module, name))]
+        return f"{', '.join(unknown)}: not a GroupNorm that is known" if unknown else None
 
     @classmethod
     def check(cls, module: Any) -> None:
         if module.num_heads and cls.why_not(module) is None:
             check_head_dim(channels_of(module.norm2) // module.num_heads)
-
-    @classmethod
-    def probe(cls, module: Any) -> tuple[tuple[int, ...], ...] | None:
-        return (2, channels_of(module.norm0), 4, 4), (2, module.affine.weight.shape[1])
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         embedded = remember(self.affine, self.affine, emb)
@@ -72,26 +70,9 @@ def _projected(block: Any, x: Tensor) -> tuple[Tensor, ...]:
     if not can_pack(block.qkv):
         return tuple(part.contiguous() for part in queries_keys_values(block.qkv(x), block.num_heads))
     dtype = autocast_dtype(x.device.type) or x.dtype
-    weight, bias = (None if rows is None else rows.to(dtype) for rows in packed(block.qkv))
+    weight, bias = (None if rows is None else rows.to(dtype) for rows in map(block.qkv.packed, ("weight", "bias")))
     tokens = linear(x.flatten(2).transpose(1, 2), weight, bias)  # type: ignore[arg-type]
     return tokens.unflatten(2, (3, block.num_heads, -1)).unbind(2)
-
-
-class OwnBlock(Fused):
-    """The block of emd_fast.teachers' SongUNet and DhariwalUNet, which calls the ops of this library itself."""
-
-    does = "scales and shifts computed once inside conditioning_cache"
-
-    @classmethod
-    def recognises(cls, module: Any) -> bool:
-        return is_a(module, "Block") and has(module, "norm0", "conv0", "affine", "norm1", "conv1", "modulated")
-
-    def forward(self, x: Tensor, embedded: Tensor) -> Tensor:
-        return run(self, self._emd_fast_base.modulated, x, remember(self.affine, self.affine, embedded))
-
-    def _packed(self) -> tuple[Tensor, Tensor | None]:
-        own: tuple[Tensor, Tensor | None] = packed(self.qkv) if isinstance(self.qkv, Packed) else super()._packed()  # type: ignore[misc]
-        return own
 
 
 class Linear(Rounded):
@@ -99,33 +80,17 @@ class Linear(Rounded):
 
     @classmethod
     def recognises(cls, module: Any) -> bool:
-        return _weight_of(module, dim=2) and not any(True for _ in module.children())
-
-    @classmethod
-    def probe(cls, module: Any) -> tuple[tuple[int, ...], ...] | None:
-        return ((2, module.weight.shape[1]),)
-
-
-class OwnResampled(Rounded):
-    """A convolution of emd_fast.teachers that changes the resolution."""
-
-    @classmethod
-    def recognises(cls, module: Any) -> bool:
-        return is_a(module, "ResampledConv") and "weight" in module._parameters
+        return is_published(module, "Linear") and _weight_of(module, dim=2)
 
 
 class Conv(Rounded):
-    """A convolution, with a filter that changes the resolution before or after it where up or down says so."""
+    """A convolution, with resampling before or after it if `up` or `down` is set."""
 
     spares = Convolution.spares
 
     @classmethod
     def recognises(cls, module: Any) -> bool:
-        return _weight_of(module, dim=4) and has(module, "up", "down")
-
-    @classmethod
-    def probe(cls, module: Any) -> tuple[tuple[int, ...], ...] | None:
-        return ((2, module.weight.shape[1], 4, 4),)
+        return is_published(module, "Conv2d") and _weight_of(module, dim=4)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.up or self.down:
@@ -137,31 +102,41 @@ class Conv(Rounded):
         return convolution(x, weight, bias, padding=(height // 2, width // 2))
 
 
+class Packed(QKVWeight, Rounded):
+    """A projection to q, k and v. Its state has the number of heads."""
+
+    prepares = "rows put into the order of q, k, v and rounded once per E-step"
+
+    @property
+    def heads(self) -> int:  # type: ignore[override]
+        count: int = self.__dict__[STATE]["heads"]
+        return count
+
+
+class PackedConvolution(Packed, Convolution):
+    """A projection to q, k and v that is a Conv2d of PyTorch."""
+
+
 class PackedConv(Packed, Conv):
-    """One of 1x1 to q, k and v."""
+    """A projection to q, k and v that is a Conv2d of EDM."""
 
 
 _PACKED: dict[type[Fused], type[Fused]] = {Convolution: PackedConvolution, Conv: PackedConv}
 
 
 def packed_kind(block: Any, kind: type[Fused]) -> type[Fused] | None:
-    """Of which its projection to q, k and v is, instead of this one; None where it is no such layer."""
+    """The kind for a block's projection to q, k and v, None if that is no 1x1 convolution."""
     return _PACKED.get(kind) if block.qkv.weight.shape[2:] == (1, 1) else None
 
 
 def _weight_of(module: Any, dim: int) -> bool:
     parameters = module._parameters
-    return (
-        not isinstance(module, (nn.Linear, nn.Conv2d))
-        and "forward" not in vars(module)
-        and isinstance(parameters.get("weight"), Tensor)
-        and parameters["weight"].dim() == dim
-        and parameters.keys() == {"weight", "bias"}
-    )
+    weight = parameters.get("weight")
+    return parameters.keys() == {"weight", "bias"} and isinstance(weight, Tensor) and weight.dim() == dim
 
 
 def queries_keys_values(qkv: Tensor, heads: int) -> tuple[Tensor, ...]:
-    """(B, tokens, heads, head_dim) each, strided, of (B, heads head_dim 3, H, W), the channels in that order."""
+    """Splits (B, heads head_dim 3, H, W) into three strided views (B, tokens, heads, head_dim)."""
     return qkv.flatten(2).unflatten(1, (heads, -1, 3)).permute(3, 0, 4, 1, 2).unbind(0)
 
 

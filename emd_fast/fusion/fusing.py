@@ -1,4 +1,4 @@
-"""fuse, fusion_report and unfuse: a plan of what becomes of each module, then the change, all or nothing."""
+"""fuse, fusion_report and unfuse. A plan for each module comes first, then the change."""
 
 from __future__ import annotations
 
@@ -8,33 +8,29 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from emd_fast.backends import use_backend
 from emd_fast.fusion import compiled_blocks, diffusers_blocks, edm2_blocks, edm_blocks, small_unet_blocks
 from emd_fast.fusion.fused_class import STATE, Fused, kind_of
 from emd_fast.fusion.geglu import GEGLU
 from emd_fast.fusion.layer_norm import LayerNorm
 from emd_fast.fusion.layers import Rounded
 from emd_fast.fusion.layout import name_of, restore, set_layout
-from emd_fast.fusion.norm import SERVED, FoldedSiLU, Norm, silu_behind_norm
+from emd_fast.fusion.norm import FoldedSiLU, Norm, silu_behind_norm
 from emd_fast.fusion.summary import SUPPORTED, FusionReport, Part
-from emd_fast.fusion.whole_network import Conditioning, Network, OwnNetwork, conditioning_layers, plain_layers
+from emd_fast.fusion.whole_network import Conditioning, Network, conditioning_layers, plain_layers
 from emd_fast.ops import flops
 
 logger = logging.getLogger("emd_fast")
 
 _KINDS: tuple[type[Fused], ...] = (
-    OwnNetwork,
     Network,
     diffusers_blocks.ResnetBlock,
     diffusers_blocks.Attention,
     GEGLU,
     diffusers_blocks.Transformer,
     edm_blocks.Block,
-    edm_blocks.OwnBlock,
     edm2_blocks.Block,
-    edm2_blocks.OwnBlock,
     small_unet_blocks.ResidualBlock,
     small_unet_blocks.SelfAttention,
     Norm,
@@ -43,15 +39,11 @@ _KINDS: tuple[type[Fused], ...] = (
 _COMPILED = (
     diffusers_blocks.ResnetBlock,
     edm_blocks.Block,
-    edm_blocks.OwnBlock,
     edm2_blocks.Block,
-    edm2_blocks.OwnBlock,
     small_unet_blocks.ResidualBlock,
 )
 # Layers that compute what they did.
 _LAYERS = (Rounded, LayerNorm)
-# Set on a module that has the structure of a kind and computes something else.
-_LEFT = "_emd_fast_left"
 
 
 @dataclass
@@ -69,18 +61,20 @@ def fuse(
     compile: bool | dict[str, Any] = False,
     strict: bool = False,
 ) -> nn.Module:
-    """Makes the forward pass of a network, and its backward pass to the input, fast. Parameters and numbers stay.
+    """Makes a network's forward pass, and its backward pass to the input, fast.
 
-    Group norms with what surrounds them and attention are served by emd_fast.ops; see docs/fuse.md. It survives
-    deepcopy, pickling, state_dict, fully_shard and torch.compile. `unfuse` undoes it.
+    emd_fast.ops serves group norms, what surrounds them, and attention; see docs/fuse.md.
+    Parameters stay, and results agree to rounding. A fused network can be copied, pickled, sharded
+    and compiled. `unfuse` undoes it.
 
     Args:
-        network: diffusers' UNet2DModel and UNet2DConditionModel, networks of the structure of EDM's and EDM2's,
+        network: diffusers' UNet2DModel and UNet2DConditionModel, NVlabs' networks of EDM and EDM2,
             emd_fast's own, alone or inside another module; of any other the parts that are known.
-        memory_format: of the images that the network is given, and of the weights of convolutions. "auto" is
-            torch.channels_last for images and for weights on a GPU, and leaves those on a CPU; None leaves both.
-            Parameters stay the same objects.
-        compile: True compiles the repeated blocks by torch.compile when they first run; a dict is its arguments.
+        memory_format: of the images that the network is given, and of the weights of convolutions.
+            "auto" is torch.channels_last for images and for weights on a GPU, and leaves those on
+            a CPU; None leaves both. Parameters stay the same objects.
+        compile: True compiles the repeated blocks by torch.compile when they first run; a dict is
+            its arguments.
         strict: raise where a norm or attention is left, instead of reporting it.
 
     Returns:
@@ -88,8 +82,9 @@ def fuse(
 
     Raises:
         TypeError: not a module, or an unknown memory_format or compile.
-        ValueError: groups that do not divide the channels, parameters on several devices, heads of more than 256
-            dimensions; with strict, also where something is left or there is nothing to fuse. Nothing is changed then.
+        ValueError: groups that do not divide the channels, parameters on several devices, heads of
+            more than 256 dimensions; with strict, also where something is left or there is nothing
+            to fuse. Nothing is changed then.
     """
     if not isinstance(network, nn.Module):
         raise TypeError(f"network must be an nn.Module, got {type(network).__name__}")
@@ -108,33 +103,35 @@ def fuse(
             step.state["memory_format"] = name_of(memory_format)
     if compile is not False:
         steps = _compiled(network, steps, {} if compile is True else compile)
-    left += _apply(steps)
-    done = [step for step in steps if _is_fused(step.module) and not issubclass(step.kind, _LAYERS)]
+    done = any(not issubclass(step.kind, _LAYERS) for step in steps)
     if strict and (left or not done):
-        _undo(network)
         what = "\n".join(f"  {part.path or 'the network itself'} ({part.name}): {part.note}" for part in left)
         raise ValueError(f"fuse(strict=True) would leave:\n{what}" if left else _nothing(network))
     if not done:
-        _undo(network)
         warnings.warn(_nothing(network), stacklevel=2)
         return network
+    for step in steps:
+        step.kind.fuse(step.module, **step.state)
     set_layout(network, memory_format)
     logger.info(fusion_report(network).summary)
     return network
 
 
 def fuse_known(network: nn.Module, *, compile: bool = False) -> nn.Module:
-    """`fuse` for whatever a network may be: a formula or a perceptron, of which it knows nothing, is no mistake."""
+    """`fuse` without the warning for a network of which nothing is known."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="nothing to fuse")
         return fuse(network, compile=compile)
 
 
 def unfuse(network: nn.Module) -> nn.Module:
-    """Undoes fuse(): classes, attention processors and memory formats are those of before. Returns the same module.
+    """Undoes fuse(): restores classes, attention processors and memory formats.
+
+    Returns the same module.
 
     Raises:
-        ValueError: a fused module has been sharded since (its class is FSDP2's now). Nothing is changed then.
+        ValueError: a fused module has been sharded since (its class is FSDP2's now). Nothing is
+            changed then.
     """
     for path, module in network.named_modules():
         kind = kind_of(module)
@@ -190,23 +187,18 @@ def _plan(network: nn.Module) -> tuple[list[_Step], list[Part]]:
         steps.setdefault(id(layer), _Step(paths[id(layer)], layer, Conditioning))
     for layer, kind in plain_layers(network) if steps else ():
         steps.setdefault(id(layer), _Step(paths[id(layer)], layer, kind))
-    for block in [step.module for step in steps.values() if step.kind in (edm_blocks.Block, edm_blocks.OwnBlock)]:
-        heads: Any = getattr(block, "num_heads", 0) or getattr(block, "heads", 0)
-        projection = steps.get(id(block.qkv)) if heads else None
+    for block in [step.module for step in steps.values() if step.kind is edm_blocks.Block]:
+        projection = steps.get(id(block.qkv)) if block.num_heads else None
         if projection is not None and (kind := edm_blocks.packed_kind(block, projection.kind)):
-            projection.kind, projection.state["heads"] = kind, heads
+            projection.kind, projection.state["heads"] = kind, block.num_heads
     return list(steps.values()), left
 
 
 def _reason(module: nn.Module) -> str | None:
-    """Why a norm or attention stays as it is; None for one that does not, and for any other module."""
-    if _LEFT in vars(module):
-        return vars(module)[_LEFT]
+    """Why a module stays as it is, None for one that is fused and for any other module."""
     for kind in _KINDS:
         if kind.recognises(module):
             return kind.why_not(module)
-    if isinstance(module, nn.GroupNorm):
-        return "it has a forward of its own"
     if isinstance(module, nn.MultiheadAttention) or (
         "attention" in type(module).__name__.lower() and any(True for _ in module.parameters(recurse=False))
     ):
@@ -223,11 +215,14 @@ def _compiled(network: nn.Module, steps: list[_Step], options: dict[str, Any]) -
         if diffusers_blocks.takes_keys_and_values(module):
             blocks.append(_Step(paths[id(module)], module, diffusers_blocks.TransformerBlock))
             inside.update(id(part) for part in module.modules())
+    for module in compiled_blocks.conditioned(network):
+        blocks.append(_Step(paths[id(module)], module, compiled_blocks.ConditionedBlock))
+        inside.update(id(part) for part in module.modules())
     for module in compiled_blocks.repeated(network):
         if id(module) not in planned and not any(id(part) in inside for part in module.modules()):
             blocks.append(_Step(paths[id(module)], module, compiled_blocks.Repeated))
     for step in blocks:
-        # A graph break in a block of ours is a fault, in an unknown one it is not. Sizes are fixed over a run.
+        # A graph break is a fault in a known block only. Sizes are fixed over a run.
         fullgraph = step.kind is not compiled_blocks.Repeated
         frozen = compiled_blocks.frozen_options({"fullgraph": fullgraph, "dynamic": False, **options})
         step.state.update(compile=frozen, structure=compiled_blocks.structure(step.module))
@@ -252,69 +247,7 @@ def _is_fused(module: nn.Module) -> bool:
     return kind_of(module) is not None or isinstance(processor, diffusers_blocks.Processor)
 
 
-def _apply(steps: list[_Step]) -> list[Part]:
-    """Makes the change, and takes it back where structure has misled: a fused module that computes something else."""
-    expected = {id(step.module): _tried(step) for step in steps}
-    for step in steps:
-        step.kind.fuse(step.module, **step.state)
-    left = []
-    # Inner modules first: a block is right only if its norms are.
-    for step in reversed(steps):
-        if (before := expected[id(step.module)]) is None or (why := _disagreement(before, _tried(step))) is None:
-            continue
-        step.kind.unfuse(step.module)
-        step.module.__dict__[_LEFT] = f"its structure is known, but it {why}"
-        left.append(Part(step.path, type(step.module).__name__, step.module.__dict__[_LEFT]))
-    return left
-
-
-@torch.no_grad()
-def _tried(step: _Step) -> Tensor | Exception | None:
-    """What the module makes of some input, or raises, where its kind goes by structure; None where that cannot be
-    asked."""
-    module = step.module
-    try:
-        shapes = step.kind.probe(module)
-    except AttributeError:  # a layer that something else has wrapped does not show its shape
-        shapes = None
-    if shapes is None:
-        return None
-    weights = [p for p in module.parameters() if p.is_floating_point()]
-    if not weights or any(type(p) is not nn.Parameter or p.is_meta or p.dtype not in SERVED for p in weights):
-        return None
-    generator = torch.Generator().manual_seed(0)
-    narrow, wide = (choose((p.dtype for p in weights), key=lambda dtype: dtype.itemsize) for choose in (min, max))
-    inputs = [torch.randn(shape, generator=generator).to(weights[0].device, wide) for shape in shapes]
-    training = [part for part in module.modules() if part.training]
-    module.eval()
-    options = vars(module).get(STATE, {}).pop("compile", None)
-    try:
-        # Where the weights of products are rounded, they are for autocast to read.
-        with torch.autocast(inputs[0].device.type, dtype=narrow, enabled=narrow != wide), use_backend("auto"):
-            return module(*inputs).to(narrow)
-    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
-        return error
-    finally:
-        for part in training:
-            part.training = True
-        if options is not None:
-            module.__dict__[STATE]["compile"] = options
-
-
-def _disagreement(before: Tensor | Exception, after: Tensor | Exception | None) -> str | None:
-    """None where the fused module does what it did before."""
-    if isinstance(before, Exception):
-        return f"does not take what such a module takes: {before}"
-    if not isinstance(after, Tensor):
-        return f"fails when it is fused: {after}"
-    tolerance = (1e-3 if before.dtype == torch.float32 else 0.1) * before.float().abs().max().clamp(min=1e-6)
-    same = before.shape == after.shape and bool((before.float() - after.float()).abs().max() <= tolerance)
-    return None if same else "computes something else"
-
-
 def _undo(network: nn.Module) -> None:
     restore(network)
     for module in [module for module in network.modules() if _is_fused(module)]:
         (kind_of(module) or diffusers_blocks.Attention).unfuse(module)
-    for module in network.modules():
-        module.__dict__.pop(_LEFT, None)

@@ -1,8 +1,9 @@
-"""The gated first half of a transformer's feed-forward layers, of which autograd would keep the most of all.
+"""GEGLU that keeps less for the backward pass.
 
-Stable Diffusion 1.5 would keep 185 of 491 MB a sample for it: values and gates, eight times the channels of a token. To
-have one of them again costs a product of as many terms as a token has channels, so that it is cheapest where channels
-are few, and there tokens are many. Up to `FEW_CHANNELS` the backward pass to the input computes them again.
+For values and gates Stable Diffusion 1.5 would keep 185 of 491 MB a sample: eight times the
+channels of a token. To compute one of them again costs a product with as many terms as a token has
+channels. That is cheapest where channels are few, and there tokens are many. Up to `FEW_CHANNELS`
+the backward pass to the input computes them again.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from torch.nn.functional import gelu
 from torch.utils.checkpoint import checkpoint
 
 from emd_fast.cache.weights import autocast_dtype
-from emd_fast.fusion.fused_class import Fused, has, is_a
+from emd_fast.fusion.fused_class import OVERRIDDEN, Fused, is_a, named, unknown_attributes
 from emd_fast.fusion.layer_norm import source
 
 FEW_CHANNELS = 320
 
 
 class GEGLU(Fused):
-    """diffusers' GEGLU: one product gives values and gates; of them autograd keeps something, or not even of them."""
+    """diffusers' GEGLU: one product gives values and gates, which are gated by GELU."""
 
     does = (
         "the GELU of the gates computed again in the backward pass instead of being kept, "
@@ -32,7 +33,12 @@ class GEGLU(Fused):
 
     @classmethod
     def recognises(cls, module: Any) -> bool:
-        return is_a(module, "GEGLU") and has(module, "proj", "gelu")
+        return named(module, "GEGLU", "diffusers.") is not None
+
+    @classmethod
+    def why_not(cls, module: Any) -> str | None:
+        known = is_a(module, "GEGLU", "diffusers.")
+        return unknown_attributes(module, frozenset({"proj"})) if known else OVERRIDDEN
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         again = hidden_states.shape[-1] <= FEW_CHANNELS and _to_input_alone(self, hidden_states)
@@ -76,7 +82,7 @@ class _Gated(torch.autograd.Function):
 
 
 class _Again(torch.autograd.Function):
-    """The same of projection(x), of which it keeps x; where a norm gave x, the norm's input, which that keeps too."""
+    """`_Gated` of projection(x) that keeps x alone, or the input of the norm that gave x."""
 
     @staticmethod
     def forward(x: Tensor, projection: nn.Module) -> Tensor:
@@ -93,7 +99,7 @@ class _Again(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         differentiable = torch.is_grad_enabled()  # for a second derivative
         (x,) = ctx.saved_tensors
-        # The pass may run in another thread, after the end of autocast: the products are to be those of the first time.
+        # This may run in another thread, after the end of autocast. The products must be the same.
         with _autocast(x.device.type, ctx.autocast):
             x = x if ctx.norm is None else ctx.norm(x)
             x = x if differentiable else x.detach().requires_grad_()

@@ -1,6 +1,7 @@
-"""LayerNorm with frozen weights: autograd keeps its input in the dtype in which it came, and knows whose it is.
+"""LayerNorm with frozen weights, of which autograd keeps the input in its own dtype.
 
-On a GPU autocast computes layer norms in float32, and PyTorch's then keeps a float32 copy of an input of two bytes.
+On a GPU autocast computes layer norms in float32, and PyTorch's then keeps a float32 copy of an
+input of two bytes.
 """
 
 from __future__ import annotations
@@ -8,14 +9,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import layer_norm
 
 from emd_fast.cache.weights import autocast_dtype
 from emd_fast.fusion.fused_class import Fused, is_a
 
-# On the output of a norm: the norm, its input, and the output's version then. A layer that would rather have the output
-# computed again than keep it looks there.
+# On the output of a norm: the norm, its input, and the output's version then. A layer that would
+# rather have the output computed again than keep it looks there.
 _SOURCE = "_emd_fast_source"
 
 
@@ -26,7 +27,7 @@ class LayerNorm(Fused):
 
     @classmethod
     def recognises(cls, module: Any) -> bool:
-        return isinstance(module, nn.LayerNorm) and is_a(module, "LayerNorm")
+        return is_a(module, "LayerNorm", "torch.nn.")
 
     def forward(self, input: Tensor) -> Tensor:
         frozen = not any(parameter.requires_grad for parameter in self.parameters(recurse=False))
@@ -61,6 +62,6 @@ class _ToInput(torch.autograd.Function):
 
 
 def source(normed: Tensor) -> tuple[LayerNorm, Tensor] | None:
-    """(norm, input) of the output, unchanged, of a fused LayerNorm with frozen weights; None for any other tensor."""
+    """(norm, input) for the unchanged output of a fused frozen LayerNorm, None for other tensors."""
     norm, x, version = getattr(normed, _SOURCE, (None, normed, 0))
     return (norm, x) if norm is not None and normed._version == version else None

@@ -1,51 +1,26 @@
-"""Convolutions and linear layers: weights prepared once per E-step, inputs not kept where they are frozen."""
+"""PyTorch's convolutions and linear layers, with weights that are cast once per E-step."""
 
 from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
-from emd_fast.cache.weights import WEIGHT_CACHE, autocast_dtype, is_plain
-from emd_fast.fusion.convolution import convolution
+from emd_fast.cache.layers import CastWeight, cast_parameter
+from emd_fast.cache.weights import WEIGHT_CACHE
 from emd_fast.fusion.fused_class import Fused
+from emd_fast.ops.convolution import convolution
 
 _OF_PYTORCH = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def _rounded(name: str) -> Any:
-    """A parameter of a layer as its products read it: the copy in autocast's dtype, where one was prepared."""
-
-    def get(layer: Any) -> Any:
-        parameters = layer._parameters
-        if name not in parameters:  # moved away since, by a reparametrisation
-            if name in layer.__dict__:
-                return layer.__dict__[name]
-            raise AttributeError(name)
-        parameter, prepared = parameters[name], layer._emd_fast_weight_cache
-        if prepared is None or name not in prepared or (torch.is_grad_enabled() and parameter.requires_grad):
-            return parameter
-        copy = prepared[name]
-        return copy if autocast_dtype(copy.device.type) == copy.dtype else parameter
-
-    def set(layer: Any, value: Any) -> None:
-        layer.__dict__[name] = value
-
-    def delete(layer: Any) -> None:
-        del layer.__dict__[name]
-
-    return property(get, set, delete)
-
-
-class Rounded(Fused):
-    """A layer whose forward uses its weight in a product and nowhere else."""
+class Rounded(CastWeight, Fused):
+    """A layer whose weight is cast once per E-step."""
 
     prepares: ClassVar[str] = "weight rounded once per E-step under autocast"
+    """The first half of its line in the report."""
     spares: ClassVar[str] = ""
-    """Two halves of its line in the report: of its weight, and what else."""
-    rounds: tuple[str, ...] = ("weight",)
-    weight = _rounded("weight")
+    """The second half."""
 
     @classmethod
     def note(cls, module: Any) -> str:
@@ -57,26 +32,19 @@ class Rounded(Fused):
     @classmethod
     def fuse(cls, module: Any, **state: Any) -> None:
         super().fuse(module, **state)
-        module.__dict__[WEIGHT_CACHE] = None
+        module.start_cache()
 
     @classmethod
     def unfuse(cls, module: Any) -> None:
         super().unfuse(module)
         del module.__dict__[WEIGHT_CACHE]
 
-    def prepare(self) -> dict[str, Tensor]:
-        """What `prepared` is to keep: tensors by the names under which the forward looks for them."""
-        own = {name: self._parameters.get(name) for name in self.rounds}
-        plain = {name: parameter.detach() for name, parameter in own.items() if is_plain(parameter)}
-        dtypes = {name: autocast_dtype(parameter.device.type) for name, parameter in plain.items()}
-        return {name: parameter.to(dtypes[name]) for name, parameter in plain.items() if dtypes[name] is not None}
-
 
 class Layer(Rounded):
-    """A Linear or convolution of PyTorch's."""
+    """A Linear, Conv1d or Conv3d of PyTorch."""
 
     rounds = ("weight", "bias")
-    bias = _rounded("bias")
+    bias = cast_parameter("bias")
 
     @classmethod
     def recognises(cls, module: Any) -> bool:
@@ -84,7 +52,7 @@ class Layer(Rounded):
 
 
 class Convolution(Layer):
-    """A Conv2d of PyTorch's."""
+    """A Conv2d of PyTorch."""
 
     spares = "input not kept for the backward pass where it is frozen"
 
@@ -101,7 +69,7 @@ class Convolution(Layer):
 
 
 def _computes(module: Any, *classes: type[nn.Module]) -> bool:
-    """Whether it is one of these, with the forward of that and parameters of its own."""
+    """Whether it has the forward of one of these classes and a weight of its own."""
     return "forward" not in vars(module) and any(
         isinstance(module, one) and type(module).forward is one.forward and "weight" in module._parameters
         for one in classes

@@ -1,11 +1,12 @@
 """The memory format of convolution weights, and of the images that a network is given.
 
-On a GPU the fast kernels for convolutions read and write channels_last; a weight in another format is copied in every
-pass, an activation before and after. On a CPU those of frozen weights do (csrc/cpu/winograd.cpp), and group norms are
-faster so; oneDNN lays weights out as it likes in any case. What a convolution returns has the format of its image, or
-of its weight: FSDP2 gathers weights contiguous, hence the images too. The parameters stay the same objects, since
-optimizers and averages hold them; their memory is another, which the moments of an optimizer that has made a step do
-not follow.
+On a GPU the fast kernels for convolutions read and write channels_last; a weight in another format
+is copied in every pass, an activation before and after. On a CPU those of frozen weights do
+(csrc/cpu/winograd.cpp), and group norms are faster so; oneDNN lays weights out as it likes in any
+case. What a convolution returns has the format of its image, or of its weight: FSDP2 gathers
+weights contiguous, hence the images too. The parameters stay the same objects, since optimizers
+and averages hold them; their memory is another, which the moments of an optimizer that has made a
+step do not follow.
 """
 
 from __future__ import annotations

@@ -6,55 +6,55 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu
 
-from emd_fast import ops
-from emd_fast.fusion.fused_class import STATE, Fused, is_a
-
-SERVED = (torch.float32, torch.bfloat16, torch.float16)
+from emd_fast.fusion.fused_class import OVERRIDDEN, STATE, Fused, has, is_a, named
+from emd_fast.fusion.published import unpublished
+from emd_fast.ops.layers import GroupNorm, group_norm
 
 
 class Norm(Fused):
-    """A GroupNorm of PyTorch, or one of its structure: num_groups, eps, weight (C,), bias (C,), nothing else.
+    """A GroupNorm of PyTorch or of EDM.
 
-    The blocks around it hand over what they would do next, so that one kernel does it: an addition before the norm,
-    scale and shift after it, the activation. Hooks and wrappers of the module see its calls as before.
+    The blocks around it hand over what they would do next, so that one kernel does it: an addition
+    before the norm, scale and shift after it, the activation. Hooks and wrappers of the module see
+    its calls as before.
     """
 
     does = "group norm by one kernel"
 
     @classmethod
     def recognises(cls, module: Any) -> bool:
-        if isinstance(module, nn.GroupNorm):
-            return is_a(module, "GroupNorm")
-        groups, eps = (getattr(module, name, None) for name in ("num_groups", "eps"))
-        parameters = dict(module.named_parameters())
-        return (
-            isinstance(groups, int)
-            and isinstance(eps, float)
-            and set(parameters) == {"weight", "bias"}
-            and parameters["weight"].dim() == 1
-            and parameters["weight"].shape == parameters["bias"].shape
+        if isinstance(module, GroupNorm):  # calls the op itself
+            return False
+        return isinstance(module, nn.GroupNorm) or (
+            named(module, "GroupNorm") is not None
+            and has(module, "num_groups", "eps", "weight", "bias")
             and not any(True for _ in module.children())
-            and "forward" not in vars(module)
         )
 
     @classmethod
     def why_not(cls, module: Any) -> str | None:
+        if isinstance(module, nn.GroupNorm):
+            if not is_a(module, "GroupNorm", "torch.nn."):
+                return OVERRIDDEN
+        elif why := unpublished(module, "GroupNorm"):
+            return why
+        elif module.weight.dim() != 1 or module.weight.shape != module.bias.shape:
+            return "its weight and bias are not those of a GroupNorm"
         return None if module.eps > 0 else f"its eps is {module.eps}, and the kernel wants a positive one"
 
     @classmethod
+    def serves(cls, module: Any) -> bool:
+        return cls.recognises(module) and cls.why_not(module) is None
+
+    @classmethod
     def check(cls, module: Any) -> None:
+        if cls.why_not(module) is not None:
+            return
         channels, groups = channels_of(module), module.num_groups
         if groups < 1 or channels % groups:
             raise ValueError(f"num_groups must divide the channels: got {groups} for {channels} channels")
-
-    @classmethod
-    def probe(cls, module: Any) -> tuple[tuple[int, ...], ...] | None:
-        channels = channels_of(module)
-        return None if isinstance(module, nn.GroupNorm) else ((2, channels, 3, 3),)
 
     def forward(
         self,
@@ -65,41 +65,12 @@ class Norm(Fused):
         activation: str | None = None,
     ) -> Tensor:
         """activation(norm(input + add) (1 + scale) + shift): input (B, C, ...), the others (B, C)."""
-        activation = activation or self.__dict__[STATE].get("activation")
-        if input.dtype not in SERVED:
-            return self._plain(input, add, scale, shift, activation)
-        add, scale, shift = (_batched(vector, input) for vector in (add, scale, shift))
-        return ops.group_norm(
-            input,
-            self.num_groups,
-            self.weight,
-            self.bias,
-            eps=self.eps,
-            add=add,
-            scale=scale,
-            shift=shift,
-            activation=activation,
-        )
-
-    def _plain(
-        self, x: Tensor, add: Tensor | None, scale: Tensor | None, shift: Tensor | None, activation: str | None
-    ) -> Tensor:
-        """For dtypes that the kernels do not have: the module's own forward, and the rest around it."""
-        add, scale, shift = (v if v is None else v.reshape(*v.shape, *[1] * (x.dim() - 2)) for v in (add, scale, shift))
-        y = super().forward(x if add is None else x + add)
-        y = y if scale is None else y * (1 + scale)
-        y = y if shift is None else y + shift
-        return y if activation is None else silu(y)
+        return group_norm(self, input, add, scale, shift, activation or self.__dict__[STATE].get("activation"))
 
 
 def channels_of(norm: Any) -> int:
     """Of a norm that Norm recognises: PyTorch's may have no weight, EDM's has no other number."""
     return norm.num_channels if isinstance(norm, nn.GroupNorm) else len(norm.weight)
-
-
-def _batched(vector: Tensor | None, x: Tensor) -> Tensor | None:
-    """One vector for all samples, as broadcasting has it, given to each."""
-    return vector if vector is None or len(vector) == len(x) else vector.expand(len(x), -1)
 
 
 class FoldedSiLU(Fused):
@@ -131,8 +102,8 @@ def silu_behind_norm(network: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]
             pairs = [(last, act)] if isinstance(last, nn.Module) and isinstance(act, nn.Module) else []
         for norm, activation in pairs:
             if (
-                Norm.recognises(norm)
-                and is_a(activation, "SiLU")
+                Norm.serves(norm)
+                and is_a(activation, "SiLU", "torch.nn.")
                 and uses[id(norm)] == uses[id(activation)] == 1
                 and not (activation._forward_hooks or activation._forward_pre_hooks)
             ):

@@ -1,4 +1,4 @@
-"""The blocks of the project's own UNet (emd_fast.teachers.small_unet)."""
+"""The blocks of `emd_fast.teachers.small_unet`, which computes in plain PyTorch until it is fused."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from typing import Any
 
 from torch import Tensor
 
-from emd_fast.fusion.attention import attention, check_head_dim
 from emd_fast.fusion.compiled_blocks import run
-from emd_fast.fusion.fused_class import Fused, has, is_a
-from emd_fast.fusion.norm import Norm, channels_of
+from emd_fast.fusion.fused_class import OVERRIDDEN, Fused, check_head_dim, is_a, named
+from emd_fast.fusion.norm import Norm
+from emd_fast.ops.layers import attention
+
+_MODULE = "emd_fast.teachers.small_unet."
 
 
 class ResidualBlock(Fused):
@@ -17,16 +19,13 @@ class ResidualBlock(Fused):
 
     @classmethod
     def recognises(cls, module: Any) -> bool:
-        return is_a(module, "ResidualBlock") and has(module, "norm1", "conv1", "norm2", "conv2", "skip", "channels")
+        return named(module, "ResidualBlock", _MODULE) is not None
 
     @classmethod
     def why_not(cls, module: Any) -> str | None:
-        norms = (module.norm1, module.norm2)
-        return None if all(Norm.recognises(norm) for norm in norms) else "its norms are not GroupNorm"
-
-    @classmethod
-    def probe(cls, module: Any) -> tuple[tuple[int, ...], ...] | None:
-        return (2, channels_of(module.norm1), 4, 4), (2, 2 * module.channels)
+        if not is_a(module, "ResidualBlock", _MODULE):
+            return OVERRIDDEN
+        return None if all(map(Norm.serves, (module.norm1, module.norm2))) else "its norms are not GroupNorm"
 
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
         return run(self, _residual_block, x, modulation)
@@ -44,15 +43,15 @@ class SelfAttention(Fused):
 
     @classmethod
     def recognises(cls, module: Any) -> bool:
-        return is_a(module, "SelfAttention") and has(module, "norm", "qkv", "projection")
+        return named(module, "SelfAttention", _MODULE) is not None
+
+    @classmethod
+    def why_not(cls, module: Any) -> str | None:
+        return None if is_a(module, "SelfAttention", _MODULE) else OVERRIDDEN
 
     @classmethod
     def check(cls, module: Any) -> None:
         check_head_dim(module.projection.in_features)
-
-    @classmethod
-    def probe(cls, module: Any) -> tuple[tuple[int, ...], ...] | None:
-        return ((2, module.projection.in_features, 4, 4),)
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.norm(x).flatten(2).transpose(1, 2)

@@ -6,14 +6,21 @@ from collections import Counter
 from dataclasses import dataclass
 
 SUPPORTED = (
-    "diffusers' UNet2DModel, UNet2DConditionModel and their blocks; EDM's SongUNet and DhariwalUNet, EDM2's UNet; "
-    "emd_fast's SmallUNet; of other networks GroupNorm, SiLU behind it in an nn.Sequential, and diffusers' Attention"
+    "diffusers' UNet2DModel, UNet2DConditionModel and their blocks; the UNets of EDM and EDM2, NVlabs' and those of "
+    "emd_fast.teachers; emd_fast's SmallUNet; of other networks GroupNorm, SiLU behind it in an nn.Sequential, and "
+    "diffusers' Attention"
 )
 
 
 @dataclass(frozen=True)
 class Part:
-    """A module: its path from the network ("" for itself), the name of its class, and what was done, or why not."""
+    """One module of a report.
+
+    Attributes:
+        path: from the network, "" for the network itself.
+        name: of its class.
+        note: what was done, or why nothing was.
+    """
 
     path: str
     name: str
@@ -22,12 +29,13 @@ class Part:
 
 @dataclass(frozen=True)
 class FusionReport:
-    """What fuse() did to a network, or what there is to know of one that is not fused.
+    """What fuse() did to a network: fused modules, modules left, and layers.
 
-    str(report) is the text for people: one line for each class and note, with the number of modules.
+    str(report) is the text for people: one line for each class and note, with the number of
+    modules.
 
     Attributes:
-        layers: the convolutions, linear layers and layer norms, which compute what they did, and what else they do.
+        layers: convolutions, linear layers and layer norms, which compute what they did.
     """
 
     network: str

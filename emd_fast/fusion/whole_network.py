@@ -1,4 +1,4 @@
-"""Whole networks, and the layers of theirs that see time and condition only: who takes part in conditioning_cache."""
+"""Known networks, and their layers that see time and condition only."""
 
 from __future__ import annotations
 
@@ -9,49 +9,66 @@ import torch
 from torch import Tensor, nn
 
 from emd_fast.cache.conditioning import one_pass, remember
+from emd_fast.cache.layers import CastWeight
 from emd_fast.fusion import edm2_blocks, edm_blocks, layers, layout
-from emd_fast.fusion.fused_class import STATE, Fused, has, is_a
+from emd_fast.fusion.fused_class import OVERRIDDEN, STATE, Fused, has, is_a, named
 from emd_fast.fusion.layer_norm import LayerNorm
+from emd_fast.fusion.published import is_published, unpublished
 
-# The layers of each network that turn time and condition into embeddings. The blocks remember their own projections.
+# The layers of each network that turn time and condition into embeddings. The blocks remember their
+# own projections. The EDM networks of emd_fast.teachers remember their embeddings themselves.
 _DIFFUSERS = ("time_proj", "time_embedding", "class_embedding", "add_time_proj", "add_embedding", "encoder_hid_proj")
 _EDM = ("map_noise", "map_label", "map_augment", "map_layer0", "map_layer1")
 _EDM2 = ("emb_fourier", "emb_noise", "emb_label")
 _SMALL = ("noise_embedding", "class_embedding", "embedding", "modulation")
-_OWN_EDM = ("map_layer0", "map_layer1", "map_label", "map_noise", "map_augment")
-_OWN_EDM2 = ("emb_fourier", "emb_noise", "emb_label")
+_OWN = "emd_fast.teachers."
+# (package, class): the embedding layers.
+_KNOWN: dict[tuple[str, str], tuple[str, ...]] = {
+    **{(_OWN, name): () for name in ("SongUNet", "DhariwalUNet", "EDM2UNet")},
+    (_OWN, "SmallUNet"): _SMALL,
+    **{("diffusers.", name): _DIFFUSERS for name in ("UNet2DModel", "UNet2DConditionModel")},
+}
+_PUBLISHED = {"SongUNet": _EDM, "DhariwalUNet": _EDM, "UNet": _EDM2}
+# The attribute that holds the network of a preconditioner.
+_INSIDE = {
+    "EDMPrecond": "model",
+    "VPPrecond": "model",
+    "VEPrecond": "model",
+    "iDDPMPrecond": "model",
+    "Precond": "unet",
+}
 
 
 def _layers(module: nn.Module) -> tuple[str, ...] | None:
-    if is_a(module, "UNet2DModel") or is_a(module, "UNet2DConditionModel"):
-        return _DIFFUSERS
-    if has(module, "enc", "dec", "_embed"):  # those of emd_fast.teachers
-        return _OWN_EDM if hasattr(module, "map_layer0") else _OWN_EDM2
-    if has(module, "enc", "dec", "map_noise", "map_layer0", "map_layer1"):
-        return _EDM
-    if has(module, "enc", "dec", "emb_fourier", "emb_noise", "out_conv"):
-        return _EDM2
-    if has(module, "noise_embedding", "modulation", "down_block", "up_block", "frequencies"):
-        return _SMALL
-    return None
+    """The names of its embedding layers, None for a module that is no known network."""
+    for (package, name), known in _KNOWN.items():
+        if is_a(module, name, package):
+            return known
+    return next((layers for name, layers in _PUBLISHED.items() if is_published(module, name)), None)
 
 
 class Network(Fused):
-    """A UNet, or a preconditioner around one: all arguments but the first are time and condition."""
+    """A UNet or its preconditioner. All arguments but the first are time and condition."""
 
     does = "inside conditioning_cache, what depends on time and condition alone is computed once"
 
     @classmethod
     def recognises(cls, module: Any) -> bool:
-        # EDM's and EDM2's preconditioners make a new tensor of their noise level in each pass, so theirs is the pass.
-        inside = getattr(module, "model" if hasattr(module, "round_sigma") else "unet", None)
-        if isinstance(inside, nn.Module) and hasattr(module, "sigma_data"):
-            return _layers(inside) is not None
-        return _layers(module) is not None
+        # A preconditioner makes a new tensor of its noise level in each pass, so that its own pass
+        # counts.
+        for name, inside in _INSIDE.items():
+            if has(module, inside, "sigma_data") and is_published(module, name):
+                return _layers(getattr(module, inside)) is not None
+        return _layers(module) is not None or cls.why_not(module) is not None
 
     @classmethod
     def why_not(cls, module: Any) -> str | None:
-        return "it has a forward of its own on the instance" if "forward" in vars(module) else None
+        for package, name in _KNOWN:
+            if named(module, name, package):
+                return None if is_a(module, name, package) else OVERRIDDEN
+        if not has(module, "enc", "dec"):
+            return None
+        return next((unpublished(module, name) for name in _PUBLISHED if named(module, name)), None)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         own = super().forward
@@ -66,20 +83,6 @@ class Network(Fused):
         others = {key: value for key, value in kwargs.items() if key != name}
         with one_pass(self, (args[1:], others, tuple(x.shape), x.dtype, x.device)):
             return own(*args, **kwargs)
-
-
-class OwnNetwork(Network):
-    """A UNet of emd_fast.teachers, whose embedding is a method of its own."""
-
-    @classmethod
-    def recognises(cls, module: Any) -> bool:
-        return _layers(module) is not None and hasattr(type(module), "_embed")
-
-    def _embed(self, *args: Any) -> Any:
-        # Any of its layers: all of them are watched, since each is remembered inside.
-        network: Any = self
-        first = next(name for name in _layers(network) or () if getattr(network, name, None) is not None)
-        return remember(getattr(network, first), super()._embed, *args)  # type: ignore[misc]
 
 
 def _draws_conditions(network: Any) -> bool:
@@ -112,20 +115,19 @@ def conditioning_layers(network: nn.Module) -> Iterator[nn.Module]:
                 yield layer
 
 
-_PLAIN: tuple[type[Fused], ...] = (layers.Convolution, layers.Layer, edm_blocks.OwnResampled, LayerNorm)
+_PLAIN: tuple[type[Fused], ...] = (layers.Convolution, layers.Layer, LayerNorm)
 _PLAIN_OF: dict[tuple[str, ...], tuple[type[Fused], ...]] = {
     _EDM: (edm_blocks.Conv, edm_blocks.Linear),
     _EDM2: (edm2_blocks.MPConv,),
-    _OWN_EDM2: (edm2_blocks.MPConv,),
 }
 
 
 def plain_layers(network: nn.Module) -> Iterator[tuple[nn.Module, type[Fused]]]:
-    """PyTorch's convolutions, linear layers and layer norms, in EDM's networks theirs, each with its kind."""
+    """Convolutions, linear layers and layer norms of PyTorch, EDM and EDM2, each with its kind."""
     for root in network.modules():
         own = _PLAIN_OF.get(_layers(root) or ())
         for module in root.modules() if own else (root,):
             for kind in own or _PLAIN:
-                if kind.recognises(module):
+                if not isinstance(module, CastWeight) and kind.recognises(module):
                     yield module, kind
                     break

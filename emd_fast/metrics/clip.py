@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emd_fast.io import reading
+from emd_fast.io import models, reading
 from emd_fast.metrics.images import rgb
 
 
@@ -33,15 +33,17 @@ class ClipScore:
 
     def __init__(self, name: str | Path, device: torch.device | str = "cpu") -> None:
         try:
-            from transformers import CLIPModel, CLIPProcessor
+            from transformers import CLIPConfig, CLIPModel, CLIPProcessor
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
                 'the CLIP score needs transformers: `pip install "emd_fast[diffusers]"`', name=error.name
             ) from error
         try:
             if Path(name).is_dir():
-                reading.check_regular(Path(name))
-            model: Any = CLIPModel.from_pretrained(str(name), trust_remote_code=False)
+                models.check_folder(Path(name), lambda config: CLIPModel(CLIPConfig.from_dict(config)))
+            loaded: Any = CLIPModel.from_pretrained(str(name), trust_remote_code=False, output_loading_info=True)
+            model, found = loaded
+            models.check_loaded(found)
             self._processor: Any = CLIPProcessor.from_pretrained(str(name), trust_remote_code=False)
         except Exception as error:  # transformers raises exceptions of many kinds
             raise ValueError(f"{name} holds no CLIP model: {reading.reason(error)}") from None

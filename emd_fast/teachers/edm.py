@@ -206,6 +206,8 @@ def convert(source: str | Path, target: str | Path) -> str:
 
 
 def _read(path: Path) -> _Teacher:
+    if path.exists() and not path.is_file():  # a fifo would block
+        raise EDMError(f"{path} is not a regular file")
     with open(path, "rb") as file:
         head = file.read(9)
     # A safetensors file starts with the length of its header in eight bytes. The header starts with

@@ -15,17 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from emd_fast.cache.layers import CastWeight, QKVWeight
 from emd_fast.diffusion.denoiser import Denoiser, unwrap
 from emd_fast.fusion.fused_class import kind_of
-from emd_fast.fusion.layers import Layer, Rounded
-from emd_fast.fusion.qkv_order import Packed
+from emd_fast.fusion.layers import Layer
 from emd_fast.fusion.whole_network import Conditioning, plain_layers
 
 # These modules may pass their layers' weights to a fused kernel, which requires one dtype.
 _READ_BY_OTHERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 # Layers with these methods only cast their weight and permute its rows. Layers that normalise it
 # first (EDM2) read it in float32.
-_CASTS = (Rounded.prepare, Packed.prepare)
+_CASTS = (CastWeight.prepare, QKVWeight.prepare)
 
 
 def matmul_weights(network: nn.Module) -> list[nn.Parameter]:
@@ -48,13 +48,13 @@ def matmul_weights(network: nn.Module) -> list[nn.Parameter]:
     return [parameter for key, parameter in mine.items() if key not in others]
 
 
-def _layers(network: nn.Module) -> Iterator[tuple[Any, type[Rounded]]]:
+def _layers(network: nn.Module) -> Iterator[tuple[Any, type[CastWeight]]]:
     """Layers, fused or not, that cast their weights and do nothing else with them."""
-    fused: Any = ((module, kind_of(module)) for module in network.modules())
-    for layer, kind in (*plain_layers(network), *fused):
-        if kind is Conditioning and type(layer)._emd_fast_base.forward is nn.Linear.forward:
+    own: Any = ((module, type(module)) for module in network.modules())
+    for layer, kind in (*plain_layers(network), *own):
+        if kind_of(layer) is Conditioning and kind._emd_fast_base.forward is nn.Linear.forward:
             kind = Layer
-        if kind is not None and issubclass(kind, Rounded) and kind.prepare in _CASTS:
+        if issubclass(kind, CastWeight) and kind.prepare in _CASTS:
             yield layer, kind
 
 

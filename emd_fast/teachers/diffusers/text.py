@@ -14,7 +14,6 @@ from emd_fast.diffusion.denoiser import Condition
 from emd_fast.io import reading
 from emd_fast.teachers.diffusers import weights
 from emd_fast.teachers.diffusers.index import TEXT_PARTS, TEXT_PIPELINES, class_of
-from emd_fast.teachers.diffusers.names import silenced
 
 
 def text_parts(index: Mapping[str, Any]) -> dict[str, str]:
@@ -80,7 +79,7 @@ def encode(root: Path, index: Mapping[str, Any], prompts: list[str], component: 
         loaded[component] = model
     options = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False, "device": device}
     try:
-        with silenced():
+        with weights.silenced():
             pipeline = kind(**{**expected, **loaded})
         if component == "transformer":
             tokens, _, pooled, _ = pipeline.encode_prompt(prompts, None, None, **options)
@@ -99,7 +98,7 @@ def _loaded(folder: Path, name: str) -> Any:
         ) from error
     kind = getattr(transformers, name)
     if "Tokenizer" not in name:
-        return weights.load_encoder(kind, folder).eval().requires_grad_(False)
+        return weights.load_encoder(kind, folder).requires_grad_(False)
     try:
         reading.check_regular(folder)
         return kind.from_pretrained(folder, trust_remote_code=False)

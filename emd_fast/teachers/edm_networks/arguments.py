@@ -16,7 +16,8 @@ class UNetArguments:
         img_resolution: height and width of an image.
         in_channels: of the input; out_channels: of the output.
         label_dim: number of classes, 0 for none.
-        model_channels: at full resolution, times channel_mult at each of the resolutions, every one half of the last.
+        model_channels: at full resolution, times channel_mult at each of the resolutions, every
+            one half of the last.
         num_blocks: residual blocks at a resolution.
         attn_resolutions: where the blocks have attention.
     """
@@ -32,7 +33,8 @@ class UNetArguments:
 
     def __post_init__(self) -> None:
         validate(self)
-        # Upper ends far above any published network: a hostile file must not build one without end.
+        # Upper ends far above any published network: a hostile file must not build one without
+        # end.
         for name, low, high in (
             ("img_resolution", 1, 2**14),
             ("in_channels", 1, 2**12),
@@ -112,8 +114,8 @@ class EDM2Arguments(UNetArguments):
     """What EDM2 takes besides.
 
     Args:
-        channel_mult_noise, channel_mult_emb: widths of the embeddings in model_channels; None for those of the finest
-            and of the widest resolution.
+        channel_mult_noise, channel_mult_emb: widths of the embeddings in model_channels; None for
+            those of the finest and of the widest resolution.
         label_balance, concat_balance, res_balance, attn_balance: share of the second of two terms.
         channels_per_head: of attention.
         clip_act: largest activation, None for no limit.

@@ -1,16 +1,19 @@
-"""The residual block of EDM's UNets, DDPM++, NCSN++ and ADM, and its convolution with a FIR filter."""
+"""The residual block of DDPM++, NCSN++ and ADM, and its convolution with a FIR filter."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear
 
-from emd_fast import ops
-from emd_fast.cache.qkv_rows import by_part
+from emd_fast.cache.conditioning import remember
+from emd_fast.cache.layers import CastWeight, QKVWeight, can_pack, cast_parameter
+from emd_fast.ops.convolution import convolution
+from emd_fast.ops.layers import GroupNorm
 from emd_fast.teachers.edm_networks.layers import (
     as_image,
     called,
@@ -29,11 +32,13 @@ class Style:
     """What differs between the families.
 
     Args:
-        scale_shift: the embedding scales and shifts after the second norm (ADM), or is added before it (Song).
+        scale_shift: the embedding scales and shifts after the second norm (ADM), or is added
+            before it (Song).
         skip_scale: of the sum of a branch and what it started from.
         eps: of the norms.
         taps: of the filter that up- and downsampling smooths with.
-        always_project: a 1x1 convolution beside every block that resamples, not only where the channels change.
+        always_project: a 1x1 convolution beside every block that resamples, not only where the
+            channels change.
     """
 
     scale_shift: bool
@@ -43,12 +48,13 @@ class Style:
     always_project: bool
 
 
-class ResampledConv(nn.Module):
+class ResampledConv(CastWeight, nn.Module):
     """A convolution after up- or downsampling; with kernel 0 the resampling alone.
 
     Args:
         resample: "up" or "down".
-        filter_last: convolve the larger image, then smooth and thin out (NCSN++'s residual encoder); "down" only.
+        filter_last: convolve the larger image, then smooth and thin out (NCSN++'s residual
+            encoder); "down" only.
     """
 
     resample_filter: Tensor
@@ -65,6 +71,7 @@ class ResampledConv(nn.Module):
         filter_last: bool = False,
     ) -> None:
         super().__init__()
+        self.start_cache()
         self.resample, self.filter_last, self.box = resample, filter_last, is_box(taps)
         shape = (out_channels, in_channels, kernel, kernel)
         self.weight = nn.Parameter(torch.empty(shape)) if kernel else None
@@ -77,7 +84,8 @@ class ResampledConv(nn.Module):
         """(B, out_channels, 2H or H/2, 2W or W/2) of x (B, in_channels, H, W)."""
         kernel = None if self.box else self.resample_filter
         if self.filter_last and self.weight is not None:
-            # Padded by what both need, so that the border is that of one filter on an image with zeros around it.
+            # Padded by what both need, so that the border is that of one filter on an image with
+            # zeros around it.
             margin = self.weight.shape[-1] // 2 + (self.resample_filter.shape[-1] - 1) // 2
             wide = conv2d(x, self.weight, padding=margin)
             y = downsample(wide, kernel, padding=0)
@@ -87,18 +95,34 @@ class ResampledConv(nn.Module):
         return x if self.weight is None else conv2d(x, self.weight, self.bias, padding=self.weight.shape[-1] // 2)
 
 
-def norm(channels: int, eps: float) -> nn.GroupNorm:
+def norm(channels: int, eps: float) -> GroupNorm:
     """32 groups, or fewer where a group would have fewer than 4 channels."""
-    return nn.GroupNorm(max(1, min(32, channels // 4)), channels, eps)
+    return GroupNorm(max(1, min(32, channels // 4)), channels, eps)
 
 
-def normalise(layer: nn.GroupNorm, x: Tensor, activation: str | None = None, **shift: Tensor | None) -> Tensor:
-    """The layer applied by the fused op: norm(x + add) (1 + scale) + shift, and the activation."""
-    return ops.group_norm(x, layer.num_groups, layer.weight, layer.bias, eps=layer.eps, activation=activation, **shift)
+class QKVConv(QKVWeight, nn.Conv2d):
+    """A 1x1 convolution to queries, keys and values."""
+
+    rounds = ("weight", "bias")
+    bias = cast_parameter("bias")
+
+    def __new__(cls, *args: Any, heads: int | None = None, **kwargs: Any) -> Any:
+        # LoRA builds its own convolutions from the class of this one. Copies are made without
+        # arguments.
+        plain = heads is None and (args or kwargs)
+        return nn.Conv2d(*args, **kwargs) if plain else super().__new__(cls)
+
+    def __init__(self, channels: int, *, heads: int) -> None:
+        super().__init__(channels, 3 * channels, 1)
+        self.start_cache()
+        self.heads = heads
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return convolution(input, weight, bias)
 
 
 class Block(nn.Module):
-    """Norm, SiLU, convolution, the embedding, norm, SiLU, convolution; what it started from is added; attention.
+    """The residual block of EDM: norm, SiLU and convolution twice, a skip, optional attention.
 
     Args:
         embedding: width of the embedding.
@@ -134,35 +158,40 @@ class Block(nn.Module):
             self.skip = ResampledConv(in_channels, out_channels, kernel, resample, style.taps)
         if heads:
             self.norm2 = norm(out_channels, style.eps)
-            self.qkv = nn.Conv2d(out_channels, 3 * out_channels, 1)
+            self.qkv = QKVConv(out_channels, heads=heads)
             self.proj = nn.Conv2d(out_channels, out_channels, 1)
 
     def forward(self, x: Tensor, embedded: Tensor) -> Tensor:
         """(B, out_channels, H', W') of x (B, in_channels, H, W) and the embedding (B, embedding)."""
-        return self.modulated(x, self.affine(embedded))
+        return self.modulated(x, self.condition(embedded))
+
+    def condition(self, embedded: Tensor) -> Tensor:
+        """What the block makes of the embedding, computed once inside conditioning_cache."""
+        made: Tensor = remember(self.affine, self.affine, embedded)
+        return made
 
     def modulated(self, x: Tensor, modulation: Tensor) -> Tensor:
-        """The same from what the block makes of the embedding."""
-        h = self.conv0(normalise(self.norm0, x, "silu"))
+        """The output for x and what `condition` returns."""
+        h = self.conv0(self.norm0(x, activation="silu"))
         if self.style.scale_shift:
             scale, shift = modulation.chunk(2, dim=1)
-            h = normalise(self.norm1, h, "silu", scale=scale, shift=shift)
+            h = self.norm1(h, scale=scale, shift=shift, activation="silu")
         else:
-            h = normalise(self.norm1, h, "silu", add=modulation)
+            h = self.norm1(h, add=modulation, activation="silu")
         h = (self.conv1(h) + (x if self.skip is None else self.skip(x))) * self.style.skip_scale
         return self._attend(h) if self.heads else h
 
     def _attend(self, h: Tensor) -> Tensor:
-        x = normalise(self.norm2, h)
-        tokens = projected(x, self.heads, *self._packed()) if is_bare(self.qkv) else called(self.qkv, x, self.heads)
+        x = self.norm2(h)
+        if can_pack(self.qkv):
+            weight, bias = self.qkv.packed("weight"), self.qkv.packed("bias")
+            assert weight is not None
+            tokens = projected(x, self.heads, weight, bias)
+        else:
+            tokens = called(self.qkv, x, self.heads)
         mixed = pixel_attention(tokens)
         if is_bare(self.proj):
             y = as_image(linear(mixed, self.proj.weight.flatten(1), self.proj.bias), h)
         else:
             y = self.proj(as_image(mixed, h))
         return (y + h) * self.style.skip_scale
-
-    def _packed(self) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of the projection to q, k and v as pixel_attention takes them."""
-        bias = self.qkv.bias
-        return by_part(self.qkv.weight, self.heads), None if bias is None else by_part(bias, self.heads)

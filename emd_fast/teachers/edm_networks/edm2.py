@@ -1,4 +1,7 @@
-"""The magnitude-preserving UNet of EDM2 (Karras et al., arXiv 2312.02696); equation numbers are of that paper."""
+"""The magnitude-preserving UNet of EDM2 (Karras et al., arXiv 2312.02696).
+
+Equation numbers are those of the paper.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,13 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import conv2d, linear, silu
+from torch.nn.functional import linear, silu
 
+from emd_fast.cache.conditioning import remember
+from emd_fast.cache.layers import CastWeight
 from emd_fast.cache.qkv_rows import by_part
+from emd_fast.cache.weights import autocast_dtype, is_plain
+from emd_fast.ops.convolution import convolution
 from emd_fast.teachers.edm_networks import skeleton
 from emd_fast.teachers.edm_networks.arguments import EDM2Arguments
 from emd_fast.teachers.edm_networks.layers import (
@@ -32,8 +39,8 @@ _SILU_RMS = 0.596  # root mean square of silu(x) for x ~ N(0, 1)
 class EDM2UNet(nn.Module):
     """network(x, c_noise, labels) -> (B, out_channels, H, W).
 
-    x: (B, in_channels, H, W), H = W = img_resolution. c_noise: (B,). labels: (B,) int64 in [0, label_dim), label_dim
-    for "none"; None where the network has no classes, or for "none".
+    x: (B, in_channels, H, W), H = W = img_resolution. c_noise: (B,). labels: (B,) int64 in [0,
+    label_dim), label_dim for "none"; None where the network has no classes, or for "none".
     """
 
     def __init__(self, arguments: EDM2Arguments) -> None:
@@ -60,7 +67,7 @@ class EDM2UNet(nn.Module):
         self.out_conv = MPConv(channels, a.out_channels, 3)
 
     def forward(self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None) -> Tensor:
-        embedded = self._embed(c_noise, labels)
+        embedded = remember((self.emb_fourier, self.emb_noise, self.emb_label), self._embed, c_noise, labels)
         h = torch.cat([x, torch.ones_like(x[:, :1])], dim=1).contiguous(memory_format=torch.channels_last)
         h = skeleton.run(self.enc, self.dec, h, embedded, lambda h, skip: _cat(h, skip, self.arguments.concat_balance))
         return self.out_conv(h, self.out_gain)
@@ -77,30 +84,56 @@ class EDM2UNet(nn.Module):
         return _silu(embedded)
 
 
-class MPConv(nn.Module):
+class MPConv(CastWeight, nn.Module):
     """A convolution, or a linear layer where `kernel` is 0, whose filters have unit norm in use (equation 47).
 
-    In train mode the weight itself is normalised before it is used (equation 66), which keeps its learning rate from
-    falling as it grows; `EMDTrainer` keeps networks in eval mode, where it is left as it is.
+    In train mode the weight itself is normalised before it is used (equation 66), which keeps its
+    learning rate from falling as it grows; `EMDTrainer` keeps networks in eval mode, where it is
+    left as it is.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int = 0) -> None:
         super().__init__()
+        self.start_cache()
         size = (kernel, kernel) if kernel else ()
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, *size))
 
     def forward(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
         weight = self.in_use(x.dtype, gain)
-        return linear(x, weight) if weight.dim() == 2 else conv2d(x, weight, padding=weight.shape[-1] // 2)
+        if weight.dim() == 2:
+            return linear(x, weight)
+        return convolution(x, weight, padding=(weight.shape[2] // 2, weight.shape[3] // 2))
 
     def in_use(self, dtype: torch.dtype, gain: Tensor | float = 1.0) -> Tensor:
-        """The weight as it is applied, with a unit norm for each filter, times `gain`."""
-        over = tuple(range(1, self.weight.dim()))
-        if self.training:
-            with torch.no_grad():
-                self.weight.copy_(unit_rms(self.weight.float(), over, _EPS))
-        filters = unit_rms(self.weight.float(), over, _EPS)
-        return (filters * (gain / math.sqrt(filters[0].numel()))).to(dtype)
+        """The weight as products of this dtype take it: filters of unit norm, times `gain`."""
+        own: Tensor = self.weight
+        dtype = autocast_dtype(own.device.type) or dtype
+        prepared = self._emd_fast_weight_cache
+        weight = None if prepared is None else prepared.get("normalised")
+        wanted = torch.is_grad_enabled() and own.requires_grad
+        if weight is None or wanted or isinstance(gain, Tensor) or gain != 1 or weight.dtype not in (dtype, own.dtype):
+            if self.training:
+                with torch.no_grad():
+                    own.copy_(unit_rms(own.float(), _filter_dims(own), _EPS))
+            weight = _normalised(own, gain)
+        return weight.to(dtype)
+
+    def prepare(self) -> dict[str, Tensor]:
+        """The normalised weight, which is the same in every pass of an E-step."""
+        parameter = self._parameters["weight"]
+        if parameter is None or not is_plain(parameter):
+            return {}
+        weight = _normalised(parameter.detach(), 1.0)
+        return {"normalised": weight.to(autocast_dtype(weight.device.type) or weight.dtype)}
+
+
+def _filter_dims(weight: Tensor) -> tuple[int, ...]:
+    return tuple(range(1, weight.dim()))
+
+
+def _normalised(weight: Tensor, gain: Tensor | float) -> Tensor:
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    return unit_rms(wide, _filter_dims(wide), _EPS) * (gain / math.sqrt(weight[0].numel()))
 
 
 class _Block(nn.Module):
@@ -126,9 +159,15 @@ class _Block(nn.Module):
         self.attn_proj = MPConv(out_channels, out_channels, 1) if heads else None
 
     def forward(self, x: Tensor, embedded: Tensor) -> Tensor:
-        return self.modulated(x, self.emb_linear(embedded, self.emb_gain))
+        return self.modulated(x, self.condition(embedded))
+
+    def condition(self, embedded: Tensor) -> Tensor:
+        """The gains of the block, computed once inside conditioning_cache."""
+        gains: Tensor = remember(self.emb_linear, self.emb_linear, embedded, gain=self.emb_gain)
+        return gains
 
     def modulated(self, x: Tensor, gain: Tensor) -> Tensor:
+        """The output for x and what `condition` returns."""
         x = self._resampled(x)
         if not self.decoder:
             x = unit_rms(x if self.conv_skip is None else self.conv_skip(x), 1, _EPS)
@@ -171,7 +210,7 @@ class _Fourier(nn.Module):
 
 @functools.cache
 def _fir_on(taps: tuple[float, ...], device: torch.device) -> Tensor:
-    """The filter, which these checkpoints do not store, copied to a device once: a copy in every pass would wait."""
+    """The filter on a device. It is copied once, since a copy in every pass would wait."""
     return fir(taps).to(device)
 
 
@@ -180,7 +219,7 @@ def _silu(x: Tensor) -> Tensor:
 
 
 def _sum(a: Tensor, b: Tensor, share: float) -> Tensor:
-    """(1 - share) a + share b, of the magnitude of a and b where they are independent (equation 88)."""
+    """(1 - share) a + share b, with the magnitude of independent a and b (equation 88)."""
     return torch.add((1 - share) * a, b, alpha=share) / math.hypot(1 - share, share)
 
 

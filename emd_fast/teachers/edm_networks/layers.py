@@ -1,4 +1,4 @@
-"""What the UNets of EDM and EDM2 share: resampling by a FIR filter, attention over pixels, labels, noise levels."""
+"""Shared by the UNets of EDM and EDM2: FIR resampling, attention, labels, noise levels."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d, conv2d, conv_transpose2d, interpolate, linear, scaled_dot_product_attention
+from torch.nn.functional import avg_pool2d, conv2d, conv_transpose2d, interpolate, linear
 
-from emd_fast import ops
+from emd_fast.ops.layers import attention
 from emd_fast.teachers.labels import check_labels
-
-_WIDEST_HEAD = 256  # of emd_fast.ops.attention
 
 
 def fir(taps: Sequence[float]) -> Tensor:
@@ -22,7 +20,7 @@ def fir(taps: Sequence[float]) -> Tensor:
 
 
 def is_box(taps: Sequence[float]) -> bool:
-    """Whether the filter is the mean of 2x2 pixels, for which there are faster operations than a convolution."""
+    """Whether the filter is the mean of 2x2 pixels, which has operations faster than a convolution."""
     return len(taps) == 2 and taps[0] == taps[1]
 
 
@@ -47,7 +45,8 @@ def projected(x: Tensor, heads: int, weight: Tensor, bias: Tensor | None = None)
     """q, k and v of the pixels of x (B, C, H, W): (B, H W, 3, heads, C / heads).
 
     Args:
-        weight, bias: (3C, C) and (3C,) or None, rows as `emd_fast.cache.qkv_rows.by_part` has them.
+        weight, bias: (3C, C) and (3C,) or None, rows as `emd_fast.cache.qkv_rows.by_part` has
+            them.
     """
     return linear(x.flatten(2).transpose(1, 2), weight, bias).unflatten(2, (3, heads, -1))
 
@@ -73,10 +72,7 @@ def pixel_attention(tokens: Tensor, unit: float | None = None) -> Tensor:
     if unit is not None:
         tokens = unit_rms(tokens, -1, unit)
     q, k, v = tokens.unbind(2)
-    if q.shape[-1] <= _WIDEST_HEAD:
-        return ops.attention(q, k, v).flatten(2)
-    q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-    return scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    return attention(q, k, v).flatten(2)
 
 
 def as_image(tokens: Tensor, like: Tensor) -> Tensor:
@@ -85,8 +81,8 @@ def as_image(tokens: Tensor, like: Tensor) -> Tensor:
 
 
 def unit_rms(x: Tensor, dim: int | tuple[int, ...], eps: float) -> Tensor:
-    """x / (eps + root mean square over dim), the mean square in float32."""
-    norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.float32)
+    """x / (eps + root mean square over dim), the mean square in float32 or float64."""
+    norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
     return x / (eps + norm * math.sqrt(norm.numel() / max(x.numel(), 1))).to(x.dtype)
 
 
@@ -107,7 +103,8 @@ def one_hot(labels: Tensor | None, classes: int, batch: int, like: Tensor) -> Te
     """(B, classes), dtype and device of `like`: a row of zeros where the label is `classes`, or for None.
 
     Raises:
-        ValueError: labels of a wrong shape or, of CPU tensors, outside [0, classes]. TypeError: labels not int64.
+        ValueError: labels of a wrong shape or, of CPU tensors, outside [0, classes]. TypeError:
+            labels not int64.
     """
     if labels is None:
         return like.new_zeros(batch, classes)

@@ -33,7 +33,8 @@ def build(
     Args:
         first: the convolution at full resolution; channels: what it returns.
         block: makes a block.
-        attend_every: attention in every block of the decoder at the resolutions that have it, or in the last alone.
+        attend_every: attention in every block of the decoder at the resolutions that have it, or
+            in the last alone.
     """
     levels = list(zip(arguments.resolutions, arguments.channels, strict=True))
     enc, dec, skips = nn.ModuleDict(), nn.ModuleDict(), []

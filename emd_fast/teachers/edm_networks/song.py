@@ -1,4 +1,4 @@
-"""DDPM++ and NCSN++, the UNets of Song et al. (arXiv 2011.13456), as EDM uses them for CIFAR-10, FFHQ and AFHQ."""
+"""DDPM++ and NCSN++, the UNets of Song et al. (arXiv 2011.13456), as EDM uses them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from emd_fast.cache.conditioning import remember
 from emd_fast.teachers.edm_networks import skeleton
 from emd_fast.teachers.edm_networks.arguments import SongArguments
-from emd_fast.teachers.edm_networks.blocks import Block, ResampledConv, Style, norm, normalise
+from emd_fast.teachers.edm_networks.blocks import Block, ResampledConv, Style, norm
 from emd_fast.teachers.edm_networks.layers import no_labels, one_hot, positional_frequencies, waves
 
 _EPS = 1e-6
@@ -19,8 +20,8 @@ _EPS = 1e-6
 class SongUNet(nn.Module):
     """network(x, c_noise, labels) -> (B, out_channels, H, W).
 
-    x: (B, in_channels, H, W), H = W = img_resolution. c_noise: (B,). labels: (B,) int64 in [0, label_dim), label_dim
-    for "none"; None where the network has no classes, or for "none".
+    x: (B, in_channels, H, W), H = W = img_resolution. c_noise: (B,). labels: (B,) int64 in [0,
+    label_dim), label_dim for "none"; None where the network has no classes, or for "none".
     """
 
     def __init__(self, arguments: SongArguments) -> None:
@@ -36,7 +37,8 @@ class SongUNet(nn.Module):
         )
         self.map_noise = _Noise(noise, a.embedding_type)
         self.map_label = nn.Linear(a.label_dim, noise) if a.label_dim else None
-        # Labels of augmentations are 0 wherever images are made: their layer is there for the sake of the names.
+        # Labels of augmentations are 0 wherever images are made: their layer is there for the sake
+        # of the names.
         self.map_augment = nn.Linear(a.augment_dim, noise, bias=False) if a.augment_dim else None
         self.map_layer0 = nn.Linear(noise, width)
         self.map_layer1 = nn.Linear(width, width)
@@ -51,7 +53,7 @@ class SongUNet(nn.Module):
         self._add_paths_of_the_image(style)
 
     def _add_paths_of_the_image(self, style: Style) -> None:
-        """What leads from the image into each level of the encoder, and from each level of the decoder to the image."""
+        """Adds the paths from the image to the encoder levels and from the decoder levels to it."""
         a, aux = self.arguments, self.arguments.in_channels
         # A block that halves the resolution returns the channels of the level above.
         for r, channels in zip(a.resolutions[1:], a.channels, strict=False):
@@ -71,7 +73,8 @@ class SongUNet(nn.Module):
                 self.dec[f"{at}_aux_conv"] = nn.Conv2d(channels, a.out_channels, 3, padding=1)
 
     def forward(self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None) -> Tensor:
-        embedded = self._embed(c_noise, labels)
+        layers = (self.map_noise, self.map_layer0, self.map_layer1, self.map_label)
+        embedded = remember(layers, self._embed, c_noise, labels)
         h, skips = self._encode(x.contiguous(memory_format=torch.channels_last), embedded)
         return self._decode(h, skips, embedded)
 
@@ -102,9 +105,7 @@ class SongUNet(nn.Module):
         return h, skips
 
     def _image(self, at: str, h: Tensor) -> Tensor:
-        layer = self.dec[f"{at}_aux_norm"]
-        assert isinstance(layer, nn.GroupNorm)
-        return self.dec[f"{at}_aux_conv"](normalise(layer, h, "silu"))
+        return self.dec[f"{at}_aux_conv"](self.dec[f"{at}_aux_norm"](h, activation="silu"))
 
     def _decode(self, h: Tensor, skips: list[Tensor], embedded: Tensor) -> Tensor:
         image: Tensor | None = None

@@ -1,7 +1,8 @@
-"""A convolution with frozen weights, of which autograd keeps the weight alone; on a CPU by an algorithm of our own.
+"""Convolution with frozen weights, of which autograd keeps the weight alone.
 
-PyTorch's keeps its input for the gradient of the weight, wanted or not: about half of what a UNet keeps for the
-backward pass to its input.
+PyTorch's convolution keeps its input for the gradient of the weight, wanted or not. That is about
+half of what a UNet keeps for the backward pass to its input. On a CPU an algorithm of this library
+serves.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def convolution(
     dilation: Pair = (1, 1),
     groups: int = 1,
 ) -> Tensor:
-    """conv2d of x (B, C, H, W), with the results of PyTorch's and its derivatives, any number of times."""
+    """conv2d of x (B, C, H, W), differentiable any number of times."""
     trains = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
     differentiated = torch.is_grad_enabled() and x.requires_grad
     compiling = torch.compiler.is_compiling()
@@ -36,7 +37,8 @@ def convolution(
     if trains or transformed or x.dim() != 4 or not (differentiated or x.device.type == "cpu"):
         return conv2d(x, weight, bias, stride, padding, dilation, groups)
     if (dtype := autocast_dtype(x.device.type)) is not None and x.dtype != torch.float64:
-        # As autocast does it, but before the call: the backward pass is to find the dtypes of the forward pass.
+        # As autocast does it, but before the call: the backward pass is to find the dtypes of the
+        # forward pass.
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if not compiling and native.is_loaded():  # the compiler sees through ours
         settings = (stride, padding, dilation, groups, backends.active())
