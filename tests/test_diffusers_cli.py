@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
+import detector_files
 import diffusers_folders as folders
 import pytest
 import torch
 
-from emd_fast import Denoiser, schedules
+from emd_fast import Denoiser, EMDTrainer, schedules
 from emd_fast.export import pipeline
 from emd_fast.teachers.small_unet import SmallUNet
 from emd_fast.train import checkpoint, conditions
@@ -121,6 +125,93 @@ def test_a_function_is_a_teacher(call, refused, tmp_path):
 )
 def test_teachers_that_are_none(refused, teacher, code, said):
     refused(code, said, "distill", "--teacher", teacher, "--out", "run", *TINY)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "said"),
+    [
+        ("./file.py:make", "a path where a module is expected: give --teacher file:make"),
+        ("sub/file.py:make", "give --teacher file:make, and run in sub or add it to PYTHONPATH"),
+        ("sub/file:make", "give --teacher file:make, and run in sub"),
+        ("file.py", "file.py is Python code: give --teacher file:FUNCTION"),
+        ("file:", "is not package.module:function"),
+        (":make", "is not package.module:function"),
+    ],
+)
+def test_words_that_are_no_module_and_function(refused, tmp_path, teacher, said):
+    (tmp_path / "file.py").write_text("def make(): ...")
+    refused(2, said, "distill", "--teacher", teacher, "--out", "run", *TINY)
+
+
+@pytest.mark.parametrize(
+    ("t_star", "said"),
+    [
+        ("600", f"index 600 is teacher.time(600), give --t-star {600 / 999!r} for it"),
+        ("2", f"got 2: index 599 is teacher.time(599), give --t-star {599 / 999!r} for it"),
+        ("-1", "must be a time in [0, 1]"),
+    ],
+)
+def test_an_index_is_no_time(refused, tmp_path, t_star, said):
+    pytest.importorskip("diffusers")
+    folders.unet(tmp_path / "teacher")
+    refused(2, said, "distill", "--teacher", "teacher", "--out", "run", *TINY, f"--t-star={t_star}")
+
+
+def changed(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+BROKEN = {
+    "a VAE of another class": (
+        lambda folder: changed(folder / "model_index.json", vae=["diffusers", "AutoencoderDC"]),
+        "its vae is ['diffusers', 'AutoencoderDC'], which is not supported",
+    ),
+    "a VAE without weights": (
+        lambda folder: next((folder / "vae").glob("*.safetensors")).unlink(),
+        "vae has no weights of a known name",
+    ),
+    "a VAE of other channels": (
+        lambda folder: (shutil.rmtree(folder / "vae"), folders.vae(channels=3).save_pretrained(folder / "vae")),
+        "has 3 latent channels, the network has 4",
+    ),
+    "a class that is a list": (
+        lambda folder: changed(folder / "transformer" / "config.json", _class_name=["a", "b"]),
+        "_class_name in its config.json is ['a', 'b'], not the name of a class",
+    ),
+    "an unknown class": (
+        lambda folder: changed(folder / "transformer" / "config.json", _class_name="Mine"),
+        "holds a Mine, which is not supported",
+    ),
+    "a scheduler of a list": (
+        lambda folder: changed(folder / "scheduler" / "scheduler_config.json", _class_name=["a"]),
+        "the scheduler ['a'] is not supported",
+    ),
+    "a text encoder that is not there": (
+        lambda folder: changed(folder / "model_index.json", text_encoder=["transformers", "CLIPTextModel"]),
+        "has no folder text_encoder, which its model_index.json names",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_a_run_reads_last_is_checked_before_its_first_step(refused, tmp_path, monkeypatch, name):
+    pytest.importorskip("diffusers")
+    monkeypatch.setattr(EMDTrainer, "step", lambda *_: pytest.fail("it trains"))
+    change, said = BROKEN[name]
+    change(folders.dit(tmp_path / "teacher"))
+    refused(2, said, "distill", "--teacher", "teacher", "--out", "run", "--num-classes=10", *TINY)
+
+
+def test_images_of_another_size_or_number_are_refused_before_the_first_step(refused, tmp_path, monkeypatch):
+    pytest.importorskip("diffusers")
+    monkeypatch.setattr(EMDTrainer, "step", lambda *_: pytest.fail("it trains"))
+    folders.dit(tmp_path / "teacher")  # its images are 16x16
+    detector_files.detector(tmp_path / "detector.pt")
+    words = ["distill", "--teacher", "teacher", "--out", "run", "--num-classes=10", "--samples=4", *TINY]
+    words += ["--detector", "detector.pt", "--compare-with"]
+    for folder, n, side, said in (("few", 3, 16, "has 3 images, 4 are generated"), ("small", 4, 8, "these are of")):
+        detector_files.folder(tmp_path / folder, detector_files.pictures(n, size=side))
+        refused(2, said, *words, folder)
 
 
 def test_guidance_that_a_teacher_cannot_give(refused, tmp_path):

@@ -36,6 +36,8 @@ from emd_fast.teachers.mlp import PointGenerator, TimeMLP
 from emd_fast.teachers.small_unet import SmallUNet
 from emd_fast.train.trainer import EMDTrainer
 
+_OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")  # pipelines run without them
+
 
 class NotForStock(UserWarning):
     """Warns that only `load` can read an exported folder, because no diffusers pipeline makes its samples."""
@@ -142,7 +144,9 @@ def _write_folder(out: Path, generator: nn.Module, metadata: Metadata) -> Path:
             config["sample_size"] = sides[0] if sides[0] == sides[1] else sides
         _write_json(unfinished / component / "config.json", config)
         for name in index:
-            if name not in (component, "scheduler") and source.has(name):
+            if name in _OPTIONAL and source.has(name) and not (source.root / name).exists():
+                index[name] = [None, None]  # many downloads leave it out
+            elif name not in (component, "scheduler") and source.has(name):
                 source.copy(name, unfinished / name)
         if scheduler is not None:
             scheduler.save_pretrained(unfinished / "scheduler")

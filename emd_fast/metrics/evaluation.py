@@ -89,6 +89,16 @@ class Evaluator:
             black = torch.zeros(2, *(self.reference.shape or (3, 64, 64)), dtype=torch.uint8)
             self.reference.of_width(self.detector.features(black).shape[1])
 
+    def check_images(self, shape: tuple[int, ...], n: int) -> None:
+        """Checks that n images (C, H, W) can be compared with those of the files.
+
+        Raises:
+            BadReference, ValueError: another size, or another number of images to compare with.
+        """
+        _check_count(self, n)
+        if self.detector is not None:
+            _check_sizes(self, shape, self.detector.sha256)
+
     def hashes(self) -> dict[str, str]:
         """Returns the sha256 of the files that the Fréchet distance depends on."""
         files = {"detector": self.detector, "reference": self.reference}
@@ -136,10 +146,7 @@ def evaluate(
     if n < 2 * distributed.world_size():
         raise ValueError(f"an evaluation needs at least 2 images a rank, got {n} for {distributed.world_size()}")
     detector, real = evaluator.detector, evaluator.compare_with
-    if real is not None and len(real) != n:
-        raise ValueError(
-            f"precision and recall compare sets of one size: {real.path} has {len(real)} images, {n} are generated"
-        )
+    _check_count(evaluator, n)
     running = RunningMoments()
     inception = InceptionScore(n, _SPLITS) if detector is not None and detector.has_classes and n >= _SPLITS else None
     clip_sum = torch.zeros((), dtype=torch.float64)
@@ -196,6 +203,14 @@ def _share(images: Images, n: int, batch: int) -> Iterator[tuple[int, Tensor]]:
     start, end = distributed.share(n)
     for first in range(start, end, batch):
         yield first, images(first, min(batch, end - first))
+
+
+def _check_count(evaluator: Evaluator, n: int) -> None:
+    real = evaluator.compare_with
+    if real is not None and len(real) != n:
+        raise ValueError(
+            f"precision and recall compare sets of one size: {real.path} has {len(real)} images, {n} are generated"
+        )
 
 
 def _check_sizes(evaluator: Evaluator, shape: tuple[int, ...], detector: str) -> None:

@@ -41,6 +41,9 @@ class Pretrained:
     def make_teacher(self, folder: Path, on_step: OnStep | None) -> Denoiser:
         teacher = self._load(_device())
         self._check_classes(teacher)
+        if isinstance(teacher, folders.DiffusersDenoiser):
+            teacher.folder.check(teacher.channels)
+        self._check_images(teacher)
         self.prompts = self._prompts(teacher, folder)
         self._check_guidance(teacher)
         return teacher
@@ -57,12 +60,16 @@ class Pretrained:
         if ":" in name and not Path(name).exists():
             code.require(name, "gets its teacher from the Python code", "--teacher")
             return custom.load(name).to(device)
+        if Path(name).suffix == ".py":
+            raise ConfigError(f"{name} is Python code: give --teacher {Path(name).stem}:FUNCTION, a function in it")
         if _is_edm(name):
             try:
                 return edm.load(name, device=device)
             except (PickleError, OSError) as error:
                 raise ConfigError(str(error)) from None
-        return folders.load(name, device=device, sample_shape=shape)
+        teacher = folders.load(name, device=device, sample_shape=shape)
+        teacher.check_t_star(self.config.emd.t_star)
+        return teacher
 
     def _check_classes(self, teacher: Denoiser) -> None:
         given = self.config.emd.num_classes
@@ -71,6 +78,18 @@ class Pretrained:
         has = getattr(teacher, "num_classes", has)
         if has != given:
             raise ConfigError(f"num_classes must be {has} for this teacher, got {given}: give --num-classes {has}")
+
+    def _check_images(self, teacher: Denoiser) -> None:
+        """Decodes one sample, if there will be metrics: its size must be that of their files."""
+        if not self.evaluator or teacher.sample_shape is None:
+            return
+        shape = tuple(decoded(teacher, torch.zeros(1, *teacher.sample_shape, device=_device())).shape[1:])
+        if len(shape) != 3 or shape[0] not in (1, 3):
+            raise ConfigError(f"metrics need images of 1 or 3 channels, and samples are {shape}: leave --detector out")
+        try:
+            self.evaluator.check_images(shape, self.config.samples)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
 
     def _check_guidance(self, teacher: Denoiser) -> None:
         if self.config.emd.guidance is None:

@@ -21,7 +21,8 @@ def load(name: str) -> Denoiser:
     Raises:
         ConfigError: there is no such module or function, or it does not return a Denoiser.
     """
-    module_name, _, function_name = name.partition(":")
+    module_name, _, function_name = name.rpartition(":")
+    _check_words(name, module_name, function_name)
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
     try:
@@ -36,3 +37,14 @@ def load(name: str) -> Denoiser:
         raise ConfigError(f"{name} must return an emd_fast.Denoiser, got {type(teacher).__name__}")
     teacher.source = teacher.source or name
     return teacher
+
+
+def _check_words(name: str, module: str, function: str) -> None:
+    if module.endswith(".py") or "/" in module or "\\" in module:
+        path = Path(module)
+        word = path.stem if path.suffix == ".py" else path.name
+        words = f"{word}:{function or 'FUNCTION'}"
+        where = "" if path.parent == Path() else f", and run in {path.parent} or add it to PYTHONPATH"
+        raise ConfigError(f"--teacher {name} has a path where a module is expected: give --teacher {words}{where}")
+    if not function.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
+        raise ConfigError(f"--teacher {name} is not package.module:function: give the names of a module and a function")

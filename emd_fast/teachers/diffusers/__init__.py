@@ -28,6 +28,7 @@ class DiffusersDenoiser(Denoiser):
         folder: the folder.
         trained: schedule, parametrization and times, from the scheduler's configuration.
         takes: the conditions that the network takes.
+        channels: channels of a sample.
         num_classes: number of labels that may be drawn; 0 without labels.
     """
 
@@ -52,6 +53,7 @@ class DiffusersDenoiser(Denoiser):
             sample_shape=sample_shape,
             null_cond=null_cond,
         )
+        self.channels = channels
         self.folder, self.trained, self.scheduler_config = folder, training, dict(scheduler_config)
 
     @property
@@ -67,6 +69,21 @@ class DiffusersDenoiser(Denoiser):
     def time(self, index: float) -> float:
         """Returns the t of a training index i: i / (N - 1) for N betas, i / N for a rectified flow."""
         return index / self.trained.index_scale
+
+    def check_t_star(self, t_star: float) -> None:
+        """Checks that t_star is a time of the schedule, not an index of the training.
+
+        Raises:
+            ConfigError: another time; the message has the time of an index.
+        """
+        if 0 <= t_star <= 1:
+            return
+        last = self.trained.index_scale
+        index = int(t_star) if 10 <= t_star <= last else int(0.6 * last)
+        raise ConfigError(
+            f"t_star must be a time in [0, 1] for this teacher, got {t_star:g}: index {index} is "
+            f"teacher.time({index}), give --t-star {self.time(index)!r} for it"
+        )
 
     def encode(self, prompts: Sequence[str]) -> Condition:
         """Encodes prompts to a condition (B, ...) with the text encoders of the folder.

@@ -73,9 +73,14 @@ class Folder:
             raise ConfigError(
                 f"{self.root} is no model of diffusers: it has no config.json, no unet/ and no transformer/"
             )
-        self.model_class: str = read_json(self.model / "config.json").get("_class_name", "")
-        if not isinstance(self.model_class, str) or not self.model_class:
+        self.model_class: str = read_json(self.model / "config.json").get("_class_name") or ""
+        if not self.model_class:
             raise ConfigError(f"{self.model} is no model of diffusers: its config.json has no _class_name")
+        if not isinstance(self.model_class, str):
+            raise ConfigError(
+                f"{self.model} is no model of diffusers: _class_name in its config.json is "
+                f"{str(self.model_class)[:100]}, not the name of a class: {', '.join(ARCHITECTURES)} are supported"
+            )
         if self.model_class not in ARCHITECTURES:
             raise ConfigError(
                 f"{self.model} holds a {self.model_class}, which is not supported: {', '.join(ARCHITECTURES)} are"
@@ -125,6 +130,40 @@ class Folder:
     def load_model(self, dtype: torch.dtype) -> nn.Module:
         return weights.load(getattr(import_diffusers(), self.model_class), self.model, dtype)
 
+    def vae(self) -> nn.Module:
+        """The float32 VAE of the folder, read once.
+
+        Raises:
+            ConfigError: its class is not supported, or its weights do not fit.
+        """
+        if self._vae is None:
+            kind = getattr(import_diffusers(), self._class("vae", "diffusers", VAES))
+            self._vae = weights.load(kind, self.root / "vae").eval().requires_grad_(False)
+        return self._vae
+
+    def check(self, channels: int) -> None:
+        """Opens the VAE and looks for the weights of text encoders, which are read after a training.
+
+        Args:
+            channels: channels of the network's samples.
+
+        Raises:
+            ConfigError: a VAE that cannot be used or has latents of other channels, or a text encoder
+                without weights.
+        """
+        if self.has("vae"):
+            config: Any = self.vae().config
+            if config.latent_channels != channels:
+                raise ConfigError(
+                    f"the VAE in {self.root} has {config.latent_channels} latent channels, the network has {channels}: "
+                    "give the VAE of this network"
+                )
+        for name in self.index:
+            if name.startswith("text_encoder") and self.has(name):
+                if not (self.root / name).is_dir():
+                    raise ConfigError(f"{self.root} has no folder {name}, which its model_index.json names: add it")
+                files.find(self.root / name, files.TRANSFORMERS)
+
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Decodes latents to images (B, 3, H, W) float32, about in [-1, 1].
@@ -133,10 +172,7 @@ class Folder:
         """
         if not self.has("vae"):
             return latents.float()
-        if self._vae is None:
-            vae_class = getattr(import_diffusers(), self._class("vae", "diffusers", VAES))
-            self._vae = weights.load(vae_class, self.root / "vae").eval().requires_grad_(False)
-        vae: Any = self._vae.to(latents.device)
+        vae: Any = self.vae().to(latents.device)
         scale = getattr(vae.config, "scaling_factor", None) or 1.0
         shift = getattr(vae.config, "shift_factor", None) or 0.0
         return vae.decode(latents.to(vae.dtype) / scale + shift).sample.float()
