@@ -36,14 +36,14 @@ class Pretrained:
             raise ConfigError("there is no teacher: give --teacher, a folder, a file or package.module:function")
         self.config = config
         self.prompts: conditions.Table | None = None
+        self._is_judged = False  # whether the run ends with an evaluation
         self._encoded_in: Path | None = None  # folder of the run whose prompts were encoded
 
     def make_teacher(self, folder: Path, on_step: OnStep | None) -> Denoiser:
         teacher = self._load(_device())
         self._check_classes(teacher)
-        if isinstance(teacher, folders.DiffusersDenoiser):
-            teacher.folder.check(teacher.channels)
-        self._check_images(teacher)
+        if self._is_judged:
+            self._check_what_is_read_later(teacher)
         self.prompts = self._prompts(teacher, folder)
         self._check_guidance(teacher)
         return teacher
@@ -79,8 +79,10 @@ class Pretrained:
         if has != given:
             raise ConfigError(f"num_classes must be {has} for this teacher, got {given}: give --num-classes {has}")
 
-    def _check_images(self, teacher: Denoiser) -> None:
-        """Decodes one sample, if there will be metrics: its size must be that of their files."""
+    def _check_what_is_read_later(self, teacher: Denoiser) -> None:
+        """Opens what evaluation and export read. If there will be metrics, one sample must fit their files."""
+        if isinstance(teacher, folders.DiffusersDenoiser):
+            teacher.folder.check(teacher.channels)
         if not self.evaluator or teacher.sample_shape is None:
             return
         shape = tuple(decoded(teacher, torch.zeros(1, *teacher.sample_shape, device=_device())).shape[1:])
@@ -133,6 +135,7 @@ class Pretrained:
         return Evaluator.read(files.detector, files.reference, files.compare_with, files.clip, _device(), named=named)
 
     def open_references(self) -> None:
+        self._is_judged = True
         self.evaluator.check()
         if self.evaluator.compare_with is not None:
             say(self.evaluator.compare_with.summary)
