@@ -118,9 +118,13 @@ class Command:
         """What it has written to stderr."""
         return Path(self._said).read_text()
 
-    def send_signal(self, number: int) -> None:
+    @property
+    def pid(self) -> int:
         assert self._process.pid is not None
-        os.kill(self._process.pid, number)
+        return self._process.pid
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
 
     def kill(self) -> None:
         """SIGKILL; nothing where it has ended."""

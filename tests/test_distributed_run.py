@@ -9,6 +9,7 @@ import math
 import os
 import random
 import re
+import resource
 import signal
 import socket
 import time
@@ -286,6 +287,23 @@ def test_what_all_ranks_find_wrong_is_said_once(tmp_path):
     assert [code for code, _ in results] == [2, 2]
     line = "emd-fast: batch_size must be at least the number of devices, 2, got 1\n"
     assert [said.count(line) for _, said in results] == [1, 0], results
+
+
+@pytest.mark.parametrize("fault", ["renamed", "full disk"])
+def test_a_fault_that_rank_0_meets_stops_all_ranks_with_one_line(tmp_path, fault):
+    folder = tmp_path / "run"
+    processes = started(command(folder, steps=100_000, log_every=1, save_every=100_000), 2)
+    wait_for((folder / "log.jsonl").exists, processes)
+    if fault == "renamed":
+        folder.rename(tmp_path / "moved")
+        expected = rf"emd-fast: the run folder {folder} was renamed to .*/moved/checkpoints/step-\d+\n"
+    else:
+        resource.prlimit(processes[0].pid, resource.RLIMIT_FSIZE, (20_000, 20_000))
+        expected = r"emd-fast: .* File too large: .*log\.jsonl'; training stopped at step \d+, saved as .*\n"
+    results = ended(processes)
+    assert [code for code, _ in results] == [1, 1], results
+    assert len(re.findall(expected, results[0][1])) == 1, results
+    assert [said.count("emd-fast: ") for _, said in results] == [1, 0] and "Traceback" not in str(results)
 
 
 def test_a_rank_that_dies_ends_the_others_and_the_next_attempt_of_torchrun_goes_on(tmp_path):

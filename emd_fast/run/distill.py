@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -24,12 +25,17 @@ from emd_fast.run.best import best_of_run
 from emd_fast.run.folder import RunError, finished_metrics, open_folder, settings_of, write_metrics
 from emd_fast.run.loop import train
 from emd_fast.run.plan import UNKNOWN, Ceilings, Plan, available, plan
-from emd_fast.run.signals import end_on_signals, stop_on_signals
+from emd_fast.run.signals import Interrupted, end_on_signals, stop_on_signals
 from emd_fast.run.sizes import Sizes, Work
+from emd_fast.run.writes import FolderWrites
 from emd_fast.tasks import Task, task_of
 from emd_fast.train import checkpoint, optimizers
-from emd_fast.train.checkpoint import CheckpointError
+from emd_fast.train.checkpoint import CheckpointError, CheckpointGone
 from emd_fast.train.trainer import EMDTrainer
+
+T = TypeVar("T")
+
+_TRIES = 20  # reads of a checkpoint while a run in training removes it
 
 
 def distill(settings: RunConfig, folder: Path, sinks: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -46,6 +52,7 @@ def distill(settings: RunConfig, folder: Path, sinks: tuple[str, ...] = ()) -> d
         CheckpointError: no checkpoint can be read.
         Diverged: training was stopped; report.md says why.
         Interrupted: a signal ended the run; its progress is saved.
+        RunStopped: the folder was moved, removed or cannot be written any more; what can be saved is.
     """
     with end_on_signals(), contextlib.ExitStack() as held:
         return _distill(settings, folder, sinks, held)
@@ -61,6 +68,7 @@ def _distill(settings: RunConfig, folder: Path, sinks: tuple[str, ...], held: co
     if metrics is not None:
         say(f"{folder} is finished: {settings.emd.steps} steps, report in {folder / 'report.md'}")
         return metrics
+    writes = FolderWrites(folder, held)
     needs = plan_of(settings)
     if distributed.world_size() > 1:
         say(needs.table())
@@ -68,14 +76,21 @@ def _distill(settings: RunConfig, folder: Path, sinks: tuple[str, ...], held: co
     task = task_of(settings)
     task.open_references()
     teacher, seconds = _teacher(task, folder)
-    trainer = _latest(settings, folder, task, teacher)
+    writes.check()
+    if paths := _found(folder):
+        trainer = _last_readable(paths, settings, task, teacher)
+    else:
+        trainer = EMDTrainer(teacher, settings.emd, *task.make_networks(), prompts=task.prompts)
     del teacher  # frees its float32 weights where the trainer has a bf16 copy
     if distributed.world_size() > 1:
         say(f"{distributed.world_size()} ranks, {trainer.parallel}")
     if trainer.steps_done:
         say(f"resuming {folder} at step {trainer.steps_done} of {settings.emd.steps}")
-    seconds["distil"] = train(trainer, settings, folder, sinks, task)
-    return evaluate(settings, folder, task, trainer, seconds)
+    seconds["distil"] = train(trainer, settings, folder, sinks, task, writes)
+    writes.check()
+    metrics = evaluate(settings, folder, task, trainer, seconds)
+    writes.check()  # what was written may be in another folder by now
+    return metrics
 
 
 def plan_of(settings: RunConfig, devices: int = 0, ceilings: Ceilings = UNKNOWN) -> Plan:
@@ -130,21 +145,44 @@ def open_run(
     settings = settings or settings_of(folder)
     if best:
         path = checkpoint.best_of(folder / "checkpoints")
-        if not checkpoint.exists(path):
+        if not distributed.on_main(lambda: checkpoint.exists(path)):
             raise RunError(f"{folder} has no best checkpoint: distil with --evaluation.every IMAGES to keep one")
-        checkpoint.facts(path)  # raises for a damaged file before the teacher is loaded
+        _retried(lambda: checkpoint.facts(path))  # raises for a damaged file before the teacher is loaded
         task = task_of(settings)
         teacher, _ = _teacher(task, folder)
-        return settings, task, _resumed(path, settings, task, teacher, trains)
-    paths = checkpoint.found(folder / "checkpoints")
+        return settings, task, _retried(lambda: _resumed(path, settings, task, teacher, trains))
+    _listed(folder, up_to)  # raises before the teacher is loaded
+    task = task_of(settings)
+    teacher, _ = _teacher(task, folder)
+    trainer = _retried(lambda: _last_readable(_listed(folder, up_to), settings, task, teacher, trains))
+    return settings, task, trainer
+
+
+def _listed(folder: Path, up_to: int | None) -> list[Path]:
+    """The checkpoints of a run, of at most `up_to` steps, as rank 0 finds them.
+
+    Raises:
+        RunError: there is none.
+    """
+    paths = _found(folder)
     if not paths:
         raise RunError(f"{folder} has no checkpoint yet: run `emd-fast distill` on it first")
     if up_to is not None and checkpoint.step_of(paths[0]) > up_to:
         steps = ", ".join(str(checkpoint.step_of(path)) for path in paths)
         raise RunError(f"{folder} has no checkpoint at or before step {up_to}: it has those of step {steps}")
-    task = task_of(settings)
-    teacher, _ = _teacher(task, folder)
-    return settings, task, _latest(settings, folder, task, teacher, up_to, trains=trains)
+    return [path for path in paths if up_to is None or checkpoint.step_of(path) <= up_to]
+
+
+def _found(folder: Path) -> list[Path]:
+    return distributed.on_main(lambda: checkpoint.found(folder / "checkpoints"))
+
+
+def _retried(read: Callable[[], T]) -> T:
+    """Calls `read` again where a run in training has removed the checkpoint that it was reading."""
+    for _ in range(_TRIES - 1):
+        with contextlib.suppress(CheckpointGone):
+            return read()
+    return read()
 
 
 def evaluate(
@@ -165,7 +203,7 @@ def evaluate(
         teacher, _ = _teacher(task, folder)
     untrained = EMDTrainer(teacher, trainer.config, *task.make_networks(), prompts=task.prompts)
     with distributed.gathered(trainer.teacher):
-        metrics = task.evaluate(trainer, untrained, folder if distributed.is_main() else None)
+        metrics = task.evaluate(trainer, untrained, folder)
     seconds = {**seconds, "evaluate": time.monotonic() - began}
     metrics = {**metrics, "steps": trainer.steps_done, "seconds": {k: round(v, 2) for k, v in seconds.items()}}
     if kept := best_of_run(folder):
@@ -186,6 +224,7 @@ def evaluate(
 def _teacher(task: Task, folder: Path) -> tuple[Denoiser, dict[str, float]]:
     """Loads or trains the teacher. Returns it, and the seconds that it took."""
     progress: Progress | None = None
+    made: list[Denoiser] = []
     began = time.monotonic()
     with stop_on_signals() as stopped:
 
@@ -197,13 +236,16 @@ def _teacher(task: Task, folder: Path) -> tuple[Denoiser, dict[str, float]]:
                 say("stopped: the next run trains the teacher from the start")
                 raise _Stop
 
-        with contextlib.suppress(_Stop):
-            # The main rank trains the teacher if needed; the others read the file that it wrote.
-            if distributed.is_main():
-                teacher = task.make_teacher(folder, on_step)
-    distributed.barrier()
-    if not distributed.is_main():
-        teacher = task.make_teacher(folder, None)
+        def make() -> int:
+            with contextlib.suppress(_Stop):
+                made.append(task.make_teacher(folder, on_step))
+            return stopped()
+
+        # The main rank trains the teacher if needed; the others read the file that it wrote.
+        stop = distributed.on_main(make)
+    if stop:  # the signal may have reached rank 0 only
+        raise Interrupted(stop)
+    teacher = made[0] if distributed.is_main() else task.make_teacher(folder, None)
     if progress is not None:
         progress.close()
     return teacher, {"teacher": time.monotonic() - began}
@@ -213,31 +255,25 @@ class _Stop(Exception):
     """Ends the training of a teacher."""
 
 
-def _latest(
-    settings: RunConfig,
-    folder: Path,
-    task: Task,
-    teacher: Denoiser,
-    up_to: int | None = None,
-    *,
-    trains: bool = True,
+def _last_readable(
+    paths: list[Path], settings: RunConfig, task: Task, teacher: Denoiser, trains: bool = True
 ) -> EMDTrainer:
-    """The trainer of the last readable checkpoint (of at most `up_to` steps), or a new trainer."""
-    paths = checkpoint.found(folder / "checkpoints")
-    if up_to is not None:
-        paths = [path for path in paths if checkpoint.step_of(path) <= up_to]
+    """The trainer of the last of these checkpoints that can be read.
+
+    Raises:
+        CheckpointGone: a checkpoint was removed meanwhile, so there may be later ones.
+        CheckpointError: none can be read.
+    """
     for path in reversed(paths):
         try:
             checkpoint.facts(path)
+        except CheckpointGone:
+            raise
         except CheckpointError as error:
             say(f"skipped: {error}")
             continue
         return _resumed(path, settings, task, teacher, trains)
-    if paths:
-        raise CheckpointError(
-            f"none of the checkpoints in {folder / 'checkpoints'} can be read; delete them to start over"
-        )
-    return EMDTrainer(teacher, settings.emd, *task.make_networks(), prompts=task.prompts)
+    raise CheckpointError(f"none of the checkpoints in {paths[0].parent} can be read; delete them to start over")
 
 
 def _resumed(path: Path, settings: RunConfig, task: Task, teacher: Denoiser, trains: bool) -> EMDTrainer:

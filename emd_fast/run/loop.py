@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from pathlib import Path
@@ -16,8 +17,10 @@ from emd_fast.reporting.progress import Progress, say, summary
 from emd_fast.run.best import Best
 from emd_fast.run.plan import GIB
 from emd_fast.run.signals import Interrupted, stop_on_signals
+from emd_fast.run.writes import FAILED, FolderWrites, RunStopped
 from emd_fast.tasks import Task
 from emd_fast.train import checkpoint, diagnostics, throughput
+from emd_fast.train.checkpoint import CheckpointError
 from emd_fast.train.divergence import cause
 from emd_fast.train.health import Diverged, HealthCheck
 from emd_fast.train.preview import denoised
@@ -26,7 +29,9 @@ from emd_fast.train.trainer import EMDTrainer
 _SHOWN = 8  # images per network in a picture
 
 
-def train(trainer: EMDTrainer, settings: RunConfig, folder: Path, sinks: tuple[str, ...], task: Task) -> float:
+def train(
+    trainer: EMDTrainer, settings: RunConfig, folder: Path, sinks: tuple[str, ...], task: Task, writes: FolderWrites
+) -> float:
     """Trains until `settings.emd.steps` steps are done. All ranks call it.
 
     Returns:
@@ -35,6 +40,7 @@ def train(trainer: EMDTrainer, settings: RunConfig, folder: Path, sinks: tuple[s
     Raises:
         Diverged: training must not go on; report.md says why.
         Interrupted: a signal ended the training; the state is saved.
+        RunStopped: the folder cannot be written any more; what can be saved is.
     """
     total, first = settings.emd.steps, trainer.steps_done
     if not settings.emd.noise_cancellation:
@@ -43,22 +49,30 @@ def train(trainer: EMDTrainer, settings: RunConfig, folder: Path, sinks: tuple[s
     rows = [row for row in journal.read(folder / "log.jsonl", say) if row["step"] <= first]
     before = rows[-1].get("seconds") or 0.0 if rows else 0.0
     distributed.barrier()  # the main rank is about to rewrite the log that all ranks read
-    logs: list[journal.Journal] = []
-    distributed.on_main(lambda: logs.append(journal.Journal(folder, first, sinks, to_dict(settings))))
-    log = logs[0] if main else None
-    progress = Progress("distil", total, first)
     checkpoint_folder = folder / "checkpoints"
-    if main:
+    logs: list[journal.Journal] = []
+
+    def open_files() -> None:
         checkpoint.clear_unfinished(checkpoint_folder)
+        logs.append(journal.Journal(folder, first, sinks, to_dict(settings)))
+        writes.watch_also(logs[0].path)
+
+    distributed.on_main(open_files)
+    progress = Progress("distil", total, first)
     agree, saved, stop = distributed.AsyncMax(), first if first else -1, 0
     best = Best(trainer, task, settings, folder) if settings.evaluation.every else None
     health, flops = HealthCheck(settings.emd), math.nan
     began = time.monotonic()
 
+    def log(row: dict[str, float]) -> None:
+        writes.attempt(lambda: logs[0].write(row))  # which reaches the open file wherever it is now
+        writes.look()
+
     def save() -> None:
         nonlocal saved
         done = trainer.steps_done
         if done != saved:
+            writes.check()
             trainer.save(
                 checkpoint.path_of(checkpoint_folder, done),
                 background=settings.background_checkpoints,
@@ -70,13 +84,13 @@ def train(trainer: EMDTrainer, settings: RunConfig, folder: Path, sinks: tuple[s
         """Draws the picture of the checkpoint, if the last leg was killed between the two."""
         due = first and (first % settings.save_every == 0 or first == total)
         if due and not distributed.on_main(lambda: _picture(folder, first).exists()):
-            _show(trainer, folder)
+            _show(trainer, folder, writes)
 
     try:
         show_again()
         with stop_on_signals() as stopped:
             while trainer.steps_done < total:
-                stop = agree(stopped())
+                stop = agree(FAILED if writes.failed else stopped())
                 if stop:
                     break
                 if main and math.isnan(flops) and _countable(trainer):
@@ -91,38 +105,45 @@ def train(trainer: EMDTrainer, settings: RunConfig, folder: Path, sinks: tuple[s
                     seconds = time.monotonic() - began
                     row = {"step": done, **numbers, "seconds": before + seconds}
                     row |= _speed(trainer, settings, (done - first) / seconds, flops)
-                    if log is not None:
-                        log.write(row)
+                    log(row)
                     health.check(numbers, lambda: cause(trainer))
                     progress.update(done, summary(row))
                 if best is not None and best.due():
-                    figures = best.evaluate()
-                    if log is not None:
-                        log.write({"step": done, **figures, "seconds": before + time.monotonic() - began})
+                    writes.check()
+                    row = {"step": done, **best.evaluate(), "seconds": before + time.monotonic() - began}
+                    log(row)
                 if done % settings.save_every == 0 or done == total:
                     save()
-                    _show(trainer, folder)
+                    _show(trainer, folder, writes)
             trainer.finish_saving()  # here, where a signal cannot interrupt it
-            stop = max(stop, agree.final(stopped()))
+            stop = max(stop, agree.final(FAILED if writes.failed else stopped()))
+            if stop >= FAILED:
+                writes.check()
             if stop:
                 save()
                 trainer.finish_saving()
                 say(f"stopped at step {trainer.steps_done} of {total}, saved; the same command resumes there")
         if stop:  # the signal may have reached another rank only
             raise Interrupted(stop)
+        distributed.on_main(lambda: logs[0].close())
     except Diverged as error:
         command = f"emd-fast replay {folder} --step {trainer.steps_done - 1} --sample 0"
-        if main:
-            report.write_stopped(folder, f"{error}. One sample of that step, Langevin step by step: `{command}`")
+        reason = f"{error}. One sample of that step, Langevin step by step: `{command}`"
+        writes.look()
+        writes.attempt(lambda: report.write_stopped(folder, reason))
+        if writes.failed is not None:
+            say(f"there is no report.md: {writes.failed}")
         say(f"to look at one sample of that step: {command}")
         raise
+    except (CheckpointError, RunStopped) as error:  # all ranks raise it together
+        writes.rescue(trainer, error)
     finally:
         progress.close()
-        try:
+        with contextlib.suppress(Exception):  # an earlier error must not be replaced
             trainer.finish_saving()
-        finally:
-            if log is not None:
-                log.close()
+        for opened in logs:
+            with contextlib.suppress(Exception):
+                opened.close()
     return before + time.monotonic() - began
 
 
@@ -165,7 +186,7 @@ def _speed(trainer: EMDTrainer, settings: RunConfig, steps_per_second: float, fl
     return found
 
 
-def _show(trainer: EMDTrainer, folder: Path) -> None:
+def _show(trainer: EMDTrainer, folder: Path, writes: FolderWrites) -> None:
     """Writes a picture to samples/networks/: a row each for generator, teacher and fake score.
 
     Samples that are not images are skipped.
@@ -173,10 +194,11 @@ def _show(trainer: EMDTrainer, folder: Path) -> None:
     if len(trainer.sample_shape) != 3 or trainer.sample_shape[0] not in (1, 3):
         return
     rows = denoised(trainer, _SHOWN)
-    if distributed.is_main():
-        # Values that are not finite must not end the run here.
-        images = torch.cat(list(rows.values())).nan_to_num()
-        pictures.save_grid(_picture(folder, trainer.steps_done), images, columns=_SHOWN)
+    # Values that are not finite must not end the run here.
+    images = torch.cat(list(rows.values())).nan_to_num()
+    path = _picture(folder, trainer.steps_done)
+    writes.look()
+    writes.attempt(lambda: pictures.save_grid(path, images, columns=_SHOWN))
 
 
 def _picture(folder: Path, step: int) -> Path:

@@ -44,11 +44,8 @@ class Task(Protocol):
     def interim_metrics(self, trainer: EMDTrainer) -> dict[str, float]:
         """Returns the generator's metrics during training; "frechet" selects the best checkpoint."""
 
-    def evaluate(self, trainer: EMDTrainer, untrained: EMDTrainer, folder: Path | None) -> dict[str, Any]:
-        """Returns the contents of metrics.json, and writes pictures into folder / "samples".
-
-        A folder of None writes no pictures.
-        """
+    def evaluate(self, trainer: EMDTrainer, untrained: EMDTrainer, folder: Path) -> dict[str, Any]:
+        """Returns the contents of metrics.json. Rank 0 writes pictures into folder / "samples"."""
 
 
 def task_of(config: RunConfig) -> Task:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from emd_fast import ops
+from emd_fast import distributed, ops
 from emd_fast.config import ConfigError, RunConfig, TeacherConfig, from_dict, to_dict
 from emd_fast.diffusion.denoiser import Denoiser
 from emd_fast.diffusion.sampler import heun
@@ -65,7 +65,7 @@ class Digits:
         names = ("frechet", "recall", "precision", "accuracy")
         return {name: metrics[name]["generator"] for name in names if "generator" in metrics[name]}
 
-    def evaluate(self, trainer: EMDTrainer, untrained: EMDTrainer, folder: Path | None) -> dict[str, Any]:
+    def evaluate(self, trainer: EMDTrainer, untrained: EMDTrainer, folder: Path) -> dict[str, Any]:
         images = digits_data.load("test")[0]
         labels, cond = _held_out(trainer)
         z = ops.normal((len(labels), *digits_data.SHAPE), Noise(trainer.config.seed), stream=NoiseStream.SHOWN)
@@ -77,10 +77,13 @@ class Digits:
         # An unconditional generator has no class to match, so its sets get no accuracy.
         with_labels = {name: (x, cond) for name, x in samples.items()}
         metrics = digits_metrics(with_labels, _features(), seed=trainer.config.seed)
-        if folder is not None:
-            rows = _ten_of_each(labels)
+        rows = _ten_of_each(labels)
+
+        def draw() -> None:
             for name, x in {"real": images, **samples}.items():
                 pictures.save_grid(folder / "samples" / f"{name}.png", x[rows], columns=10)
+
+        distributed.on_main(draw)
         return metrics
 
 

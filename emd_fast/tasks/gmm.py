@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from emd_fast import ops
+from emd_fast import distributed, ops
 from emd_fast.config import RunConfig
 from emd_fast.diffusion.denoiser import Denoiser
 from emd_fast.diffusion.sampler import heun
@@ -69,7 +69,7 @@ class Mixture:
         metrics = mixture_metrics(samples, self.weights, self.means, self.config.mixture.std, trainer.config.seed)
         return {name: metrics[name] for name in ("frechet", "recall", "precision", "modes", "total_variation")}
 
-    def evaluate(self, trainer: EMDTrainer, untrained: EMDTrainer, folder: Path | None) -> dict[str, Any]:
+    def evaluate(self, trainer: EMDTrainer, untrained: EMDTrainer, folder: Path) -> dict[str, Any]:
         n, seed = self.config.samples, trainer.config.seed
         z = ops.normal((n, 2), Noise(seed), stream=NoiseStream.SHOWN)
         samples = {
@@ -77,6 +77,5 @@ class Mixture:
             "init": untrained.generate(n, ema=False),
             "generator": trainer.generate(n),
         }
-        if folder is not None:
-            pictures.scatter(folder / "samples" / "points.png", samples)
+        distributed.on_main(lambda: pictures.scatter(folder / "samples" / "points.png", samples))
         return mixture_comparison(samples, self.weights, self.means, self.config.mixture.std, seed)

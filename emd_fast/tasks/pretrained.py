@@ -135,7 +135,7 @@ class Pretrained:
             raise ValueError(f"{path} has {len(lines)} prompts, the run was made with {len(self.prompts)}")
         return lambda first, n: [lines[i % len(lines)] for i in range(first, first + n)]
 
-    def evaluate(self, trainer: EMDTrainer, untrained: EMDTrainer, folder: Path | None) -> dict[str, Any]:
+    def evaluate(self, trainer: EMDTrainer, untrained: EMDTrainer, folder: Path) -> dict[str, Any]:
         """Writes pictures, and returns mean, std and the metrics whose files are configured."""
         z, cond = trainer.batches.shown(_PREVIEWS)
         samples = {
@@ -143,11 +143,14 @@ class Pretrained:
             "init": untrained.generate(_PREVIEWS, cond, ema=False),
             "generator": trainer.generate(_PREVIEWS, cond),
         }
-        if folder is not None:
+
+        def draw() -> None:
             for name, x in samples.items():
                 images = decoded(trainer.teacher, x)
                 if images.dim() == 4 and images.shape[1] in (1, 3) and images.isfinite().all():
                     pictures.save_grid(folder / "samples" / f"{name}.png", images)
+
+        distributed.on_main(draw)
         moments = {
             "mean": {name: x.mean().item() for name, x in samples.items()},
             "std": {name: x.std().item() for name, x in samples.items()},

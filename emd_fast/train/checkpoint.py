@@ -8,10 +8,11 @@ there; `load` reads everything.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,10 +40,15 @@ from emd_fast.train.checkpoint_format import (
 
 _NAME = re.compile(r"step-(\d{8})")
 _EARLIER = "use an earlier one"
+_LATER = "a run in training removes its older ones: use a later one"
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written or read: one line that names the folder and the remedy."""
+
+
+class CheckpointGone(CheckpointError):
+    """A checkpoint that is not there, or that was removed or replaced while it was read."""
 
 
 # Writing --------------------------------------------------------------------------------------------------------------
@@ -205,6 +211,47 @@ def _together(path: Path, work: Callable[[], Any], group: dist.ProcessGroup | No
 # Reading --------------------------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """Context manager: a CheckpointError of one rank inside the block is raised on all ranks.
+
+    All ranks enter it. A run in training removes old checkpoints and replaces the best one: what
+    such a removal makes of the reading is not taken for damage.
+
+    Raises:
+        CheckpointGone: the folder was removed or replaced since the block began.
+        CheckpointError: that of this rank, or of the first other rank.
+    """
+    before, failure = _identity(path), None
+    try:
+        yield
+    except CheckpointError as error:
+        failure = error
+    if before is not None and _identity(path) != before:
+        failure = CheckpointGone(f"{path} was removed or replaced while it was read; {_LATER}")
+    told = [None if failure is None else (isinstance(failure, CheckpointGone), str(failure))]
+    if distributed.world_size() > 1:
+        told = told * distributed.world_size()
+        dist.all_gather_object(told, told[0])
+    errors = [error for error in told if error is not None]
+    if any(gone for gone, _ in errors) and not isinstance(failure, CheckpointGone):
+        failure = CheckpointGone(next(message for gone, message in errors if gone))
+    if failure is not None:
+        raise failure
+    if errors:
+        raise CheckpointError(errors[0][1])
+
+
+def _identity(path: str | Path) -> tuple[int, ...] | None:
+    """Device, number and time of a folder; None if it is not there. Complete checkpoints do not change."""
+    try:
+        found = folders.standing(path).stat()
+    except OSError:
+        return None
+    # The number of a removed folder may be given to the next one.
+    return found.st_dev, found.st_ino, found.st_mtime_ns
+
+
 def facts(path: str | Path, *, verify: bool = True) -> dict[str, Any]:
     """The facts of a folder. All ranks make the same call.
 
@@ -214,18 +261,19 @@ def facts(path: str | Path, *, verify: bool = True) -> dict[str, Any]:
     Raises:
         CheckpointError: a missing, half-written, damaged or foreign folder, or one of another release.
     """
+    if not verify:
+        return _checked_manifest(path, 0, 0).facts
+    with reading(path):
+        manifest = _checked_manifest(path, distributed.rank(), distributed.world_size())
+    return manifest.facts
+
+
+def _checked_manifest(path: str | Path, first: int, every: int) -> Manifest:
     path = folders.standing(path)
     manifest = _manifest(path)
-    wrong = checkpoint_format.wrong_file(
-        path, manifest, *((distributed.rank(), distributed.world_size()) if verify else (0, 0))
-    )
-    if verify and distributed.world_size() > 1:
-        told: list[Any] = [None] * distributed.world_size()
-        dist.all_gather_object(told, wrong)
-        wrong = next((name for name in told if name), None)
-    if wrong:
+    if wrong := checkpoint_format.wrong_file(path, manifest, first, every):
         raise _damaged(path, wrong)
-    return manifest.facts
+    return manifest
 
 
 def shapes(path: str | Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -287,7 +335,11 @@ def load(path: str | Path, *, remedy: str = _EARLIER) -> dict[str, Any]:
 
 def _manifest(path: Path, remedy: str = _EARLIER) -> Manifest:
     if not path.is_dir():
-        raise CheckpointError(f"{path} is a file, no folder" if path.exists() else f"no checkpoint at {path}")
+        raise (
+            CheckpointError(f"{path} is a file, no folder")
+            if path.exists()
+            else CheckpointGone(f"no checkpoint at {path}")
+        )
     try:
         return checkpoint_format.read(path)
     except OtherVersion as error:

@@ -338,13 +338,15 @@ class EMDTrainer:
         Raises:
             CheckpointError: a missing, damaged or foreign folder; another architecture or
                 configuration; a teacher of other weights than the run began with, if `trains`.
+            CheckpointGone: the folder was removed or replaced meanwhile.
         """
-        saved = read_facts(path, checkpoint.facts(path))
-        check_config(path, saved.config, config or saved.config)
-        trainer = cls(teacher, config or saved.config, generator, fake_score, prompts)
-        trainer._state.restore(Path(path), saved.counters)
-        trainer.skipped.fill_(saved.skipped)
-        trainer.steps_done = saved.step
-        if trains:
-            check_teacher(path, saved.teacher, trainer._teacher_facts)
+        with checkpoint.reading(path):
+            saved = read_facts(path, checkpoint.facts(path))
+            check_config(path, saved.config, config or saved.config)
+            trainer = cls(teacher, config or saved.config, generator, fake_score, prompts)
+            trainer._state.restore(Path(path), saved.counters)
+            trainer.skipped.fill_(saved.skipped)
+            trainer.steps_done = saved.step
+            if trains:
+                check_teacher(path, saved.teacher, trainer._teacher_facts)
         return trainer
