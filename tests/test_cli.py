@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
+import tempfile
 import tomllib
+from pathlib import Path
 
 import pytest
 import torch
@@ -139,6 +142,22 @@ def test_other_failures_are_one_line_and_exit_code_1(gmm, call, tmp_path):
         code, _, err = call(*words)
         assert code == 1, err
         assert said in err and len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("cls", [KeyError, TypeError, MemoryError, RecursionError])
+def test_an_error_that_nobody_expects_is_one_line_with_its_place_and_a_file(call, monkeypatch, tmp_path, cls):
+    def load(*_):
+        raise cls("what\nand more")
+
+    monkeypatch.setattr(config, "load", load)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    code, out, said = call("plan", "gmm")
+    assert (code, out) == (1, "")
+    form = rf"emd-fast: unexpected {cls.__name__} at emd_fast/cli/commands\.py:\d+: .+; the traceback is in (\S+)\n"
+    match = re.fullmatch(form, said)
+    assert match and "Traceback" in (text := Path(match[1]).read_text()) and ", in load\n" in text
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    assert ", in load\n" in call("plan", "gmm")[2]  # no file: the traceback is not lost
 
 
 def test_help_explains_every_key_in_one_line(call):

@@ -1,6 +1,6 @@
 """What the commands of `emd-fast` do.
 
-Exit codes: 0 done, 2 usage, 128 + N ended by signal N, 1 otherwise.
+Exit codes: 0 done, 2 usage, 128 + N ended by signal N, 1 otherwise. An error is one line on stderr.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 import emd_fast
 from emd_fast import config
-from emd_fast.cli.errors import REPORTED, report
+from emd_fast.cli.errors import report
 from emd_fast.cli.evaluate import evaluate, files_of
 from emd_fast.cli.info import info
 from emd_fast.cli.keys import overrides
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ConfigError(f"unknown option {rest[0]!r}; see emd-fast {options.command} --help")
         with code.allow(*named(options, rest)):
             return _COMMANDS[options.command](options, rest)
-    except REPORTED as error:
+    except Exception as error:
         report(error)
         return 2 if isinstance(error, (ConfigError, GroupError, CodeRefused)) else 1
     except KeyboardInterrupt:
