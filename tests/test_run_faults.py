@@ -78,7 +78,7 @@ def test_a_renamed_folder_is_saved_where_it_is_and_goes_on_there(tmp_path, monke
 def test_a_removed_folder_is_not_made_again(tmp_path, monkeypatch):
     at_step(monkeypatch, 5, lambda: shutil.rmtree(tmp_path / "run"))
     with pytest.raises(RunStopped, match="was removed during the run; training stopped at step 6, and its state is"):
-        distill.distill(settings(), tmp_path / "run")
+        distill.distill(settings(background_checkpoints=False), tmp_path / "run")
     assert not os.listdir(tmp_path)
 
 
@@ -87,7 +87,7 @@ def test_what_is_removed_from_a_folder_ends_the_run_and_the_same_command_goes_on
     path = tmp_path / name
     at_step(monkeypatch, 4, lambda: shutil.rmtree(path) if path.is_dir() else path.unlink())
     with pytest.raises(RunStopped, match=rf"{path} was removed during the run; training stopped at step 4, saved as"):
-        distill.distill(settings(), tmp_path)
+        distill.distill(settings(background_checkpoints=False), tmp_path)
     assert steps(tmp_path)[-1] == 4
     monkeypatch.undo()
     distill.distill(settings(), tmp_path)
