@@ -62,14 +62,15 @@ def test_a_renamed_folder_is_saved_where_it_is_and_goes_on_there(tmp_path, monke
     def rename():
         run.rename(moved)
         if another:
-            shutil.copytree(moved, run)
+            shutil.copytree(moved, run, ignore=shutil.ignore_patterns(".*"))
 
     at_step(monkeypatch, 5, rename)
     chosen = settings(background_checkpoints=background)
     with pytest.raises(RunStopped, match=rf"was renamed to {moved} during .*at step 6, saved as {moved}") as error:
         distill.distill(chosen, run)
     assert ("another one has its name now" in str(error.value)) is another is run.exists()
-    assert steps(moved) == [3, 6] and (not another or steps(run) == [3])
+    # In the background, that of step 3 may still have been under way.
+    assert steps(moved)[-1] == 6 and steps(run) in ([], [3])
     monkeypatch.undo()
     distill.distill(chosen, moved)
     assert [row["step"] for row in journal.read(moved / "log.jsonl")] == [2, 4, 6, 8]
