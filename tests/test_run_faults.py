@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import sys
+import threading
+import types
 
 import pytest
 import torch
@@ -142,6 +145,30 @@ def test_a_full_disk_at_the_log_says_whether_the_state_is_saved(tmp_path, monkey
     with pytest.raises(RunStopped, match=r"log\.jsonl'; .* at step 4: cannot write the checkpoint .* is intact$"):
         distill.distill(settings(), tmp_path / "b")
     assert steps(tmp_path / "b") == [3]
+
+
+def test_the_thread_of_tensorboard_prints_no_traceback_for_a_full_disk(tmp_path, monkeypatch):
+    class Writer(threading.Thread):  # keeps its error for the next write, as that of TensorBoard does
+        def __init__(self, error):
+            super().__init__()
+            self.error = error
+
+        def run(self):
+            raise self.error
+
+    printed = []
+    monkeypatch.setattr(threading, "excepthook", lambda failed: printed.append(failed.exc_type))
+    module = types.SimpleNamespace(SummaryWriter=lambda *_, **__: types.SimpleNamespace(close=lambda: None))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    before = threading.excepthook
+    log = journal.Journal(tmp_path, 0, ("tensorboard",))
+    for name, error in (("tensorboard.summary", OSError), ("tensorboard.summary", KeyError), ("other", OSError)):
+        monkeypatch.setattr(Writer, "__module__", name)
+        thread = Writer(error())
+        thread.start()
+        thread.join()
+    log.close()
+    assert printed == [KeyError, OSError] and threading.excepthook is before
 
 
 # Readers beside a run in training -------------------------------------------------------------------------------------
