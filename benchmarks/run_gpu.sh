@@ -81,8 +81,8 @@ build() {
 
 tests() {
     local files=()
-    for op in cuda uniform normal perturb langevin_eps langevin_z m_step_loss score_matching_loss group_norm attention \
-        integers triton triton_compile backends native bench bench_command bench_gpu; do
+    for op in cuda noise bad_input perturb langevin_eps langevin_z m_step_loss score_matching_loss group_norm attention \
+        triton triton_compile backends native bench bench_command bench_gpu; do
         if [ -e "tests/test_$op.py" ]; then
             files+=("tests/test_$op.py")
         else

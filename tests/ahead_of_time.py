@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import tempfile
@@ -11,6 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("under TRITON_INTERPRET=1 nothing is compiled", allow_module_level=True)
 
 from emd_fast.backends import triton as backend
 from emd_fast.backends.triton import launch
@@ -25,10 +30,10 @@ class Submitted:
     options: dict[str, Any]
 
 
-def launches(monkeypatch: pytest.MonkeyPatch, op: str, *args: Any) -> list[Submitted]:
+def launches(op: str, *args: Any) -> list[Submitted]:
     """The launches that this call of the op makes. Nothing runs."""
     found: list[Submitted] = []
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             launch,
             "submit",

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from interpreter import (
     round_to_bfloat16_as_a_gpu_does,
     spend_less,
 )
+from spawned import Ranks
 
 import emd_fast
 from emd_fast import backends
@@ -69,7 +71,8 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
     """Under TRITON_INTERPRET=1 ignores the files that test no Triton kernel: each takes time to import."""
     if not INTERPRETED or collection_path.is_dir() or collection_path.parent.name == "interpreted":
         return None
-    return collection_path.name not in {f"test_{op}.py" for op in backends.triton.OPS} or None
+    tests = {f"test_{name}.py" for name in ("noise", "kernels", *backends.triton.OPS)}
+    return collection_path.name not in tests or None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -93,6 +96,60 @@ def backend(request: pytest.FixtureRequest):
         pytest.skip(reason)
     with emd_fast.use_backend(request.param):
         yield request.param
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    """ranks(world, work, *arguments): what work returns on each of so many ranks, which all tests share."""
+    groups: dict[int, Ranks] = {}
+
+    def on(world, work, *arguments):
+        if world not in groups:
+            groups[world] = Ranks(world)
+        return groups[world](work, *arguments)
+
+    yield on
+    for group in groups.values():
+        group.close()
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The names of the Triton kernels that are launched, in order."""
+    from emd_fast.backends.triton import launch
+
+    names, submit = [], launch.submit
+    monkeypatch.setattr(launch, "submit", lambda kernel, *args: (names.append(kernel.__name__), submit(kernel, *args)))
+    return names
+
+
+@pytest.fixture
+def call(capsys, monkeypatch, tmp_path):
+    """The command line in this process, in an empty folder: (exit code, stdout, stderr)."""
+    from emd_fast.cli import commands
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words):
+        try:
+            code = commands.main([str(word) for word in words])
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def refused(call):
+    """refused(exit code, what is said, *words): the command ends so, in one line on stderr."""
+
+    def run(code, said, *words):
+        got, _, err = call(*words)
+        lines = [line for line in err.splitlines() if not re.match(r"\d+ images in ", line)]
+        assert got == code and said in err and len(lines) == 1, err
+
+    return run
 
 
 @pytest.fixture

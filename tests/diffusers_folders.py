@@ -6,6 +6,9 @@ import json
 
 import torch
 
+SMALL = {"sample_size": 8, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
+TOKENS = {"bos_token_id": 52, "eos_token_id": 53, "pad_token_id": 53}
+
 
 def transformers_missing():
     try:
@@ -20,16 +23,8 @@ def unet(folder, scheduler=None, **changes):
     from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
     torch.manual_seed(0)
-    options = {
-        "sample_size": 8,
-        "block_out_channels": (8, 16),
-        "layers_per_block": 1,
-        "norm_num_groups": 4,
-        "attention_head_dim": 8,
-        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-    }
-    model = UNet2DModel(**options, **changes)
+    down, up = ("DownBlock2D", "AttnDownBlock2D"), ("AttnUpBlock2D", "UpBlock2D")
+    model = UNet2DModel(**SMALL, attention_head_dim=8, down_block_types=down, up_block_types=up, **changes)
     DDPMPipeline(model, scheduler or DDPMScheduler()).save_pretrained(folder)
     return folder
 
@@ -73,16 +68,9 @@ def text_unet():
     from diffusers import UNet2DConditionModel
 
     torch.manual_seed(3)
-    return UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        cross_attention_dim=8,
-        attention_head_dim=2,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-    )
+    down, up = ("DownBlock2D", "CrossAttnDownBlock2D"), ("CrossAttnUpBlock2D", "UpBlock2D")
+    heads = {"cross_attention_dim": 8, "attention_head_dim": 2}
+    return UNet2DConditionModel(**SMALL, **heads, down_block_types=down, up_block_types=up)
 
 
 def tokenizer(folder):
@@ -109,9 +97,7 @@ def text_encoder(projection=False):
         num_attention_heads=2,
         max_position_embeddings=12,
         projection_dim=8,
-        bos_token_id=52,
-        eos_token_id=53,
-        pad_token_id=53,
+        **TOKENS,
     )
     return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config).eval()
 
@@ -183,7 +169,6 @@ def bare_text_unet(folder):
 
 
 def bare_sd3(folder):
-    """A SD3Transformer2DModel and its scheduler."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     return bare(sd3_transformer(), FlowMatchEulerDiscreteScheduler(shift=3.0), folder)

@@ -1,9 +1,4 @@
-"""Checkpoints as the code of EDM and EDM2 writes them, made without that code.
-
-There, a class decorator makes an object pickle as a call of `torch_utils.persistence._reconstruct_persistent_obj` with
-{type, version, module_src, class_name, state}; nn.Modules that are torch's own pickle as ever, and so do tensors. The
-stand-ins here have those names while a file is written, and the source they embed is hostile: it must never run.
-"""
+"""Checkpoints as EDM and EDM2 write them, made without their code; the source that they embed must never run."""
 
 from __future__ import annotations
 
@@ -131,8 +126,6 @@ def dumps_edm2(ema, protocol=4):
         return pickle.dumps(data, protocol)
 
 
-# Networks -------------------------------------------------------------------------------------------------------------
-
 TINY = {"img_resolution": 8, "in_channels": 3, "out_channels": 3, "model_channels": 16, "channel_mult": [1, 2]}
 TINY |= {"num_blocks": 1, "attn_resolutions": [4]}
 NCSNPP = {"embedding_type": "fourier", "channel_mult_noise": 2, "resample_filter": [1, 3, 3, 1]}
@@ -182,11 +175,7 @@ def file_of(name, protocol=4):
 
 @torch.no_grad()
 def fill(network):
-    """Every tensor but the FIR filters from the noise contract, by its name: the same on every machine.
-
-    normal(shape; seed crc32(name), stream 13) / sqrt(fan-in); scales of norms 1 + 0.2 normal; scalars (gains) 0.5 + 0.2
-    normal; frequencies and phases 2 normal.
-    """
+    """Every tensor but the FIR filters from the noise contract, by its name: the same on every machine."""
     for name, value in network.state_dict().items():
         if name.endswith("resample_filter"):
             continue

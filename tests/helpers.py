@@ -1,19 +1,24 @@
 """What the tests share: an independent noise generator, assertions, shapes and layouts."""
 
+import contextlib
 import math
+import traceback
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
+import emd_fast
 from emd_fast.em.e_step_xz import sample_x_z
 from emd_fast.em.types import LangevinSettings
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NOISE_ERROR = 5e-6  # what the noise contract allows a normal number
-
-# The noise contract, in numpy ---------------------------------------------------------------------------------------
 
 
 def philox(counter, key):
@@ -69,9 +74,6 @@ def integers(high, size, **where):
     return ((words * np.uint64(high)) >> np.uint64(32))[:, :elements].reshape(size).astype(np.int64)
 
 
-# Assertions ---------------------------------------------------------------------------------------------------------
-
-
 def assert_within(actual: Tensor, exact: Tensor, tolerance: float | Tensor, what: str = "value") -> None:
     """|actual - exact| <= tolerance everywhere; otherwise says where it is worst, and how often it fails."""
     assert actual.shape == exact.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
@@ -91,12 +93,9 @@ def assert_within(actual: Tensor, exact: Tensor, tolerance: float | Tensor, what
 def assert_as_good_as_eager(
     actual: Tensor, exact: Tensor, eager: Tensor, *, more: float = 0.0, what: str = "value"
 ) -> None:
-    """Error against float64 at most twice that of eager PyTorch in the same dtypes plus 1e-6 (plus `more`).
+    """Error against float64 at most twice that of eager PyTorch in the same dtypes plus 1e-6, plus `more` for noise.
 
     And two float32 units in the last place of the largest value: among few numbers eager may be right by luck.
-
-    Args:
-        more: what is allowed besides, where the op draws noise: the contract's error of a normal number.
     """
     eager_error = (eager.detach().double() - exact.double()).abs()
     finite = eager_error[torch.isfinite(eager_error)]
@@ -115,8 +114,6 @@ def naming(named: str) -> str:
     """What a message must match that names this argument: the word itself, not a letter of another."""
     return rf"(?<!\w){named}(?!\w)" if named.isidentifier() else named
 
-
-# Shapes and layouts -------------------------------------------------------------------------------------------------
 
 _SIZES = st.sampled_from([1, 2, 3, 4, 5, 7, 8, 13, 16, 17, 31])
 
@@ -173,7 +170,15 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-# Networks -----------------------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def threads(number: int):
+    """So many threads inside."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def randomised(network: nn.Module, seed: int, scale: float = 1.0) -> nn.Module:
@@ -206,3 +211,40 @@ class Mlp(nn.Module):
 def e_step_xz(generator, teacher, fake_score, z, eps, t, *, cond=None, **settings):
     """The ablation, with the arguments of emd_fast.e_step."""
     return sample_x_z((generator, teacher, fake_score), z, eps, t, cond, LangevinSettings(**settings))
+
+
+class FlopCount(TorchDispatchMode):
+    """Operations as FlopCounterMode counts them, without its account by module, which autograd.grad does not bear."""
+
+    def __init__(self, without=()) -> None:
+        super().__init__()
+        self.total, self.without = 0, without
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func._overloadpacket in flop_registry and func._overloadpacket not in self.without:
+            self.total += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+class HostReads(TorchDispatchMode):
+    """Tells `note` the file of emd_fast that asks for the value of a tensor, which on a GPU makes the host wait.
+
+    Not those that look at values of CPU tensors alone: schedules.py and ops/_check.py.
+    """
+
+    def __init__(self, note: Callable[[str], None]) -> None:
+        super().__init__()
+        self.note = note
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.__name__.startswith(("_local_scalar_dense", "equal", "is_nonzero", "nonzero")):
+            self.asked()
+        return func(*args, **(kwargs or {}))
+
+    def asked(self) -> None:
+        # A mode that counts operations may stand between whoever asks and the tensor.
+        frames = [f.filename for f in traceback.extract_stack() if f.name != "__torch_dispatch__"]
+        ours = [path for path in map(Path, frames) if path.is_relative_to(Path(emd_fast.__file__).parent)]
+        if ours and ours[-1].name not in ("schedules.py", "_check.py"):
+            self.note(ours[-1].name)

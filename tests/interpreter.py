@@ -125,10 +125,7 @@ def look_dtypes_up() -> None:
 
 
 def patch_the_language_once_a_launch() -> None:
-    """Every call of a function inside a kernel walks over all of triton.language: a third of the time of a launch.
-
-    What the first call put in place stays until the launch ends, which the interpreter takes care of.
-    """
+    """Every call in a kernel walks over all of triton.language; what the first put in place stays for the launch."""
     import triton.language as tl
     from triton.runtime import interpreter
 

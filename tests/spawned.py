@@ -1,9 +1,4 @@
-"""Processes for the tests: ranks of a gloo group, which do what they are told, and commands of emd-fast.
-
-All are forked from one server that has imported PyTorch and emd_fast and done nothing with them: an import takes
-seconds, a fork some milliseconds. Ranks meet in a file, so that no port is taken twice. Processes are daemons: they end
-with the one that asked for them.
-"""
+"""Processes for the tests: ranks of a gloo group, which do what they are told, and commands of emd-fast."""
 
 from __future__ import annotations
 
@@ -21,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+# Forked from a server that has imported PyTorch and emd_fast: an import takes seconds, a fork some milliseconds.
 _CONTEXT = mp.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["torch.distributed.fsdp", "emd_fast.cli.commands", "emd_fast.run.distill"])
 
@@ -92,11 +88,7 @@ def _rank(rank: int, world: int, folder: str, pipe: Any) -> None:
 
 
 class Command:
-    """`emd-fast WORDS` in a process of its own, as `python -m emd_fast` runs it.
-
-    Args:
-        environment: variables that it has besides ours.
-    """
+    """`emd-fast WORDS` in a process of its own, as `python -m emd_fast` runs it, with more environment variables."""
 
     def __init__(self, words: list[str], environment: dict[str, str] | None = None) -> None:
         handle, self._said = tempfile.mkstemp()

@@ -114,8 +114,6 @@ def test_3_eps_minus_drift_is_the_accumulated_noise(backend, gamma_z, by_sample)
     assert_within(result.eps - result.drift, a, 2e-6 * size * steps + 1e-5)
 
 
-# Statements 4 to 6: a Gaussian teacher, a linear generator, exact scores --------------------------------------------
-
 SIGMA = torch.tensor([[0.9, -0.3], [-0.3, 0.6]])
 MEAN = torch.tensor([0.4, -0.2])
 GENERATORS = {
@@ -148,13 +146,9 @@ def chain(A, schedule, n, log_snr, gamma, steps, seed=0):
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
 @pytest.mark.parametrize("name", GENERATORS)
 def test_4_a_long_chain_samples_the_teacher(schedule, name):
-    """x_t ends as N(alpha m, alpha^2 Sigma + sigma^2), whatever the generator.
-
-    In directions in which the chain's Hessian is lambda, the discrete chain has 1 / (1 - gamma lambda / 2) times the
-    variance: the bias of order gamma, at most that of the largest lambda. Means have none. Sampling errors in the
-    teacher's own units: 1 / sqrt(n) of a mean, sqrt(2 / n) of a variance; five of them. The start has decayed by
-    (1 - gamma lambda)^(2 steps) < e^-8, with lambda > 0.4 here.
-    """
+    """x_t ends as N(alpha m, alpha^2 Sigma + sigma^2), whatever the generator."""
+    # Where the Hessian is lambda, the variance has a bias of 1 / (1 - gamma lambda / 2); means have none. Five sampling
+    # errors: 1 / sqrt(n) of a mean, sqrt(2 / n) of a variance. The start has decayed by e^-8, as lambda > 0.4 here.
     A, n, gamma, steps = GENERATORS[name], 4096, 0.06, 170
     t, x = chain(A, schedule, n, 0.5, gamma, steps)
     stiffness, q = stiffest(A, schedule, t)
@@ -189,11 +183,7 @@ def test_4_the_bias_is_of_order_gamma():
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
 @pytest.mark.parametrize("name", GENERATORS)
 def test_5_training_finds_the_maximum_likelihood(schedule, name):
-    """A A^T = Sigma, for a teacher N(0, Sigma) and the exact fake score.
-
-    There teacher and fake score agree, drift is 0 for every sample, and no noise is left to average: the tolerance is
-    that of an optimisation which has not quite ended.
-    """
+    """A A^T = Sigma: there drift is 0 for every sample, so the tolerance is that of an optimisation not quite ended."""
     generator = Linear(GENERATORS[name])
     teacher = gaussian(torch.zeros(2), SIGMA, schedule)
     steps, n = 220, 128
@@ -266,9 +256,6 @@ def test_6_the_fixed_point_stays(gamma_z):
     assert float(without.std()) > 0.05
 
 
-# The fake-score step --------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("form", "schedule"), FORMS, ids=str)
 def test_fake_score_step_is_denoising_score_matching(backend, form, schedule):
     """Its gradient is that of mean (F - F_target)^2, in float64; the generator gets none."""
@@ -288,19 +275,3 @@ def test_fake_score_step_is_denoising_score_matching(backend, form, schedule):
     expected = gradient(exact.mean(), wide)
     assert_within(mine, expected, 2e-4 * float(expected.abs().max()))
     assert all(p.grad is None for p in generator.parameters())
-
-
-def test_fake_score_step_has_its_least_at_the_score_of_the_generator():
-    """Of the linear fake scores F = c x_t in the eps form, the exact one has c = sigma / (alpha^2 s^2 + sigma^2)."""
-    schedule, n = Cosine(), 50_000
-    t = torch.full((n,), 0.5)
-    g = seeded(0)
-    z, eps = torch.randn(n, 1, generator=g), torch.randn(n, 1, generator=g)
-    scale = torch.tensor(1.0, requires_grad=True)
-    alpha, sigma = schedule.alpha(t)[0].item(), schedule.sigma(t)[0].item()
-    exact = sigma / (alpha**2 * 1.7**2 + sigma**2)
-    fake_score = Denoiser(lambda x, t, cond: scale * exact * x, schedule, "eps")
-    loss = fake_score_step(lambda z, cond: 1.7 * z, fake_score, z, eps, t)
-    (slope,) = torch.autograd.grad(loss.mean(), scale)
-    # The gradient 2 (F - eps) F of a sample has a standard deviation below 2; five standard errors.
-    assert abs(slope.item()) < 5 * 2 / math.sqrt(n)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import subprocess
 import sys
@@ -13,7 +14,6 @@ import benchmarks
 import emd_fast
 from benchmarks.harness import ceiling, compare, digest, record, show
 from benchmarks.harness.record import Record, Result, Row
-from emd_fast.cli import commands
 from emd_fast.config import ConfigError
 
 QUICK = ["--shape", "2,4,8,8", "--device", "cpu", "--rounds", "3", "--warm", "--skip", "torch.compile"]
@@ -25,20 +25,11 @@ def small_copy(monkeypatch):
 
 
 @pytest.fixture
-def bench(capsys, monkeypatch, tmp_path):
-    """emd-fast bench in this process, in an empty folder: (exit code, stdout, stderr)."""
-
-    def run(*words):
-        monkeypatch.chdir(tmp_path)
-        try:
-            code = commands.main(["bench", *map(str, words)])
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
-
-    return run
+def bench(call):
+    return functools.partial(call, "bench")
 
 
+@pytest.mark.slow
 def test_a_run_leaves_a_table_and_files(bench, tmp_path):
     files = [tmp_path / name for name in ("run.json", "run.md", "run.png")]
     words = zip(("--json", "--markdown", "--plot"), files, strict=True)
@@ -65,12 +56,6 @@ def test_a_run_leaves_a_table_and_files(bench, tmp_path):
     assert digest.main([str(files[0])]) == 0
 
 
-def test_json_goes_there_and_back(tmp_path):
-    done = example()
-    record.write(tmp_path / "a.json", done)
-    assert record.read(tmp_path / "a.json") == done
-
-
 def test_backend_restricts_ours(bench, tmp_path):
     assert bench("langevin_z", *QUICK, "--backend", "reference", "--json", tmp_path / "a.json")[0] == 0
     (result,) = record.read(tmp_path / "a.json").results
@@ -95,24 +80,22 @@ def test_against_is_verified_before_it_is_timed(bench, tmp_path, monkeypatch):
     assert "mine:wrong: WRONG, not timed: z is off by" in out
 
 
-def test_ours_wrong_is_a_failure(bench, monkeypatch):
+@pytest.mark.parametrize(
+    ("change", "out", "err"),
+    [
+        (lambda op: op(step_size=0.5), "emd_fast reference: WRONG, not timed", "emd-fast: wrong: langevin_z"),
+        (lambda op: 1 / 0, "", "cannot run: ZeroDivisionError: division by zero"),
+    ],
+)
+def test_ours_that_is_wrong_or_cannot_run_is_a_failure(bench, monkeypatch, change, out, err):
     right = benchmarks.load("langevin_z")
 
     def op(**arguments):
-        right.op(**{**arguments, "step_size": 0.5})
+        change(lambda **more: right.op(**{**arguments, **more}))
 
     monkeypatch.setattr("benchmarks.langevin_z.BENCH", dataclasses.replace(right, op=op))
-    code, out, err = bench("langevin_z", *QUICK)
-    assert code == 1 and "emd_fast reference: WRONG, not timed" in out and "emd-fast: wrong: langevin_z" in err
-
-
-def test_ours_that_cannot_run_is_a_failure(bench, monkeypatch):
-    def op(**arguments):
-        raise RuntimeError("a kernel that crashes")
-
-    monkeypatch.setattr("benchmarks.langevin_z.BENCH", dataclasses.replace(benchmarks.load("langevin_z"), op=op))
-    code, _, err = bench("langevin_z", *QUICK)
-    assert code == 1 and "cannot run: RuntimeError: a kernel that crashes" in err
+    code, *said = bench("langevin_z", *QUICK)
+    assert code == 1 and out in said[0] and err in said[1]
 
 
 @pytest.mark.parametrize(
@@ -160,9 +143,10 @@ def test_what_is_not_here_is_one_line_and_exit_code_1(bench):
 def test_the_bench_needs_a_checkout(bench, monkeypatch, tmp_path):
     monkeypatch.setattr(emd_fast, "__file__", str(tmp_path / "site-packages" / "emd_fast" / "__init__.py"))
     code, _, err = bench("normal")
-    assert code == 1 and "runs from a checkout" in err and len(err.strip().splitlines()) == 1
+    assert code == 1 and "needs a checkout" in err and len(err.strip().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_the_command_line_stays_light():
     script = (
         "import sys, emd_fast.cli.commands as c; c.parse(['info']); "
@@ -181,9 +165,6 @@ def test_ncu_prints_its_command_and_says_what_is_missing(bench, monkeypatch):
         "bench langevin_eps --shape 64,3,64,64 --dtype bf16 --layout nhwc --backend triton --device cuda --one-call"
         in out
     )
-
-
-# Comparison ---------------------------------------------------------------------------------------------------------
 
 
 def row(name, median, noise=0.01, ours=True):
@@ -226,46 +207,41 @@ def with_medians(done, change):
     )
 
 
-def test_one_regression_is_enough_and_has_both_numbers():
-    new = with_medians(
-        example(), lambda passes, row: row.median * (1.1 if row.contender == "emd_fast reference" else 1)
-    )
+def first_case(*rows, **changes):
+    """A run with the first case alone, its rows or more of it changed."""
+    result = example().results[0]
+    return example(results=(dataclasses.replace(result, rows=rows or result.rows, **changes),))
+
+
+def slower(factor, whose):
+    return with_medians(example(), lambda _, row: row.median * (factor if whose(row) else 1))
+
+
+GONE = Row("emd_fast cpu", True, "wrong", "z is off by 1")
+
+
+@pytest.mark.parametrize(
+    ("new", "said"),
+    [
+        (slower(1.1, lambda row: "reference" in row.contender), "reference took 3000 ms and takes 3300 ms: +10.0%"),
+        (first_case(row("emd_fast cpu", 1.3, noise=0.0)), "emd_fast cpu took 1000 ms and takes 1300 ms: +30.0%"),
+        (first_case(GONE, row("emd_fast triton", 1.0)), "no longer timed (z is off by 1)"),
+        (first_case(shape=(9, 9)), "nothing was compared"),
+        (slower(1.05, lambda row: True), None),
+        (slower(0.5, lambda row: True), None),
+        (slower(9, lambda row: not row.ours), None),
+        (first_case(row("emd_fast cpu", 1.3, noise=0.2)), None),  # a noisier run can show less
+    ],
+)
+def test_what_is_a_regression(new, said):
+    """One is enough, and has both numbers; noise is none, nor is the slowness of another."""
     found, _ = compare.regressions(example(), new)
-    assert len(found) == 1
-    assert "langevin_eps, other" in found[0] and "emd_fast reference took 3000 ms and takes 3300 ms: +10.0%" in found[0]
-
-
-def test_noise_is_no_regression_and_neither_is_anothers_slowness():
-    for factor in (1.05, 0.5):
-        assert not compare.regressions(example(), with_medians(example(), lambda _, row, f=factor: row.median * f))[0]
-    slow_eager = with_medians(example(), lambda _, row: row.median * (1 if row.ours else 9))
-    assert not compare.regressions(example(), slow_eager)[0]
-    loud = example(results=(dataclasses.replace(example().results[0], rows=(row("emd_fast cpu", 1.3, noise=0.2),)),))
-    assert not compare.regressions(example(), loud)[0], "a noisier run can show less"
-    quiet = example(results=(dataclasses.replace(example().results[0], rows=(row("emd_fast cpu", 1.3, noise=0.0),)),))
-    assert len(compare.regressions(example(), quiet)[0]) == 1
-
-
-def test_one_that_is_no_longer_timed_is_a_regression():
-    gone = Row("emd_fast cpu", True, "wrong", "z is off by 1")
-    new = example(results=(dataclasses.replace(example().results[0], rows=(gone, row("emd_fast triton", 1.0))),))
-    (found,) = compare.regressions(example(), new)[0]
-    assert "no longer timed (z is off by 1)" in found
-
-
-def test_nothing_in_common_is_no_success():
-    new = example(results=(dataclasses.replace(example().results[0], shape=(9, 9)),))
-    (found,) = compare.regressions(example(), new)[0]
-    assert "nothing was compared" in found
-
-
-def test_another_version_is_said():
-    notes = compare.regressions(example(), example(software={"torch": "2.13"}))[1]
-    assert notes == ["torch was 2.11 and is 2.13"]
+    assert len(found) == (said is not None) and all(said in line for line in found)
 
 
 def test_another_machine_or_configuration_is_refused(bench, tmp_path):
     same = example()
+    assert compare.regressions(same, example(software={"torch": "2.13"}))[1] == ["torch was 2.11 and is 2.13"]
     assert compare.refusal(same, same.hardware, {**same.settings, "rounds": 3}) is None
     assert "threads was 1 and is 2" in compare.refusal(same, same.hardware, {**same.settings, "threads": 2})
     assert "gpu was None and is 'x'" in compare.refusal(same, {**same.hardware, "gpu": "x"}, same.settings)
@@ -275,6 +251,7 @@ def test_another_machine_or_configuration_is_refused(bench, tmp_path):
     assert not out, "refused before anything is measured"
 
 
+@pytest.mark.slow
 def test_compare_finds_a_planted_regression_in_a_run(bench, tmp_path):
     old, planted = tmp_path / "old.json", tmp_path / "planted.json"
     words = ["langevin_z", *QUICK, "--backend", "reference"]
@@ -302,21 +279,10 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
             record.read(path)
 
 
-def test_tables_are_aligned_and_say_why_somebody_is_missing():
-    result = dataclasses.replace(
-        example().results[0],
-        rows=(row("emd_fast cpu", 1.0), row("eager", 4.0, ours=False), Row("x", False, "wrong", "off")),
-    )
-    title, header, first, second, missing = show.terminal(result).splitlines()
-    assert title == "langevin_eps, forward, 2x3, bf16, nchw (1 set of inputs, cold)"
-    assert len(first) == len(second) == len(header) and "4.00x" in first and "1.00x" in second
-    assert missing == "  x: WRONG, not timed: off"
-    assert "peak MB" not in header, "nobody was on a GPU"
-
-
 def test_the_memory_of_a_call_is_in_every_form_of_a_run(tmp_path):
     taken = dataclasses.replace(row("emd_fast cpu", 1.0), peak_bytes=1_540_000_000)
     result = dataclasses.replace(example().results[0], rows=(taken, row("eager", 4.0, ours=False)))
+    assert "peak MB" not in show.terminal(example().results[0]), "nobody was on a GPU"
     done = dataclasses.replace(example(), results=(result,))
     record.write(tmp_path / "a.json", done)
     assert record.read(tmp_path / "a.json") == done
@@ -328,6 +294,7 @@ def test_the_memory_of_a_call_is_in_every_form_of_a_run(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["convolution", "residual_block", "loop:small"])
+@pytest.mark.slow
 def test_benches_of_what_surrounds_the_norms(bench, monkeypatch, tmp_path, name):
     """Verified and timed, with a share of what a product of matrices reaches."""
     monkeypatch.setattr(ceiling, "_SIDE", {"cpu": 32})

@@ -7,12 +7,9 @@ import math
 
 import pytest
 import torch
-from spawned import Ranks
 from test_run import assert_same, settings, weights
 
 from emd_fast import config
-from emd_fast.cli import commands
-from emd_fast.config import ConfigError
 from emd_fast.reporting import journal
 from emd_fast.run import distill
 from emd_fast.run import loop as training
@@ -144,11 +141,7 @@ def test_what_a_crash_left_behind_is_cleared(tmp_path, figures):
     assert not list(checkpoints.glob(".best*"))
 
 
-def test_the_command_line_chooses_the_best(tmp_path, figures, capsys):
-    def call(*words):
-        code = commands.main([str(word) for word in words])
-        return code, capsys.readouterr()
-
+def test_the_command_line_chooses_the_best(tmp_path, figures, call, refused, capsys):
     figures += [3.0, 1.0, 2.0]
     folder = tmp_path / "run"
     distill.distill(settings(**EVERY), folder)
@@ -160,18 +153,18 @@ def test_the_command_line_chooses_the_best(tmp_path, figures, capsys):
         assert torch.equal(torch.load(out), torch.load(tmp_path / f"{name}.pt"))
     assert not torch.equal(torch.load(tmp_path / "best.pt"), torch.load(tmp_path / "last.pt"))
     last = json.loads((folder / "metrics.json").read_text())
-    code, said = call("evaluate", folder, "--best")
-    metrics = json.loads(said.out)
+    code, said, _ = call("evaluate", folder, "--best")
+    metrics = json.loads(said)
     assert code == 0 and metrics["steps"] == 4 and metrics["trained"] == 6
     assert "These metrics are of the checkpoint of step 4." in (folder / "report.md").read_text()
     assert metrics["frechet"]["generator"] != last["frechet"]["generator"]
     distill.distill(settings(**EVERY), folder)  # finished, though an earlier checkpoint was evaluated last
     assert "is finished" in capsys.readouterr().err
-    code, said = call("sample", tmp_path / "best.safetensors", "--best", "--out", tmp_path / "x.pt")
-    assert code == 2 and "--best needs a run folder" in said.err
+    refused(2, "--best needs a run folder", "sample", tmp_path / "best.safetensors", "--best", "--out", "x.pt")
     distill.distill(settings(), tmp_path / "plain")
-    code, said = call("sample", tmp_path / "plain", "--best", "--out", tmp_path / "x.pt")
-    assert code == 1 and "has no best checkpoint: distil with --evaluation.every IMAGES" in said.err
+    capsys.readouterr()
+    said = "has no best checkpoint: distil with --evaluation.every IMAGES"
+    refused(1, said, "sample", tmp_path / "plain", "--best", "--out", "x.pt")
 
 
 @pytest.mark.slow
@@ -191,25 +184,14 @@ def test_digits_have_the_metrics_of_the_end(tmp_path):
     assert Digits(config.load("digits", tiny)).basis() == {}
 
 
-def test_keys_that_make_no_sense():
-    with pytest.raises(ConfigError, match="every must be at least 0, got -1"):
-        settings(evaluation__every=-1)
-    with pytest.raises(ConfigError, match=r"unknown key 'evaluation\.evry'; did you mean 'every'"):
-        settings(evaluation__evry=1)
-
-
 def on_a_rank(folder, parallel):
     return distill.distill(settings(**EVERY, emd__parallelism__parallel=parallel), folder)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["replicate", "fsdp"])
-def test_ranks_agree_on_the_best(tmp_path, parallel):
-    ranks = Ranks(2)
-    try:
-        first, second = ranks(on_a_rank, tmp_path, parallel)
-    finally:
-        ranks.close()
+def test_ranks_agree_on_the_best(ranks, tmp_path, parallel):
+    first, second = ranks(2, on_a_rank, tmp_path, parallel)
     rows = distances(tmp_path)
     step, value = best(tmp_path)
     assert list(rows) == [2, 4, 6] and value == min(rows.values()) == rows[step]

@@ -9,7 +9,6 @@ import weakref
 import pytest
 import torch
 from networks import FAMILIES, OWN, make, output
-from spawned import Ranks
 from test_trainer import config, digits_teacher, points_teacher
 from torch import nn
 
@@ -144,14 +143,10 @@ def test_the_drift_of_equal_weights_is_exactly_zero(fused):
     assert drift == 0 and gradient == 0 and kept == {torch.float32, BF16}
 
 
-def test_replicas_on_ranks_hold_the_same_and_their_drift_is_zero_too():
-    ranks = Ranks(2)
-    try:
-        for drift, _, kept in ranks(drift_of_equals, False):
-            assert drift == 0 and kept == {torch.float32, BF16}
-        assert all(left == [] and held == planned for left, held, planned in ranks(alive, False, False))
-    finally:
-        ranks.close()
+def test_replicas_on_ranks_hold_the_same_and_their_drift_is_zero_too(ranks):
+    for drift, _, kept in ranks(2, drift_of_equals, False):
+        assert drift == 0 and kept == {torch.float32, BF16}
+    assert all(left == [] and held == planned for left, held, planned in ranks(2, alive, False, False))
 
 
 def test_a_teacher_on_the_meta_device_is_rounded_there():

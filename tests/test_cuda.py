@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import kernel_cases
 import pytest
 import torch
 from helpers import (
@@ -20,19 +21,10 @@ from helpers import (
 
 import emd_fast
 from emd_fast import Noise, ops
-from emd_fast.backends import reference
 
 DEVICE = "cuda"
 if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)
-
-# One element, odd and prime sizes, rows of channels_last, several parts of a sum, more than one wave of blocks.
-SHAPES = [
-    (3,), (7, 1), (300, 5), (2, 3, 8, 8), (2, 3, 7, 7), (2, 37, 6, 6), (1, 3, 37, 19), (2, 64, 4, 4), (3, 2, 3, 2, 5),
-    (2, 3, 128, 128), (1, 49999), (64, 3, 64, 64), (0, 3, 4, 4), (3, 0),
-]  # fmt: skip
-LAYOUTS = ["contiguous", "channels_last", "transposed", "sliced", "batch_last"]
-CASES = [(s, x) for s in SHAPES for x in LAYOUTS if x in ("contiguous", "sliced") or len(s) == 4]
 
 
 @pytest.fixture(params=["triton", "cuda"])
@@ -43,101 +35,23 @@ def backend(request):
         yield request.param
 
 
-def moved(values):
-    return [
-        [v.to(DEVICE) for v in value] if isinstance(value, list)
-        else value.to(DEVICE) if isinstance(value, torch.Tensor)
-        else value for value in values
-    ]  # fmt: skip
-
-
-def doubled(values):
-    return [
-        [v.double() for v in value] if isinstance(value, list)
-        else value.double() if isinstance(value, torch.Tensor) and value.dtype != torch.int64
-        else torch.float64 if isinstance(value, torch.dtype)
-        else value for value in values
-    ]  # fmt: skip
-
-
-def compare(op, backend, values, written=0, more=()):
-    """The backend on the GPU against float64 on the CPU, with the error of the reference in the same dtypes."""
-    results = []
-    for run, device_values in (
-        (emd_fast.backends.implementation(op, backend, DEVICE), moved(values)),
-        (reference.OPS[op], doubled(values)),
-        (reference.OPS[op], [v.clone() if i < written else v for i, v in enumerate(values)]),
-    ):
-        result = run(*device_values)
-        results.append([*device_values[:written], *([] if result is None else [result])])
-    for i, (ours, exact, eager) in enumerate(zip(*results, strict=True)):
-        assert ours.device.type == torch.device(DEVICE).type
-        allowed = more[i] if more else 0.0
-        assert_as_good_as_eager(ours.cpu(), exact, eager, more=allowed, what=f"{op} {i}")
-
-
-NUMBERS = {"seed": 0x123456789ABCDEF, "step": 3, "first_sample": 1000, "substep": 2}
-
-
-@pytest.mark.parametrize("shape", [s for s in SHAPES if 0 not in s])
+@pytest.mark.parametrize("shape", [s for s in kernel_cases.SHAPES if 0 not in s])
 def test_the_noise_contract(backend, shape):
-    noise = Noise(**NUMBERS, device=DEVICE)
-    u = ops.uniform(shape, noise, stream=9, substep=5)
-    where = {**NUMBERS, "stream": 9, "substep": 7}
-    assert_same(u.cpu(), torch.from_numpy(uniforms(shape, **where)))
+    """Uniform numbers bit for bit; the other dtypes of normal numbers are the float32 one rounded once."""
+    where = kernel_cases.NUMBERS | {"stream": 9, "substep": 7}
+    noise = Noise(**kernel_cases.NUMBERS, device=DEVICE)
+    assert_same(ops.uniform(shape, noise, stream=9, substep=5).cpu(), torch.from_numpy(uniforms(shape, **where)))
     n = ops.normal(shape, noise, stream=9, substep=5)
     assert_within(n.cpu(), normals(shape, **where), NOISE_ERROR)
     for dtype in DTYPES[1:]:
         assert_same(ops.normal(shape, noise, stream=9, substep=5, dtype=dtype).cpu(), n.to(dtype).cpu())
 
 
-@pytest.mark.parametrize(("shape", "layout"), CASES)
-def test_perturb(backend, shape, layout):
-    g = seeded(0)
-    for dtype in DTYPES:
-        x0, eps = draw(shape, g, dtype, layout), draw(shape, g, torch.float32, layout)
-        alpha, sigma = per_sample(shape[0], g), per_sample(shape[0], g)
-        compare("perturb", backend, [x0, alpha, sigma, eps, None, 0, 0, dtype])
-        noise = Noise(**NUMBERS).state
-        compare("perturb", backend, [x0, alpha, sigma, None, noise, 5, 0, dtype], more=(2 * NOISE_ERROR,))
-
-
-@pytest.mark.parametrize("terms", [1, 2, 3, 5])
-@pytest.mark.parametrize(("shape", "layout"), CASES)
-def test_langevin_eps(backend, shape, layout, terms):
-    g = seeded(terms)
-    batch = shape[0]
-    for dtype, sizes in ((torch.float32, None), (torch.bfloat16, per_sample(batch, g, 0.0, 1.0))):
-        x = draw(shape, g, torch.float32, layout) if terms == 5 else None
-        outputs = [draw(shape, g, dtype, layout) for _ in range(terms - (x is not None))]
-        if terms == 3:
-            outputs[1] = draw(shape, g, torch.float32, "contiguous")
-        coefs, alpha, sigma = torch.randn(batch, terms, generator=g), per_sample(batch, g), per_sample(batch, g)
-        state, noise = [draw(shape, g), draw(shape, g)], Noise(**NUMBERS).state
-        values = [*state, x, outputs, coefs, alpha, sigma, 0.3, sizes, noise, 7, dtype]
-        compare("langevin_eps", backend, values, written=2, more=(2 * NOISE_ERROR, 0.0, 0.0))
-
-
-@pytest.mark.parametrize(("shape", "layout"), CASES)
-def test_langevin_z(backend, shape, layout):
-    g = seeded(0)
-    for dtype in DTYPES:
-        for sizes in (None, per_sample(shape[0], g, 0.0, 1.0)):
-            values = [draw(shape, g), draw(shape, g, dtype, layout), 0.01, sizes, Noise(**NUMBERS).state, 7]
-            compare("langevin_z", backend, values, written=1, more=(2 * NOISE_ERROR,))
-
-
-@pytest.mark.parametrize(("shape", "layout"), CASES)
-def test_losses(backend, shape, layout):
-    g = seeded(0)
-    a, b, c, d = (per_sample(shape[0], g) for _ in range(4))
-    for dtype in DTYPES:
-        output, x0 = draw(shape, g, dtype, layout), draw(shape, g, torch.float32, layout)
-        x_t, drift = draw(shape, g, dtype, "contiguous"), draw(shape, g)
-        compare("m_step_loss", backend, [output, drift, a, b, c])
-        compare("m_step_loss_backward", backend, [a, drift, b, c, d, dtype])
-        compare("score_matching_loss", backend, [output, x0, x_t, a, b, c])
-        compare("score_matching_loss_backward", backend, [a, output, x0, x_t, b, c, d])
+@pytest.mark.parametrize(("shape", "layout"), kernel_cases.cases(kernel_cases.SHAPES))
+def test_every_op_against_float64_and_the_reference(backend, shape, layout):
+    for op, arguments in kernel_cases.calls(shape, layout):
+        run = emd_fast.backends.implementation(op, backend, DEVICE)
+        kernel_cases.assert_as_good_as_reference(run, op, arguments, DEVICE)
 
 
 def test_a_sum_is_the_same_in_every_batch_and_every_run(backend):
@@ -223,7 +137,7 @@ def test_gradients_reach_the_network(backend):
         gradients = []
         for device in (DEVICE, "cpu"):
             x = generated.to(device).requires_grad_()
-            values = moved([drift, x0, x_t, a, b, c]) if device == DEVICE else [drift, x0, x_t, a, b, c]
+            values = [v.to(device) for v in (drift, x0, x_t, a, b, c)]
             with emd_fast.use_backend(backend if device == DEVICE else "reference"):
                 loss = ops.m_step_loss(x, values[0], *values[3:]) + ops.score_matching_loss(x, *values[1:])
             (gradient,) = torch.autograd.grad(loss.sum(), x)

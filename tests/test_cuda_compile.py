@@ -96,15 +96,7 @@ def test_no_contraction_in_the_machine_code(objects):
         assert not {"FFMA", "FFMA2"} & kinds, f"sm_{target}"
 
 
-def test_registers(objects, capsys):
-    """The table of registers a thread."""
-    rows: dict[str, dict[int, int]] = {}
-    for kernel in objects.kernels:
-        rows.setdefault(kernel.name, {})[kernel.target] = kernel.registers
-    with capsys.disabled():
-        print(f"\n{'registers':<40}" + "".join(f"{'sm_' + str(t):>7}" for t in TARGETS))
-        for name, found in rows.items():
-            print(f"{name:<40}" + "".join(f"{found.get(t, ''):>7}" for t in TARGETS))
+def test_registers(objects):
     # Five blocks of 128 threads on a processor at least, which have 480 bytes of a call's tensors under way each.
     assert max(kernel.registers for kernel in objects.kernels) <= 96
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
-import os
-import traceback
 
 import pytest
+import test_trainer
 import torch
-from helpers import normals, randomised
+from helpers import HostReads, normals
 from PIL import Image
+from test_trainer import assert_same_state, digits_teacher, points_teacher
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from emd_fast import Denoiser, EMDConfig, EMDTrainer, ops, schedules
+from emd_fast import Denoiser, EMDTrainer, ops, schedules
 from emd_fast import config as settings
 from emd_fast.config import TimeDistribution
 from emd_fast.em.m_step import WEIGHTINGS
@@ -22,20 +22,10 @@ from emd_fast.noise import NoiseStream
 from emd_fast.reporting import journal
 from emd_fast.run import distill
 from emd_fast.run import loop as training
-from emd_fast.teachers.mlp import TimeMLP
-from emd_fast.teachers.small_unet import SmallUNet
 from emd_fast.train import diagnostics, throughput
 from emd_fast.train.preview import denoised
 
-
-def points_teacher(schedule=None) -> Denoiser:
-    schedule = schedule or schedules.EDM()
-    form = {"sigma_data": 0.5} if isinstance(schedule, schedules.EDM) else {}
-    return Denoiser(TimeMLP(2, 16, 1, seed=1), schedule, "edm" if form else "eps", sample_shape=(2,), **form)
-
-
-def config(**changes) -> EMDConfig:
-    return EMDConfig(**{"steps": 4, "batch_size": 11, "langevin_steps": 2, "t_star": 0.5, **changes})
+config = functools.partial(test_trainer.config, batch_size=11, t_star=0.5)
 
 
 def by_hand(trainer: EMDTrainer, sampled, generated) -> dict[str, float]:
@@ -87,7 +77,7 @@ def watched_step(trainer: EMDTrainer):
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
+        {"seed": 3},
         {"micro_batch_size": 4, "gamma_z": 0.0, "weighting": "sigma_over_alpha"},
         {"objective": "vsd", "gamma_eps": 0.25},
         {"noise_cancellation": False, "batch_size": 3},
@@ -111,21 +101,10 @@ def test_every_value_is_that_of_float64_by_hand(changes, schedule):
         assert any(map(math.isnan, bins))
 
 
-def test_displacement_without_moves_of_z_is_nothing_and_noise_is_most_of_the_signal():
-    trainer = EMDTrainer(points_teacher(), config(gamma_z=0.0, batch_size=256))
-    trainer.step()
-    found = trainer.diagnostics()
-    assert found["z_moved_rms"].item() == 0.0
-    assert found["signal_var_eps"] > 10 * found["signal_var_drift"] > 0
-
-
 def test_the_bins_divide_the_range_in_which_t_is_drawn_as_far_as_the_schedule_goes():
-    low, width = diagnostics.log_snr_bins(schedules.EDM(), TimeDistribution(low=0.05, high=5.0))
-    assert low == pytest.approx(-2 * math.log(5)) and 8 * width == pytest.approx(2 * math.log(100))
-    low, width = diagnostics.log_snr_bins(schedules.EDM(), TimeDistribution(low=1e-6, high=1e6))
-    assert low == pytest.approx(-2 * math.log(80), rel=1e-5) and 8 * width == pytest.approx(
-        2 * math.log(40_000), rel=1e-5
-    )
+    for (low, high), (first, last) in (((0.05, 5.0), (0.05, 5.0)), ((1e-6, 1e6), (0.002, 80))):
+        start, width = diagnostics.log_snr_bins(schedules.EDM(), TimeDistribution(low=low, high=high))
+        assert (start, 8 * width) == pytest.approx((-2 * math.log(last), 2 * math.log(last / first)), rel=1e-5)
 
 
 def test_a_sample_that_is_not_finite_stays_in_its_bin():
@@ -138,24 +117,14 @@ def test_a_sample_that_is_not_finite_stays_in_its_bin():
     assert len(changed) == 1 and ill[changed[0]].isnan()
 
 
-# The generator's gradient ---------------------------------------------------------------------------------------------
-
-
 def gradients_of_samples(trainer: EMDTrainer, target: str) -> torch.Tensor:
     """(B, parameters) float64: each sample's gradient at the weights as they are, by its own pass."""
     generator, rows = copy.deepcopy(trainer.generator).double(), []
     for record in trainer._records:
         for i in range(len(record.posterior.t)):
-            z, residual, alpha, sigma, weight = (
-                x[i : i + 1].double()
-                for x in (
-                    record.posterior.z,
-                    getattr(record.posterior, target),
-                    record.posterior.alpha,
-                    record.posterior.sigma,
-                    record.weight,
-                )
-            )
+            posterior = record.posterior
+            values = (posterior.z, getattr(posterior, target), posterior.alpha, posterior.sigma, record.weight)
+            z, residual, alpha, sigma, weight = (x[i : i + 1].double() for x in values)
             generated = generator(z, None)
             regression = weight / (2 * sigma**2) * (alpha * (generated - generated.detach()) - sigma * residual) ** 2
             gradient = torch.autograd.grad(regression.mean(), list(generator.parameters()))
@@ -181,24 +150,6 @@ def test_the_variance_of_the_gradient_is_that_of_halves_by_hand(changes):
         assert value.shape == () and value.item() == pytest.approx(float(of_a_sample / len(each)), rel=1e-4)
 
 
-def test_the_variance_of_the_gradient_is_right_on_average():
-    """Over many batches: the estimates, and the variance among all their samples over the batch size."""
-    fake_score = Denoiser(TimeMLP(2, 16, 1, seed=2), schedules.EDM(), "edm", sigma_data=0.5, sample_shape=(2,))
-    settings = config(batch_size=7, generator_lr=1e-30, fake_score_lr=1e-30, fake_score_updates=1)
-    trainer = EMDTrainer(points_teacher(), settings, fake_score=fake_score)
-    estimates, each = {}, {}
-    for _ in range(100):
-        trainer.step()
-        for target in diagnostics.SIGNALS:
-            value = trainer.gradient_variance()[f"generator_grad_var_{target}"]
-            estimates.setdefault(target, []).append(value.item())
-            each.setdefault(target, []).append(gradients_of_samples(trainer, target))
-    for target in diagnostics.SIGNALS:
-        found, truth = torch.tensor(estimates[target]), float(torch.cat(each[target]).var(0).sum()) / 7
-        assert truth > 0 and abs(found.mean() - truth) < 4 * found.std() / 10, target
-    assert sum(estimates["drift"]) < sum(estimates["eps"])
-
-
 def test_one_sample_has_no_variance():
     trainer = EMDTrainer(points_teacher(), config(batch_size=1))
     trainer.step()
@@ -206,16 +157,13 @@ def test_one_sample_has_no_variance():
 
 
 def test_looking_does_not_change_the_training():
-    network = SmallUNet(1, 8, num_classes=3)
-    teacher = Denoiser(network, schedules.EDM(), "edm", sigma_data=0.5, sample_shape=(1, 8, 8))
-    watched, alone = (EMDTrainer(teacher, config(num_classes=3, micro_batch_size=4)) for _ in range(2))
+    watched, alone = (EMDTrainer(digits_teacher(), config(num_classes=3, micro_batch_size=4)) for _ in range(2))
     for _ in range(3):
         said = watched.step()
         watched.diagnostics()
         watched.gradient_variance()
         assert all(torch.equal(value, said[name]) for name, value in alone.step().items())
-    for name, value in alone.generator.state_dict().items():
-        assert torch.equal(value, watched.generator.state_dict()[name]), name
+    assert_same_state(alone, watched)
 
 
 def test_there_are_no_diagnostics_before_a_step():
@@ -223,9 +171,6 @@ def test_there_are_no_diagnostics_before_a_step():
     for ask in (trainer.diagnostics, trainer.gradient_variance):
         with pytest.raises(RuntimeError, match="call step"):
             ask()
-
-
-# How fast -------------------------------------------------------------------------------------------------------------
 
 
 class Product(nn.Module):
@@ -276,9 +221,6 @@ def test_memory_is_in_bytes():
     assert 50 * 2**20 < throughput.peak_memory(torch.device("cpu")) < 2**44
 
 
-# In a run -------------------------------------------------------------------------------------------------------------
-
-
 TINY = {
     "emd.steps": 7,
     "emd.batch_size": 16,
@@ -292,62 +234,36 @@ TINY = {
 }
 
 
-@pytest.fixture
-def asked(monkeypatch):
-    """Steps done whenever somebody reads a value, but for the checks of CPU tensors' values."""
-    steps: list[int] = []
-    now = [0]
-    step, tolist = EMDTrainer.step, torch.Tensor.tolist
-
-    def note() -> None:
-        # The mode that counts operations stands between whoever asks and the tensor.
-        frames = [f for f in traceback.extract_stack() if f.name != "__torch_dispatch__"]
-        names = [f.filename for f in frames if f"emd_fast{os.sep}" in f.filename and "tests" not in f.filename]
-        ours = [os.path.basename(name) for name in names]
-        if ours and ours[-1] not in ("schedules.py", "_check.py"):
-            steps.append(now[0])
-
-    class Reads(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func.__name__.startswith(("_local_scalar_dense", "equal", "is_nonzero", "nonzero")):
-                note()
-            return func(*args, **(kwargs or {}))
+def test_no_value_is_asked_for_between_logged_steps(tmp_path, monkeypatch):
+    asked, now, step, tolist = set(), [0], EMDTrainer.step, torch.Tensor.tolist
+    reads = HostReads(lambda file: asked.add(now[0]))
 
     def counted_step(self, cond=None):
         now[0] = self.steps_done + 1
         return step(self, cond)
 
     def counted_tolist(self):  # reads the memory of a CPU tensor, past every dispatch
-        note()
+        reads.asked()
         return tolist(self)
 
     monkeypatch.setattr(EMDTrainer, "step", counted_step)
     monkeypatch.setattr(torch.Tensor, "tolist", counted_tolist)
     monkeypatch.setattr(distill, "evaluate", lambda *_: {})
-    with Reads():
-        yield steps
-
-
-def test_no_value_is_asked_for_between_logged_steps(tmp_path, asked):
-    distill.distill(settings.load("gmm", {**TINY, "gradient_variance": True}), tmp_path)
-    assert set(asked) - {0} == {3, 6, 7}
-    assert 3 in asked and 6 in asked
+    with reads:
+        distill.distill(settings.load("gmm", {**TINY, "gradient_variance": True}), tmp_path)
+    assert asked - {0} == {3, 6, 7}
 
 
 def test_the_log_has_everything_and_the_line_says_the_most_of_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(distill, "evaluate", lambda *_: {})
     seen = []
-    sink = type(
-        "Sink",
-        (),
-        {
-            "module": staticmethod(lambda: None),
-            "__init__": lambda *_: None,
-            "write": lambda _, r: seen.append(r),
-            "close": lambda _: None,
-        },
-    )
-    monkeypatch.setitem(journal._SINKS, "tensorboard", sink)
+
+    class Sink:
+        module = staticmethod(lambda: None)
+        __init__ = close = lambda *_: None
+        write = lambda self, row: seen.append(row)  # noqa: E731
+
+    monkeypatch.setitem(journal._SINKS, "tensorboard", Sink)
     extra = {"peak_tflops": 0.5, "gradient_variance": True}
     distill.distill(settings.load("gmm", {**TINY, **extra}), tmp_path, ("tensorboard",))
     rows = journal.read(tmp_path / "log.jsonl")
@@ -375,23 +291,8 @@ def test_what_is_not_known_is_not_said(tmp_path, monkeypatch):
     assert all("tflops" not in row and "mfu" not in row for row in journal.read(tmp_path / "graph" / "log.jsonl"))
 
 
-# Pictures -------------------------------------------------------------------------------------------------------------
-
-
-def digits_trainer() -> EMDTrainer:
-    teacher = Denoiser(
-        randomised(SmallUNet(1, 8, num_classes=3), 0, 0.2),
-        schedules.EDM(),
-        "edm",
-        sigma_data=0.5,
-        sample_shape=(1, 8, 8),
-        null_cond=0,
-    )
-    return EMDTrainer(teacher, config(num_classes=3, guidance=1.5))
-
-
 def test_the_three_networks_denoise_the_same_images():
-    trainer = digits_trainer()
+    trainer = EMDTrainer(digits_teacher(null_cond=0), config(num_classes=3, guidance=1.5))
     trainer.step()
     found = denoised(trainer, 4)
     assert list(found) == ["generator", "teacher", "fake_score"]
@@ -408,7 +309,7 @@ def test_the_three_networks_denoise_the_same_images():
 
 
 def test_a_picture_has_a_row_for_each_network_and_never_stops_a_run(tmp_path):
-    trainer = digits_trainer()
+    trainer = EMDTrainer(digits_teacher(), config(num_classes=3))
     training._show(trainer, tmp_path)
     with Image.open(tmp_path / "samples" / "networks" / "step-00000000.png") as picture:
         assert picture.width > 2 * picture.height

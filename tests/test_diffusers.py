@@ -40,9 +40,6 @@ def sd3(tmp_path_factory):
     return folders.bare_sd3(tmp_path_factory.mktemp("sd3") / "teacher")
 
 
-# Schedules --------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler"])
 @pytest.mark.parametrize("betas", ["linear", "scaled_linear", "squaredcos_cap_v2"])
 def test_alpha_and_sigma_are_those_of_the_scheduler(unet, name, betas):
@@ -100,9 +97,6 @@ def test_between_indices_the_network_is_told_the_fraction(unet):
     assert teacher.network_inputs(torch.tensor([teacher.time(10.5)]))[1].item() == pytest.approx(10.5, abs=1e-4)
 
 
-# Networks ---------------------------------------------------------------------------------------------------------
-
-
 def test_a_learned_variance_is_cut_off(dit):
     teacher = teachers.load(dit)
     x, t, labels = torch.randn(2, 4, 8, 8), torch.full((2,), teacher.time(100)), torch.tensor([3, 10])
@@ -112,17 +106,12 @@ def test_a_learned_variance_is_cut_off(dit):
     assert teacher.null_cond == 10 and teacher.num_classes == 10
 
 
-def test_bare_folders_and_models_inside_a_pipeline(unet, text_unet):
-    assert teachers.load(text_unet).sample_shape == (4, 8, 8)
-    inside, around = teachers.load(unet / "unet"), teachers.load(unet)
-    assert all(torch.equal(a, b) for a, b in zip(inside.parameters(), around.parameters(), strict=True))
+def test_a_dtype_and_a_model_inside_a_pipeline(unet):
+    inside, around = teachers.load(unet / "unet"), teachers.load(unet, dtype=torch.bfloat16)
     assert inside.schedule == around.schedule
-
-
-def test_dtype(unet):
-    teacher = teachers.load(unet, dtype=torch.bfloat16)
-    assert {parameter.dtype for parameter in teacher.parameters()} == {torch.bfloat16}
-    assert teacher(torch.randn(1, 3, 8, 8), torch.tensor([0.5])).dtype == torch.bfloat16
+    for mine, half in zip(inside.parameters(), around.parameters(), strict=True):
+        assert half.dtype == torch.bfloat16 and torch.equal(mine.bfloat16(), half)
+    assert around(torch.randn(1, 3, 8, 8), torch.tensor([0.5])).dtype == torch.bfloat16
 
 
 def test_a_copy_shares_the_folder_and_no_weight(dit):
@@ -140,9 +129,6 @@ def test_latents_are_decoded_with_scale_and_shift(tmp_path):
     latents = torch.randn(2, 4, 8, 8)
     theirs = diffusers.AutoencoderKL.from_pretrained(folder / "vae").decode(latents / 0.5 + 0.25).sample
     assert torch.equal(teacher.decode(latents), theirs)
-
-
-# Prompts ----------------------------------------------------------------------------------------------------------
 
 
 @needs_text
@@ -169,6 +155,7 @@ def test_guidance_with_the_empty_prompt(tmp_path):
 @pytest.mark.parametrize("mapped", [False, True])
 def test_prompts_are_drawn_by_the_noise_contract(text_unet, tmp_path, mapped):
     teacher, prompts = teachers.load(text_unet), torch.randn(5, 3, 8)
+    assert teacher.sample_shape == (4, 8, 8)
     config = EMDConfig(steps=1, batch_size=4, langevin_steps=1, t_star=0.5)
     conditions.save(tmp_path / "prompts.safetensors", prompts, torch.zeros(1, 3, 8))
     table = conditions.Mapped(tmp_path / "prompts.safetensors") if mapped else prompts
@@ -200,12 +187,37 @@ def test_a_table_of_prompts_on_disk(tmp_path):
         conditions.Mapped(tmp_path / "bad")
 
 
-# What is said when something is wrong -----------------------------------------------------------------------------
-
-
-def one_line(error):
-    assert len(str(error.value).splitlines()) == 1, error.value
-    return str(error.value)
+@pytest.mark.parametrize(
+    ("folder", "scheduler", "error", "said"),
+    [
+        ("nowhere", None, FileNotFoundError, "is no folder"),
+        (".", None, ValueError, "is no model of diffusers"),
+        ("flux", None, ValueError, "holds a FluxTransformer2DModel, which is not supported: UNet2DModel"),
+        ("bare", None, ValueError, "give load() a scheduler"),
+        ("bare", {"_class_name": "KarrasVeScheduler"}, ValueError, "KarrasVeScheduler is not supported: DDPMScheduler"),
+        (
+            "bare",
+            {"_class_name": "DDPMScheduler", "prediction_type": "flow_prediction"},
+            ValueError,
+            "'flow_prediction' of DDPMScheduler",
+        ),
+        (
+            "bare",
+            {"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"},
+            ValueError,
+            "timestep_type = 'continuous'",
+        ),
+    ],
+)
+def test_folders_and_schedulers_that_are_no_teacher(tmp_path, folder, scheduler, error, said):
+    (tmp_path / "flux").mkdir()
+    (tmp_path / "flux" / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}')
+    if folder == "bare":
+        folders.text_unet().save_pretrained(tmp_path / "bare")
+        assert teachers.load(tmp_path / "bare", scheduler=diffusers.DDPMScheduler()).parametrization == "eps"
+    with pytest.raises(error, match=re.escape(said)) as caught:
+        teachers.load(tmp_path / folder, scheduler=scheduler)
+    assert "\n" not in str(caught.value)
 
 
 def test_labels_and_prompts_that_do_not_match(unet, dit, text_unet, sd3):
@@ -223,49 +235,13 @@ def test_labels_and_prompts_that_do_not_match(unet, dit, text_unet, sd3):
     for folder, cond, kind, said in wrong:
         with pytest.raises(kind, match=re.escape(said)) as error:
             teachers.load(folder)(x, t, cond)
-        one_line(error)
+        assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="takes no condition"):
         teachers.load(unet)(torch.randn(2, 3, 8, 8), t, torch.tensor([0, 1]))
     with pytest.raises(ValueError, match="not prompts"):
         teachers.load(dit).encode(["a cat"])
     with pytest.raises(ValueError, match="no text encoder"):
         teachers.load(text_unet).encode(["a cat"])
-
-
-def test_folders_that_hold_no_teacher(tmp_path, unet):
-    with pytest.raises(FileNotFoundError, match="is no folder") as error:
-        teachers.load(tmp_path / "nowhere")
-    one_line(error)
-    with pytest.raises(ValueError, match="is no model of diffusers") as error:
-        teachers.load(tmp_path)
-    one_line(error)
-    (tmp_path / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}')
-    with pytest.raises(
-        ValueError, match="holds a FluxTransformer2DModel, which is not supported: UNet2DModel"
-    ) as error:
-        teachers.load(tmp_path)
-    one_line(error)
-
-
-@pytest.mark.parametrize(
-    ("config", "said"),
-    [
-        ({"_class_name": "KarrasVeScheduler"}, "KarrasVeScheduler is not supported: DDPMScheduler"),
-        ({"_class_name": "DDPMScheduler", "prediction_type": "flow_prediction"}, "'flow_prediction' of DDPMScheduler"),
-        ({"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"}, "timestep_type = 'continuous'"),
-    ],
-)
-def test_schedulers_that_are_not_supported(unet, config, said):
-    with pytest.raises(ValueError, match=said) as error:
-        teachers.load(unet, scheduler=config)
-    one_line(error)
-
-
-def test_a_bare_model_without_a_scheduler(tmp_path):
-    folders.text_unet().save_pretrained(tmp_path / "model")
-    with pytest.raises(ValueError, match="give load\\(\\) a scheduler"):
-        teachers.load(tmp_path / "model")
-    assert teachers.load(tmp_path / "model", scheduler=diffusers.DDPMScheduler()).parametrization == "eps"
 
 
 def test_without_diffusers_one_line_says_so(tmp_path):

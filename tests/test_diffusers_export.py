@@ -32,13 +32,7 @@ EMBEDDED = {
         "pooled_projections": torch.linspace(-1, 1, 32).reshape(2, 16),
     },
 }
-KINDS = [
-    "unet",
-    "dit",
-    "bare_text_unet",
-    "bare_sd3",
-    *(pytest.param(name, marks=needs_text) for name in ("text_unet", "sd3")),
-]
+KINDS = [pytest.param(name, marks=needs_text if name in ("text_unet", "sd3") else ()) for name in MAKERS]
 
 
 @pytest.fixture(scope="module")
@@ -49,15 +43,10 @@ def distilled(tmp_path_factory):
     def make(name):
         if name not in made:
             teacher = teachers.load(MAKERS[name](tmp_path_factory.mktemp(name) / "teacher"))
-            prompts = EMBEDDED.get(name)
-            if teacher.takes.embedding and prompts is None:
-                prompts = teacher.encode(["a b", "c"])
+            prompts = teacher.encode(["a b", "c"]) if name in ("text_unet", "sd3") else EMBEDDED.get(name)
             trainer = trained(teacher, prompts=prompts)
-            cond = None
-            if prompts is not None:
-                cond = trainer.prompts[torch.tensor([0, 1, 1])]
-            elif teacher.num_classes:
-                cond = torch.tensor([3, 0, 9])
+            cond = torch.tensor([3, 0, 9]) if teacher.num_classes else None
+            cond = cond if prompts is None else trainer.prompts[torch.tensor([0, 1, 1])]
             made[name] = trainer, cond
         return made[name]
 
@@ -126,9 +115,7 @@ def test_ddim_pipeline_samples_a_unet_in_one_step(distilled, tmp_path):
     assert pipeline.scheduler.timesteps.tolist() == [300]
     images = pipeline(batch_size=3, generator=drawn(), num_inference_steps=1, output_type="pt").images
     same(images, load(tmp_path / "out")(noise((3, 3, 8, 8))))
-    # DDPM's pipeline, with the same scheduler.
     other = diffusers.DDPMPipeline(pipeline.unet, pipeline.scheduler)
-    other.set_progress_bar_config(disable=True)
     images = other(batch_size=3, generator=drawn(), num_inference_steps=1, output_type="np").images
     same(torch.from_numpy(images).permute(0, 3, 1, 2), load(tmp_path / "out")(noise((3, 3, 8, 8))))
 
@@ -159,26 +146,22 @@ def test_dit_pipeline_samples_in_one_step(distilled, tmp_path):
 
 
 @needs_text
-@pytest.mark.parametrize(("input_scale", "scheduler"), [(1.0, "DDIMScheduler"), (None, "EulerDiscreteScheduler")])
-def test_stable_diffusion_pipeline_samples_in_one_step(distilled, tmp_path, input_scale, scheduler):
-    trainer, _ = distilled("text_unet")
+@pytest.mark.parametrize(
+    ("name", "input_scale", "kind", "scheduler"),
+    [
+        ("text_unet", 1.0, "StableDiffusionPipeline", "DDIMScheduler"),
+        ("text_unet", None, "StableDiffusionPipeline", "EulerDiscreteScheduler"),
+        ("sd3", 1.0, "StableDiffusion3Pipeline", "FlowMatchEulerDiscreteScheduler"),
+    ],
+)
+def test_a_pipeline_of_text_samples_in_one_step(distilled, tmp_path, name, input_scale, kind, scheduler):
+    trainer, _ = distilled(name)
     if input_scale is None:
         trainer = trained(trainer.teacher, prompts=trainer.teacher.encode(["a"]), steps=1, input_scale=None)
-    pipeline = pipeline_of(silent(tmp_path / "out", trainer))
-    assert type(pipeline) is diffusers.StableDiffusionPipeline and type(pipeline.scheduler).__name__ == scheduler
-    prompts, z = ["a b", "c"], noise((2, 4, 8, 8))
-    options = {"num_inference_steps": 1, "guidance_scale": 1.0, "output_type": "pt", "height": 16, "width": 16}
-    images = pipeline(prompts, latents=z, **options).images
-    loaded = load(tmp_path / "out")
-    same(images, loaded.decode(loaded(z, loaded.encode(prompts))))
-
-
-@needs_text
-def test_sd3_pipeline_samples_in_one_step(distilled, tmp_path):
-    trainer, _ = distilled("sd3")
     # diffusers wants to be told of a T5 that is not there, as for the teacher's own folder.
-    pipeline = pipeline_of(silent(tmp_path / "out", trainer), text_encoder_3=None, tokenizer_3=None)
-    assert type(pipeline) is diffusers.StableDiffusion3Pipeline and pipeline.text_encoder_3 is None
+    without_t5 = {"text_encoder_3": None, "tokenizer_3": None} if name == "sd3" else {}
+    pipeline = pipeline_of(silent(tmp_path / "out", trainer), **without_t5)
+    assert (type(pipeline).__name__, type(pipeline.scheduler).__name__) == (kind, scheduler)
     prompts, z = ["a b", "c"], noise((2, 4, 8, 8))
     options = {"num_inference_steps": 1, "guidance_scale": 1.0, "output_type": "pt", "height": 16, "width": 16}
     images = pipeline(prompts, latents=z, **options).images
@@ -192,21 +175,16 @@ def test_sd3_pipeline_samples_in_one_step(distilled, tmp_path):
         ({"t_star": 0.30012}, "schedulers know whole ones"),
         ({"input_scale": None}, "train with input_scale = 1"),
         ({"input_scale": 0.5}, "not by 0.5"),
+        ({}, "gives labels"),
     ],
 )
 def test_what_stock_diffusers_cannot_do_is_said_and_it_cannot_load_it(distilled, tmp_path, changes, said):
-    trainer = trained(distilled("unet")[0].teacher, steps=1, **changes)
+    labelled = {} if changes else {"num_class_embeds": 4}
+    trainer = trained(teachers.load(folders.unet(tmp_path / "teacher", **labelled)), steps=1, **changes)
     with pytest.warns(NotForStock, match=said):
         path = export(trainer, tmp_path / "out")
     assert not (path / "model_index.json").exists()
     assert torch.equal(load(path).sample(2), trainer.generate(2))
-
-
-def test_a_unet_with_labels_has_no_stock_pipeline(tmp_path):
-    trainer = trained(teachers.load(folders.unet(tmp_path / "teacher", num_class_embeds=4)), steps=1)
-    with pytest.warns(NotForStock, match="gives labels"):
-        path = export(trainer, tmp_path / "out")
-    assert torch.equal(load(path).sample(6), trainer.generate(6))
 
 
 def test_from_a_checkpoint_with_its_teacher(distilled, tmp_path):
@@ -214,16 +192,13 @@ def test_from_a_checkpoint_with_its_teacher(distilled, tmp_path):
     trainer.save(tmp_path / "step.pt")
     with pytest.raises(ValueError, match="holds no teacher"):
         export(tmp_path / "step.pt", tmp_path / "out")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").write_text("mine")
+    with pytest.raises(ValueError, match="not empty"):
+        export(trainer, tmp_path / "mine")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["file"]
     path = export(tmp_path / "step.pt", tmp_path / "out", teacher=trainer.teacher)
     assert torch.equal(load(path).sample(2), trainer.generate(2))
-
-
-def test_a_folder_that_is_not_empty_is_left_alone(distilled, tmp_path):
-    trainer, _ = distilled("unet")
-    (tmp_path / "mine").write_text("mine")
-    with pytest.raises(ValueError, match="not empty"):
-        export(trainer, tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
 def test_nothing_in_the_folder_says_where_the_teacher_lay(distilled, tmp_path):

@@ -2,9 +2,11 @@
 
 import copy
 import dataclasses
+import sys
 
 import pytest
 import torch
+from helpers import randomised, threads
 
 from emd_fast.config import TeacherConfig
 from emd_fast.diffusion.sampler import heun
@@ -21,21 +23,8 @@ SHORT = TeacherConfig(steps=30, batch_size=32, warmup=5)
 @pytest.fixture(autouse=True)
 def one_thread():
     """Trainings of a few small steps: where the cores are shared, a second thread makes them slow beyond reason."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def randomised(network, seed=0):
-    """Every weight drawn: with zeros in the last layers any two networks are equal."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in network.parameters():
-        parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
-    return network
-
-
-# Data -------------------------------------------------------------------------------------------------------------
+    with threads(1):
+        yield
 
 
 def test_the_split_is_fixed_disjoint_and_balanced():
@@ -57,34 +46,25 @@ def test_the_split_is_fixed_disjoint_and_balanced():
     assert test_labels[:12].tolist() == [0, 3, 5, 6, 0, 1, 2, 5, 6, 8, 3, 4]
 
 
+def test_what_cannot_be_loaded(monkeypatch):
+    with pytest.raises(ValueError, match="'train' or 'test', got 'validation'"):
+        digits_data.load("validation")
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(ModuleNotFoundError, match=r"emd_fast\[digits\]"):
+        digits_data.load("train")
+
+
 def test_the_images_go_with_their_labels():
     images, labels = digits_data.load("train")
+    assert digits_data.SIGMA_DATA == pytest.approx(images.std().item(), abs=0.005)
     centres = torch.stack([images[labels == digit].flatten(1).mean(0) for digit in range(10)])
     held_out, truth = digits_data.load("test")
     nearest = torch.cdist(held_out.flatten(1), centres).argmin(1)
     assert (nearest == truth).float().mean() > 0.85
 
 
-def test_sigma_data_is_that_of_the_data():
-    assert digits_data.SIGMA_DATA == pytest.approx(digits_data.load("train")[0].std().item(), abs=0.005)
-
-
-def test_an_unknown_split():
-    with pytest.raises(ValueError, match="'train' or 'test', got 'validation'"):
-        digits_data.load("validation")
-
-
-def test_without_scikit_learn_the_message_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "sklearn.datasets", None)
-    with pytest.raises(ModuleNotFoundError, match=r"emd_fast\[digits\]"):
-        digits_data.load("train")
-
-
-# Network ----------------------------------------------------------------------------------------------------------
-
-
 def test_initial_weights_are_those_of_the_contract():
-    network = SmallUNet(1)
+    network = randomised(SmallUNet(1), 0)  # whatever they were before
     initialise(network, 5)
     names = [name for name, _ in network.named_parameters()]
     index = names.index("middle_block.conv1.weight")
@@ -94,19 +74,6 @@ def test_initial_weights_are_those_of_the_contract():
     assert (network.norm.weight == 1).all() and not network.norm.bias.any()
     assert network.embedding.weight.std().item() == pytest.approx(64**-0.5, rel=0.1)
     assert network.class_embedding.weight.std().item() == pytest.approx(1, rel=0.1)
-
-
-def test_initial_weights_depend_on_the_seed_alone():
-    torch.manual_seed(0)
-    one, two = SmallUNet(1), randomised(SmallUNet(1))
-    initialise(one, 5)
-    initialise(two, 5)
-    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
-    initialise(two, 6)
-    assert not torch.equal(one.first.weight, two.first.weight)
-
-
-def test_initialise_refuses_layers_it_has_no_rule_for():
     with pytest.raises(TypeError, match="'weight_ih_l0' of LSTM"):
         initialise(torch.nn.LSTM(2, 2), 0)
 
@@ -118,7 +85,7 @@ def test_the_network_has_the_size_it_claims_and_starts_as_zero():
 
 
 def test_the_output_depends_on_everything_and_on_no_other_sample():
-    network = randomised(SmallUNet(1))
+    network = randomised(SmallUNet(1), 0)
     x, c_noise, labels = torch.randn(4, 1, 8, 8), torch.randn(4), torch.tensor([0, 3, 3, 9])
     before = network(x, c_noise, labels)
     changed = (
@@ -133,40 +100,31 @@ def test_the_output_depends_on_everything_and_on_no_other_sample():
 
 
 @pytest.mark.parametrize(
-    ("labels", "error", "message"),
+    ("changes", "shape", "labels", "error", "message"),
     [
-        (torch.tensor([0, 10]), ValueError, r"labels must be in \[0, 10\), got from 0 to 10"),
-        (torch.tensor([-1, 3]), ValueError, r"labels must be in \[0, 10\), got from -1 to 3"),
-        (torch.tensor([1, 2, 3]), ValueError, r"labels must have shape \(2,\), got \(3,\)"),
-        (torch.tensor([1.0, 2.0]), TypeError, "labels must be int64, got torch.float32"),
-        (None, ValueError, "labels must be given"),
+        ({}, (8, 8), [0, 10], ValueError, r"labels must be in \[0, 10\), got from 0 to 10"),
+        ({}, (8, 8), [-1, 3], ValueError, r"labels must be in \[0, 10\), got from -1 to 3"),
+        ({}, (8, 8), [1, 2, 3], ValueError, r"labels must have shape \(2,\), got \(3,\)"),
+        ({}, (8, 8), [1.0, 2.0], TypeError, "labels must be int64, got torch.float32"),
+        ({}, (8, 8), None, ValueError, "labels must be given"),
+        ({"num_classes": 0}, (8, 8), [0, 0], ValueError, "no classes"),
+        ({}, (7, 8), [0, 0], ValueError, "even height and width"),
+        ({"channels": 6}, (8, 8), [0, 0], ValueError, "channels must be a multiple of 4, got 6"),
     ],
 )
-def test_bad_labels(labels, error, message):
+def test_bad_input(changes, shape, labels, error, message):
     with pytest.raises(error, match=message):
-        SmallUNet(1)(torch.zeros(2, 1, 8, 8), torch.zeros(2), labels)
-
-
-def test_other_bad_input():
-    with pytest.raises(ValueError, match="no classes"):
-        SmallUNet(1, num_classes=0)(torch.zeros(2, 1, 8, 8), torch.zeros(2), torch.zeros(2, dtype=torch.int64))
-    with pytest.raises(ValueError, match="even height and width"):
-        SmallUNet(1)(torch.zeros(2, 1, 7, 8), torch.zeros(2), torch.zeros(2, dtype=torch.int64))
-    with pytest.raises(ValueError, match="channels must be a multiple of 4, got 6"):
-        SmallUNet(1, channels=6)
+        SmallUNet(1, **changes)(torch.zeros(2, 1, *shape), torch.zeros(2), labels and torch.tensor(labels))
 
 
 def test_colour_images_without_classes_and_a_copy():
-    network = randomised(SmallUNet(3, channels=8, num_classes=0))
+    network = randomised(SmallUNet(3, channels=8, num_classes=0), 0)
     x, c_noise = torch.randn(2, 3, 16, 12), torch.randn(2)
     out = network(x, c_noise)
     assert out.shape == x.shape
     fresh = SmallUNet(3, channels=8, num_classes=0)
     fresh.load_state_dict(copy.deepcopy(network.state_dict()))
     torch.testing.assert_close(fresh(x.contiguous(memory_format=torch.channels_last), c_noise), out)
-
-
-# Training ---------------------------------------------------------------------------------------------------------
 
 
 def weights(denoiser):

@@ -17,7 +17,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from spawned import Command, Ranks, ended, wait_for
+from spawned import Command, ended, wait_for
 from test_distributed import config, teacher, whole
 
 from emd_fast import EMDTrainer, distributed
@@ -27,17 +27,6 @@ from emd_fast.reporting import journal
 from emd_fast.run import distill
 from emd_fast.train import checkpoint
 from emd_fast.train.checkpoint import CheckpointError
-from emd_fast.train.health import Diverged
-
-# The trainer ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    groups = {2: Ranks(2), 3: Ranks(3)}
-    yield lambda world, work, *arguments: groups[world](work, *arguments)
-    for group in groups.values():
-        group.close()
 
 
 def state_of(trainer) -> dict[str, torch.Tensor]:
@@ -125,21 +114,6 @@ def test_a_schedule_that_ends_at_the_last_step_keeps_it(tmp_path):
         train(config(lr_schedule="cosine", **more), 0, tmp_path / "cosine")
 
 
-def test_too_many_gradients_that_are_not_finite_end_the_run_by_name(tmp_path, monkeypatch):
-    original = distill.EMDTrainer._update
-
-    def poisoned(self, name):
-        if name == "fake_score":
-            self.learners[name].trainable.parameters[2].grad.fill_(float("nan"))
-        return original(self, name)
-
-    monkeypatch.setattr(distill.EMDTrainer, "_update", poisoned)
-    settings = configuration.load("gmm", {**TINY, "emd.steps": 50, "emd.max_skipped": 3})
-    with pytest.raises(Diverged, match=r"not finite is that of network\.hidden\.0\.weight of the fake_score"):
-        distill.distill(settings, tmp_path)
-    assert "network.hidden.0.weight of the fake_score" in (tmp_path / "report.md").read_text()
-
-
 def diverging(folder, mode) -> tuple[int, list[bool], str]:
     """A run in which one rank's loss of the generator is NaN from the third step on: its exit code, whether each of
     these steps left the generator and its optimizer as they were, and what this rank said."""
@@ -221,8 +195,6 @@ def test_a_full_disk_on_one_rank_is_an_error_on_all(ranks, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-# The run --------------------------------------------------------------------------------------------------------------
-
 TINY = {
     "emd.batch_size": 16,
     "emd.langevin_steps": 2,
@@ -259,6 +231,7 @@ def weights(folder, step) -> dict[str, torch.Tensor]:
     return checkpoint.load(checkpoint.path_of(folder / "checkpoints", step))["generator"]
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all_and_the_run_goes_on(tmp_path):
     """SIGTERM to one of two; then the same command again, to the end, and once more: it is finished."""
     folder = tmp_path / "run"
@@ -289,6 +262,7 @@ def test_what_all_ranks_find_wrong_is_said_once(tmp_path):
     assert [said.count(line) for _, said in results] == [1, 0], results
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["renamed", "full disk"])
 def test_a_fault_that_rank_0_meets_stops_all_ranks_with_one_line(tmp_path, fault):
     folder = tmp_path / "run"
@@ -306,6 +280,7 @@ def test_a_fault_that_rank_0_meets_stops_all_ranks_with_one_line(tmp_path, fault
     assert [said.count("emd-fast: ") for _, said in results] == [1, 0] and "Traceback" not in str(results)
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_ends_the_others_and_the_next_attempt_of_torchrun_goes_on(tmp_path):
     """What torchrun --max-restarts does: all attempts meet in one store, which is the agent's."""
     folder = tmp_path / "run"
@@ -362,6 +337,7 @@ def newest(checkpoints) -> int:
     return max((int(path.name.removeprefix("step-")) for path in checkpoint.found(checkpoints)), default=0)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_loses_only_the_steps_since_its_last_checkpoint(tmp_path):
     survives_being_killed(tmp_path, seed=0, kills=3)
 

@@ -14,6 +14,7 @@ import pytest
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 
+@pytest.mark.slow
 def test_from_a_teacher_to_a_pipeline(tmp_path):
     pytest.importorskip("diffusers")
     lines = re.search(r"```py\n(from diffusers.*?)```", (DOCS / "export.md").read_text(), re.DOTALL)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-from pathlib import Path
 
 import edm_files
 import pytest
@@ -15,7 +14,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from emd_fast import EMDConfig, EMDTrainer
-from emd_fast.cli import commands
 from emd_fast.diffusion.schedules import EDM
 from emd_fast.teachers import edm
 
@@ -36,15 +34,6 @@ def pickled(tmp_path_factory):
     return of
 
 
-@pytest.fixture
-def call(capsys):
-    def run(*words):
-        code = commands.main([str(word) for word in words])
-        return code, *capsys.readouterr()
-
-    return run
-
-
 def saved_with(tmp_path, name, change=None, protocol=4, **kwargs):
     """A checkpoint of that network with other arguments, and its modules changed by `change`."""
     wrapper, network, own = edm_files.network_of(name)
@@ -54,9 +43,6 @@ def saved_with(tmp_path, name, change=None, protocol=4, **kwargs):
     path = tmp_path / "file.pkl"
     path.write_bytes(edm_files.dumps(saved, protocol))
     return path
-
-
-# load -----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", edm_files.NETWORKS)
@@ -72,35 +58,6 @@ def test_the_denoiser(name, pickled):
     tweedie = (denoiser.denoise(x, sigma, labels) - x) / sigma[:, None, None, None] ** 2
     score = denoiser.score(x, sigma, labels)
     assert_within(score * sigma[:, None, None, None], tweedie * sigma[:, None, None, None], 1e-3, name)
-
-
-def test_preconditioning_of_the_chains(pickled):
-    """c_in and c_noise of VP, VE and iDDPM at the noise levels of their own chains."""
-    x = torch.ones(3, 3, 8, 8)
-    sigma = torch.tensor([0.01, 1.0, 60.0])
-
-    def given(name):
-        denoiser, calls = edm.load(pickled(name)), []
-        denoiser.network.register_forward_pre_hook(lambda module, arguments: calls.append(arguments))
-        denoiser(x, sigma)
-        return calls[0][0][:, 0, 0, 0], calls[0][1]
-
-    c_in, c_noise = given("vp")
-    assert_within(c_in, torch.rsqrt(1 + sigma**2), 1e-6)
-    # The noise level at which c_noise / 999 is the time t of the chain: exp(9.95 t^2 + 0.1 t) - 1 = sigma^2.
-    t = c_noise.double() / 999
-    assert_within(torch.expm1(9.95 * t**2 + 0.1 * t).sqrt() / sigma, torch.ones(3), 1e-4)
-    c_in, c_noise = given("ve")
-    assert_within(c_in, torch.ones(3), 0)
-    assert_within(c_noise, torch.log(sigma / 2), 1e-6)
-    c_in, c_noise = given("iddpm")
-    # Index n is step n + 1 of the cosine schedule, whose alpha_bar starts at 1.
-    place = torch.cat([c_noise.double() + 1, torch.zeros(1)]) / 1000
-    alpha_bar = torch.cos(math.pi / 2 * (place + 0.008) / 1.008) ** 2
-    alpha_bar = alpha_bar[:-1] / alpha_bar[-1]
-    levels = ((1 - alpha_bar) / alpha_bar).sqrt()
-    assert torch.equal(c_noise, c_noise.round()) and 0 <= c_noise.min() and c_noise.max() <= 999
-    assert_within(levels / sigma, torch.ones(3), 0.15)  # between two steps of the chain
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -167,24 +124,21 @@ def test_an_iddpm_chain_that_cannot_be(tmp_path):
             edm.load(saved_with(tmp_path, "iddpm", **change))
 
 
-def test_arguments_without_names(tmp_path):
-    def positional(saved):
-        saved._init_args = (8, 3, 5, True, 0.002)
+@pytest.mark.parametrize(
+    ("positional", "keywords", "says"),
+    [
+        ((8, 3, 5, True, 0.002), {}, "arguments without names"),
+        ((8,), {"img_resolution": 8}, "arguments without names"),
+        (None, None, "does not say what arguments"),
+    ],
+)
+def test_arguments_without_names(tmp_path, positional, keywords, says):
+    def change(saved):
+        saved._init_args = positional
+        saved._init_kwargs = keywords if keywords is None else {**saved._init_kwargs, **keywords}
 
-    with pytest.raises(edm.EDMError, match="arguments without names"):
-        edm.load(saved_with(tmp_path, "ddpmpp", positional))
-
-    def twice(saved):
-        saved._init_args = (8,)
-
-    with pytest.raises(edm.EDMError, match="arguments without names"):
-        edm.load(saved_with(tmp_path, "ddpmpp", twice))
-
-    def none(saved):
-        saved._init_args = saved._init_kwargs = None
-
-    with pytest.raises(ValueError, match="does not say what arguments"):
-        edm.load(saved_with(tmp_path, "ddpmpp", none))
+    with pytest.raises(ValueError, match=says):
+        edm.load(saved_with(tmp_path, "ddpmpp", change))
 
 
 def test_numbers_of_numpy_among_the_arguments(tmp_path):
@@ -193,16 +147,12 @@ def test_numbers_of_numpy_among_the_arguments(tmp_path):
     assert edm.load(path).sigma_data == 0.25
 
 
-# convert --------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["ddpmpp", "iddpm", "edm2"])
 def test_convert_keeps_everything(name, pickled, tmp_path, call):
     out = tmp_path / "teacher.safetensors"
     code, said, _ = call("convert", pickled(name), out)
-    assert code == 0 and said.startswith(
-        f"{out}: {edm_files.NETWORKS[name][0]}, {edm_files.NETWORKS[name][1].__name__}"
-    )
+    wrapper, kind, _ = edm_files.NETWORKS[name]
+    assert code == 0 and said.startswith(f"{out}: {wrapper}, {kind.__name__}")
     before, after = edm.load(pickled(name)), edm.load(out)
     assert before.state_dict().keys() == after.state_dict().keys()
     assert all(torch.equal(value, after.state_dict()[key]) for key, value in before.state_dict().items())
@@ -213,9 +163,7 @@ def test_convert_keeps_everything(name, pickled, tmp_path, call):
     assert load_file(out).keys() == before.network.state_dict().keys()
     with safe_open(out, framework="pt") as file:
         what = json.loads(file.metadata()["emd_fast.edm"])
-    assert (
-        what["format"] == 1 and what["class"] == edm_files.NETWORKS[name][0] and what["arguments"]["img_channels"] == 3
-    )
+    assert (what["format"], what["class"], what["arguments"]["img_channels"]) == (1, wrapper, 3)
     assert os.listdir(tmp_path) == [out.name]
 
 
@@ -231,14 +179,14 @@ def test_convert_keeps_the_dtype_of_the_file(tmp_path):
 def test_convert_says_what_is_wrong(pickled, tmp_path, call):
     bad = tmp_path / "bad.pkl"
     bad.write_bytes(b"\x80\x04}X\x03\x00\x00\x00emacos\nsystem\nX\x04\x00\x00\x00true\x85Rs.")
-    code, _, error = call("convert", bad, tmp_path / "out.safetensors")
-    assert code == 1 and "'os.system': refused" in error and error.count("\n") == 1
-    code, _, error = call("convert", tmp_path / "none.pkl", tmp_path / "out.safetensors")
-    assert code == 1 and "none.pkl" in error
-    code, _, error = call("convert", pickled("vp"), tmp_path / "out.pt")
-    assert code == 2 and ".safetensors" in error
-    code, _, error = call("convert", pickled("vp"), tmp_path / "no" / "out.safetensors")
-    assert code == 1
+    for source, out, expected, said in (
+        (bad, "out.safetensors", 1, "'os.system': refused"),
+        (tmp_path / "none.pkl", "out.safetensors", 1, "none.pkl"),
+        (pickled("vp"), "out.pt", 2, ".safetensors"),
+        (pickled("vp"), "no/out.safetensors", 1, ""),
+    ):
+        code, _, error = call("convert", source, tmp_path / out)
+        assert code == expected and said in error and error.count("\n") == 1
     assert os.listdir(tmp_path) == ["bad.pkl"]
 
 
@@ -251,23 +199,19 @@ def test_safetensors_that_hold_no_teacher(pickled, tmp_path):
             edm.load(path)
         assert "\n" not in str(caught.value)
 
-    save_file(tensors, path)
-    refused("does not say what network it holds")
-    for text in ("{", "[]", "null", '{"format": 1}', "[" * 100_000):
-        save_file(tensors, path, {"emd_fast.edm": text})
-        refused("does not say what network it holds")
-    save_file(tensors, path, {"emd_fast.edm": '{"format": 2, "class": "EDMPrecond", "arguments": {}}'})
-    refused("format version 2")
-    save_file(tensors, path, {"emd_fast.edm": '{"format": 1, "class": "Other", "arguments": {}}'})
-    refused("'Other' is not supported")
-    save_file(tensors, path, {"emd_fast.edm": '{"format": 1, "class": "EDMPrecond", "arguments": {}}'})
-    refused("lack 'img_channels'")
+    head = '{"format": 1, "class": '
+    for text, says in (
+        *((text, "does not say what network it holds") for text in ("{", "[]", "null", '{"format": 1}', "[" * 100_000)),
+        (None, "does not say what network it holds"),
+        ('{"format": 2, "class": "EDMPrecond", "arguments": {}}', "format version 2"),
+        (head + '"Other", "arguments": {}}', "'Other' is not supported"),
+        (head + '"EDMPrecond", "arguments": {}}', "lack 'img_channels'"),
+    ):
+        save_file(tensors, path, text and {"emd_fast.edm": text})
+        refused(says)
     edm.convert(pickled("vp"), path)
     path.write_bytes(path.read_bytes()[:-9])
     refused("not a whole file of safetensors")
-
-
-# Distillation ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["ddpmpp", "adm", "edm2"])
@@ -309,12 +253,11 @@ def test_a_recipe_runs(pickled, tmp_path, call):
     assert code == 0 and (tmp_path / "x.png").exists(), error
 
 
-def test_a_recipe_says_what_it_lacks(pickled, tmp_path, call):
-    code, _, error = call("distill", "cifar10", "--out", tmp_path / "a", *TINY)
-    assert code == 2 and "--teacher" in error
-    code, _, error = call("distill", "cifar10", "--out", tmp_path / "b", "--teacher", pickled("vp"), *TINY)
-    assert code == 2 and "num_classes must be 0" in error
-    code, _, error = call("distill", "edm2", "--out", tmp_path / "c", "--teacher", Path("none.pkl"), *TINY)
-    assert code == 1 and "none.pkl" in error
-    code, _, error = call("study", "edm2", "--out", tmp_path / "d")
-    assert code == 2 and "no study" in error
+def test_a_recipe_says_what_it_lacks(pickled, tmp_path, refused):
+    for words, expected, said in (
+        (("distill", "cifar10", *TINY), 2, "--teacher"),
+        (("distill", "cifar10", "--teacher", pickled("vp"), *TINY), 2, "num_classes must be 0"),
+        (("distill", "edm2", "--teacher", "none.pkl", *TINY), 1, "none.pkl"),
+        (("study", "edm2"), 2, "no study"),
+    ):
+        refused(expected, said, *words, "--out", tmp_path / "run")

@@ -36,28 +36,22 @@ def read(tmp_path):
     return of
 
 
-# What the attackers write ---------------------------------------------------------------------------------------------
-
 SHELL = text("touch /tmp/emd_fast_ran")
 SOURCE = text("open('/tmp/emd_fast_ran', 'w')")
 
+NAMES = """os.system posix.system nt.system subprocess.Popen builtins.eval builtins.exec __builtin__.eval
+builtins.compile builtins.open builtins.__import__ builtins.getattr operator.attrgetter functools.partial pickle.loads
+torch.load torch.hub.load copyreg._reconstructor _codecs.decode torch._tensor._rebuild_from_type_v2 numpy.load
+logging.config.listen""".split()
+
 # name -> (bytes, what the message says)
 CALLS = {
-    "os.system by GLOBAL": (as_ema(call("os", "system", SHELL)), "os.system"),
-    "os.system by STACK_GLOBAL": (as_ema(stack_call("os", "system", SHELL)), "os.system"),
-    "posix.system": (as_ema(call("posix", "system", SHELL)), "posix.system"),
-    "nt.system": (as_ema(call("nt", "system", SHELL)), "nt.system"),
+    **{f"{name} by GLOBAL": (as_ema(call(*name.rpartition(".")[::2], SHELL)), name) for name in NAMES},
+    **{f"{name} by STACK_GLOBAL": (as_ema(stack_call(*name.rpartition(".")[::2], SOURCE)), name) for name in NAMES},
     "os.system by INST": (as_ema(b"(" + SHELL + b"ios\nsystem\n"), "os.system"),
     "os.system by OBJ": (as_ema(b"(cos\nsystem\n" + SHELL + b"o"), "os.system"),
     "os.system by NEWOBJ": (as_ema(b"cos\nsystem\n" + SHELL + b"\x85\x81"), "os.system"),
     "os.system by NEWOBJ_EX": (as_ema(b"cos\nsystem\n" + SHELL + b"\x85}\x92"), "os.system"),
-    "subprocess": (as_ema(call("subprocess", "Popen", SHELL)), "subprocess.Popen"),
-    "builtins.eval": (as_ema(call("builtins", "eval", SOURCE)), "builtins.eval"),
-    "builtins.exec": (as_ema(stack_call("builtins", "exec", SOURCE)), "builtins.exec"),
-    "__builtin__.eval": (as_ema(call("__builtin__", "eval", SOURCE)), "__builtin__.eval"),
-    "builtins.compile": (as_ema(call("builtins", "compile", SOURCE, SOURCE, text("exec"))), "builtins.compile"),
-    "builtins.open": (as_ema(call("builtins", "open", SHELL, text("w"))), "builtins.open"),
-    "builtins.__import__": (as_ema(call("builtins", "__import__", text("os"))), "builtins.__import__"),
     "getattr chain": (
         as_ema(call("builtins", "getattr", call("builtins", "__import__", text("os")), text("system"))),
         "builtins.getattr",
@@ -66,16 +60,6 @@ CALLS = {
         as_ema(stack_call("torch._utils", "_rebuild_tensor_v2.__globals__", SHELL)),
         "_rebuild_tensor_v2.__globals__",
     ),
-    "operator.attrgetter": (as_ema(call("operator", "attrgetter", text("system"))), "operator.attrgetter"),
-    "functools.partial": (as_ema(call("functools", "partial")), "functools.partial"),
-    "pickle.loads": (as_ema(call("pickle", "loads", b"C\x01.")), "pickle.loads"),
-    "torch.load": (as_ema(call("torch", "load", SHELL)), "torch.load"),
-    "torch.hub": (as_ema(call("torch.hub", "load", SHELL)), "torch.hub.load"),
-    "copyreg._reconstructor": (as_ema(call("copyreg", "_reconstructor")), "copyreg._reconstructor"),
-    "codecs.decode": (as_ema(call("_codecs", "decode", SHELL)), "_codecs.decode"),
-    "rebuild from a type": (as_ema(call("torch._tensor", "_rebuild_from_type_v2")), "_rebuild_from_type_v2"),
-    "numpy with objects": (as_ema(call("numpy", "load", SHELL)), "numpy.load"),
-    "logging config": (as_ema(call("logging.config", "listen")), "logging.config.listen"),
     "beside the network": (whole(b"}(" + text("x") + call("os", "system", SHELL) + text("ema") + b"Nu"), "os.system"),
     "in the state of a network": (as_state(call("os", "system", SHELL)), "os.system"),
     "a name that is never called": (as_ema(b"cos\nsystem\n"), "os.system"),
@@ -161,7 +145,7 @@ def test_nothing_is_run_and_the_message_says_why(name, read):
     assert says in read(content)
 
 
-@pytest.mark.parametrize("name", [name for name in CALLS if "EXT" not in name and "a module" not in name][:12])
+@pytest.mark.parametrize("name", list(CALLS)[: 2 * len(NAMES) + 4])
 def test_the_attacks_are_real(name):
     """They reach what they name where pickle reads them: a test that no reader fails would say nothing."""
     reached = []
@@ -186,9 +170,6 @@ def test_an_extension_that_somebody_registered_is_refused(read):
         assert "EXT1" in read(as_ema(b"\x82\x4d" + SHELL + b"\x85R"))
     finally:
         copyreg.remove_extension("posix", "system", 77)
-
-
-# Tensors --------------------------------------------------------------------------------------------------------------
 
 
 FLOATS = np.arange(8, dtype="<f4").tobytes()
@@ -220,73 +201,61 @@ def test_tensors_are_views(tmp_path, offset, size, stride):
     assert torch.equal(found, torch.arange(8.0).as_strided(size, stride, offset)) and found.is_contiguous()
 
 
-BAD_TENSORS = {
-    "storage too short for the view": (saved(storage(FLOATS), 0, (9,), (1,)), "too short"),
-    "offset beyond the end": (saved(storage(FLOATS), 7, (2,), (1,)), "too short"),
-    "stride beyond the end": (saved(storage(FLOATS), 0, (2, 2), (7, 1)), "too short"),
-    "more elements than there are, overlapping": (saved(storage(FLOATS), 0, (3, 3), (1, 1)), "too short"),
-    "stride 0": (saved(storage(FLOATS), 0, (2**30, 2**30), (0, 0)), "no saved tensor"),
-    "negative stride": (saved(storage(FLOATS), 7, (8,), (-1,)), "no saved tensor"),
-    "negative offset": (saved(storage(FLOATS), -1), "no saved tensor"),
-    "negative size": (saved(storage(FLOATS), 0, (-1,)), "no saved tensor"),
-    "huge size": (saved(storage(FLOATS), 0, (2**70,)), "no saved tensor"),
-    "sizes that are no numbers": (saved(storage(FLOATS), 0, ("2",)), "not described"),
-    "a size that is a list": (saved(storage(FLOATS), 0, [2]), "not described"),
-    "sizes without strides": (saved(storage(FLOATS), 0, (2,), ()), "not described"),
-    "a storage that is none": (saved("storage"), "not described"),
-    "too few bytes": (saved(storage(FLOATS[:-1], count=8)), "31 bytes"),
-    "too many bytes": (saved(storage(FLOATS, behind=b"x")), "33 bytes"),
-    "another number of elements": (saved(storage(FLOATS, written=7)), "8 elements"),
-    "huge number of elements": (saved(storage(b"", count=2**50)), "not described"),
-    "negative number of elements": (saved(storage(b"", count=-1)), "not described"),
-    "integers": (saved(storage(FLOATS, ("torch", "LongStorage"), 4)), "torch.LongStorage"),
-    "untyped": (saved(storage(FLOATS, ("torch.storage", "UntypedStorage"))), "torch.storage.UntypedStorage"),
-    "os.system as a type": (saved(storage(FLOATS, ("os", "system"))), "os.system"),
-    "os.system inside": (saved(storage(FLOATS, object=Call("os", "system", "true"))), "os.system"),
-    "a storage inside": (saved(storage(FLOATS, object=storage(FLOATS))), "torch.storage._load_from_bytes"),
-    "the type is called": (saved(storage(FLOATS, object=Call("torch", "FloatStorage", "x"))), "called"),
-    "no identifier": (saved(storage(FLOATS, object=3)), "announces"),
-    "another identifier": (saved(storage(FLOATS, identifier=("module", "os", "x"))), "not described"),
-    "another key": (saved(storage(FLOATS, keys=["1"])), "announces"),
-    "another magic number": (saved(storage(FLOATS, magic=1)), "form in which torch"),
-    "big-endian": (saved(storage(FLOATS, little_endian=False)), "little-endian"),
-    "a zip archive": (saved(Call("torch.storage", "_load_from_bytes", b"PK\x03\x04" + FLOATS)), "form in which torch"),
-    "a tar archive": (saved(Call("torch.storage", "_load_from_bytes", b"sys_info" + FLOATS)), "form in which torch"),
-    "a hostile pickle": (
-        saved(Call("torch.storage", "_load_from_bytes", CALLS["os.system by GLOBAL"][0])),
-        "os.system",
-    ),
-    "an empty storage": (saved(Call("torch.storage", "_load_from_bytes", b"")), "form in which torch"),
-    "text": (saved(Call("torch.storage", "_load_from_bytes", "PK")), "not made of bytes"),
-    "many views of one storage": (saved(storage(bytes(40_000)), names=[str(i) for i in range(100)]), "more bytes"),
-    "a parameter that is text": (saved("x").replace(b"_rebuild_tensor_v2", b"_rebuild_parameter"), "not a tensor"),
+VIEWS = {  # of eight numbers: offset, size, stride
+    "too short": [(0, (9,), (1,)), (7, (2,), (1,)), (0, (2, 2), (7, 1)), (0, (3, 3), (1, 1))],
+    "no saved tensor": [(0, (2**30, 2**30), (0, 0)), (7, (8,), (-1,)), (-1,), (0, (-1,)), (0, (2**70,))],
+    "not described": [(0, ("2",)), (0, [2]), (0, (2,), ())],
 }
+STORAGES = [
+    (storage(FLOATS[:-1], count=8), "31 bytes"),
+    (storage(FLOATS, behind=b"x"), "33 bytes"),
+    (storage(FLOATS, written=7), "8 elements"),
+    (storage(b"", count=2**50), "not described"),
+    (storage(b"", count=-1), "not described"),
+    (storage(FLOATS, ("torch", "LongStorage"), 4), "torch.LongStorage"),
+    (storage(FLOATS, ("torch.storage", "UntypedStorage")), "torch.storage.UntypedStorage"),
+    (storage(FLOATS, ("os", "system")), "os.system"),
+    (storage(FLOATS, object=Call("os", "system", "true")), "os.system"),
+    (storage(FLOATS, object=storage(FLOATS)), "torch.storage._load_from_bytes"),
+    (storage(FLOATS, object=Call("torch", "FloatStorage", "x")), "called"),
+    (storage(FLOATS, object=3), "announces"),
+    (storage(FLOATS, identifier=("module", "os", "x")), "not described"),
+    (storage(FLOATS, keys=["1"]), "announces"),
+    (storage(FLOATS, magic=1), "form in which torch"),
+    (storage(FLOATS, little_endian=False), "little-endian"),
+    ("storage", "not described"),
+    *((Call("torch.storage", "_load_from_bytes", x), "form in which torch") for x in (b"PK\x03\x04", b"sys_info", b"")),
+    (Call("torch.storage", "_load_from_bytes", CALLS["os.system by GLOBAL"][0]), "os.system"),
+    (Call("torch.storage", "_load_from_bytes", "PK"), "not made of bytes"),
+]
+BAD_TENSORS = [
+    *((saved(storage(FLOATS), *view), says) for says, views in VIEWS.items() for view in views),
+    *((saved(held), says) for held, says in STORAGES),
+    # Many views of one storage, and a parameter that is text.
+    (saved(storage(bytes(40_000)), names=[str(i) for i in range(100)]), "more bytes"),
+    (saved("x").replace(b"_rebuild_tensor_v2", b"_rebuild_parameter"), "not a tensor"),
+]
 
 
-@pytest.mark.parametrize("name", BAD_TENSORS)
-def test_tensors_that_are_none(name, read):
-    content, says = BAD_TENSORS[name]
+@pytest.mark.parametrize(("content", "says"), BAD_TENSORS, ids=range(len(BAD_TENSORS)))
+def test_tensors_that_are_none(content, says, read):
     assert says in read(content)
 
 
 def test_modules_that_are_no_tree(read):
+    def refused(modules, buffers=()):
+        outer = edm_files.Module("EDMPrecond")
+        outer.__dict__ |= {"_modules": modules, "_buffers": dict(buffers)}
+        return read(dumps(outer))
+
     inner = edm_files.Module("Linear")
-    outer = edm_files.Module("EDMPrecond")
-    outer.__dict__["_modules"] = {"a": inner, "b": inner}
-    assert "not a tree" in read(dumps(outer))
+    assert "not a tree" in refused({"a": inner, "b": inner})
     for _ in range(40):
         inner, child = edm_files.Module("Linear"), inner
         inner.__dict__["_modules"] = {"x": child}
-    outer.__dict__["_modules"] = {"a": inner}
-    assert "not a tree" in read(dumps(outer))
-    outer.__dict__["_modules"] = {"a": 3}
-    assert "not a module" in read(dumps(outer))
-    outer.__dict__["_modules"] = {}
-    outer.__dict__["_buffers"] = {"a": 3}
-    assert "not a tensor" in read(dumps(outer))
-
-
-# Files as they should be ----------------------------------------------------------------------------------------------
+    assert "not a tree" in refused({"a": inner})
+    assert "not a module" in refused({"a": 3})
+    assert "not a tensor" in refused({}, {"a": 3})
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
@@ -318,6 +287,7 @@ def test_half_precision_and_positional_arguments(tmp_path):
     assert edm.load(path).sample_shape == (3, 8, 8)
 
 
+@pytest.mark.slow
 def test_damaged_files_are_refused_or_read_and_nothing_is_run(tmp_path):
     """A byte changed, bytes cut out, the file cut off, at 120 places."""
     good, path = edm_files.file_of("vp"), tmp_path / "file.pkl"
@@ -343,11 +313,8 @@ def test_damaged_files_are_refused_or_read_and_nothing_is_run(tmp_path):
     assert refused > 45
 
 
-def test_plain_values():
-    values = [None, True, 3, -(2**40), 2**100, 1.5, "ü", b"x", (1, (2, 3), ()), {"a": [1, {"b"}]}, bytearray(b"y")]
-    for protocol in (3, 4, 5):
-        for value in values:
-            if protocol < 5 and isinstance(value, bytearray):
-                continue
-            names = {"builtins set": set}
-            assert pickles.read(io.BytesIO(pickle.dumps(value, protocol)), names) == value
+@pytest.mark.parametrize("protocol", [3, 4, 5])
+def test_plain_values(protocol):
+    values = [None, True, 3, -(2**40), 2**100, 1.5, "ü", b"x", (1, (2, 3), ()), {"a": [1, {"b"}]}]
+    for value in [*values, *([bytearray(b"y")] if protocol == 5 else [])]:
+        assert pickles.read(io.BytesIO(pickle.dumps(value, protocol)), {"builtins set": set}) == value

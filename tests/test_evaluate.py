@@ -9,11 +9,8 @@ import diffusers_folders
 import numpy as np
 import pytest
 import torch
-from spawned import Ranks
 
 from emd_fast import Denoiser, EMDConfig, EMDTrainer, schedules
-from emd_fast.cli import commands
-from emd_fast.export import pipeline
 from emd_fast.io import code
 from emd_fast.metrics import evaluation
 from emd_fast.metrics.images import ImageFiles, to_uint8
@@ -24,20 +21,9 @@ from emd_fast.teachers.small_unet import SmallUNet, initialise
 TINY = ["--steps=2", "--batch-size=4", "--langevin-steps=1", "--fake-score-updates=1", "--lr-warmup=0", "--samples=20"]
 
 
-@pytest.fixture
-def call(capsys, monkeypatch, tmp_path):
-    """The command line in an empty folder: (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(autouse=True)
+def without_curves(monkeypatch):
     monkeypatch.setattr(pictures, "curves", lambda *_: None)  # they would take most of the time
-
-    def run(*words):
-        try:
-            code = commands.main([str(word) for word in words])
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
-
-    return run
 
 
 def done(result):
@@ -62,9 +48,6 @@ def there(tmp_path):
     return files.features_of(real)
 
 
-# Images in files --------------------------------------------------------------------------------------------------
-
-
 def test_images_against_a_reference(call, there, tmp_path):
     made = files.pictures(23) // 2
     files.folder(tmp_path / "made", made)
@@ -83,7 +66,7 @@ def test_images_against_a_reference(call, there, tmp_path):
     assert json.loads(done(call("evaluate", archive, *words[2:])))["frechet"] == metrics["frechet"]
 
 
-def test_a_reference_that_the_command_wrote(call, there, tmp_path):
+def test_a_reference_that_the_command_wrote(call, refused, there, tmp_path):
     written = json.loads(done(call("evaluate", "real", "--detector", "d.pt", "--write-reference", "w.npz")))
     assert written["n"] == 20
     with np.load("w.npz") as ours, np.load("r.npz") as other:
@@ -93,11 +76,11 @@ def test_a_reference_that_the_command_wrote(call, there, tmp_path):
     assert metrics["frechet"] == pytest.approx(0, abs=1e-9)
     assert metrics["reference"]["sha256"] == written["reference"]["sha256"]
     files.folder(tmp_path / "large", files.pictures(20, size=9))
-    code, _, err = call("evaluate", "large", "--detector", "d.pt", "--reference", "w.npz")
-    assert code == 1 and "of images of 3x8x8, these are of 3x9x9; nothing is resized here" in err
+    said = "of images of 3x8x8, these are of 3x9x9; nothing is resized here"
+    refused(1, said, "evaluate", "large", "--detector", "d.pt", "--reference", "w.npz")
 
 
-def test_precision_and_recall_against_images(call, there, tmp_path):
+def test_precision_and_recall_against_images(call, refused, there, tmp_path):
     files.folder(tmp_path / "made", files.pictures(20) // 2 + 60)
     words = ["evaluate", "made", "--detector", "d.pt", "--compare-with", "real"]
     metrics = json.loads(done(call(*words)))
@@ -112,11 +95,9 @@ def test_precision_and_recall_against_images(call, there, tmp_path):
     assert 0 < metrics["recall"] < 1
     assert metrics["compare_with"]["sha256"] == ImageFiles("real").sha256
     files.folder(tmp_path / "fewer", files.pictures(19))
-    code, _, err = call(*words[:-1], "fewer")
-    assert code == 1 and "compare sets of one size: fewer has 19 images, 20 are generated" in err
+    refused(1, "compare sets of one size: fewer has 19 images, 20 are generated", *words[:-1], "fewer")
     files.folder(tmp_path / "large", files.pictures(20, size=9))
-    code, _, err = call(*words[:-1], "large")
-    assert code == 1 and "large has images of 3x9x9, these are of 3x8x8" in err
+    refused(1, "large has images of 3x9x9, these are of 3x8x8", *words[:-1], "large")
 
 
 @pytest.mark.parametrize(
@@ -141,9 +122,6 @@ def test_what_cannot_be_evaluated_is_one_line(call, there, words, code, said):
     assert (got, out) == (code, "") and said in err and len(lines) == 1, err
 
 
-# Runs and generators ----------------------------------------------------------------------------------------------
-
-
 def small():
     """A teacher of one's own."""
     network = SmallUNet(3, channels=4, num_classes=0)
@@ -155,7 +133,7 @@ def images_of(trainer, n):
     return to_uint8(trainer.generate(n))
 
 
-def test_a_run_by_a_detector(call, there, tmp_path):
+def test_a_run_by_a_detector(call, refused, there, tmp_path):
     words = ["distill", "--teacher", "test_evaluate:small", "--out", "run", *TINY]
     done(call(*words, "--detector", "d.pt", "--reference", "r.npz"))
     first = json.loads((tmp_path / "run" / "metrics.json").read_text())
@@ -179,8 +157,7 @@ def test_a_run_by_a_detector(call, there, tmp_path):
     assert torch.equal(ImageFiles("images")(0, 20), images_of(trainer, 20))
     again = json.loads(done(call("evaluate", "images", "--detector", "d.pt", "--reference", "r.npz")))
     assert again["frechet"] == pytest.approx(first["frechet"]["generator"], rel=1e-5)
-    exit_code, _, err = call("sample", "run", *named, "-n", "2", "--out", "images")
-    assert exit_code == 2 and "images exists already and is not empty" in err
+    refused(2, "images exists already and is not empty", "sample", "run", *named, "-n", "2", "--out", "images")
     done(call("sample", "run", *named, "-n", "2", "--first", "18", "--out", "two"))
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["000018.png", "000019.png"]
     assert torch.equal(ImageFiles("two")(0, 2), ImageFiles("images")(18, 2))
@@ -192,7 +169,7 @@ def test_a_run_by_a_detector(call, there, tmp_path):
     assert exported["frechet"] == pytest.approx(first["frechet"]["generator"], abs=1e-9) and exported["seed"] == 0
 
 
-def test_a_wrong_file_is_found_before_the_training(call, there, tmp_path):
+def test_a_wrong_file_is_found_before_the_training(call, refused, there, tmp_path):
     np.savez("other.npz", mu=np.zeros(3), sigma=np.eye(3))
     words = ["distill", "--teacher", "test_evaluate:small", "--out", "run", *TINY]
     for extra, said in {
@@ -207,8 +184,8 @@ def test_a_wrong_file_is_found_before_the_training(call, there, tmp_path):
         code, _, err = call(*words, *extra)
         assert code in (1, 2) and said in err and len(err.strip().splitlines()) == 1, err
         assert not list((tmp_path / "run").glob("checkpoints/*"))
-    code, _, err = call("distill", "gmm", "--out", "g", "--detector", "d.pt")
-    assert code == 2 and "detector is for pretrained teachers; the task 'gmm' has its own figures" in err
+    said = "detector is for pretrained teachers; the task 'gmm' has its own figures"
+    refused(2, said, "distill", "gmm", "--out", "g", "--detector", "d.pt")
 
 
 @pytest.mark.slow
@@ -232,11 +209,8 @@ def test_the_clip_score_of_a_run(call, tmp_path):
     others = ClipScore(clip)(images, prompts[1:] + prompts[:1]).mean().item()
     assert abs(others - expected) > 0.1 and metrics["n"] == 7
     (tmp_path / "prompts.txt").write_text("a b\nc\n")
-    code, _, err = call("evaluate", "run", "--clip", "clip")
-    assert code == 2 and "prompts.txt is not the text that run/prompts.safetensors was made with" in err
-
-
-# Ranks ------------------------------------------------------------------------------------------------------------
+    said = "prompts.txt is not the text that run/prompts.safetensors was made with"
+    assert said in call("evaluate", "run", "--clip", "clip")[2]
 
 
 def evaluated(detector, reference, real, batch):
@@ -269,23 +243,19 @@ def images_of_range(trainer, first, n):
 
 
 @pytest.mark.slow
-def test_the_numbers_do_not_depend_on_ranks_or_batches(there, tmp_path):
+def test_the_numbers_do_not_depend_on_ranks_or_batches(ranks, there, tmp_path):
     paths = [str(tmp_path / name) for name in ("d.pt", "r.npz", "real")]
     alone, drawn = evaluated(*paths, 20)
     assert drawn == list(range(20)) and set(alone) >= {"frechet", "inception_score", "precision", "recall"}
-    ranks = Ranks(3)
-    try:
-        for batch in (3, 20):
-            parts = ranks(evaluated, *paths, batch)
-            assert [index for _, part in parts for index in part] == list(range(20))
-            for found, _ in parts:
-                assert found == pytest.approx(alone, abs=1e-6)
-                assert found == parts[0][0]
-        # An error that one rank meets is one of all; none waits for it.
-        said = "images must be finite: they hold NaN or infinite values"
-        assert ranks(evaluated_with_a_failure, paths[0]) == [f"{said} (rank 1)", said, said]
-    finally:
-        ranks.close()
+    for batch in (3, 20):
+        parts = ranks(3, evaluated, *paths, batch)
+        assert [index for _, part in parts for index in part] == list(range(20))
+        for found, _ in parts:
+            assert found == pytest.approx(alone, abs=1e-6)
+            assert found == parts[0][0]
+    # An error that one rank meets is one of all; none waits for it.
+    said = "images must be finite: they hold NaN or infinite values"
+    assert ranks(3, evaluated_with_a_failure, paths[0]) == [f"{said} (rank 1)", said, said]
 
 
 def test_too_few_samples(there, tmp_path):
@@ -294,9 +264,3 @@ def test_too_few_samples(there, tmp_path):
         evaluation.evaluate(evaluator, lambda first, n: files.pictures(n), 1, 1)
     with pytest.raises(ValueError, match="needs a detector and a reference"):
         evaluation.frechet(evaluator, lambda first, n: files.pictures(n), 4, 4)
-
-
-def test_an_exported_generator_has_the_trainers_images(tmp_path):
-    trainer = EMDTrainer(small(), EMDConfig(steps=1, batch_size=4))
-    loaded = pipeline.load(pipeline.export(trainer, tmp_path / "x.safetensors", "safetensors"))
-    assert torch.equal(to_uint8(loaded.sample(6)), images_of(trainer, 6))

@@ -11,6 +11,7 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 
 @pytest.mark.parametrize("name", ["plain_pytorch", "accelerate_loop"])
+@pytest.mark.slow
 def test_the_example_distils(name):
     if name == "accelerate_loop":
         pytest.importorskip("accelerate", reason="accelerate is not installed")

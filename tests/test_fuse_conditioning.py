@@ -6,9 +6,8 @@ import edm_files
 import edm_plain
 import pytest
 import torch
-from helpers import assert_same, assert_within, e_step_xz, seeded
+from helpers import FlopCount, assert_same, assert_within, e_step_xz, seeded
 from networks import FAMILIES, OWN, make, output
-from test_e_step import Flops
 from torch import nn
 
 import emd_fast
@@ -19,7 +18,7 @@ from emd_fast.fusion import conditioning_cache
 
 
 def flops(run, *args):
-    with Flops() as counter:
+    with FlopCount() as counter:
         result = run(*args)
     return result, counter.total
 

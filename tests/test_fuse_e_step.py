@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from helpers import assert_within
+from helpers import FlopCount, assert_within
 from networks import make, output
-from test_e_step import Flops, one_process  # noqa: F401  (a fixture)
+from test_e_step_work import one_process  # noqa: F401  (a fixture)
 from test_fuse import relative
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import flop_registry
@@ -27,9 +27,9 @@ def test_the_backward_pass_costs_a_forward_pass(backend, name):
     latent = x.requires_grad_()
 
     def backward(*wanted):
-        with Flops() as forward:
+        with FlopCount() as forward:
             out = output(network, latent, arguments)
-        with Flops() as counter:
+        with FlopCount() as counter:
             torch.autograd.grad(out, wanted, torch.ones_like(out))
         return counter.total / forward.total
 

@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
+from helpers import FlopCount
 from networks import make, output
-from test_e_step import Flops
 from test_fuse import relative
 from test_fuse_weight_cache import BF16, frozen
 from torch import nn
@@ -225,8 +225,8 @@ def test_what_the_gates_cost_at_full_size():
     emd_fast.fuse(network)
     attention = (torch.ops.emd_fast.attention, torch.ops.emd_fast.attention_backward)
     with emd_fast.use_backend("reference"):
-        with Flops(attention) as forward:
+        with FlopCount(attention) as forward:
             x, out = run(network, 1, with_input=True)
-        with Flops(attention) as backward:
+        with FlopCount(attention) as backward:
             torch.autograd.grad(out, x, torch.ones_like(out))
     assert 33e9 < backward.total - 0.9956 * forward.total < 34e9 and backward.total <= 1.06 * forward.total

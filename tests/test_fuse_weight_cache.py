@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 from networks import FAMILIES, OWN, make, output
-from test_e_step import one_process  # noqa: F401  (a fixture)
+from test_e_step_work import one_process  # noqa: F401  (a fixture)
 from test_fuse import relative
 from torch import nn
 from torch.nn.utils import prune

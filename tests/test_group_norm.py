@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from helpers import DTYPES, assert_as_good_as_eager, assert_within, dtypes, laid_out, naming, seeded, seeds
+from helpers import DTYPES, assert_as_good_as_eager, assert_within, dtypes, laid_out, seeded, seeds
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import group_norm, silu
@@ -152,28 +152,14 @@ def test_gradient_formulas_of_the_reference_in_float64(activation, given_names):
     assert torch.autograd.gradcheck(lambda *a: forward(*a)[0], (x, *arguments))
     y, mean, rstd = forward(x, *arguments)
     cotangent = torch.randn(y.shape, generator=g, dtype=torch.float64)
-    weight, bias, add, scale, shift = (a if a is None else a.detach() for a in arguments)
+    fixed = [a if a is None else a.detach() for a in arguments]
     needs = [True, *(a is not None for a in arguments)]
-    mine = reference.OPS["group_norm_backward"](
-        cotangent,
-        x.detach(),
-        mean.detach(),
-        rstd.detach(),
-        2,
-        weight,
-        bias,
-        add,
-        scale,
-        shift,
-        activation == "silu",
-        needs,
-    )
+    given = (cotangent, x.detach(), mean.detach(), rstd.detach(), 2, *fixed, activation == "silu", needs)
+    mine = reference.OPS["group_norm_backward"](*given)
     leaves = [x, *(a for a in arguments if a is not None)]
     exact = torch.autograd.grad(y, leaves, cotangent)
-    assert all(
-        torch.allclose(a, b, atol=1e-12)
-        for a, b in zip([m for m, n in zip(mine, needs, strict=True) if n], exact, strict=True)
-    )
+    for ours, its in zip([m for m, n in zip(mine, needs, strict=True) if n], exact, strict=True):
+        assert torch.allclose(ours, its, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -229,37 +215,3 @@ def test_in_place_change_of_what_backward_needs_is_noticed(backend):
     scale.add_(1)
     with pytest.raises(RuntimeError, match="inplace"):
         y.sum().backward()
-
-
-X = torch.ones(2, 4, 3)
-BAD = [
-    ({"x": X.double()}, TypeError, "x"),
-    ({"x": torch.ones(4)}, ValueError, "x"),
-    ({"x": None}, TypeError, "x"),
-    ({"num_groups": 3}, ValueError, "num_groups"),
-    ({"num_groups": 0}, ValueError, "num_groups"),
-    ({"num_groups": -2}, ValueError, "num_groups"),
-    ({"num_groups": 2.0}, TypeError, "num_groups"),
-    ({"num_groups": None}, TypeError, "num_groups"),
-    ({"weight": torch.ones(3)}, ValueError, "weight"),
-    ({"weight": torch.ones(4).double()}, TypeError, "weight"),
-    ({"weight": torch.ones(4, device="meta")}, ValueError, "weight"),
-    ({"bias": torch.ones(1, 4)}, ValueError, "bias"),
-    ({"bias": 0.0}, TypeError, "bias"),
-    ({"add": torch.ones(2, 4, 1)}, ValueError, "add"),
-    ({"add": torch.ones(1, 4)}, ValueError, "add"),
-    ({"scale": torch.ones(4, 2)}, ValueError, "scale"),
-    ({"shift": torch.ones(2, 4).long()}, TypeError, "shift"),
-    ({"eps": 0.0}, ValueError, "eps"),
-    ({"eps": -1e-5}, ValueError, "eps"),
-    ({"eps": float("nan")}, ValueError, "eps"),
-    ({"activation": "relu"}, ValueError, "activation"),
-    ({"activation": True}, ValueError, "activation"),
-]
-
-
-@pytest.mark.parametrize(("changed", "error", "named"), BAD)
-def test_bad_input(changed, error, named):
-    given = {"x": X, "num_groups": 2, **changed}
-    with pytest.raises(error, match=naming(named)):
-        ops.group_norm(**given)

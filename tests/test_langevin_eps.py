@@ -4,15 +4,14 @@ import pytest
 import torch
 from helpers import (
     DTYPES,
-    LAYOUTS,
     NOISE_ERROR,
     assert_as_good_as_eager,
     assert_same,
     column,
     draw,
     dtypes,
+    laid_out,
     layouts,
-    naming,
     normals,
     per_sample,
     seeded,
@@ -95,22 +94,9 @@ def test_against_float64(backend, shape, outputs, with_x, dtype, layout, cotange
     check(case(shape, g, outputs, with_x, dtype, layout), step_size, where, substep, cotangent_dtype)
 
 
-@pytest.mark.parametrize("layout", [*LAYOUTS, "channels_last"])
-@pytest.mark.parametrize("shape", [(3, 3, 17, 19), (2, 3, 64, 64)])
-def test_large_and_strided(backend, shape, layout):
-    check(case(shape, seeded(1), 3, True, torch.bfloat16, layout), 0.2, {"seed": 3})
-
-
 @pytest.mark.parametrize("step_size", [0, 0.0, 1, 1.0, 1e-6])
 def test_ends_of_the_step_size(backend, step_size):
     check(case((2, 37), seeded(2)), step_size, {"seed": 4})
-
-
-def test_mixed_dtypes_of_the_terms(backend):
-    arguments = case((3, 41), seeded(3), 3)
-    arguments["x"] = arguments["x"].half()
-    arguments["outputs"] = [o.to(dtype) for o, dtype in zip(arguments["outputs"], DTYPES, strict=True)]
-    check(arguments, 0.3, {"seed": 1})
 
 
 def test_broadcast_coefficients(backend):
@@ -123,16 +109,16 @@ def test_broadcast_coefficients(backend):
 @pytest.mark.parametrize("shape", [(3,), (3, 1), (5, 3, 16, 16), (2, 7, 13)])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("outputs", [2, 4])
-def test_equal_outputs_give_exactly_nothing(backend, shape, dtype, outputs):
+@pytest.mark.parametrize("with_x", [False, True])
+def test_equal_outputs_give_exactly_nothing(backend, shape, dtype, outputs, with_x):
+    """In any layout: those of the two that meet are different."""
     g = seeded(4)
-    eps, drift = draw(shape, g), torch.zeros(shape)
-    F = draw(shape, g, dtype, scale=100)
-    b = torch.randn(shape[0], generator=g) / 3e-3
-    pairs = torch.stack([b, -b] * (outputs // 2), dim=1)
-    cotangent = ops.langevin_eps(
-        eps, drift, None, [F] + [F.clone() for _ in range(outputs - 1)], pairs, per_sample(shape[0], g),
-        per_sample(shape[0], g), step_size=0.16, noise=Noise(0),
-    )  # fmt: skip
+    eps, drift, v, F = draw(shape, g), torch.zeros(shape), per_sample(shape[0], g), draw(shape, g, dtype, scale=100)
+    terms = [laid_out(F, ["contiguous", "channels_last"][i % 2]).clone() for i in range(outputs)]
+    b, zero = torch.randn(shape[0], generator=g) / 3e-3, torch.zeros(shape[0])
+    x, coefs = (F, [zero, b, -b, *[zero] * (outputs - 2)]) if with_x else (None, [b, -b] * (outputs // 2))
+    coefs = torch.stack(coefs, dim=1)
+    cotangent = ops.langevin_eps(eps, drift, x, terms, coefs, v, v, step_size=0.16, noise=Noise(0))
     assert not drift.any() and not cotangent.any()
 
 
@@ -150,13 +136,7 @@ def test_only_eps_and_drift_are_written_in_place(backend):
         assert_same(now, before)
     assert noise.state.tolist() == [3, 1, 0, 0] and bool((step_size == 0.1).all())
     assert not torch.equal(arguments["eps"], kept["eps"])
-
-
-def test_version_counters_notice_the_update(backend):
-    arguments = case((3, 5), seeded(5))
-    versions = arguments["eps"]._version, arguments["drift"]._version
-    ops.langevin_eps(*arguments.values(), step_size=0.1, noise=Noise(0))
-    assert arguments["eps"]._version > versions[0] and arguments["drift"]._version > versions[1]
+    assert min(arguments["eps"]._version, arguments["drift"]._version) > 0
 
 
 def test_a_split_batch_is_the_whole(backend):
@@ -177,115 +157,10 @@ def test_a_split_batch_is_the_whole(backend):
 
 def test_outputs_that_require_gradients_are_read_without(backend):
     arguments = case((2, 3), seeded(7))
-    arguments["outputs"] = [o.requires_grad_() for o in arguments["outputs"]]
+    arguments["outputs"] = tuple(o.requires_grad_() for o in arguments["outputs"])
     arguments["coefs"].requires_grad_()
     cotangent = ops.langevin_eps(*arguments.values(), step_size=0.2, noise=Noise(1))
     assert not cotangent.requires_grad and not arguments["eps"].requires_grad
-
-
-def test_a_tuple_of_outputs(backend):
-    arguments = case((2, 3), seeded(7))
-    arguments["outputs"] = tuple(arguments["outputs"])
-    ops.langevin_eps(*arguments.values(), step_size=0.2, noise=Noise(1))
-
-
-def other_memory(**changed):
-    """Arguments of a good call, with changes, built anew for every test."""
-    return lambda: {
-        **case((2, 3), seeded(8)),
-        "step_size": 0.1,
-        "noise": Noise(0),
-        **{k: v() for k, v in changed.items()},
-    }
-
-
-NAN = float("nan")
-BAD = {
-    "eps bfloat16": ({"eps": lambda: torch.ones(2, 3).bfloat16()}, TypeError, "eps"),
-    "eps float64": ({"eps": lambda: torch.ones(2, 3).double()}, TypeError, "eps"),
-    "eps not contiguous": ({"eps": lambda: torch.ones(3, 2).T}, ValueError, "eps"),
-    "eps list": ({"eps": lambda: [1.0]}, TypeError, "eps"),
-    "eps 0-d": ({"eps": lambda: torch.tensor(1.0)}, ValueError, "eps"),
-    "eps requires grad": ({"eps": lambda: torch.ones(2, 3, requires_grad=True)}, ValueError, "eps"),
-    "drift shape": ({"drift": lambda: torch.ones(2, 4)}, ValueError, "drift"),
-    "drift not contiguous": ({"drift": lambda: torch.ones(3, 2).T}, ValueError, "drift"),
-    "drift expanded": ({"drift": lambda: torch.ones(1, 3).expand(2, 3)}, ValueError, "drift"),
-    "drift half": ({"drift": lambda: torch.ones(2, 3).half()}, TypeError, "drift"),
-    "drift meta": ({"drift": lambda: torch.ones(2, 3, device="meta")}, ValueError, "drift"),
-    "x shape": ({"x": lambda: torch.ones(2, 1)}, ValueError, "x"),
-    "x int": ({"x": lambda: torch.ones(2, 3).int()}, TypeError, "x"),
-    "x missing": ({"x": lambda: None}, ValueError, "coefs"),
-    "no outputs": ({"outputs": list}, ValueError, "outputs"),
-    "five outputs": ({"outputs": lambda: [torch.ones(2, 3)] * 5}, ValueError, "outputs"),
-    "one tensor": ({"outputs": lambda: torch.ones(2, 2, 3)}, (TypeError, ValueError), "outputs"),
-    "outputs of another type": ({"outputs": lambda: None}, (TypeError, ValueError), "outputs"),
-    "output shape": ({"outputs": lambda: [torch.ones(2, 3), torch.ones(3)]}, ValueError, r"outputs\[1\]"),
-    "output float64": ({"outputs": lambda: [torch.ones(2, 3).double()] * 2}, TypeError, r"outputs\[0\]"),
-    "output meta": (
-        {"outputs": lambda: [torch.ones(2, 3), torch.ones(2, 3, device="meta")]},
-        ValueError,
-        r"outputs\[1\]",
-    ),
-    "coefs shape": ({"coefs": lambda: torch.ones(2, 2)}, ValueError, "coefs"),
-    "coefs half": ({"coefs": lambda: torch.ones(2, 3).half()}, TypeError, "coefs"),
-    "coefs NaN": ({"coefs": lambda: torch.full((2, 3), NAN)}, ValueError, "coefs"),
-    "alpha shape": ({"alpha": lambda: torch.ones(1)}, ValueError, "alpha"),
-    "alpha number": ({"alpha": lambda: 1.0}, TypeError, "alpha"),
-    "alpha NaN": ({"alpha": lambda: torch.tensor([1.0, NAN])}, ValueError, "alpha"),
-    "sigma zero": ({"sigma": lambda: torch.tensor([1.0, 0.0])}, ValueError, "sigma"),
-    "sigma negative": ({"sigma": lambda: torch.tensor([-1.0, 1.0])}, ValueError, "sigma"),
-    "sigma NaN": ({"sigma": lambda: torch.tensor([NAN, 1.0])}, ValueError, "sigma"),
-    "sigma infinite": ({"sigma": lambda: torch.tensor([math.inf, 1.0])}, ValueError, "sigma"),
-    "step size negative": ({"step_size": lambda: -0.1}, ValueError, "step_size"),
-    "step size above one": ({"step_size": lambda: 1.1}, ValueError, "step_size"),
-    "step size NaN": ({"step_size": lambda: NAN}, ValueError, "step_size"),
-    "step size text": ({"step_size": lambda: "0.1"}, TypeError, "step_size"),
-    "step size bool": ({"step_size": lambda: True}, TypeError, "step_size"),
-    "step sizes shape": ({"step_size": lambda: torch.ones(3)}, ValueError, "step_size"),
-    "step sizes 0-d": ({"step_size": lambda: torch.tensor(0.1)}, ValueError, "step_size"),
-    "step sizes float64": ({"step_size": lambda: torch.ones(2).double()}, TypeError, "step_size"),
-    "step sizes negative": ({"step_size": lambda: torch.tensor([0.1, -0.1])}, ValueError, "step_size"),
-    "step sizes NaN": ({"step_size": lambda: torch.tensor([0.1, NAN])}, ValueError, "step_size"),
-    "step sizes above one": ({"step_size": lambda: torch.tensor([0.1, 1.01])}, ValueError, "step_size"),
-    "noise": ({"noise": lambda: torch.zeros(4).long()}, TypeError, "noise"),
-    "noise meta": ({"noise": lambda: Noise(0, device="meta")}, ValueError, "noise"),
-    "substep": ({"substep": lambda: 2**16}, ValueError, "substep"),
-    "substeps together": ({"substep": lambda: 1, "noise": lambda: Noise(0, substep=65535)}, ValueError, "substep"),
-    "cotangent dtype": ({"cotangent_dtype": lambda: torch.float64}, TypeError, "cotangent_dtype"),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_named_and_nothing_is_written(name):
-    changed, error, named = BAD[name]
-    given = other_memory(**changed)()
-    kept = {k: v.clone() for k, v in given.items() if isinstance(v, torch.Tensor)}
-    with pytest.raises(error, match=naming(named)):
-        ops.langevin_eps(**given)
-    for key, value in kept.items():
-        if value.device.type == "cpu":
-            assert_same(given[key], value, key)
-
-
-@pytest.mark.parametrize("other", ["eps and drift", "eps and x", "drift and an output", "eps and alpha"])
-def test_overlapping_memory_is_refused(other):
-    a = case((2,), seeded(9))
-    memory = torch.rand(4) + 0.5
-    match other:
-        case "eps and drift":
-            a["eps"], a["drift"] = memory[:2], memory[1:3]
-        case "eps and x":
-            a["eps"], a["x"] = memory[:2], memory[:2].flip(0).copy_(memory[:2]).detach()
-            a["x"] = memory[1:3]
-        case "drift and an output":
-            a["drift"] = memory[:2]
-            a["outputs"][1] = memory[:1].expand(2)
-        case "eps and alpha":
-            a["eps"] = a["alpha"] = memory[:2]
-    before = memory.clone()
-    with pytest.raises(ValueError, match="overlap"):
-        ops.langevin_eps(*a.values(), step_size=0.1, noise=Noise(0))
-    assert torch.equal(memory, before)
 
 
 def test_neighbours_in_one_buffer_are_fine(backend):
@@ -296,11 +171,12 @@ def test_neighbours_in_one_buffer_are_fine(backend):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_backends_agree_on_drift_and_cotangent_bit_for_bit_where_two_terms_meet(dtype):
+def test_backends_agree_on_drift_and_cotangent_bit_for_bit_where_two_terms_meet(backend, dtype):
     """Two products, each rounded, and one sum leave nothing to the order of the arithmetic in delta."""
     results = []
-    for name in ("reference", "auto"):
-        a = case((3, 129), seeded(10), 2, False, dtype)
+    for name in ("reference", backend):
+        a = case((3, 3, 9, 8), seeded(10), 2, False, dtype, "channels_last")
         with emd_fast.use_backend(name):
-            results.append(ops.langevin_eps(*a.values(), step_size=0.1, noise=Noise(0)))
-    assert_same(results[1], results[0])
+            results.append((ops.langevin_eps(*a.values(), step_size=0.1, noise=Noise(0)), a["drift"]))
+    for ours, expected in zip(*results, strict=True):
+        assert_same(ours, expected)

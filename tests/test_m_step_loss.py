@@ -6,7 +6,6 @@ from helpers import (
     draw,
     dtypes,
     layouts,
-    naming,
     per_element,
     per_sample,
     seeded,
@@ -15,7 +14,6 @@ from helpers import (
 )
 from hypothesis import given
 
-import emd_fast
 from emd_fast import ops
 
 
@@ -59,13 +57,6 @@ def test_value_and_gradient_against_the_regression(backend, shape, dtype, layout
     assert_as_good_as_eager(grad, exact_grad, eager_grad)
 
 
-@pytest.mark.parametrize("shape", [(3, 5, 33, 31), (2, 3, 128, 128)])
-def test_large(backend, shape):
-    drift, weight = draw(shape, seeded(0), scale=30) + 5, torch.rand(shape[0])
-    loss = ops.m_step_loss(torch.zeros(shape), drift, torch.ones(shape[0]), torch.ones(shape[0]), weight)
-    assert_as_good_as_eager(loss, eager_value(drift.double(), weight.double()), eager_value(drift, weight))
-
-
 def test_small_noise_loses_nothing(backend):
     """alpha g is 1, sigma drift 1e-9: their float32 sum is 1, and the difference that the formula avoids is 0."""
     x = torch.ones(1, 4, requires_grad=True)
@@ -88,43 +79,7 @@ def test_gradient_of_a_channels_last_input_and_an_expanded_cotangent(backend):
     assert torch.allclose(x.grad, -drift / 60 / 2)
 
 
-def test_no_gradient_is_computed_where_none_is_asked(backend):
-    assert not ops.m_step_loss(torch.ones(2, 3), torch.ones(2, 3), *[torch.ones(2)] * 3).requires_grad
-
-
 @pytest.mark.parametrize("shape", [(3, 0), (2, 0, 4)])
-def test_samples_without_elements_agree_between_backends(shape):
-    results = []
-    for name in ("reference", "auto"):
-        with emd_fast.use_backend(name):
-            results.append(ops.m_step_loss(torch.empty(shape), torch.empty(shape), *[torch.ones(shape[0])] * 3))
-    assert torch.equal(results[0].isnan(), results[1].isnan())
-
-
-ONE, X = torch.ones(2), torch.ones(2, 3)
-BAD = [
-    ({"generated": X.double()}, TypeError, "generated"),
-    ({"generated": None}, TypeError, "generated"),
-    ({"generated": torch.tensor(1.0)}, ValueError, "generated"),
-    ({"drift": torch.ones(2, 4)}, ValueError, "drift"),
-    ({"drift": X.half()}, TypeError, "drift"),
-    ({"drift": torch.ones(3, 2).T}, ValueError, "drift"),
-    ({"drift": X.clone().requires_grad_()}, ValueError, "drift"),
-    ({"drift": X.to("meta")}, ValueError, "drift"),
-    ({"alpha": torch.ones(3)}, ValueError, "alpha"),
-    ({"alpha": 1.0}, TypeError, "alpha"),
-    ({"sigma": torch.zeros(2)}, ValueError, "sigma"),
-    ({"sigma": -ONE}, ValueError, "sigma"),
-    ({"sigma": ONE.bfloat16()}, TypeError, "sigma"),
-    ({"weight": torch.tensor([1.0, float("nan")])}, ValueError, "weight"),
-    ({"weight": torch.ones(2, 1)}, ValueError, "weight"),
-    ({"weight": ONE.clone().requires_grad_()}, ValueError, "weight"),
-    ({"weight": ONE.to("meta")}, ValueError, "weight"),
-]
-
-
-@pytest.mark.parametrize(("changed", "error", "named"), BAD)
-def test_bad_input(changed, error, named):
-    given = {"generated": X, "drift": X, "alpha": ONE, "sigma": ONE, "weight": ONE, **changed}
-    with pytest.raises(error, match=naming(named)):
-        ops.m_step_loss(**given)
+def test_losses_of_samples_without_elements_are_means_over_nothing(backend, shape):
+    x, v = torch.empty(shape), torch.ones(shape[0])
+    assert ops.m_step_loss(x, x, v, v, v).isnan().all() and ops.score_matching_loss(x, x, x, v, v, v).isnan().all()

@@ -13,8 +13,6 @@ from emd_fast.metrics.distance import Moments, RunningMoments, frechet, frechet_
 from emd_fast.metrics.inception import InceptionScore
 from emd_fast.metrics.neighbours import precision_recall
 
-# Fréchet distance -------------------------------------------------------------------------------------------------
-
 
 def with_moments(n, mean, covariance, seed):
     """(n, D) float64 whose sample mean and covariance (n - 1) are exactly these."""
@@ -43,17 +41,6 @@ def test_frechet_of_known_moments(rank):
     assert frechet(b, a) == pytest.approx(expected, rel=1e-6)
 
 
-def test_frechet_in_one_dimension_and_for_commuting_covariances():
-    one = torch.eye(1, dtype=torch.float64)
-    a = with_moments(30, torch.tensor([1.0], dtype=torch.float64), 4 * one, 0)
-    b = with_moments(30, torch.tensor([-2.0], dtype=torch.float64), 0.25 * one, 1)
-    assert frechet(a, b) == pytest.approx(3**2 + (2 - 0.5) ** 2, rel=1e-10)
-    stds = torch.tensor([[1.0, 2.0, 3.0], [2.0, 2.0, 0.0]], dtype=torch.float64)
-    zero = torch.zeros(3, dtype=torch.float64)
-    sets = [with_moments(30, zero, torch.diag(s**2), i) for i, s in enumerate(stds)]
-    assert frechet(*sets) == pytest.approx(1 + 0 + 9, rel=1e-10)
-
-
 def test_frechet_of_equal_sets_is_zero_and_moves_with_nothing():
     x = torch.randn(50, 6)
     assert frechet(x, x) < 1e-12
@@ -63,9 +50,6 @@ def test_frechet_of_equal_sets_is_zero_and_moves_with_nothing():
     y = torch.randn(50, 6) * 0.7 + 0.3
     # float32 sums far from 0 would lose all of it.
     assert frechet(x.double() + 1e4, y.double() + 1e4) == pytest.approx(frechet(x, y), rel=1e-6)
-
-
-# Precision and recall ---------------------------------------------------------------------------------------------
 
 
 def brute(real, generated, k):
@@ -80,20 +64,6 @@ def brute(real, generated, k):
         return inside / len(samples)
 
     return share(generated, real), share(real, generated)
-
-
-@pytest.mark.parametrize("k", [1, 3])
-@pytest.mark.parametrize("entries", [2**25, 7 * 40])
-def test_precision_recall_against_brute_force(k, entries, monkeypatch):
-    monkeypatch.setattr(neighbours, "_ENTRIES", entries)
-    generator = torch.Generator().manual_seed(k)
-    real = torch.randn(40, 3, generator=generator, dtype=torch.float64)
-    generated = 0.8 * torch.randn(40, 3, generator=generator, dtype=torch.float64) + 0.9
-    expected = brute(real.tolist(), generated.tolist(), k)
-    assert precision_recall(real, generated, k) == pytest.approx(expected, abs=1e-12)
-    assert 0.1 < min(expected) and max(expected) < 1  # or the comparison says nothing
-    # Far from the origin the usual a^2 + b^2 - 2ab would lose these distances.
-    assert precision_recall(real + 1e8, generated + 1e8, k) == pytest.approx(expected, abs=1e-12)
 
 
 def test_precision_and_recall_are_not_the_same():
@@ -129,8 +99,10 @@ def test_k_out_of_range(k):
 
 
 @pytest.mark.parametrize("k", [1, 3, 5])
-def test_precision_recall_where_copies_and_rims_decide(k):
+@pytest.mark.parametrize("entries", [2**25, 7 * 60])
+def test_precision_recall_where_copies_and_rims_decide(k, entries, monkeypatch):
     """Copies within and across the sets, and samples that lie on the rim of a ball but for rounding."""
+    monkeypatch.setattr(neighbours, "_ENTRIES", entries)
     generator = torch.Generator().manual_seed(k)
     real = torch.randn(60, 16, generator=generator, dtype=torch.float64)
     generated = torch.randn(60, 16, generator=generator, dtype=torch.float64) * 0.9
@@ -147,11 +119,9 @@ def test_precision_recall_where_copies_and_rims_decide(k):
         towards = real[near.indices[i, k]] - real[i]
         generated[i] = real[i] + towards * (1 + (1e-8 if i % 3 else -1e-8))
     expected = brute(real.tolist(), generated.tolist(), k)
+    assert 0.1 < min(expected) and max(expected) < 1  # or the comparison says nothing
     assert precision_recall(real, generated, k) == pytest.approx(expected, abs=1e-12)
     assert precision_recall(generated, real, k) == pytest.approx(expected[::-1], abs=1e-12)
-
-
-# As EDM has it ----------------------------------------------------------------------------------------------------
 
 
 def edm_statistics(features):
@@ -184,16 +154,12 @@ def features_of_inceptions_kind(n, d, rank, seed):
 )
 def test_frechet_is_that_of_edm(n, d, rank):
     a, b = features_of_inceptions_kind(n, d, rank, 0), 1.1 * features_of_inceptions_kind(n, d, rank, 1) + 0.02
-    expected = edm_distance(edm_statistics(a), edm_statistics(b))
-    assert expected > 0.01  # or 1e-3 says nothing
-    assert frechet_of_moments(moments(edm_statistics(a)), moments(edm_statistics(b))) == pytest.approx(
-        expected, abs=1e-4
-    )
-    assert frechet(a, b) == pytest.approx(expected, abs=1e-4)
+    statistics = edm_statistics(a), edm_statistics(b)
+    expected, found = edm_distance(*statistics), frechet_of_moments(*map(moments, statistics))
+    assert expected > 0.01  # or 1e-4 says nothing
+    assert found == pytest.approx(expected, abs=1e-4) and frechet(a, b) == pytest.approx(expected, abs=1e-4)
     # Against what is exact, both factored ways agree closer than the matrix root does.
-    assert frechet_of_moments(moments(edm_statistics(a)), moments(edm_statistics(b))) == pytest.approx(
-        frechet(a, b), abs=1e-5
-    )
+    assert found == pytest.approx(frechet(a, b), abs=1e-5)
 
 
 def test_sums_are_the_moments_of_numpy_whatever_the_batches():
@@ -232,9 +198,6 @@ def test_moments_that_are_none():
     sums.add(torch.full((2, 3), math.inf))
     with pytest.raises(ValueError, match="features must be finite"):
         sums.moments()
-
-
-# Inception score --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("n", "batch"), [(100, 100), (103, 16)])

@@ -24,79 +24,57 @@ needs_kernels = pytest.mark.skipif(
 # and threads.
 DIGEST = """
 import hashlib, itertools, json, sys
+import kernel_cases
 import torch
 import emd_fast.ops
 from emd_fast.backends import native
+from helpers import DTYPES, draw, seeded
 
 ops = torch.ops.emd_fast_native
 native.load()
-threads = [int(word) for word in sys.argv[1:]]
-digests = {}
+digests = {int(word): {} for word in sys.argv[1:]}
 
 
 def record(name, *tensors):
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
-    digests.setdefault(torch.get_num_threads(), {})[name] = digest.hexdigest()
+    digests[torch.get_num_threads()][name] = digest.hexdigest()
 
 
-noise = torch.tensor([0x123456789ABCDEF, 3, 1000, 2])
-for number, shape in itertools.product(threads, [(700, 2), (130, 3, 41, 37)]):
+for number, shape in itertools.product(digests, [(700, 2), (33, 3, 41, 37)]):
     torch.set_num_threads(number)
-    for dtype in [torch.float32, torch.bfloat16, torch.float16]:
-        torch.manual_seed(0)
-        batch = shape[0]
-        state, drift, x0 = torch.randn(3, *shape)
-        a, b, c = torch.randn(3, *shape).to(dtype)
-        alpha, sigma, weight, coefs = *torch.rand(3, batch) + 0.1, torch.randn(batch, 3)
-        key = f"{shape} {dtype}"
-        record("uniform " + key, ops.uniform(shape, noise, 6, 1))
-        record("normal " + key, ops.normal(shape, noise, 1, 1, dtype))
-        record("perturb " + key, ops.perturb(a, alpha, sigma, None, noise, 5, 0, dtype))
-        record("perturb given " + key, ops.perturb(a, alpha, sigma, b, None, 0, 0, dtype))
-        for sizes in (None, weight):
-            eps = state.clone()
-            cotangent = ops.langevin_eps(eps, drift, a, [b, c], coefs, alpha, sigma, 0.16, sizes, noise, 1, dtype)
-            record(f"langevin_eps {sizes is None} " + key, eps, drift, cotangent)
-            ops.langevin_z(eps, a, 0.01, sizes, noise, 1)
-            record(f"langevin_z {sizes is None} " + key, eps)
-        record("m_step_loss " + key, ops.m_step_loss(a, drift, alpha, sigma, weight))
-        record("m_step_loss_backward " + key, ops.m_step_loss_backward(weight, drift, alpha, sigma, weight, dtype))
-        record("score_matching_loss " + key, ops.score_matching_loss(a, x0, b, alpha, sigma, weight))
-        record(
-            "score_matching_loss_backward " + key,
-            ops.score_matching_loss_backward(weight, a, x0, b, alpha, sigma, weight),
-        )
-for number, shape in itertools.product(threads, [(3, 12, 50, 47), (40, 32, 4, 4), (9, 48, 1, 1), (2, 1056, 9, 7)]):
+    for i, (op, arguments) in enumerate(kernel_cases.calls(shape, "contiguous", terms=(3, 5))):
+        found = kernel_cases.results(getattr(ops, op), op, arguments, lambda value: value)
+        record(f"{op} {i} {shape}", *found)
+for number, shape in itertools.product(digests, [(3, 12, 50, 47), (40, 32, 4, 4), (9, 48, 1, 1), (2, 1056, 9, 7)]):
     torch.set_num_threads(number)
-    for dtype in [torch.float32, torch.bfloat16, torch.float16]:
-        for layout in [torch.contiguous_format, torch.channels_last]:
-            torch.manual_seed(0)
-            x, grad = torch.randn(2, *shape).to(dtype)
-            x, grad = x.contiguous(memory_format=layout), grad.contiguous(memory_format=layout)
-            weight, bias = torch.randn(2, shape[1])
-            add, scale, shift = torch.randn(3, *shape[:2])
-            y, mean, rstd = ops.group_norm(x, 4, weight, bias, 1e-5, add, scale, shift, True)
-            gradients = ops.group_norm_backward(
-                grad, x, mean, rstd, 4, weight, bias, add, scale, shift, True, [True] * 6
-            )
-            record(f"group_norm {shape} {dtype} {layout}", y, mean, rstd, *gradients)
+    for dtype, layout in itertools.product(DTYPES, ["contiguous", "channels_last"]):
+        g = seeded(0)
+        x, grad = (draw(shape, g, dtype, layout) for _ in range(2))
+        weight, bias = torch.randn(2, shape[1], generator=g)
+        add, scale, shift = torch.randn(3, *shape[:2], generator=g)
+        y, mean, rstd = ops.group_norm(x, 4, weight, bias, 1e-5, add, scale, shift, True)
+        rest = (mean, rstd, 4, weight, bias, add, scale, shift, True, [True] * 6)
+        record(f"group_norm {shape} {dtype} {layout}", y, mean, rstd, *ops.group_norm_backward(grad, x, *rest))
 print(json.dumps({"isa": native.facts()["isa"], "digests": digests}))
 """
 
 
+def in_a_process(code: str, isa: str, *words: int) -> str:
+    """What the code prints with that instruction set."""
+    path = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, words)],
+        env={**os.environ, "EMD_FAST_ISA": isa, "PYTHONPATH": path}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def digests(isa: str, *threads: int) -> dict[str, dict[str, str]]:
     """By number of threads and what was computed."""
-    done = subprocess.run(
-        [sys.executable, "-c", DIGEST, *map(str, threads)],
-        env={**os.environ, "EMD_FAST_ISA": isa, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout)
+    said = json.loads(in_a_process(DIGEST, isa, *threads))
     assert said["isa"] == isa and list(said["digests"]) == list(map(str, threads))
     return said["digests"]
 
@@ -132,6 +110,7 @@ def test_every_op_is_registered():
 
 
 @needs_kernels
+@pytest.mark.slow
 def test_same_bits_for_any_threads_and_instruction_set():
     isas = [isa for isa in native.facts()["isas_built"] if runs_here(isa)]
     found = {isa: digests(isa, *((1, 2, 3) if isa == isas[-1] else (1,))) for isa in isas}
@@ -145,14 +124,7 @@ def test_same_bits_for_any_threads_and_instruction_set():
 @needs_kernels
 def test_an_instruction_set_that_is_not_there_is_refused():
     code = "from emd_fast.backends import native; print(native.why_not('normal', 'cpu'))"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "EMD_FAST_ISA": "sse9", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "EMD_FAST_ISA must be one of baseline" in done.stdout
+    assert "EMD_FAST_ISA must be one of baseline" in in_a_process(code, "sse9")
 
 
 def write_facts(tmp_path, monkeypatch, **facts):

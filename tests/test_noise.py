@@ -1,10 +1,21 @@
 """The noise contract against an independent implementation (helpers.philox)."""
 
-import numpy as np
 import pytest
 import torch
-from helpers import NOISE_ERROR, assert_within, naming, noise_words, normals, philox, uniforms
-from hypothesis import given
+from helpers import (
+    DTYPES,
+    NOISE_ERROR,
+    assert_same,
+    assert_within,
+    integers,
+    naming,
+    noise_words,
+    normals,
+    philox,
+    shapes,
+    uniforms,
+)
+from hypothesis import example, given
 from hypothesis import strategies as st
 from noise_statistics import assert_independent, assert_standard_normal, assert_uniform
 
@@ -38,21 +49,55 @@ def test_known_answers(counter, key, words):
     assert tuple(w.item() for w in reference.philox(*as_tensors)) == words
 
 
-def test_first_words_through_the_public_ops(backend):
-    assert (ops.uniform((1, 4), Noise(0), stream=0)[0].double() * 2**32).tolist() == pytest.approx(
-        [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8], abs=256
-    )
-
-
-@given(size=st.sampled_from([(3, 7), (2, 3, 5, 4), (1,), (4, 1), (2, 9)]), **NUMBERS)
+@given(size=shapes(), **NUMBERS)
+@example(size=(3, 7), seed=2**63 - 1, step=2**32 - 1, first_sample=2**32 - 5, substep=2**16 - 1, stream=2**16 - 1)
+@example(size=(3, 7), seed=2**32, step=0, first_sample=0, substep=0, stream=0)
 def test_any_number_of_the_contract(backend, size, seed, step, first_sample, substep, stream):
-    where = {"seed": seed, "step": step, "first_sample": min(first_sample, 2**32 - size[0]), "substep": substep}
+    where = {"seed": seed, "step": step, "first_sample": min(first_sample, 2**32 - 5), "substep": substep}
     noise = Noise(**where)
-    u = ops.uniform(size, noise, stream=stream)
-    assert u.dtype == torch.float32
-    assert np.array_equal(u.numpy(), uniforms(size, stream=stream, **where))
-    n = ops.normal(size, noise, stream=stream)
+    u, n = ops.uniform(size, noise, stream=stream), ops.normal(size, noise, stream=stream)
+    assert u.dtype == n.dtype == torch.float32 and u.is_contiguous() and n.is_contiguous()
+    assert_same(u, torch.from_numpy(uniforms(size, stream=stream, **where)))
     assert_within(n, normals(size, stream=stream, **where), NOISE_ERROR)
+
+
+@pytest.mark.parametrize("size", [(3, 0), (2, 0, 4)])
+def test_samples_without_elements(backend, size):
+    assert ops.uniform(size, Noise(0), stream=0).shape == ops.normal(size, Noise(0), stream=0).shape == size
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_reduced_precision_is_the_float32_number_rounded_once(backend, dtype):
+    wide = ops.normal((3, 1001), Noise(2), stream=0)
+    assert_same(ops.normal((3, 1001), Noise(2), stream=0, dtype=dtype), wide.to(dtype))
+
+
+# Where the words of seed 0, stream 0 are at least 2^32 - 128, which is 2^32 as a float32: (sample, element).
+@pytest.mark.parametrize(("sample", "element"), [(477, 1045), (1146, 8926), (1229, 2648), (58585, 48)])
+def test_where_u_is_all_but_one(backend, sample, element):
+    """As a radius of a normal number it gives almost 0, as an angle almost a full turn."""
+    noise, size = Noise(0, first_sample=sample), (1, element + 4)
+    assert noise_words(size, first_sample=sample)[0][0, element] >= 2**32 - 400
+    assert ops.uniform(size, noise, stream=0)[0, element] == 1 - 2.0**-24
+    n = ops.normal(size, noise, stream=0)[:, element - 4 :]
+    assert_within(n, normals(size, first_sample=sample)[:, element - 4 :], NOISE_ERROR)
+
+
+@given(size=shapes(), high=st.one_of(st.integers(1, 20), st.integers(1, 2**31)))
+def test_integers_are_the_words_scaled_down(size, high):
+    n = ops.integers(high, size, Noise(3, step=1), stream=8, substep=2)
+    assert_same(n, torch.from_numpy(integers(high, size, seed=3, step=1, stream=8, substep=2)))
+
+
+def test_all_integers_below_high_occur_equally_often():
+    counts = torch.bincount(ops.integers(10, (4, 25_000), Noise(5), stream=8).flatten(), minlength=10)
+    # Chi-squared with 9 degrees of freedom exceeds 33.7 with probability 1e-4.
+    assert ((counts - 1e4) ** 2 / 1e4).sum() < 33.7 and len(counts) == 10
+
+
+def test_the_noise_decides_the_device_and_a_size_may_be_a_list():
+    assert ops.uniform((2, 3), Noise(0, device="meta"), stream=0).device.type == "meta"
+    assert_same(ops.uniform(torch.Size((2, 3)), Noise(0), stream=0), ops.uniform([2, 3], Noise(0), stream=0))
 
 
 @given(given=st.integers(0, 2**16 - 1), share=st.floats(0, 1))
@@ -84,23 +129,6 @@ def test_elements_are_row_major_whatever_the_shape(backend):
     assert torch.equal(ops.normal((2, 21), Noise(1), stream=0), flat[:, :21])
 
 
-@pytest.mark.parametrize("changed", [{"seed": 2**32}, {"seed": 1}, {"step": 1}, {"first_sample": 2}, {"substep": 1}])
-def test_every_number_matters(backend, changed):
-    a, b = ops.uniform((2, 64), Noise(0), stream=0), ops.uniform((2, 64), Noise(**{"seed": 0, **changed}), stream=0)
-    assert not (a == b).any()
-
-
-def test_streams_and_substeps_do_not_collide(backend):
-    seen = torch.stack(
-        [
-            ops.uniform((64,), Noise(0), stream=stream, substep=substep)
-            for stream in range(14)
-            for substep in (0, 1, 65535)
-        ]
-    )
-    assert len(seen.unique(dim=0)) == len(seen)
-
-
 def test_streams_are_those_of_the_noise_contract():
     names = (
         "E_STEP_Z E_STEP_EPS LANGEVIN_EPS LANGEVIN_Z FAKE_SCORE_Z FAKE_SCORE_EPS E_STEP_TIME "
@@ -117,6 +145,7 @@ def test_set_and_advance_change_the_tensor_in_place(backend):
     noise.set(substep=5)
     assert noise.state is state and state.data_ptr() == where
     assert state.dtype == torch.int64 and state.tolist() == [7, 4, 11, 5]
+    assert repr(noise) == "Noise(seed=7, step=4, first_sample=11, substep=5, device='cpu')"
     assert torch.equal(ops.normal((3, 4), noise, stream=1), ops.normal((3, 4), Noise(7, 4, 11, 5), stream=1))
 
 
@@ -140,32 +169,6 @@ def test_numbers_outside_their_range(name, limit):
             Noise(**{"seed": 0, name: value})
 
 
-@pytest.mark.parametrize("draw", [ops.uniform, ops.normal, lambda *a, **k: ops.integers(7, *a, **k)])
-def test_bad_arguments_of_the_drawing_ops(draw):
-    for arguments, error, named in (
-        ({"noise": 3}, TypeError, "noise"),
-        ({"stream": -1}, ValueError, "stream"),
-        ({"stream": 2**16}, ValueError, "stream"),
-        ({"stream": 1.0}, TypeError, "stream"),
-        ({"substep": 2**16}, ValueError, "substep"),
-        ({"substep": -1}, ValueError, "substep"),
-        ({"noise": Noise(0, substep=65535), "substep": 1}, ValueError, "substep"),
-        ({"noise": Noise(0, first_sample=2**32 - 1)}, ValueError, "samples"),
-        ({"size": ()}, ValueError, "size"),
-        ({"size": (2, -1)}, ValueError, "size"),
-        ({"size": (2, 1.0)}, TypeError, "size"),
-    ):
-        given = {"size": (2, 3), "noise": Noise(0), "stream": 0, **arguments}
-        with pytest.raises(error, match=naming(named)):
-            draw(given.pop("size"), given.pop("noise"), **given)
-
-
-def test_numbers_of_63_bits_reach_the_key(backend):
-    seed = 2**63 - 1
-    assert np.array_equal(ops.uniform((2, 8), Noise(seed), stream=0).numpy(), uniforms((2, 8), seed=seed))
-    assert repr(Noise(seed)) == f"Noise(seed={seed}, step=0, first_sample=0, substep=0, device='cpu')"
-
-
 @pytest.mark.exhaustive
 def test_distribution_of_16_million_draws():
     """Of one backend: all have the same uniform numbers, and the same normal ones to within the contract's error."""
@@ -174,7 +177,7 @@ def test_distribution_of_16_million_draws():
     assert_uniform(ops.uniform(size, Noise(13), stream=2))
 
 
-def test_independence(backend):
+def test_independence():
     """Of neighbours, and of the same elements in other samples, streams, steps, substeps and seeds."""
     size = (64, 2**14)
     x = ops.normal(size, Noise(12), stream=2)
@@ -191,10 +194,5 @@ def test_independence(backend):
 
 @pytest.mark.slow
 def test_normals_stay_within_the_contract_over_millions(backend):
-    size = (2, 500_000)
+    size = (2, 500_000) if backend != "triton" else (2, 20_000)  # the interpreter is slow
     assert_within(ops.normal(size, Noise(8, step=1), stream=2), normals(size, seed=8, step=1, stream=2), NOISE_ERROR)
-
-
-def test_the_test_generator_covers_every_word():
-    words, elements = noise_words((1, 6))
-    assert words.shape == (1, 8) and elements == 6

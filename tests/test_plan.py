@@ -6,15 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from spawned import Ranks
+from helpers import FlopCount
 from test_distributed import Blocks, config
 from test_trainer import digits_teacher
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from emd_fast import Denoiser, EMDTrainer, Generator, distributed
 from emd_fast import config as configuration
-from emd_fast.cli import commands
 from emd_fast.config import ConfigError
 from emd_fast.diffusion.schedules import EDM
 from emd_fast.distributed import GroupError
@@ -75,13 +73,6 @@ def measured(mode: str, precision: str) -> tuple[dict, dict]:
     }, received.bytes
 
 
-@pytest.fixture(scope="module")
-def ranks():
-    group = Ranks(2)
-    yield group
-    group.close()
-
-
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("mode", ["replicate", "fsdp"])
 def test_the_plan_is_what_a_trainer_holds_and_sends(ranks, mode, precision):
@@ -89,7 +80,7 @@ def test_the_plan_is_what_a_trainer_holds_and_sends(ranks, mode, precision):
     sizes = Sizes.of(network, network, network)
     assert sizes.generator == sum(p.numel() for p in network.parameters()) and sizes.largest_block == 8 * 8 + 8
     planned = estimate(sizes, settings(), mode, 2, reduced=precision == "bfloat16")
-    for held, received in ranks(measured, mode, precision):
+    for held, received in ranks(2, measured, mode, precision):
         if mode == "fsdp":
             held["gradients"] += 4 * sizes.largest_block  # the one that is in the works
         for name, size in held.items():
@@ -124,20 +115,6 @@ def test_what_cannot_fit_is_refused_with_what_helps():
         made(parallel="hybrid")
 
 
-class Counted(TorchDispatchMode):
-    """Floating-point operations. torch's own counter cannot stand in the way of autograd.grad."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operations = 0.0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if func._overloadpacket in flop_registry:
-            self.operations += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
-        return out
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -153,15 +130,15 @@ def test_the_operations_are_those_of_a_step(changes):
     network.null_cond = 0
     settings = config(**{"batch_size": 4, "fake_score_warmup": 0, "gamma_z": 0.02, **changes})
     work = Work.of(network, Generator(network, settings.t_star), network, settings.num_classes)
-    with Counted() as forward, torch.no_grad():
+    with FlopCount() as forward, torch.no_grad():
         network(torch.zeros(1, 1, 8, 8), torch.ones(1), torch.zeros(1, dtype=torch.int64))
     # PyTorch's counter does not know the CPU's attention, a fiftieth of this network.
-    assert 0.95 * work.teacher < forward.operations <= work.teacher == work.generator == work.fake_score
+    assert 0.95 * work.teacher < forward.total <= work.teacher == work.generator == work.fake_score
     trainer = EMDTrainer(network, settings)
-    with Counted() as counted:
+    with FlopCount() as counted:
         trainer.step()
     # First layers have no gradient to their input: a little less is done than is planned.
-    assert 0.95 * work.step(settings) < counted.operations / 4 <= work.step(settings)
+    assert 0.95 * work.step(settings) < counted.total / 4 <= work.step(settings)
 
 
 def test_activations_that_are_computed_again_are_a_forward_pass_more():
@@ -195,29 +172,22 @@ def test_the_figures_of_the_docs_are_those_of_the_code(capsys):
     assert len(rows.splitlines()) == 16 and rows in text
 
 
-def test_plan_prints_the_configuration_and_the_table_and_writes_nothing(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_plan_prints_the_configuration_and_the_table_and_writes_nothing(call, refused, tmp_path, monkeypatch):
     words = ["plan", "digits", "--devices", "8", "--parallel", "fsdp"]
-    assert commands.main(words) == 0
-    said = capsys.readouterr().out
+    code, said, _ = call(*words)
+    assert code == 0 and not list(tmp_path.iterdir())
     assert 'parallel = "fsdp"' in said and "8 devices" in said and "fsdp *" in said and "replicate" in said
-    assert not list(tmp_path.iterdir())
-    assert commands.main([*words, "--device-memory", "0.0001"]) == 2
-    assert "parallel = 'fsdp' needs" in capsys.readouterr().err
-    assert commands.main(["distill", "digits", "--devices", "8"]) == 2
-    assert "unknown option '--devices'" in capsys.readouterr().err
+    refused(2, "parallel = 'fsdp' needs", *words, "--device-memory", "0.0001")
+    refused(2, "unknown option '--devices'", "distill", "digits", "--devices", "8")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert commands.main(["plan", "digits"]) == 0
-    assert "4 devices" in capsys.readouterr().out
+    assert "4 devices" in call("plan", "digits")[1]
 
 
-def test_what_cannot_fit_is_refused_before_it_is_allocated(tmp_path, capsys, monkeypatch):
+def test_what_cannot_fit_is_refused_before_it_is_allocated(refused, monkeypatch):
     """Networks of 28 GiB each on a machine of one GiB."""
     monkeypatch.setattr(distill, "available", lambda: float(GIB))
     width = ["--mixture.generator-width", "60000", "--mixture.fake-score-width", "60000"]
-    assert commands.main(["distill", "gmm", "--out", str(tmp_path / "x"), *width]) == 2
-    said = capsys.readouterr().err
-    assert "GiB a device, and there are 1: try" in said and len(said.strip().splitlines()) == 1
+    refused(2, "GiB a device, and there are 1: try", "distill", "gmm", "--out", "x", *width)
 
 
 @pytest.mark.parametrize("recipe", ["gmm", "digits"])
@@ -229,25 +199,19 @@ def test_a_plan_is_made_of_shapes_alone(recipe, monkeypatch):
     assert len(seen) == 3 and parameters and all(p.is_meta for p in parameters)
 
 
-def test_plan_takes_ceilings_and_any_key_and_invents_nothing(capsys):
-    def told(*words):
-        code = commands.main(["plan", "gmm", "--devices", "4", *words])
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    _, blank, _ = told()
-    times = [line for line in blank.splitlines() if "seconds" in line]
+def test_plan_takes_ceilings_and_any_key_and_invents_nothing(call, refused):
+    words = ["plan", "gmm", "--devices", "4"]
+    times = [line for line in call(*words)[1].splitlines() if "seconds" in line]
     assert len(times) == 3 and all(line.count("not known") == 2 for line in times)
-    _, whole, _ = told("--tflops", "10", "--gb-per-second", "1", "--langevin-steps", "16")
+    ceilings = ["--tflops", "10", "--gb-per-second", "1", "--langevin-steps"]
+    whole = call(*words, *ceilings, "16")[1]
     assert not [line for line in whole.splitlines() if "seconds" in line and "not known" in line]
-    assert told("--tflops", "10", "--gb-per-second", "1", "--langevin-steps", "32")[1] != whole
-    for words, said in (
+    assert call(*words, *ceilings, "32")[1] != whole
+    for more, said in (
         (["--langevin-stepz", "4"], "did you mean '--langevin-steps'"),
         (["--parallel", "hybrid", "--shard-group", "3"], "shard_group must divide the 4 ranks, got 3"),
         (["--batch-size", "2"], "at least the number of devices, 4, got 2"),
         (["--device-memory", "1e-6"], "GiB a device"),
     ):
-        code, _, err = told(*words)
-        assert code == 2 and said in err and len(err.strip().splitlines()) == 1, err
-    with pytest.raises(SystemExit):
-        commands.main(["plan", "gmm", "--devices", "4", "--tflops", "0"])
+        assert call(*words, *more)[0] == 2 and said in call(*words, *more)[2]
+    assert call(*words, "--tflops", "0")[0] == 2

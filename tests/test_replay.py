@@ -41,9 +41,7 @@ def assert_sample(alone, batch, index):
     [{}, {"guidance": 1.5}, {"sampling": "x_z"}, {"objective": "vsd"}, {"gamma_z": 0.0}, {"cuda_graph": True}],
 )
 def test_a_sample_alone_is_that_sample_of_the_whole_batch(changes):
-    teacher = digits_teacher()
-    teacher.null_cond = 0
-    trainer = EMDTrainer(teacher, config(num_classes=3, **changes))
+    trainer = EMDTrainer(digits_teacher(null_cond=0), config(num_classes=3, **changes))
     trainer.step()
     whole = trainer.sample_posterior(step=7)
     steps = []
@@ -61,19 +59,15 @@ def test_what_is_seen_of_a_step_is_what_the_step_did():
     """drift = (1 - gamma) drift + gamma sigma delta, from the deltas that were shown."""
     trainer = EMDTrainer(digits_teacher(), config(num_classes=3, langevin_steps=3))
     trainer.step()
-    drifts, deltas, samples = [], [], []
-
-    def watch(now):
-        drifts.append(now.drift.clone())
-        deltas.append(now.delta)
-        samples.append(now.x0)
-
-    found = trainer.sample_posterior(step=2, samples=range(1, 3), watch=watch)
+    seen = []
+    found = trainer.sample_posterior(
+        step=2, samples=range(1, 3), watch=lambda now: seen.append((now.drift.clone(), now.delta, now.x0))
+    )
     gamma, drift = trainer.config.gamma_eps, torch.zeros_like(found.eps)
-    for seen, delta in zip(drifts, deltas, strict=True):
+    for shown, delta, _ in seen:
         drift = (1 - gamma) * drift + gamma * found.sigma.view(-1, 1, 1, 1) * delta
-        torch.testing.assert_close(seen, drift, **TOLERANCE)
-    assert drift.abs().max() > 0 and not torch.equal(samples[0], samples[1])
+        torch.testing.assert_close(shown, drift, **TOLERANCE)
+    assert drift.abs().max() > 0 and not torch.equal(seen[0][2], seen[1][2])
 
 
 @pytest.mark.parametrize("sample", [0, 11, 15])
@@ -112,19 +106,18 @@ def test_caught_up_it_is_what_the_run_computed(folder, monkeypatch, step):
         assert_sample(replay(folder, step, 3).found, seen[step], 3)
 
 
-def test_what_cannot_be_replayed_is_one_clear_line(folder, tmp_path, capsys):
-    with pytest.raises(RunError, match="no checkpoint at or before step 3: it has those of step 4, 6"):
-        replay(folder, 3, 0)
-    for sample in (16, -1):
-        with pytest.raises(ConfigError, match=rf"sample must be in \[0, 16\) in .*, got {sample}"):
-            replay(folder, 4, sample)
-    with pytest.raises(ConfigError, match="step must be in"):
-        replay(folder, -1, 0)
-    with pytest.raises(RunError, match="not the folder of a run"):
-        replay(tmp_path, 4, 0)
-    assert commands.main(["replay", str(folder), "--step", "3", "--sample", "0"]) == 1
-    assert len(capsys.readouterr().err.strip().splitlines()) == 1
-    assert commands.main(["replay", str(folder), "--step", "4", "--sample", "99"]) == 2
+def test_what_cannot_be_replayed_is_one_clear_line(folder, tmp_path, refused):
+    for where, step, sample, error, said in (
+        (folder, 3, 0, RunError, "no checkpoint at or before step 3: it has those of step 4, 6"),
+        (folder, 4, 16, ConfigError, r"sample must be in \[0, 16\) in .*, got 16"),
+        (folder, 4, -1, ConfigError, r"sample must be in \[0, 16\) in .*, got -1"),
+        (folder, -1, 0, ConfigError, "step must be in"),
+        (tmp_path, 4, 0, RunError, "not the folder of a run"),
+    ):
+        with pytest.raises(error, match=said):
+            replay(where, step, sample)
+    refused(1, "no checkpoint", "replay", folder, "--step", 3, "--sample", 0)
+    refused(2, "sample must be", "replay", folder, "--step", 4, "--sample", 99)
 
 
 @pytest.mark.usefixtures("without_pictures")

@@ -11,8 +11,6 @@ from PIL import Image
 
 from emd_fast.reporting import pictures, report
 
-# Grids ------------------------------------------------------------------------------------------------------------
-
 
 def test_every_pixel_of_a_grid():
     images = torch.tensor([-1.0, 0.0, 1.0, 5.0, -7.0])[:, None, None, None].expand(5, 1, 2, 3).clone()
@@ -58,9 +56,6 @@ def test_bad_grids(arguments, message):
         pictures.grid(*arguments)
 
 
-# Plots ------------------------------------------------------------------------------------------------------------
-
-
 def blue(path):
     """How many pixels of the picture have the colour of the points."""
     pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
@@ -102,8 +97,6 @@ def test_the_running_mean_passes_gaps_over():
     assert pictures._running_mean([1.0] * 9 + [math.nan] + [3.0] * 10)[8:11] == [1.0, 1.0, 3.0]
     assert math.isnan(pictures._running_mean([math.nan])[0])
 
-
-# report.md --------------------------------------------------------------------------------------------------------
 
 METRICS = {
     "frechet": {"generator": 4.5, "real": 3.0, "init": 24.0, "teacher": 3.6},
@@ -166,13 +159,8 @@ def test_the_report_of_a_mixture_and_of_an_empty_folder(tmp_path):
     assert "no metrics" in report.write(tmp_path).read_text()
     (tmp_path / "config.toml").write_text('task = "gmm"\n')
     mass = {"real": [0.5, 0.5], "generator": [0.25, 0.75]}
-    metrics = {
-        "modes": {"real": 2, "generator": 1},
-        "mass": mass,
-        "due": mass,
-        "frechet": {"generator": 0.125},
-        "n": 10,
-    }
+    modes, frechet = {"real": 2, "generator": 1}, {"generator": 0.125}
+    metrics = {"modes": modes, "mass": mass, "due": mass, "frechet": frechet, "n": 10}
     (tmp_path / "metrics.json").write_text(json.dumps(metrics))
     text = report.write(tmp_path).read_text()
     assert row(text, "modes found") == ["2", "1"] and row(text, "mass by mode") == ["0.5 0.5", "0.25 0.75"]

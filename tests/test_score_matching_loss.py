@@ -1,14 +1,11 @@
-import pytest
 import torch
 from helpers import (
-    LAYOUTS,
     assert_as_good_as_eager,
     assert_same,
     column,
     draw,
     dtypes,
     layouts,
-    naming,
     per_element,
     per_sample,
     seeded,
@@ -17,7 +14,6 @@ from helpers import (
 )
 from hypothesis import given
 
-import emd_fast
 from emd_fast import ops
 from emd_fast.backends import reference
 
@@ -64,13 +60,6 @@ def test_value_and_gradient_against_float64(backend, shape, of_output, of_x0, of
     check(case(shape, g, of_output, of_x0, of_x_t, layout), g)
 
 
-@pytest.mark.parametrize("layout", [*LAYOUTS, "channels_last"])
-@pytest.mark.parametrize("shape", [(3, 5, 33, 31), (2, 3, 128, 128)])
-def test_large_and_strided(backend, shape, layout):
-    g = seeded(0)
-    check(case(shape, g, torch.bfloat16, torch.float32, torch.float16, layout, scale=3), g)
-
-
 def test_gradcheck_of_the_reference():
     g = seeded(1)
     output, *rest = [a.double() for a in case((2, 3, 2), g, *[torch.float32] * 3, "contiguous")]
@@ -81,54 +70,10 @@ def test_gradcheck_of_the_reference():
     assert torch.allclose(mine, its, rtol=1e-12, atol=1e-14)
 
 
-def test_gradient_through_a_network_is_that_of_the_formula(backend):
-    g = seeded(2)
-    arguments = case((4, 5), g, *[torch.float32] * 3, "contiguous")
-    grads = []
-    for run in (ops.score_matching_loss, formula):
-        w = torch.full((5,), 0.5, requires_grad=True)
-        run(arguments[0] * w, *arguments[1:]).mean().backward()
-        grads.append(w.grad)
-    assert torch.allclose(*grads, rtol=1e-5, atol=1e-6)
-
-
-def test_no_gradient_is_computed_where_none_is_asked(backend):
-    X, ONE = torch.ones(2, 3), torch.ones(2)
-    assert not ops.score_matching_loss(X, X, X, ONE, ONE, ONE).requires_grad
-
-
-@pytest.mark.parametrize("shape", [(3, 0), (2, 0, 4)])
-def test_samples_without_elements_agree_between_backends(shape):
-    x, one = torch.empty(shape), torch.ones(shape[0])
-    results = []
-    for name in ("reference", "auto"):
-        with emd_fast.use_backend(name):
-            results.append(ops.score_matching_loss(x, x, x, one, one, one))
-    assert torch.equal(results[0].isnan(), results[1].isnan())
-
-
-ONE, X = torch.ones(2), torch.ones(2, 3)
-BAD = [
-    ({"output": X.double()}, TypeError, "output"),
-    ({"output": 1.0}, TypeError, "output"),
-    ({"output": torch.tensor(1.0)}, ValueError, "output"),
-    ({"x0": torch.ones(2, 4)}, ValueError, "x0"),
-    ({"x0": X.long()}, TypeError, "x0"),
-    ({"x0": X.clone().requires_grad_()}, ValueError, "x0"),
-    ({"x0": X.to("meta")}, ValueError, "x0"),
-    ({"x_t": torch.ones(2, 1)}, ValueError, "x_t"),
-    ({"x_t": X.clone().requires_grad_()}, ValueError, "x_t"),
-    ({"c_skip": torch.ones(3)}, ValueError, "c_skip"),
-    ({"c_skip": 1.0}, TypeError, "c_skip"),
-    ({"c_out": ONE.double()}, TypeError, "c_out"),
-    ({"c_out": torch.tensor([1.0, float("inf")])}, ValueError, "c_out"),
-    ({"weight": torch.tensor([1.0, float("nan")])}, ValueError, "weight"),
-    ({"weight": ONE.to("meta")}, ValueError, "weight"),
-]
-
-
-@pytest.mark.parametrize(("changed", "error", "named"), BAD)
-def test_bad_input(changed, error, named):
-    given = {"output": X, "x0": X, "x_t": X, "c_skip": ONE, "c_out": ONE, "weight": ONE, **changed}
-    with pytest.raises(error, match=naming(named)):
-        ops.score_matching_loss(**given)
+def test_a_sum_is_the_same_in_every_batch_and_every_run(backend):
+    case = [draw((4, 3, 50, 40), seeded(i), layout="channels_last") for i in range(3)]
+    numbers = [per_sample(4, seeded(3))] * 3
+    whole = ops.score_matching_loss(*case, *numbers)
+    parts = [ops.score_matching_loss(*(v[s] for v in (*case, *numbers))) for s in (slice(0, 1), slice(1, 4))]
+    assert_same(torch.cat(parts), whole)
+    assert_same(ops.score_matching_loss(*case, *numbers), whole)

@@ -1,8 +1,6 @@
 """How the Triton kernels are chosen and launched. tests/interpreted tests what they compute."""
 
 import importlib.util
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -11,11 +9,6 @@ import emd_fast
 from emd_fast import Noise, backends, ops
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-
-
-def test_import_of_emd_fast_leaves_triton_alone():
-    code = "import sys, emd_fast; sys.exit(any(m.split('.')[0] == 'triton' for m in sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 @needs_triton

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import threads
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
 from torch.func import grad, jvp, vmap
@@ -10,7 +11,6 @@ from torch.profiler import ProfilerActivity, profile
 
 import emd_fast
 from emd_fast.backends import native
-from emd_fast.ops import flops
 from emd_fast.ops.convolution import convolution
 from emd_fast.train.throughput import counted
 
@@ -50,10 +50,10 @@ def error(result, exact):
     return ((result - exact).norm() / exact.norm()).item()
 
 
-@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("number", [1, 2, 5])
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_outputs_and_derivatives_are_as_exact_as_pytorch_s(shape, with_bias, threads):
+def test_outputs_and_derivatives_are_as_exact_as_pytorch_s(shape, with_bias, number):
     x, weight, bias = drawn(shape)
     bias = bias if with_bias else None
     cotangent = torch.randn_like(x)
@@ -67,28 +67,20 @@ def test_outputs_and_derivatives_are_as_exact_as_pytorch_s(shape, with_bias, thr
 
     exact = all_of(conv2d, x.double(), weight.double(), None if bias is None else bias.double())
     theirs = all_of(conv2d, x, weight, bias)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with threads(number):
         mine, calls = by_winograd(lambda: all_of(convolution, x, weight, bias))
-    finally:
-        torch.set_num_threads(before)
     assert calls == 4
     for result, its, true in zip(mine, theirs, exact, strict=True):
         assert result.stride() == its.stride() and result.dtype == its.dtype
         assert error(result, true) <= 2 * error(its, true) + 1e-7
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-def test_numbers_of_a_sample_do_not_depend_on_the_batch(threads):
+@pytest.mark.parametrize("number", [1, 3])
+def test_numbers_of_a_sample_do_not_depend_on_the_batch(number):
     x, weight, bias = drawn((40, 16, 24, 5, 6))
     whole = convolution(x, weight, bias, padding=(1, 1))
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with threads(number):
         parts = [convolution(part, weight, bias, padding=(1, 1)) for part in x.split((1, 9, 13, 17))]
-    finally:
-        torch.set_num_threads(before)
     assert torch.equal(torch.cat(parts), whole)
 
 
@@ -104,25 +96,26 @@ def test_a_weight_in_any_layout_and_a_slice_of_the_input():
     assert error(results[0], exact) < 3e-7
 
 
+@pytest.mark.parametrize("settings", [{"stride": (2, 1)}, {"padding": (0, 1)}, {"dilation": (1, 2), "padding": (1, 2)}])
+def test_other_strides_paddings_and_dilations_are_pytorch_s_bit_for_bit(settings):
+    test_all_others_are_pytorch_s_bit_for_bit({}, {"padding": (1, 1), **settings})
+
+
 @pytest.mark.parametrize(
     ("change", "settings"),
     [
-        ({}, {"stride": (2, 1)}),
-        ({}, {"padding": (0, 1)}),
-        ({}, {"dilation": (1, 2), "padding": (1, 2)}),
         ({"kernel": 1}, {"padding": (0, 0)}),
-        ({"groups": 2}, {"groups": 2}),
-        ({"channels": 12}, {}),
-        ({"out": 20}, {}),
-        ({"dtype": torch.float64}, {}),
-        ({"dtype": torch.bfloat16}, {}),
-        ({"layout": torch.contiguous_format}, {}),
-        ({"channels": 1024, "out": 1024}, {}),
-        ({"batch": 0}, {}),
-        ({"width": 1}, {}),
-        ({"backend": "reference"}, {}),
+        ({"groups": 2}, {"padding": (1, 1), "groups": 2}),
+        *(
+            (change, {"padding": (1, 1)})
+            for change in (
+                {"channels": 12}, {"out": 20}, {"channels": 1024, "out": 1024}, {"batch": 0}, {"width": 1},
+                {"dtype": torch.float64}, {"dtype": torch.bfloat16}, {"layout": torch.contiguous_format},
+                {"backend": "reference"},
+            )
+        ),
     ],
-)
+)  # fmt: skip
 def test_all_others_are_pytorch_s_bit_for_bit(change, settings):
     channels, out, kernel = change.get("channels", 16), change.get("out", 16), change.get("kernel", 3)
     g = torch.Generator().manual_seed(0)
@@ -130,7 +123,6 @@ def test_all_others_are_pytorch_s_bit_for_bit(change, settings):
     x = torch.randn(change.get("batch", 2), channels, 6, change.get("width", 6), generator=g).to(kind)
     x = x.contiguous(memory_format=change.get("layout", torch.channels_last))
     weight = torch.randn(out, channels // change.get("groups", 1), kernel, kernel, generator=g).to(kind)
-    settings = {"padding": (1, 1), **settings}
     with emd_fast.use_backend(change.get("backend", "auto")):
         mine, calls = by_winograd(lambda: convolution(x, weight, **settings))
     assert calls == 0 and torch.equal(mine, conv2d(x, weight, **settings))
@@ -186,15 +178,6 @@ def test_flops_are_counted_as_pytorch_s_and_change_no_bit():
     )
     assert torch.equal(y, expected) and gradient[0].shape == x.shape
     assert count == 2 * (2 * expected.numel() * 9 * 16)
-
-
-def test_formulas_are_registered_twice_where_two_threads_do():
-    for _ in range(2):
-        flops.register.__wrapped__()
-
-
-def test_inference_mode():
-    x, weight, bias = drawn((2, 16, 16, 4, 4))
     with torch.inference_mode():
         (y, count), calls = by_winograd(lambda: counted(lambda: convolution(x, weight, bias, padding=(1, 1))))
     assert calls == 1 and count == 2 * y.numel() * 9 * 16

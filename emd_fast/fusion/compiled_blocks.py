@@ -102,27 +102,21 @@ class Repeated(Fused):
         return run(self, self._emd_fast_base.forward, *args, **kwargs)
 
 
-class ResidualBlock(Repeated):
-    """A residual block of emd_fast.teachers."""
+class ConditionedBlock(Repeated):
+    """A block of emd_fast's EDM networks. The projection of its embedding is not compiled."""
 
     does = "residual block"
-
-
-class ConditionedBlock(ResidualBlock):
-    """A residual block that reads an embedding. Its projection stays outside of the compiled code."""
 
     def forward(self, x: Tensor, embedded: Tensor) -> Tensor:  # type: ignore[override]
         out: Tensor = run(self, self._emd_fast_base.modulated, x, self.condition(embedded))
         return out
 
 
-def of_teachers(network: nn.Module) -> Iterator[tuple[nn.Module, type[Fused]]]:
-    """The residual blocks of emd_fast.teachers, each with the kind that compiles it."""
+def conditioned(network: nn.Module) -> Iterator[nn.Module]:
+    """Yields the blocks of emd_fast's EDM networks."""
     for module in network.modules():
-        if is_a(module, "ResidualBlock", "emd_fast.teachers."):
-            yield module, ResidualBlock
-        elif any(is_a(module, name, "emd_fast.teachers.edm_networks.") for name in ("Block", "_Block")):
-            yield module, ConditionedBlock
+        if any(is_a(module, name, "emd_fast.teachers.edm_networks.") for name in ("Block", "_Block")):
+            yield module
 
 
 def repeated(network: nn.Module) -> list[nn.Module]:

@@ -215,8 +215,8 @@ def _compiled(network: nn.Module, steps: list[_Step], options: dict[str, Any]) -
         if diffusers_blocks.takes_keys_and_values(module):
             blocks.append(_Step(paths[id(module)], module, diffusers_blocks.TransformerBlock))
             inside.update(id(part) for part in module.modules())
-    for module, kind in compiled_blocks.of_teachers(network):
-        blocks.append(_Step(paths[id(module)], module, kind))
+    for module in compiled_blocks.conditioned(network):
+        blocks.append(_Step(paths[id(module)], module, compiled_blocks.ConditionedBlock))
         inside.update(id(part) for part in module.modules())
     for module in compiled_blocks.repeated(network):
         if id(module) not in planned and not any(id(part) in inside for part in module.modules()):
