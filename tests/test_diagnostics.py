@@ -312,6 +312,9 @@ def test_the_three_networks_denoise_the_same_images():
 
 def test_a_picture_has_a_row_for_each_network_and_never_stops_a_run(tmp_path):
     trainer = EMDTrainer(digits_teacher(), config(num_classes=3))
+    for name in ("checkpoints", "samples"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "config.toml").touch()
     with contextlib.ExitStack() as held:
         writes = FolderWrites(tmp_path, held)
         training._show(trainer, tmp_path, writes)
