@@ -43,6 +43,7 @@ OUTSIDE = {
     "emd.fake_score_updates": (0,),
     "emd.optimizer.betas": ([0.0, 1.0], [-0.1, 0.9]),
     "emd.optimizer.lr_end": (-0.1, 1.1),
+    "pretrained.sample_shape": ([3, 0, 8], [-3, 8, 8]),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from emd_fast import EMDConfig, EMDTrainer, schedules
+from emd_fast.config import ConfigError
 from emd_fast.teachers import diffusers as teachers
 from emd_fast.train import conditions
 
@@ -88,6 +90,31 @@ def test_zero_terminal_snr_keeps_a_trace_of_signal(unet):
     inner = torch.arange(0, 999, 37)
     alpha = teacher.schedule.alpha(teacher.time(inner.float()))
     torch.testing.assert_close(alpha**2, scheduler.alphas_cumprod[inner], rtol=2e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "index", "allowed"),
+    [
+        ({"rescale_betas_zero_snr": True}, 999, False),
+        ({"rescale_betas_zero_snr": True}, 998, False),  # alpha is 6e-5
+        ({"rescale_betas_zero_snr": True}, 900, True),
+        ({"beta_schedule": "squaredcos_cap_v2"}, 999, False),
+        ({"beta_schedule": "squaredcos_cap_v2"}, 998, True),
+        ({}, 999, True),
+        ({"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}, 999, True),
+        ({"rescale_betas_zero_snr": True, "prediction_type": "sample"}, 999, True),
+    ],
+)
+def test_a_generator_does_not_start_where_noise_is_divided_by_no_signal(unet, scheduler, index, allowed):
+    teacher = teachers.load(unet, scheduler=diffusers.DDIMScheduler(**scheduler))
+    config = EMDConfig(steps=1, batch_size=2, langevin_steps=1, t_star=teacher.time(index), input_scale=1.0)
+    if allowed:
+        assert EMDTrainer(teacher, config).generate(4).std() < 1000
+        return
+    with pytest.raises(ConfigError, match="a network that predicts noise is divided by it: take t_star up to") as error:
+        EMDTrainer(teacher, config)
+    largest = float(re.search(r"up to ([\d.]+),", str(error.value)).group(1))
+    EMDTrainer(teacher, dataclasses.replace(config, t_star=largest))
 
 
 def test_between_indices_the_network_is_told_the_fraction(unet):

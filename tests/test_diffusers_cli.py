@@ -60,7 +60,7 @@ def test_prompts_that_were_encoded_before(call, refused, tmp_path):
     conditions.save(tmp_path / "p.safetensors", torch.randn(5, 3, 8), torch.zeros(1, 3, 8))
     done(call(*words, "--prompts", "p.safetensors"))
     assert samples(call, "run").shape == (3, 4, 8, 8)
-    refused(1, "has no text encoder", "sample", "run", "--prompt", "a", "--out", "x.pt")
+    refused(2, "has no text encoder", "sample", "run", "--prompt", "a", "--out", "x.pt")
     conditions.save(tmp_path / "without.safetensors", torch.randn(5, 3, 8))
     words += ["--prompts", "without.safetensors", "--out", "none"]
     refused(2, "needs a null condition, and without.safetensors has none", *words)
@@ -74,6 +74,20 @@ def test_prompts_from_a_text_file(call, tmp_path):
     assert len(conditions.Mapped(tmp_path / "run" / "prompts.safetensors")) == 2
     done(call("export", "run", "one-step"))
     assert torch.equal(samples(call, "run", "--prompt", "d"), samples(call, "one-step", "--prompt", "d"))
+
+
+@pytest.mark.skipif(folders.transformers_missing() is not None, reason=str(folders.transformers_missing()))
+@pytest.mark.parametrize("kind", ["stable_diffusion", "sd3"])
+def test_an_export_without_a_stock_pipeline_encodes_prompts(call, tmp_path, kind):
+    getattr(folders, kind)(tmp_path / "teacher")
+    (tmp_path / "prompts.txt").write_text("a b\nc\n")
+    words = ["distill", "--teacher", "teacher", "--prompts", "prompts.txt", "--out", "run", *TINY]
+    done(call(*words, "--t-star=0.30035", "--input-scale=1"))
+    done(call("export", "run", "one-step"))
+    assert not (tmp_path / "one-step" / "model_index.json").exists()
+    expected = samples(call, "run", "--prompt", "d")
+    (tmp_path / "teacher").rename(tmp_path / "away")
+    assert torch.equal(samples(call, "one-step", "--prompt", "d"), expected)
 
 
 def small():
@@ -102,7 +116,7 @@ def test_a_function_is_a_teacher(call, refused, tmp_path):
         ("nothing:here", 2, "cannot import the teacher's module 'nothing'"),
         ("test_diffusers_cli:nothing", 2, "has no function 'nothing'"),
         ("test_diffusers_cli:one_of_none", 2, "must return an emd_fast.Denoiser, got NoneType"),
-        ("./nowhere", 1, "./nowhere is no folder"),
+        ("./nowhere", 2, "./nowhere is no folder"),
     ],
 )
 def test_teachers_that_are_none(refused, teacher, code, said):
@@ -127,8 +141,8 @@ def test_folders_that_are_no_model(call, refused, tmp_path):
     folders.unet(tmp_path / "other")
     path = tmp_path / "other" / "unet" / "config.json"
     path.write_text(path.read_text().replace("16\n", "24\n"))
-    for folder, said in {"config": "its config.json has no _class_name", "other": "expected shape"}.items():
-        refused(1, said, "distill", "--teacher", folder, "--out", "run", *TINY)
+    for folder, said in {"config": "its config.json has no _class_name", "other": "do not fit its config.json"}.items():
+        refused(2, said, "distill", "--teacher", folder, "--out", "run", *TINY)
         assert "If you want" not in call("distill", "--teacher", folder, "--out", "run", *TINY)[2]
 
 

@@ -257,7 +257,7 @@ def test_a_recipe_says_what_it_lacks(pickled, tmp_path, refused):
     for words, expected, said in (
         (("distill", "cifar10", *TINY), 2, "--teacher"),
         (("distill", "cifar10", "--teacher", pickled("vp"), *TINY), 2, "num_classes must be 0"),
-        (("distill", "edm2", "--teacher", "none.pkl", *TINY), 1, "none.pkl"),
+        (("distill", "edm2", "--teacher", "none.pkl", *TINY), 2, "none.pkl"),
         (("study", "edm2"), 2, "no study"),
     ):
         refused(expected, said, *words, "--out", tmp_path / "run")

@@ -213,6 +213,8 @@ def _settings(command: argparse.ArgumentParser) -> None:
     command.add_argument("recipe", help=f"{', '.join(config.recipes())}, or a .toml file; optional with --teacher")
     command.add_argument("--teacher", metavar="FOLDER", help=keys.help_of("pretrained.teacher"))
     command.add_argument("--prompts", metavar="FILE", help=keys.help_of("pretrained.prompts"))
+    shape = keys.help_of("pretrained.sample_shape")
+    command.add_argument("--sample-shape", type=_sizes, metavar="C,H,W", help=shape)
     _judged_by(command)
     command.add_argument("--short", action="store_true", help="run a tenth of all steps, as a smoke test")
 

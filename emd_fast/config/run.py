@@ -57,6 +57,9 @@ class PretrainedConfig:
         "", "diffusers folder, hub name, EDM checkpoint, or package.module:function if the command line names it"
     )
     prompts: str = setting("", "text file with one prompt a line, or .safetensors of conditions")
+    sample_shape: tuple[int, int, int] | None = setting(
+        None, "shape C,H,W of a sample; none for that of the folder's config.json", gt=0
+    )
 
     def __post_init__(self) -> None:
         validate(self)

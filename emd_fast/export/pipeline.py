@@ -135,7 +135,12 @@ def _write_folder(out: Path, generator: nn.Module, metadata: Metadata) -> Path:
         model.save_pretrained(unfinished / component)
         # The path of the teacher on this machine must not be published.
         config = read_json(unfinished / component / "config.json")
-        _write_json(unfinished / component / "config.json", {k: v for k, v in config.items() if k != "_name_or_path"})
+        config = {key: value for key, value in config.items() if key != "_name_or_path"}
+        # Pipelines of UNets take the size of their samples from here. A DiT has its own size.
+        sides = list(metadata.sample_shape[1:])
+        if source.architecture.component == "unet" and config.get("sample_size") not in (sides, sides[0]):
+            config["sample_size"] = sides[0] if sides[0] == sides[1] else sides
+        _write_json(unfinished / component / "config.json", config)
         for name in index:
             if name not in (component, "scheduler") and source.has(name):
                 source.copy(name, unfinished / name)

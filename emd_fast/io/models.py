@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,15 @@ from emd_fast.io import reading
 _CODE = ("auto_map", "quantization_config")  # keys that make loaders look for other code
 _LARGEST, _LONGEST, _DEEPEST = 2**20, 64, 256  # a size; a list of blocks; layers in a block
 _DEPTHS = ("layer", "depth", "block", "num_heads")
+_SHOWN = 3  # names in a message
+# Buffers that older versions of transformers saved and newer ones compute.
+_BENIGN = re.compile(r"(^|\.)position_ids$")
+_PREFIXES = {
+    "module.": "DataParallel and DistributedDataParallel add it",
+    "_orig_mod.": "torch.compile adds it",
+    "_fsdp_wrapped_module.": "FullyShardedDataParallel adds it",
+    "ema_model.": "averages of the weights have it",
+}
 
 
 def check_folder(folder: Path, build: Callable[[dict[str, Any]], nn.Module]) -> None:
@@ -37,13 +47,43 @@ def check_folder(folder: Path, build: Callable[[dict[str, Any]], nn.Module]) -> 
 
 
 def check_loaded(found: Mapping[str, Any]) -> None:
-    """Whether a loader found every weight.
+    """Checks the loading info of `from_pretrained(..., output_loading_info=True)`.
+
+    diffusers and transformers load what fits, initialise the rest, and go on with a warning. They
+    leave out what the class lists in `_keys_to_ignore_on_load_*`.
 
     Raises:
-        ValueError: weights are missing or of another shape.
+        ValueError: a tensor that is missing, unexpected or of another shape. The message has the
+            first names, their number, and a known prefix of all names.
     """
-    if missing := sorted(map(str, (*found["missing_keys"], *found["mismatched_keys"]))):
-        raise ValueError(f"{missing[0][:100]} is missing or does not fit, and {len(missing) - 1} more")
+    missing, unexpected = (_serious(found[f"{kind}_keys"]) for kind in ("missing", "unexpected"))
+    shapes = sorted(f"{name} is {_shape(was)}, not {_shape(wanted)}" for name, was, wanted in found["mismatched_keys"])
+    parts = [
+        _told(names, kind)
+        for names, kind in ((missing, "missing"), (unexpected, "unexpected"), (shapes, "of another shape"))
+        if names
+    ]
+    if not parts:
+        return
+    prefix = next((p for p in _PREFIXES if unexpected and all(name.startswith(p) for name in unexpected)), None)
+    helps = "give the weights that belong to its config.json"
+    if prefix is not None:
+        helps = f"all of these names begin with {prefix!r} ({_PREFIXES[prefix]}): save the weights without it"
+    raise ValueError(f"{'; '.join(parts)}; {helps}")
+
+
+def _serious(names: Iterable[str]) -> list[str]:
+    return sorted(name for name in names if not _BENIGN.search(name))
+
+
+def _told(names: list[str], kind: str) -> str:
+    some = ", ".join(name[:120] for name in names[:_SHOWN])
+    more = ", ..." if len(names) > _SHOWN else ""
+    return f"{len(names):,} tensor{'s are' if len(names) > 1 else ' is'} {kind} ({some}{more})"
+
+
+def _shape(size: Iterable[int]) -> str:
+    return f"({', '.join(map(str, size))})"
 
 
 def check_config(config: object) -> None:

@@ -15,6 +15,7 @@ from emd_fast.config import ConfigError, RunConfig
 from emd_fast.diffusion.denoiser import Denoiser
 from emd_fast.diffusion.sampler import heun
 from emd_fast.io import code
+from emd_fast.io.pickles import PickleError
 from emd_fast.metrics import evaluation
 from emd_fast.metrics.evaluation import Evaluator
 from emd_fast.metrics.images import to_uint8
@@ -48,13 +49,20 @@ class Pretrained:
         return self._load(torch.device("cpu"))
 
     def _load(self, device: torch.device) -> Denoiser:
-        name = self.config.pretrained.teacher
+        name, shape = self.config.pretrained.teacher, self.config.pretrained.sample_shape
+        if shape is not None and (":" in name or _is_edm(name)):
+            raise ConfigError(
+                f"sample_shape is for diffusers folders, and {name} has its own: leave --sample-shape out"
+            )
         if ":" in name and not Path(name).exists():
             code.require(name, "gets its teacher from the Python code", "--teacher")
             return custom.load(name).to(device)
         if _is_edm(name):
-            return edm.load(name, device=device)
-        return folders.load(name, device=device)
+            try:
+                return edm.load(name, device=device)
+            except (PickleError, OSError) as error:
+                raise ConfigError(str(error)) from None
+        return folders.load(name, device=device, sample_shape=shape)
 
     def _check_classes(self, teacher: Denoiser) -> None:
         given = self.config.emd.num_classes

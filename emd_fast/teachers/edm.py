@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from emd_fast.config import from_dict
+from emd_fast.config import ConfigError, from_dict
 from emd_fast.diffusion.denoiser import Denoiser
 from emd_fast.diffusion.schedules import EDM
 from emd_fast.io.files import write_atomic
@@ -37,7 +37,11 @@ _NETWORKS: dict[str, tuple[type[UNetArguments], Callable[[Any], nn.Module]]] = {
 }
 
 
-class EDMError(ValueError):
+# Names of a checkpoint of latent diffusion, as published in one file.
+_LDM = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner.")
+
+
+class EDMError(ConfigError):
     """A file has no usable teacher. The message is one line that names file and reason."""
 
 
@@ -235,6 +239,7 @@ def _read_safetensors(path: Path) -> _Teacher:
             text = (file.metadata() or {}).get(_METADATA)
             # Copies, because safetensors maps the file, which may change while it is mapped.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()} if text else {}
+            others = _others(list(file.keys()), file.metadata() or {})
     except SafetensorError as error:
         raise EDMError(f"{path} is not a whole file of safetensors: {str(error).splitlines()[0]}") from None
     try:
@@ -245,7 +250,22 @@ def _read_safetensors(path: Path) -> _Teacher:
                 return _Teacher(wrapper, arguments, tensors)
     except (json.JSONDecodeError, RecursionError):
         pass
-    raise EDMError(f"{path} does not say what network it holds: make it with `emd-fast convert`")
+    raise EDMError(f"{path} {others}")
+
+
+def _others(names: Sequence[str], metadata: Mapping[str, str]) -> str:
+    """What a safetensors file without a description of an EDM network is, and what to give instead."""
+    if any(name.startswith(_LDM) for name in names):
+        return (
+            "is a single-file checkpoint of Stable Diffusion, which is not read: make a folder of it with diffusers, "
+            "`StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)`, and give the folder"
+        )
+    if "emd_fast" in metadata:
+        return "is a generator that `emd-fast export` wrote, not a teacher: give the teacher of its run"
+    return (
+        "does not say what network it holds: give the folder with its config.json if it is of diffusers, or a pickle "
+        "of NVlabs"
+    )
 
 
 def _denoiser(path: Path, teacher: _Teacher, device: torch.device, dtype: torch.dtype) -> Denoiser:

@@ -76,7 +76,10 @@ def read_network(path: str | Path) -> Saved:
 def _network(source: mmap.mmap) -> Saved:
     if source[:1] != b"\x80":
         kind = "a zip archive, as torch.save writes it," if source[:2] == b"PK" else "this file"
-        raise PickleError(f"{kind} is not a pickle of EDM or EDM2 (protocol 2 or newer)")
+        raise PickleError(
+            f"{kind} is not a pickle of EDM or EDM2 (protocol 2 or newer): give a folder of diffusers, which "
+            "its from_single_file and save_pretrained make of a checkpoint of Stable Diffusion"
+        )
     data = read(source, _NAMES)
     if source.tell() != len(source):
         raise PickleError(f"{len(source) - source.tell()} bytes follow the end of the pickle")

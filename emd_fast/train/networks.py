@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,10 @@ from emd_fast.train import average
 from emd_fast.train.cast_weights import cast_weights, trainable
 from emd_fast.train.fingerprint import fingerprint
 from emd_fast.train.precision import compute_dtype
+
+# Of alpha at t_star where noise is predicted. The rounding of an output in float16 or TF32, 2^-11, times
+# 1 / alpha is then half of the data's standard deviation.
+_LEAST_SIGNAL = 1e-3
 
 
 @dataclass(frozen=True)
@@ -96,10 +101,32 @@ def _make_trainable(
         raise ValueError("this teacher has no parameters to start from: give EMDTrainer a generator and a fake score")
     if generator is None:
         generator = Generator(trainable(teacher), config.t_star, input_scale=config.input_scale)
+    _check_start(generator)
     if fake_score is None:
         fake_score = trainable(teacher)
     _check_apart(teacher=teacher, generator=generator, fake_score=fake_score)
     return generator, fake_score
+
+
+def _check_start(generator: nn.Module) -> None:
+    """Refuses a generator that divides by almost no signal: D = (x_t - sigma F) / alpha for predicted noise.
+
+    Drawn times may lie there, because score and fake-score loss do not divide by alpha.
+
+    Raises:
+        ConfigError: alpha(t_star) is below `_LEAST_SIGNAL`, and the network predicts noise.
+    """
+    if not isinstance(generator, Generator) or generator.denoiser.parametrization != "eps":
+        return
+    schedule = generator.denoiser.schedule
+    alpha = schedule.alpha(torch.tensor([generator.t_star], device="cpu")).item()
+    if alpha >= _LEAST_SIGNAL:
+        return
+    last = schedule.t_from_log_snr(torch.tensor([2 * math.log(_LEAST_SIGNAL)], device="cpu")).item()
+    raise ConfigError(
+        f"t_star = {generator.t_star:g} has alpha = {alpha:.2g}, and a network that predicts noise is divided by it: "
+        f"take t_star up to {math.floor(last * 1e3) / 1e3:g}, or a teacher with v_prediction or sample"
+    )
 
 
 def _sample_shape(*owners: Any) -> tuple[int, ...]:

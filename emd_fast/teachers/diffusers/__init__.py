@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from emd_fast.config import ConfigError
 from emd_fast.diffusion.denoiser import Condition, Denoiser
 from emd_fast.teachers.diffusers.architectures import ConditionSpec, Network
 from emd_fast.teachers.diffusers.folder import Folder, import_diffusers
@@ -73,7 +74,7 @@ class DiffusersDenoiser(Denoiser):
         The encoders are read for this call and then freed.
 
         Raises:
-            ValueError: the teacher takes no text, or its folder has no text encoder.
+            ConfigError: the teacher takes no text, or its folder has no text encoder.
         """
         if not self.takes.embedding:
             raise ValueError(f"this {self.folder.model_class} takes {self.takes}, not prompts")
@@ -116,7 +117,7 @@ def load(
     Raises:
         ModuleNotFoundError: diffusers is not installed.
         FileNotFoundError: there is no such folder.
-        ValueError: the folder has no model, or its architecture or scheduler is not supported.
+        ConfigError: the folder has no model, or its architecture or scheduler is not supported.
     """
     import_diffusers()
     source = Folder(folder)
@@ -148,19 +149,21 @@ def _scheduler_config(scheduler: Any) -> dict[str, Any]:
 def _sample_shape(config: Any) -> tuple[int, ...]:
     size = config.get("sample_size")
     if size is None:
-        raise ValueError("the model's configuration has no sample_size: give load() a sample_shape (C, H, W)")
+        raise ConfigError(
+            "the model's config.json has no sample_size: give --sample-shape C,H,W, or load(sample_shape=(C, H, W))"
+        )
     sides = (size, size) if isinstance(size, int) else size
     if not isinstance(sides, (list, tuple)) or not all(type(side) is int and 0 < side <= 2**14 for side in sides):
-        raise ValueError(f"the model's configuration has sample_size = {str(size)[:100]}, not (H, W)")
+        raise ConfigError(f"the model's configuration has sample_size = {str(size)[:100]}, not (H, W)")
     return (config["in_channels"], *sides)
 
 
 def _check_channels(name: str, config: Any, shape: Sequence[int]) -> None:
     channels, returned = config["in_channels"], config.get("out_channels") or config["in_channels"]
     if len(shape) != 3 or shape[0] != channels:
-        raise ValueError(f"sample_shape must be ({channels}, H, W) for this {name}, got {tuple(shape)}")
+        raise ConfigError(f"sample_shape must be ({channels}, H, W) for this {name}, got {tuple(shape)}")
     if returned not in (channels, 2 * channels):
-        raise ValueError(
+        raise ConfigError(
             f"this {name} has in_channels {channels} and out_channels {returned}: only as many, or twice as many (a "
             "learned variance) are supported"
         )

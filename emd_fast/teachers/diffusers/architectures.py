@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from emd_fast.config import ConfigError
 from emd_fast.diffusion.denoiser import Condition
 from emd_fast.teachers.labels import check_labels
 
@@ -46,7 +47,7 @@ class Architecture:
 
 def _unet(config: Mapping[str, Any]) -> ConditionSpec:
     if config.get("time_embedding_type", "positional") != "positional":
-        raise ValueError(
+        raise ConfigError(
             f"a UNet2DModel with time_embedding_type = {config['time_embedding_type']!r} is not supported: "
             "'positional' is"
         )
@@ -56,7 +57,7 @@ def _unet(config: Mapping[str, Any]) -> ConditionSpec:
 def _text_unet(config: Mapping[str, Any]) -> ConditionSpec:
     for key in ("addition_embed_type", "encoder_hid_dim_type", "class_embed_type", "num_class_embeds"):
         if config.get(key) is not None:
-            raise ValueError(
+            raise ConfigError(
                 f"a UNet2DConditionModel with {key} = {config[key]!r} is not supported: one that takes text embeddings "
                 "alone is"
             )
@@ -65,7 +66,7 @@ def _text_unet(config: Mapping[str, Any]) -> ConditionSpec:
 
 def _classes(config: Mapping[str, Any]) -> int:
     if config.get("class_embed_type") is not None:
-        raise ValueError(
+        raise ConfigError(
             f"class_embed_type = {config['class_embed_type']!r} is not supported: num_class_embeds alone is"
         )
     return config.get("num_class_embeds") or 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from pathlib import Path
 from typing import Any
@@ -10,14 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from emd_fast.config import ConfigError
 from emd_fast.diffusion.denoiser import Condition
 from emd_fast.io import paths, reading
-from emd_fast.teachers.diffusers import weights
+from emd_fast.teachers.diffusers import files, text, weights
 from emd_fast.teachers.diffusers.architectures import ARCHITECTURES, Architecture
-from emd_fast.teachers.diffusers.index import TEXT_PARTS, TEXT_PIPELINES, VAES, checked, class_of
+from emd_fast.teachers.diffusers.index import VAES, checked, class_of
 
-_NOT_FOR_TEXT = ("vae", "image_encoder", "feature_extractor", "safety_checker")
-_MAY_LACK = ("text_encoder_3", "tokenizer_3")  # the T5 of Stable Diffusion 3, which many folders lack
 EXPORTED = "emd_fast.json"  # written by `emd_fast.export`; it lists the components too
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
@@ -41,10 +39,14 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = reading.read_json(path)
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {path}: {reading.reason(error)}") from None
+        raise ConfigError(f"cannot read {path}: {reading.reason(error)}") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object")
+        raise ConfigError(f"{path} must hold a JSON object")
     return value
+
+
+class NoFolder(ConfigError, FileNotFoundError):
+    """There is no such folder here, and no such pipeline on the hub."""
 
 
 class Folder:
@@ -55,8 +57,8 @@ class Folder:
             name of a pipeline on the hub, which is downloaded to the cache of diffusers.
 
     Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: the folder has no model, or its architecture is not supported.
+        NoFolder: there is no such folder.
+        ConfigError: the folder has no model, or its architecture is not supported.
     """
 
     def __init__(self, name: str | Path) -> None:
@@ -68,21 +70,21 @@ class Folder:
             self.index = _index(self.root / EXPORTED, "pipeline")
         self.model = next((self.root / part for part in ("unet", "transformer") if self.has(part)), self.root)
         if not (self.model / "config.json").exists():
-            raise ValueError(
+            raise ConfigError(
                 f"{self.root} is no model of diffusers: it has no config.json, no unet/ and no transformer/"
             )
         self.model_class: str = read_json(self.model / "config.json").get("_class_name", "")
         if not isinstance(self.model_class, str) or not self.model_class:
-            raise ValueError(f"{self.model} is no model of diffusers: its config.json has no _class_name")
+            raise ConfigError(f"{self.model} is no model of diffusers: its config.json has no _class_name")
         if self.model_class not in ARCHITECTURES:
-            raise ValueError(
+            raise ConfigError(
                 f"{self.model} holds a {self.model_class}, which is not supported: {', '.join(ARCHITECTURES)} are"
             )
         if not self.index and (self.root.parent / "model_index.json").exists():
             self.root = self.root.parent
             self.index = _index(self.root / "model_index.json")
         if self.has("vqvae"):
-            raise ValueError(f"{self.root} has a vqvae, which is not supported: a vae, or none, is")
+            raise ConfigError(f"{self.root} has a vqvae, which is not supported: a vae, or none, is")
         self._vae: nn.Module | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Folder:
@@ -100,7 +102,9 @@ class Folder:
         return isinstance(self.index.get(component), list) and self.index[component][1] is not None
 
     def copy(self, component: str, target: Path) -> None:
-        """Copies the folder of a component. Links may lead into this folder, or into the blobs of the hub's cache.
+        """Copies the folder of a component. Weights of a variant get the plain name, which stock pipelines read.
+
+        Links may lead into this folder, or into the blobs of the hub's cache.
 
         Raises:
             ValueError: a link that leads elsewhere, or what is no file and no folder.
@@ -109,12 +113,14 @@ class Folder:
         if self.root.resolve().parent.name == "snapshots":
             roots.append(self.root.resolve().parents[1] / "blobs")
         paths.copy_folder(self.root / component, target, tuple(roots))
+        if stems := {"vae": files.DIFFUSERS, "text": files.TRANSFORMERS}.get(component.partition("_")[0]):
+            files.drop_variant(target, stems)
 
     def scheduler_config(self) -> dict[str, Any]:
         for path in (self.root / "scheduler" / "scheduler_config.json", self.model / "scheduler_config.json"):
             if path.exists():
                 return read_json(path)
-        raise ValueError(f"{self.root} has no scheduler/scheduler_config.json: give load() a scheduler")
+        raise ConfigError(f"{self.root} has no scheduler/scheduler_config.json: give load() a scheduler")
 
     def load_model(self, dtype: torch.dtype) -> nn.Module:
         return weights.load(getattr(import_diffusers(), self.model_class), self.model, dtype)
@@ -145,63 +151,17 @@ class Folder:
             Text embeddings (B, tokens, width), or a dict with pooled ones for Stable Diffusion 3.
 
         Raises:
-            ValueError: the folder has no text encoder.
+            ConfigError: the folder has no text encoder.
         """
         if not self.has("text_encoder"):
-            raise ValueError(f"{self.root} has no text encoder: give embeddings instead of prompts")
-        pipeline_class = self._text_pipeline()
-        # Components that encode no text are not loaded, and the pipeline gets the existing network.
-        expected = inspect.signature(pipeline_class).parameters
-        without = {
-            part: None for part in expected if part in _NOT_FOR_TEXT or (part in _MAY_LACK and not self.has(part))
-        }
-        given = {self.architecture.component: model, **weights.quietly()}
-        for component in filter(self._is_text_part, self.index):
-            if component.startswith("text_encoder") and component in expected:
-                given[component] = weights.load_encoder(self._encoder_class(component), self.root / component)
-        try:
-            for component in filter(self._is_text_part, self.index):
-                reading.check_regular(self.root / component)
-            pipeline = pipeline_class.from_pretrained(self.root, trust_remote_code=False, **without, **given)
-        except Exception as error:  # diffusers and transformers raise exceptions of many kinds
-            raise ValueError(f"cannot read the text encoders in {self.root}: {reading.reason(error)}") from error
-        device = next(model.parameters()).device
-        for name, part in pipeline.components.items():
-            if name.startswith("text_encoder") and part is not None:
-                part.to(device)
-        options = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False, "device": device}
-        if self.model_class == "SD3Transformer2DModel":
-            tokens, _, pooled, _ = pipeline.encode_prompt(prompts, None, None, **options)
-            return {"prompt_embeds": tokens, "pooled_projections": pooled}
-        return pipeline.encode_prompt(prompt=prompts, **options)[0]
-
-    def _text_pipeline(self) -> Any:
-        """The class of the pipeline whose text encoders, tokenizers and scheduler may all be loaded."""
-        name = self.index.get("_class_name")
-        if name not in TEXT_PIPELINES:
-            raise ValueError(
-                f"{self.root} has a pipeline {name!r}, which is not supported: {', '.join(TEXT_PIPELINES)} are"
-            )
-        for component in filter(self._is_text_part, self.index):
-            self._class(component, "transformers", TEXT_PARTS[component.partition("_")[0]])
-        diffusers = import_diffusers()
-        if self.has("scheduler"):
-            self._class("scheduler", "diffusers", tuple(kind for kind in dir(diffusers) if kind.endswith("Scheduler")))
-        return getattr(diffusers, name)
-
-    def _encoder_class(self, component: str) -> Any:
-        import transformers
-
-        return getattr(transformers, self._class(component, "transformers", TEXT_PARTS["text"]))
-
-    def _is_text_part(self, component: str) -> bool:
-        return self.has(component) and component.partition("_")[0] in TEXT_PARTS
+            raise ConfigError(f"{self.root} has no text encoder: give embeddings instead of prompts")
+        return text.encode(self.root, self.index, prompts, self.architecture.component, model)
 
     def _class(self, component: str, library: str, classes: tuple[str, ...]) -> str:
         try:
             return class_of(self.index, component, library, classes)
         except ValueError as error:
-            raise ValueError(f"cannot use the pipeline in {self.root}: {error}") from None
+            raise ConfigError(f"cannot use the pipeline in {self.root}: {error}") from None
 
 
 def _index(path: Path, part: str | None = None) -> dict[str, Any]:
@@ -209,7 +169,7 @@ def _index(path: Path, part: str | None = None) -> dict[str, Any]:
     try:
         return checked(table if part is None else table.get(part, {}))
     except ValueError as error:
-        raise ValueError(f"cannot use {path}: {error}") from None
+        raise ConfigError(f"cannot use {path}: {error}") from None
 
 
 def _found(name: str | Path) -> Path:
@@ -217,10 +177,10 @@ def _found(name: str | Path) -> Path:
     if path.is_dir():
         return path
     if path.exists() or not _HUB_NAME.fullmatch(str(name)):
-        raise FileNotFoundError(f"{name} is no folder, and not the name of a pipeline on the hub either")
+        raise NoFolder(f"{name} is no folder, and not the name of a pipeline on the hub either")
     try:
         return Path(import_diffusers().DiffusionPipeline.download(str(name), trust_remote_code=False))
     except (OSError, ValueError, RuntimeError) as error:
-        raise FileNotFoundError(
+        raise NoFolder(
             f"{name} is no folder here, and the hub did not give it: {str(error).splitlines()[0].partition(' (')[0]}"
         ) from error

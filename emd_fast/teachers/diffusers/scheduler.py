@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from emd_fast.config import ConfigError
 from emd_fast.diffusion.schedules import VP, RectifiedFlow, Schedule
 from emd_fast.io import reading
 
@@ -22,6 +23,7 @@ _CHAINS = (
     "EulerAncestralDiscreteScheduler",
     "DPMSolverMultistepScheduler",
 )
+_BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace")
 _MOST_STEPS = 2**20
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 # The value that diffusers uses as the last alpha^2 of a chain with zero terminal signal.
@@ -53,7 +55,7 @@ def read(config: Mapping[str, Any]) -> SchedulerInfo:
     """Reads how a network was trained from the contents of a scheduler_config.json.
 
     Raises:
-        ValueError: the scheduler or prediction type is not supported. The message lists those that
+        ConfigError: the scheduler or prediction type is not supported. The message lists those that
             are.
     """
     import diffusers
@@ -62,14 +64,17 @@ def read(config: Mapping[str, Any]) -> SchedulerInfo:
     if name == _FLOW:
         return SchedulerInfo(RectifiedFlow(), "flow", float(_steps(config)))
     if name not in _CHAINS:
-        raise ValueError(f"the scheduler {name} is not supported: {', '.join((*_CHAINS, _FLOW))} are")
+        raise ConfigError(f"the scheduler {name} is not supported: {', '.join((*_CHAINS, _FLOW))} are")
     for key, plain in (("timestep_type", "discrete"), ("use_flow_sigmas", False)):
         if config.get(key, plain) != plain:
-            raise ValueError(f"a {name} with {key} = {config[key]!r} is not supported: {plain!r} is")
+            raise ConfigError(f"a {name} with {key} = {config[key]!r} is not supported: {plain!r} is")
     prediction = config.get("prediction_type", "epsilon")
     if not isinstance(prediction, str) or prediction not in PREDICTIONS:
-        raise ValueError(f"prediction_type {prediction!r} of {name} is not supported: {', '.join(PREDICTIONS)} are")
-    # DDIM supports every kind of betas. The other classes differ in the sampling only.
+        raise ConfigError(f"prediction_type {prediction!r} of {name} is not supported: {', '.join(PREDICTIONS)} are")
+    kind = config.get("beta_schedule", "linear")
+    if config.get("trained_betas") is None and kind not in _BETAS:
+        raise ConfigError(f"beta_schedule {str(kind)[:100]!r} of {name} is not supported: {', '.join(_BETAS)} are")
+    # DDPM supports every kind of betas. The other classes differ in the sampling only.
     asked = (
         "num_train_timesteps",
         "beta_start",
@@ -81,11 +86,11 @@ def read(config: Mapping[str, Any]) -> SchedulerInfo:
     wanted = {key: config[key] for key in asked if key in config}
     _steps(config)
     try:
-        chain: Any = diffusers.DDIMScheduler(**{"beta_schedule": "linear", **wanted})
+        chain: Any = diffusers.DDPMScheduler(**{"beta_schedule": "linear", **wanted})
         betas = _with_signal(chain.betas.double())
         schedule = VP(betas)
     except Exception as error:  # diffusers raises exceptions of many kinds
-        raise ValueError(f"the scheduler {name} has no betas that can be used: {reading.reason(error)}") from None
+        raise ConfigError(f"the scheduler {name} has no betas that can be used: {reading.reason(error)}") from None
     return SchedulerInfo(schedule, PREDICTIONS[prediction], float(len(betas) - 1), tuple(betas.tolist()))
 
 
@@ -93,9 +98,9 @@ def _steps(config: Mapping[str, Any]) -> int:
     """The number of training steps of a scheduler, which bounds its table of betas."""
     steps, betas = config.get("num_train_timesteps", 1000), config.get("trained_betas")
     if type(steps) is not int or not 1 < steps <= _MOST_STEPS:
-        raise ValueError(f"num_train_timesteps must be a number from 2 to {_MOST_STEPS:,}, got {str(steps)[:100]}")
+        raise ConfigError(f"num_train_timesteps must be a number from 2 to {_MOST_STEPS:,}, got {str(steps)[:100]}")
     if betas is not None and (type(betas) not in (list, tuple) or not 1 < len(betas) <= _MOST_STEPS):
-        raise ValueError(f"trained_betas must be a list of 2 to {_MOST_STEPS:,} numbers")
+        raise ConfigError(f"trained_betas must be a list of 2 to {_MOST_STEPS:,} numbers")
     return steps
 
 

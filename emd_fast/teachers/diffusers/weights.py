@@ -1,42 +1,75 @@
-"""A model of diffusers from a folder of others: sizes are bounded by its files, and no weight is missing."""
+"""A model from a folder of others: sizes are bounded by its files, and every weight fits."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from emd_fast.config import ConfigError
 from emd_fast.io import models, reading
+from emd_fast.teachers.diffusers import files
 
 
-def load(kind: Any, folder: Path, dtype: torch.dtype | None = None) -> nn.Module:
+def load(kind: Any, folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The model in a folder with config.json and weights.
 
-    Weights are safetensors, or a `.bin` that torch.load reads with weights_only=True, which is what
-    diffusers does.
+    `files.find` says which files are read. A `.bin` is read by torch.load with weights_only=True, which is
+    what diffusers does.
 
     Args:
         kind: a model class of diffusers.
         folder: its folder.
-        dtype: of its weights; that of the class when None.
+        dtype: of its weights.
 
     Raises:
-        ValueError: files of another kind, sizes that the weights do not have, or weights that are missing.
+        ConfigError: files of another kind, sizes that the weights do not have, or weights that do not
+            fit the configuration.
     """
+
+    def build(config: dict[str, Any]) -> nn.Module:
+        model: nn.Module = kind.from_config({key: config[key] for key in config if key != "_class_name"})
+        return model
+
+    return _loaded(kind, folder, build, files.DIFFUSERS, **quietly(), torch_dtype=dtype)
+
+
+def load_encoder(kind: Any, folder: Path) -> nn.Module:
+    """The float32 text encoder in a folder, a model class of transformers. Raises as `load` does."""
+
+    def build(config: dict[str, Any]) -> nn.Module:
+        model: nn.Module = kind(kind.config_class.from_dict(config))
+        return model
+
+    return _loaded(kind, folder, build, files.TRANSFORMERS, trust_remote_code=False, dtype=torch.float32).eval()
+
+
+def _loaded(
+    kind: Any, folder: Path, build: Callable[[dict[str, Any]], nn.Module], stems: tuple[str, str], **options: Any
+) -> nn.Module:
     try:
-        models.check_folder(
-            folder, lambda config: kind.from_config({key: config[key] for key in config if key != "_class_name"})
-        )
-        options: dict[str, Any] = {} if dtype is None else {"torch_dtype": dtype}
-        model, found = kind.from_pretrained(folder, output_loading_info=True, **quietly(), **options)
-        models.check_loaded(found)
-    except Exception as error:  # diffusers raises exceptions of many kinds
+        options |= files.find(folder, stems).options
+        models.check_folder(folder, build)
+        with silenced():
+            # Shapes are checked below, where all of them are known.
+            model, found = kind.from_pretrained(
+                folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            )
+    except ConfigError:
+        raise
+    except Exception as error:  # diffusers and transformers raise exceptions of many kinds
         # What diffusers goes on to say is advice on arguments that nobody has here.
         said = reading.reason(error).partition(" If you want to")[0].replace("Cannot load  because ", "")
-        raise ValueError(f"cannot read the weights in {folder}: {said}") from error
+        raise ConfigError(f"cannot read the weights in {folder}: {said}") from error
+    try:
+        models.check_loaded(found)
+    except ValueError as error:
+        raise ConfigError(f"the weights in {folder} do not fit its config.json: {error}") from None
     loaded: nn.Module = model
     return loaded
 
@@ -46,13 +79,24 @@ def quietly() -> dict[str, bool]:
     return {"low_cpu_mem_usage": importlib.util.find_spec("accelerate") is not None}
 
 
-def load_encoder(kind: Any, folder: Path) -> nn.Module:
-    """The text encoder in a folder, a model class of transformers. Raises as `load` does."""
+@contextlib.contextmanager
+def silenced() -> Iterator[None]:
+    """Context manager: diffusers and transformers log errors only.
+
+    Their warnings list every name that does not fit; `models.check_loaded` says it in one line.
+    """
+    import diffusers
+
+    logs: list[Any] = [diffusers.utils.logging]
+    with contextlib.suppress(ModuleNotFoundError):
+        import transformers
+
+        logs.append(transformers.utils.logging)
+    before = [log.get_verbosity() for log in logs]
     try:
-        models.check_folder(folder, lambda config: kind(kind.config_class.from_dict(config)))
-        model, found = kind.from_pretrained(folder, output_loading_info=True, trust_remote_code=False)
-        models.check_loaded(found)
-    except Exception as error:  # transformers raises exceptions of many kinds
-        raise ValueError(f"cannot read the weights in {folder}: {reading.reason(error)}") from error
-    loaded: nn.Module = model.eval()
-    return loaded
+        for log in logs:
+            log.set_verbosity_error()
+        yield
+    finally:
+        for log, level in zip(logs, before, strict=True):
+            log.set_verbosity(level)

@@ -1,0 +1,106 @@
+"""Text encoders of a pipeline folder: prompts become the conditions that the pipeline computes itself."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from emd_fast.config import ConfigError
+from emd_fast.diffusion.denoiser import Condition
+from emd_fast.io import reading
+from emd_fast.teachers.diffusers import weights
+from emd_fast.teachers.diffusers.index import TEXT_PARTS, TEXT_PIPELINES, class_of
+
+
+def text_parts(index: Mapping[str, Any]) -> dict[str, str]:
+    """The text encoders and tokenizers of an index: component -> class of transformers.
+
+    Raises:
+        ValueError: a class that is not supported; without the path.
+    """
+    return {
+        name: class_of(index, name, "transformers", TEXT_PARTS[name.partition("_")[0]])
+        for name, value in index.items()
+        if name.partition("_")[0] in TEXT_PARTS and isinstance(value, list) and value[1] is not None
+    }
+
+
+def pipeline_class(index: Mapping[str, Any]) -> str:
+    """The pipeline whose encode_prompt computes the conditions.
+
+    Raises:
+        ValueError: another pipeline, or a scheduler of another library; without the path.
+    """
+    import diffusers
+
+    name = index.get("_class_name")
+    if name not in TEXT_PIPELINES:
+        raise ValueError(f"its pipeline {name!r} is not supported: {', '.join(TEXT_PIPELINES)} are")
+    scheduler = index.get("scheduler")
+    if isinstance(scheduler, list) and scheduler[1] is not None:
+        class_of(index, "scheduler", "diffusers", tuple(kind for kind in dir(diffusers) if kind.endswith("Scheduler")))
+    return str(name)
+
+
+def encode(root: Path, index: Mapping[str, Any], prompts: list[str], component: str, model: nn.Module) -> Condition:
+    """Encodes prompts with the components of a pipeline folder.
+
+    The encoders are read for this call and then freed. The folder needs no model_index.json.
+
+    Args:
+        root: the folder. index: components of its pipeline.
+        component, model: name of the network in the pipeline, and the network.
+
+    Returns:
+        Text embeddings (B, tokens, width), or a dict with pooled ones for Stable Diffusion 3.
+
+    Raises:
+        ConfigError: classes that are not supported, or weights that do not fit.
+    """
+    import diffusers
+
+    try:
+        name, parts = pipeline_class(index), text_parts(index)
+    except ValueError as error:
+        raise ConfigError(f"cannot use the pipeline in {root}: {error}") from None
+    device = next(model.parameters()).device
+    loaded = {part: _loaded(root / part, kind) for part, kind in parts.items()}
+    for part in loaded.values():
+        if isinstance(part, nn.Module):
+            part.to(device)
+    kind = getattr(diffusers, name)
+    # Parts that encode no text are left out. Only Stable Diffusion 3 asks its network for sizes.
+    expected = {part: None for part in inspect.signature(kind).parameters if part != "requires_safety_checker"}
+    if component == "transformer":
+        loaded[component] = model
+    options = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False, "device": device}
+    try:
+        with weights.silenced():
+            pipeline = kind(**{**expected, **loaded})
+        if component == "transformer":
+            tokens, _, pooled, _ = pipeline.encode_prompt(prompts, None, None, **options)
+            return {"prompt_embeds": tokens, "pooled_projections": pooled}
+        return pipeline.encode_prompt(prompt=prompts, **options)[0]
+    except Exception as error:  # diffusers raises exceptions of many kinds
+        raise ConfigError(f"cannot encode prompts with the components in {root}: {reading.reason(error)}") from error
+
+
+def _loaded(folder: Path, name: str) -> Any:
+    try:
+        import transformers
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            'text encoders need transformers: `pip install "emd_fast[diffusers]"`', name=error.name
+        ) from error
+    kind = getattr(transformers, name)
+    if "Tokenizer" not in name:
+        return weights.load_encoder(kind, folder).requires_grad_(False)
+    try:
+        reading.check_regular(folder)
+        return kind.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # transformers raises exceptions of many kinds
+        raise ConfigError(f"cannot read the tokenizer in {folder}: {reading.reason(error)}") from error
