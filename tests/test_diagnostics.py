@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import math
@@ -22,6 +23,7 @@ from emd_fast.noise import NoiseStream
 from emd_fast.reporting import journal
 from emd_fast.run import distill
 from emd_fast.run import loop as training
+from emd_fast.run.writes import FolderWrites
 from emd_fast.train import diagnostics, throughput
 from emd_fast.train.preview import denoised
 
@@ -310,8 +312,14 @@ def test_the_three_networks_denoise_the_same_images():
 
 def test_a_picture_has_a_row_for_each_network_and_never_stops_a_run(tmp_path):
     trainer = EMDTrainer(digits_teacher(), config(num_classes=3))
-    training._show(trainer, tmp_path)
+    for name in ("checkpoints", "samples"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "config.toml").touch()
+    with contextlib.ExitStack() as held:
+        writes = FolderWrites(tmp_path, held)
+        training._show(trainer, tmp_path, writes)
+        next(trainer.fake_score.parameters()).data.fill_(math.nan)
+        training._show(trainer, tmp_path, writes)
+    assert writes.failed is None
     with Image.open(tmp_path / "samples" / "networks" / "step-00000000.png") as picture:
         assert picture.width > 2 * picture.height
-    next(trainer.fake_score.parameters()).data.fill_(math.nan)
-    training._show(trainer, tmp_path)

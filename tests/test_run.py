@@ -128,7 +128,7 @@ def test_a_signal_saves_and_stops_and_the_run_goes_on_bit_for_bit(tmp_path, monk
     assert_same(weights(tmp_path / "legs"), weights(tmp_path / "whole"))
 
 
-@pytest.mark.parametrize(("place", "number"), [("_latest", signal.SIGTERM), ("evaluate", signal.SIGINT)])
+@pytest.mark.parametrize(("place", "number"), [("_found", signal.SIGTERM), ("evaluate", signal.SIGINT)])
 def test_a_signal_outside_of_the_training_ends_the_run_at_once(tmp_path, monkeypatch, capsys, place, number):
     def interrupted(*_):
         try:

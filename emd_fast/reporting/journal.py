@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,13 @@ class _TensorBoard:
         self.path = folder / "tensorboard"
         # Hides the rows that a killed run has logged after the step at which it resumes.
         self._writer = self.module().SummaryWriter(str(self.path), purge_step=step + 1)
+        self._excepthook, threading.excepthook = threading.excepthook, self._failed_thread
+
+    def _failed_thread(self, failed: threading.ExceptHookArgs) -> None:
+        """Prints no traceback for TensorBoard's writing thread: the next write raises its OSError."""
+        own = type(failed.thread).__module__.partition(".")[0] == "tensorboard"
+        if not (own and isinstance(failed.exc_value, OSError)):
+            self._excepthook(failed)
 
     @staticmethod
     def module() -> Any:
@@ -114,8 +122,11 @@ class _TensorBoard:
                 self._writer.add_scalar(name, value, int(row["step"]))
 
     def close(self) -> None:
-        with naming(self.path):
-            self._writer.close()
+        try:
+            with naming(self.path):
+                self._writer.close()
+        finally:
+            threading.excepthook = self._excepthook
 
 
 class _WandB:
