@@ -1,7 +1,5 @@
 """Triton kernels compiled for GPUs that are not here: the launches of a call, and their compilation for a target."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """What nvcc makes of csrc/cuda for GPUs that are not here: what ptxas says of each kernel, machine code, PTX."""
 
-from __future__ import annotations
-
 import fcntl
 import functools
 import importlib.util

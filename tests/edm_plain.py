@@ -57,9 +57,6 @@ def build(network, block, first, a, attend_every=True):
             channels = wide
 
 
-# EDM ----------------------------------------------------------------------------------------------------------------
-
-
 class Linear(nn.Module):
     def __init__(self, in_features, out_features, bias=True):
         super().__init__()
@@ -267,9 +264,6 @@ class EDMPrecond(nn.Module):
         total = (sigma**2 + self.sigma_data**2).sqrt()
         c_skip, c_out = self.sigma_data**2 / total**2, sigma * self.sigma_data / total
         return c_skip * x + c_out * self.model(x / total, (sigma.log() / 4).flatten(), class_labels=class_labels)
-
-
-# EDM2 ---------------------------------------------------------------------------------------------------------------
 
 
 def unit(x, dim):

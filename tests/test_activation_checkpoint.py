@@ -1,7 +1,5 @@
 """Activation checkpointing: the same numbers for less memory."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from helpers import randomised

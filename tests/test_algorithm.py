@@ -65,7 +65,6 @@ def test_1_one_step_is_variational_score_distillation(backend, form, schedule, w
     weight = WEIGHTINGS[weighting](alpha, sigma)
     result = e_step(generator, teacher, fake_score, z, eps, t, steps=1, gamma_eps=gamma, gamma_z=0.0, noise=Noise(0))
     mine = gradient(m_step(generator, result, weight).mean(), generator)
-
     wide = [copy.deepcopy(net).double() for net in (generator, teacher, fake_score)]
     x0 = wide[0](z.double())
     a, s, w = (column(v.double(), z) for v in (alpha, sigma, weight))
@@ -236,7 +235,6 @@ def test_6_cancellation_lowers_the_variance_and_keeps_the_mean_at_gamma_z_zero()
 
 
 def test_6_at_gamma_z_above_zero_the_mean_moves():
-    """z_K is correlated with the noises that are dropped."""
     with_it, without = (gradients_by_sample(GENERATORS["wide"], 0.1, c) for c in (True, False))
     difference = without - with_it
     error = difference.std(0) / math.sqrt(len(difference))
@@ -258,7 +256,6 @@ def test_6_the_fixed_point_stays(gamma_z):
 
 @pytest.mark.parametrize(("form", "schedule"), FORMS, ids=str)
 def test_fake_score_step_is_denoising_score_matching(backend, form, schedule):
-    """Its gradient is that of mean (F - F_target)^2, in float64; the generator gets none."""
     z, eps, t = latents(8, schedule)
     fake_score = denoiser(form, schedule, 2)
     generator = Generator(denoiser(form, schedule, 3), float(schedule.t_from_log_snr(torch.tensor([-1.0]))))

@@ -91,7 +91,6 @@ def test_an_explicit_backend_wins_over_the_block():
 @pytest.mark.parametrize("chosen", BACKENDS)
 @pytest.mark.parametrize(("batch", "tokens", "keys"), [(2, 0, 3), (2, 0, 0), (2, 3, 0), (0, 4, 4)])
 def test_no_queries_or_no_keys_or_no_samples(chosen, dtype, batch, tokens, keys):
-    """A sum over no keys is 0, and so are the gradients: what PyTorch has."""
     q = torch.ones(batch, tokens, 2, 8, dtype=dtype, requires_grad=True)
     k = torch.ones(batch, keys, 2, 8, dtype=dtype, requires_grad=True)
     y = ops.attention(q, k, k, backend=chosen)
@@ -101,8 +100,7 @@ def test_no_queries_or_no_keys_or_no_samples(chosen, dtype, batch, tokens, keys)
 
 
 @pytest.mark.parametrize(
-    ("name", "reason"),
-    [("triton", "CPU tensors need TRITON_INTERPRET=1"), ("xformers", "it serves cuda tensors only")],
+    ("name", "reason"), [("triton", "CPU tensors need TRITON_INTERPRET=1"), ("xformers", "it serves cuda tensors only")]
 )
 def test_a_named_backend_that_cannot_run_raises_with_the_reason(name, reason):
     q = torch.randn(1, 2, 1, 4)
@@ -197,7 +195,6 @@ def test_a_row_whose_backend_cannot_run_falls_back_and_says_so_once(table, monke
 
 
 def test_the_table_in_compiled_code(table):
-    """One graph for each backend that the lengths lead to, none broken."""
     table(Row("reference", (90,), (8,), tokens=(0, 16)), Row("sdpa"))
     seen = []
 

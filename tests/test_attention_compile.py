@@ -1,7 +1,5 @@
 """The attention kernels compiled for GPUs that are not here, with every choice of tiles that these can meet."""
 
-from __future__ import annotations
-
 import functools
 
 import pytest
@@ -44,9 +42,7 @@ def described(submitted):
     return f"{kernel}, {'v' if submitted.args[0] is None else 'k'}"
 
 
-ORDINARY = [(t, d, BF16, RAGGED) for t in (80, 90) for d in (40, 64, 160)] + [
-    (100, 40, BF16, RAGGED),
-]
+ORDINARY = [(t, d, BF16, RAGGED) for t in (80, 90) for d in (40, 64, 160)] + [(100, 40, BF16, RAGGED)]
 EVERYTHING = [
     *((t, d, BF16, n) for t in (80, 90, 100) for d in HEAD_DIMS for n in (RAGGED, SHORT)),
     *((t, 64, BF16, WHOLE) for t in (80, 90, 100)),
@@ -106,7 +102,6 @@ def test_tf32_where_the_user_allows_it(tf32_allowed, monkeypatch):
 
 
 def test_no_length_asks_for_a_kernel_of_its_own():
-    """Lengths that leave rests share one kernel, and those that do not another."""
     constants = set()
     for tokens in (1000, 1001, 4097):
         q = torch.zeros(1, tokens, 8, 40, dtype=BF16)

@@ -1,7 +1,5 @@
 """A frozen teacher without float32 weights: the same numbers bit for bit, and nothing of the original is kept."""
 
-from __future__ import annotations
-
 import copy
 import gc
 import weakref

@@ -107,7 +107,6 @@ def test_no_recompilation_from_substep_to_substep(name):
 
 @pytest.mark.parametrize("name", ["uniform", "normal", "integers"])
 def test_dynamic_batches(name):
-    """One graph for batches of any size, and the noise that each of them has by right."""
     counting = Counting()
     op = {"uniform": ops.uniform, "normal": ops.normal, "integers": lambda *a, **k: ops.integers(10, *a, **k)}[name]
     compiled = torch.compile(
@@ -158,8 +157,6 @@ def test_use_backend_is_respected_in_compiled_code(monkeypatch, inside):
 
 
 def test_use_backend_is_respected_where_nobody_had_used_it_before():
-    """In a thread of its own, whose choice is as it was born."""
-
     def run():
         compiled = torch.compile(lambda x: x + len(backends.active()), fullgraph=True, backend="eager")
         first = compiled(torch.zeros(())).item()
@@ -171,8 +168,6 @@ def test_use_backend_is_respected_where_nobody_had_used_it_before():
 
 
 def test_a_whole_chain_in_one_graph():
-    """Several steps with in-place updates: none is lost, none reordered."""
-
     def chain(eps, drift, z, noise):
         for k in range(3):
             x = ops.perturb(z, ONE, ONE, eps=eps)

@@ -1,7 +1,5 @@
 """The ops on a GPU, by every backend that serves CUDA tensors there. Skipped where there is none."""
 
-from __future__ import annotations
-
 import kernel_cases
 import pytest
 import torch
@@ -37,7 +35,6 @@ def backend(request):
 
 @pytest.mark.parametrize("shape", [s for s in kernel_cases.SHAPES if 0 not in s])
 def test_the_noise_contract(backend, shape):
-    """Uniform numbers bit for bit; the other dtypes of normal numbers are the float32 one rounded once."""
     where = kernel_cases.NUMBERS | {"stream": 9, "substep": 7}
     noise = Noise(**kernel_cases.NUMBERS, device=DEVICE)
     assert_same(ops.uniform(shape, noise, stream=9, substep=5).cpu(), torch.from_numpy(uniforms(shape, **where)))
@@ -169,7 +166,6 @@ def test_the_distribution_of_16_million_draws(backend):
 
 
 def test_e_step_on_the_gpu_is_that_of_the_cpu(backend):
-    """A mixture for a teacher, float32 throughout: the same noise, hence the same chain."""
     schedule = emd_fast.diffusion.schedules.EDM()
     teacher = emd_fast.teachers.gaussian(torch.zeros(6), torch.eye(6), schedule)
     fake_score = emd_fast.teachers.gaussian(torch.ones(6), 2 * torch.eye(6), schedule)

@@ -1,7 +1,5 @@
 """The CUDA kernels compiled for GPUs that are not here, and what the machine code must and must not have."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """The E-step as a graph: what does not need a GPU. tests/test_cuda.py has the rest."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import logging
@@ -125,7 +123,6 @@ def test_without_a_graph_it_is_the_e_step_and_says_so_once(monkeypatch, caplog, 
 
 
 def test_the_capture_is_on_the_device_of_the_tensors(monkeypatch):
-    """Whichever is current, and whichever the first capture of the process was on."""
     current, seen = [0], []
 
     @contextlib.contextmanager

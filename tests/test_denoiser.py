@@ -66,7 +66,6 @@ def exact_levels(parametrization, schedule, t):
 
 @pytest.mark.parametrize(("parametrization", "schedule"), CASES, ids=str)
 def test_perfect_output_gives_back_the_image(parametrization, schedule):
-    """D = x in float64, whatever the parametrization."""
     t = times(schedule)
     alpha, sigma = exact_levels(parametrization, schedule, t)
     g = seeded(0)

@@ -5,17 +5,7 @@ import math
 
 import pytest
 import torch
-from helpers import (
-    Mlp,
-    assert_as_good_as_eager,
-    assert_same,
-    assert_within,
-    column,
-    e_step_xz,
-    naming,
-    normals,
-    seeded,
-)
+from helpers import Mlp, assert_as_good_as_eager, assert_same, assert_within, column, e_step_xz, naming, normals, seeded
 from torch import nn
 
 import emd_fast
@@ -238,7 +228,6 @@ def test_flags_are_restored_after_an_exception(run, after):
 
 
 def test_a_latent_of_another_shape_than_the_image(backend):
-    """z is (B, 2), x (B, 3): the noises of both are drawn for their own shapes."""
     g = seeded(3)
     matrix, eps, t = torch.randn(2, 3, generator=g), torch.randn(4, 3, generator=g), torch.full((4,), 0.5)
     _, teacher, fake_score = networks()

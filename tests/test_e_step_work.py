@@ -157,7 +157,6 @@ def wrapped(how, net):
 
 @pytest.mark.parametrize("how", ["compiled", "ddp of compiled", "compiled ddp"])
 def test_wrapped_networks(one_process, how):
-    """All three wrapped; twice, with an update of the generator between, as a trainer does it."""
     z, eps, t = inputs()
     torch._dynamo.reset()
     bare, nets = networks(), networks()

@@ -14,7 +14,6 @@ from emd_fast.teachers import gaussian
 
 
 def test_at_gamma_z_zero_it_is_the_same_chain():
-    """With z at rest x = alpha g + sigma eps, and a step in x is the step in eps."""
     z, eps, t = inputs()
     options = {"steps": 4, "gamma_eps": 0.16, "gamma_z": 0.0}
     one = e_step(*networks(), z, eps, t, noise=Noise(2), **options)

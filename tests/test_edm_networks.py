@@ -1,7 +1,5 @@
 """The networks of EDM and EDM2 against a plain formulation in float64, and against numbers of NVlabs' own code."""
 
-from __future__ import annotations
-
 import edm_files
 import edm_plain
 import pytest
@@ -104,7 +102,6 @@ def test_outputs_and_gradients_are_those_of_a_plain_formulation(name, loaded):
 
 @pytest.mark.parametrize("name", ["ncsnpp", "adm", "edm2"])
 def test_every_weight_matters(name, loaded):
-    """No tensor of the checkpoint but those of augmentations can be changed unseen."""
     denoiser = loaded(name)
     network = denoiser.network
     x, sigma, labels = edm_files.image()
@@ -168,7 +165,6 @@ def test_edm2_normalises_its_weights_when_it_trains():
     before = {name: value.clone() for name, value in network.state_dict().items()}
     evaluated = network(x, c_noise, labels)
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
-
     trained = network.train()(x, c_noise, labels)
     # The 1e-4 beside each norm counts once more in every layer.
     tolerance = 5e-3 * evaluated.abs().max().item()

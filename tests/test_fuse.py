@@ -41,7 +41,6 @@ def test_float32_outputs_and_gradients(backend, name):
     expected, its = gradients(network, x, arguments)
     addresses = {key: value.data_ptr() for key, value in network.state_dict().items()}
     named = {key: id(value) for key, value in network.named_parameters()}
-
     assert emd_fast.fuse(network) is network
     actual, mine = gradients(network, x, arguments)
     assert actual.dtype == torch.float32
@@ -57,7 +56,6 @@ def test_float32_outputs_and_gradients(backend, name):
         error, own = (torch.linalg.vector_norm(g.double() - e).item() for g in (a, b))
         bound = max(1e-5 * e.norm().item(), 2 * own + 1e-7 * together[1].norm().item())
         assert error <= bound, (key, error, own, e.norm().item())
-
     assert addresses == {key: value.data_ptr() for key, value in network.state_dict().items()}
     assert named == {key: id(value) for key, value in network.named_parameters()}
     assert emd_fast.fusion_report(network).fused
@@ -82,7 +80,6 @@ def test_bfloat16_is_no_worse_than_the_original(backend, name, how):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_float64_goes_through(name):
-    """The kernels have no float64: what a network computed before in it, it computes still."""
     network, x, arguments = make(name)
     network, arguments = network.double(), tuple(wide(a) for a in arguments)
     expected = output(network, x.double(), arguments)
@@ -91,7 +88,6 @@ def test_float64_goes_through(name):
 
 @pytest.mark.parametrize("name", ["unet2d", "edm2", "own edm2"])
 def test_in_training_mode(name):
-    """Weights that EDM2 normalises in training are normalised as before; fuse() itself changes none."""
     network, x, arguments = make(name)
     before = {key: value.clone() for key, value in network.train().state_dict().items()}
     other = emd_fast.fuse(copy.deepcopy(network))
@@ -102,9 +98,6 @@ def test_in_training_mode(name):
         assert relative(output(other, x, arguments), output(network, x, arguments)) < 1e-5
     for (key, a), b in zip(other.state_dict().items(), network.state_dict().values(), strict=True):
         assert_same(a, b, key)
-
-
-# Copies, files, undoing ---------------------------------------------------------------------------------------------
 
 
 def state_of(network, addresses=True):
@@ -223,9 +216,6 @@ def test_the_trainer_copies_a_fused_teacher():
             assert_within(mine[key], its[key], 1e-3 * (1e-6 + its[key].abs()), key)
 
 
-# What is refused, and what is left ----------------------------------------------------------------------------------
-
-
 def test_a_fused_network_is_returned_as_it_is():
     network, *_ = make("small")
     emd_fast.fuse(network)
@@ -298,23 +288,13 @@ def overridden(how):
     x, emb = torch.randn(2, 16, 4, 4), torch.randn(2, 8)
     doubled = {"forward": lambda self, x, emb: 2 * edm_plain.UNetBlock.forward(self, x, emb)}
     if how == "a subclass":
-        return (
-            type("Other", (edm_plain.UNetBlock,), doubled)(16, 16, 8),
-            (x, emb),
-            "",
-            METHOD,
-        )
+        return (type("Other", (edm_plain.UNetBlock,), doubled)(16, 16, 8), (x, emb), "", METHOD)
     if how == "a forward on the instance":
         block = edm_plain.UNetBlock(16, 16, 8)
         block.forward = functools.partial(doubled["forward"], block)
         return block, (x, emb), "", METHOD
     if how == "a subclass of the same name":
-        return (
-            type("UNetBlock", (edm_plain.UNetBlock,), doubled)(16, 16, 8),
-            (x, emb),
-            "",
-            METHOD,
-        )
+        return (type("UNetBlock", (edm_plain.UNetBlock,), doubled)(16, 16, 8), (x, emb), "", METHOD)
     network, x, arguments = make("unet2d")
     if how == "a network with a forward on the instance":
         network.forward = functools.partial(type(network).forward, network)
@@ -346,7 +326,6 @@ def overridden(how):
     ],
 )
 def test_what_is_not_the_known_class_is_left(how):
-    """With its reason, and strict refuses it."""
     network, (x, *arguments), path, reason = overridden(how)
     before, expected = state_of(network), output(network, x, arguments)
     with pytest.raises(ValueError, match=reason):
@@ -360,7 +339,6 @@ def test_what_is_not_the_known_class_is_left(how):
 
 @pytest.mark.parametrize("name", ["forward", "a function that it calls"])
 def test_a_class_that_is_changed_is_not_the_published_one(name, tmp_path, monkeypatch):
-    """Its fingerprint changes with the code, not with comments."""
     text = Path(edm_plain.__file__).read_text().partition("\n\n# Their source")[0]
     assert "return F.silu(x) / 0.596" in text and "y = self.conv_res0(mp_silu(x))" in text
     changed = {
@@ -441,7 +419,6 @@ def test_what_is_left_in_a_diffusers_network():
 
 @pytest.mark.parametrize("linear", [False, True])
 def test_channels_last_stays(linear):
-    """With weights in channels_last no activation of an image is laid out otherwise, whatever the blocks do."""
     network, x, arguments = make("unet2d_condition")
     if linear:
         network = unet2d_condition(use_linear_projection=True).eval()
@@ -494,7 +471,6 @@ def test_transformers_get_their_attention(name, options):
 
 
 def test_attention_goes_through_the_op(monkeypatch):
-    """Not only around the processor that was there before."""
     from emd_fast import ops
 
     seen = []
@@ -515,8 +491,6 @@ def test_attention_goes_through_the_op(monkeypatch):
 
 
 def test_layers_that_are_wrapped_in_a_known_block():
-    """As LoRA of somebody's own puts them; they show no weight of theirs."""
-
     class Wrapped(torch.nn.Module):
         def __init__(self, layer):
             super().__init__()

@@ -69,7 +69,6 @@ def test_blocks_are_compiled_once_for_each_structure(name, caplog):
 
 
 def test_copies_share_the_compiled_code():
-    """As a trainer has them: teacher, fake score and generator, in every mode that a step runs them in."""
     teacher, x, arguments = make("small")
     counting = Counting()
     emd_fast.fuse(teacher, compile={"backend": counting})

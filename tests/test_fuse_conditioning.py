@@ -61,8 +61,6 @@ def test_keys_and_values_are_saved():
 
 
 class TestStale:
-    """What changes inside the block changes the result."""
-
     @pytest.fixture(params=["small", "shallow unet2d_condition", "own edm2"])
     def case(self, request):
         network, x, arguments = make(request.param)
@@ -99,7 +97,6 @@ class TestStale:
             assert len(cache._passes) <= 4
 
     def test_parameters_that_change(self, case):
-        """In place, with other memory, and with others in their place as load_state_dict(assign=True) does it."""
         network, x, arguments = case
         with conditioning_cache():
             self.check(network, x, arguments)
@@ -152,7 +149,6 @@ class TestStale:
 class TestGradients:
     @pytest.mark.parametrize("name", ["small", "unet2d_condition", "song", "own adm"])
     def test_to_parameters_and_to_the_input(self, name):
-        """Complete in every pass, also after passes without gradients have filled the cache."""
         network, x, arguments = make(name)
         emd_fast.fuse(network)
 
@@ -176,7 +172,6 @@ class TestGradients:
         assert mine[1][1] < exact[1][1]
 
     def test_to_the_condition(self):
-        """Also after passes without gradients have filled the cache."""
         network, x, (t, cond) = make("unet2d_condition")
         emd_fast.fuse(network)
         cond.requires_grad_()
@@ -192,7 +187,6 @@ class TestGradients:
                     assert_same(gradient(), exact)
 
     def test_no_graph_is_kept(self):
-        """What a pass with gradients computed is not handed to one without."""
         network, x, arguments = make("small")
         emd_fast.fuse(network)
         with conditioning_cache() as cache:
@@ -262,7 +256,6 @@ class TextOf(nn.Module):
 
 
 def test_an_e_step_of_stable_diffusion_projects_the_text_once():
-    """Three networks with cross-attention, guidance, an adapter between: keys and values once a network."""
     calls, nets = [], []
     for seed in range(3):
         unet, *_ = make("shallow unet2d_condition", seed)

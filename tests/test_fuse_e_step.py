@@ -21,7 +21,6 @@ from emd_fast.em.m_step import m_step
 
 @pytest.mark.parametrize("name", ["dhariwal", "unet2d, scale_shift, resnet", "small"])
 def test_the_backward_pass_costs_a_forward_pass(backend, name):
-    """To the input alone; with parameters it is twice as much, which the test can see."""
     network, x, arguments = make(name)
     emd_fast.fuse(network)
     latent = x.requires_grad_()
@@ -89,7 +88,6 @@ OPTIONS = {"cond": torch.arange(4), "gamma_eps": 0.1, "gamma_z": 0.05}
 
 
 def test_memory_does_not_grow_with_steps():
-    """What autograd holds at one time."""
     nets, now, peak = networks(True), 0, {}
 
     class Held:
@@ -111,7 +109,6 @@ def test_memory_does_not_grow_with_steps():
 
 @pytest.mark.parametrize("how", ["sharded after fuse", "sharded before fuse", "ddp", "compiled blocks"])
 def test_wrapped_networks(one_process, how):  # noqa: F811
-    """Two steps of a trainer, beside networks that are neither fused nor wrapped."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -163,7 +160,6 @@ def test_wrapped_networks(one_process, how):  # noqa: F811
 
 
 def test_gradient_checkpointing():
-    """Blocks that are run again in the backward pass, when the pass they belong to is over."""
     network, x, arguments = make("unet2d_condition")
     emd_fast.fuse(network)
     results = []

@@ -98,7 +98,6 @@ def test_no_weight_is_converted_or_normalised_in_a_pass(name):
 
 @pytest.mark.parametrize("name", ["song", "own adm"])
 def test_neither_q_k_v_nor_their_weights_are_copied_in_a_pass(name):
-    """Cached, those weights lie in the order of q, k and v."""
     network, x, arguments = frozen(name)
     x = x.contiguous(memory_format=torch.channels_last)  # as the network would make it
     with Counted(network) as outside:
@@ -186,7 +185,6 @@ def test_layers_that_are_reparametrised_afterwards():
 
 
 def test_compiled_blocks_read_what_was_prepared():
-    """They are given no weight of a convolution that they would have to convert."""
     graphs = []
 
     def backend(graph, inputs):
@@ -208,7 +206,6 @@ def test_compiled_blocks_read_what_was_prepared():
 
 @pytest.mark.parametrize("name", ["small", "own edm2"])
 def test_a_whole_compiled_network_notices_both_ends_of_the_block(name):
-    """First called inside: outside it must read the parameters, as they are then."""
     torch.compiler.reset()
     network, x, arguments = frozen(name)
     compiled = torch.compile(network, backend="eager")
@@ -227,7 +224,6 @@ def test_a_whole_compiled_network_notices_both_ends_of_the_block(name):
 
 @pytest.mark.parametrize("precision", [None, torch.bfloat16])
 def test_sharded_weights_are_prepared_as_the_report_says(one_process, precision):  # noqa: F811
-    """Those that are gathered in float32."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     network, _, _ = make("small")

@@ -1,8 +1,6 @@
 """The compiled kernels as a whole: how they were built, and that neither the number of threads nor the instruction set
 changes a bit of what they compute. What each op computes is tested beside the op."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """Every Triton kernel compiled for GPUs that are not here, and what the machine code must and must not have."""
 
-from __future__ import annotations
-
 import functools
 import re
 

@@ -1,7 +1,5 @@
 """group_norm's Triton kernels compiled for GPUs that are not here, for the sizes of the networks it is for."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from ahead_of_time import compiled, launches

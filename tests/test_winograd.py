@@ -136,7 +136,6 @@ def test_wrong_shapes_are_pytorch_s_errors():
 
 
 def test_what_looks_into_a_convolution_sees_pytorch_s():
-    """torch.func, derivatives forwards and fake tensors."""
     x, weight, bias = drawn((2, 16, 16, 4, 4))
     expected = conv2d(x, weight, bias, padding=1)
     batched = vmap(lambda one: convolution(one[None], weight, bias, padding=(1, 1))[0])(x)
@@ -153,7 +152,6 @@ def test_what_looks_into_a_convolution_sees_pytorch_s():
 
 @pytest.mark.parametrize("moved", ["x", "weight", "bias"])
 def test_derivatives_forwards_by_whatever_moves(moved):
-    """Weights that are frozen for autograd too."""
     arguments = dict(zip(("x", "weight", "bias"), drawn((2, 16, 16, 4, 4)), strict=True))
     direction = torch.randn_like(arguments[moved])
 

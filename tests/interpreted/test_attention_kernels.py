@@ -106,7 +106,6 @@ def test_logits_far_below_zero(dtype, products_in_the_dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_large_logits_do_not_overflow(dtype):
-    """Logits beyond the range of float16, and of the exponential of float32: one key takes all of the weight."""
     q, k, v, g = inputs(3, 70, 1, 64, dtype)
     q, k = torch.full_like(q, 200.0), k.fill_(-200.0)
     k[:, 65] = 200.0
@@ -151,7 +150,6 @@ def test_gradients_to_k_and_v_together_or_apart_are_the_same(head_dim, monkeypat
 
 
 def test_any_strides():
-    """Rows at odd addresses, samples last but one, expanded samples and keys, a gradient without strides."""
     g = seeded(1)
     wide = torch.randn(2, 33, 2, 2 * 40 + 1, generator=g)
     q = wide[..., 1:41]

@@ -36,7 +36,6 @@ def run_case(g, channels, space, dtype, layout, names, batch=2, num_groups=32, *
 
 @pytest.mark.parametrize("channels", CHANNELS)
 def test_every_channel_count(channels):
-    """One layout with one dtype and use at a time: over the counts, all of them come with all."""
     i = CHANNELS.index(channels)
     for k, layout in enumerate(["channels_last", "contiguous"]):
         dtype, names = DTYPES[(i + k) % 3], USES[(i + 2 * k) % 4]

@@ -15,7 +15,6 @@ from emd_fast.backends.triton import launch, tuning
 
 @pytest.mark.parametrize("shape", [(0,), (0, 3), (2, 0), (2, 3, 0, 4)])
 def test_nothing_to_do_launches_nothing(shape, launched):
-    """What is returned is tested beside each op."""
     x, y, v, noise = torch.ones(shape), torch.ones(shape, requires_grad=True), torch.ones(shape[0]), Noise(0)
     with emd_fast.use_backend("triton"):
         ops.uniform(shape, noise, stream=0), ops.normal(shape, noise, stream=0)
