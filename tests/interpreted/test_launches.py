@@ -2,11 +2,7 @@
 
 import pytest
 import torch
-from helpers import (
-    draw,
-    per_sample,
-    seeded,
-)  # fmt: skip
+from helpers import draw, per_sample, seeded
 
 import emd_fast
 from emd_fast import Noise, ops
@@ -37,8 +33,7 @@ def test_no_group_norm_is_launched_over_nothing(shape, launched):
     ("batch", "tokens", "keys", "heads"), [(0, 3, 4, 2), (2, 0, 4, 2), (2, 3, 0, 2), (2, 0, 0, 2), (2, 3, 4, 0)]
 )
 def test_no_attention_is_launched_over_nothing(batch, tokens, keys, heads, launched):
-    q = torch.ones(batch, tokens, heads, 8, requires_grad=True)
-    k = torch.ones(batch, keys, heads, 8, requires_grad=True)
+    q, k = (torch.ones(batch, length, heads, 8, requires_grad=True) for length in (tokens, keys))
     ops.attention(q, k, k, backend="triton").sum().backward()
     assert launched == [] and not q.grad.any() and not k.grad.any()
 
