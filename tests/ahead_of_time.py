@@ -1,7 +1,5 @@
 """Triton kernels compiled for GPUs that are not here: the launches of a call, and their compilation for a target."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess
@@ -20,6 +18,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from emd_fast.backends import triton as backend
 from emd_fast.backends.triton import launch
 
+TARGETS = (80, 86, 89, 90, 100, 120)
+SHARED = 99 * 1024  # what sm_86, sm_89 and sm_120 have
+
 
 @dataclass(frozen=True)
 class Submitted:
@@ -33,14 +34,12 @@ class Submitted:
 def launches(op: str, *args: Any) -> list[Submitted]:
     """The launches that this call of the op makes. Nothing runs."""
     found: list[Submitted] = []
+
+    def submit(kernel, programs, args, constants, warps, device, options=launch.OPTIONS):
+        found.append(Submitted(kernel, args, constants, warps, dict(options)))
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            launch,
-            "submit",
-            lambda kernel, programs, args, constants, warps, device, options=launch.OPTIONS: found.append(
-                Submitted(kernel, args, constants, warps, dict(options))
-            ),
-        )
+        patch.setattr(launch, "submit", submit)
         backend.implementation(op)(*args)
     return found
 
@@ -79,10 +78,7 @@ class Compiled:
         return len(re.findall(pattern, self.ptx))
 
     def fused(self) -> tuple[int, list[str]]:
-        """How many fused multiply-adds there are, and those without a number among their operands.
-
-        A number may be in a register, or twice in a pair of them, as sm_100 has it.
-        """
+        """How many fused multiply-adds there are, and those without a number, in a register or not, as an operand."""
         numbers: set[str] = set()
         for register, operand in re.findall(r"mov\.b(?:32|64)\s+(%\w+), (.*?);", self.ptx):
             if all(part in numbers or re.match(r"0f|\d", part) for part in operand.strip("{}").split(", ")):
@@ -90,6 +86,12 @@ class Compiled:
         found = re.findall(r"fma\.\S+\s+([^;]*);", self.ptx)
         free = [f for f in found if not any(o in numbers or o.startswith("0f") for o in f.split(", "))]
         return len(found), free
+
+    def check(self, shared: int = SHARED, registers: int = 255) -> None:
+        """No spills, no local memory, no 64-bit division, and no more of a processor than this."""
+        assert self.spills == self.stack == 0, f"{self.spills} bytes spilt"
+        assert self.shared <= shared and self.registers <= registers
+        assert not self.count(r"\.local\.") and not self.count(r"(?:div|rem)\.[su]64")
 
     def sass(self) -> str:
         """The machine code, by the disassembler in Triton's package."""
@@ -152,9 +154,7 @@ def _compile(source: Any, target: int, options: dict[str, Any]) -> Compiled:
         patch.setattr(CUDABackend, "make_cubin", assembled)
         result = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     return Compiled(
-        result.asm["ptx"],
-        result.asm["cubin"],
-        result.metadata.shared,
+        *(result.asm["ptx"], result.asm["cubin"], result.metadata.shared),
         registers=int(re.search(r"Used (\d+) registers", said)[1]),
         spills=sum(int(n) for n in re.findall(r"(\d+) bytes spill", said)),
         stack=sum(int(n) for n in re.findall(r"(\d+) bytes stack frame", said)),

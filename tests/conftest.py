@@ -113,6 +113,15 @@ def ranks():
         group.close()
 
 
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    """A process group of this process alone."""
+    path = tmp_path_factory.mktemp("gloo") / "store"
+    torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
 @pytest.fixture
 def launched(monkeypatch):
     """The names of the Triton kernels that are launched, in order."""

@@ -1,7 +1,5 @@
 """What nvcc makes of csrc/cuda for GPUs that are not here: what ptxas says of each kernel, machine code, PTX."""
 
-from __future__ import annotations
-
 import fcntl
 import functools
 import importlib.util
@@ -38,9 +36,8 @@ def cmake(source: Path, build: Path, *definitions: str) -> str:
         ["-S", str(source), "-B", str(build), *generator, *definitions],
         ["--build", str(build), "--parallel", str(os.cpu_count())],
     ):
-        done = subprocess.run(
-            [str(tool("cmake")), *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+        command = [str(tool("cmake")), *arguments]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         said += done.stdout
         assert done.returncode == 0, said[-10000:]
     return said
@@ -118,7 +115,5 @@ def compiled(folder: Path) -> Objects:
 def torch_paths() -> list[str]:
     from torch.utils.cpp_extension import include_paths
 
-    return [
-        f"-DEMD_TORCH_INCLUDE={';'.join(include_paths())}",
-        f"-DEMD_TORCH_LIB={Path(torch.__file__).parent / 'lib'}",
-    ]
+    library = Path(torch.__file__).parent / "lib"
+    return [f"-DEMD_TORCH_INCLUDE={';'.join(include_paths())}", f"-DEMD_TORCH_LIB={library}"]

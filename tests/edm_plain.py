@@ -57,9 +57,6 @@ def build(network, block, first, a, attend_every=True):
             channels = wide
 
 
-# EDM ----------------------------------------------------------------------------------------------------------------
-
-
 class Linear(nn.Module):
     def __init__(self, in_features, out_features, bias=True):
         super().__init__()
@@ -198,13 +195,8 @@ class SongUNet(nn.Module):
 
     def __init__(self, resample_filter=(1, 1), encoder_type="standard", decoder_type="standard", **a):
         super().__init__()
-        self.num_blocks, self.encoder_type, self.taps, self.label_dropout = (
-            a["num_blocks"],
-            encoder_type,
-            resample_filter,
-            0,
-        )
-        channels = a["model_channels"]
+        self.num_blocks, self.taps, self.label_dropout = a["num_blocks"], resample_filter, 0
+        self.encoder_type, channels = encoder_type, a["model_channels"]
         noise, emb = channels * a.get("channel_mult_noise", 1), 4 * channels
         fourier = a.get("embedding_type") == "fourier"
         self.map_noise = FourierEmbedding(noise) if fourier else PositionalEmbedding(noise, endpoint=True)
@@ -215,10 +207,8 @@ class SongUNet(nn.Module):
         block = partial(UNetBlock, taps=resample_filter, **style)
         first = Conv2d(a["in_channels"], channels, 3)
         build(self, lambda cin, cout, **options: block(cin, cout, emb, **options), first, a, attend_every=False)
-        aux, levels = (
-            a["in_channels"],
-            [(a["img_resolution"] >> i, channels * m) for i, m in enumerate(a["channel_mult"])],
-        )
+        aux = a["in_channels"]
+        levels = [(a["img_resolution"] >> i, channels * m) for i, m in enumerate(a["channel_mult"])]
         for (r, _), (_, wide) in zip(levels[1:], levels, strict=False):
             if encoder_type == "skip":
                 self.enc[f"{r}x{r}_aux_skip"] = Conv2d(aux, wide, 1)
@@ -267,9 +257,6 @@ class EDMPrecond(nn.Module):
         total = (sigma**2 + self.sigma_data**2).sqrt()
         c_skip, c_out = self.sigma_data**2 / total**2, sigma * self.sigma_data / total
         return c_skip * x + c_out * self.model(x / total, (sigma.log() / 4).flatten(), class_labels=class_labels)
-
-
-# EDM2 ---------------------------------------------------------------------------------------------------------------
 
 
 def unit(x, dim):

@@ -110,6 +110,15 @@ def assert_same(actual: Tensor, expected: Tensor, what: str = "value") -> None:
     assert_within(actual, expected, 0.0, what)
 
 
+def assert_alike(found, expected, tolerance: float) -> None:
+    """z, eps and drift of two E-steps."""
+    for what in ("z", "eps", "drift"):
+        if tolerance:
+            assert_within(getattr(found, what), getattr(expected, what), tolerance, what)
+        else:
+            assert_same(getattr(found, what), getattr(expected, what), what)
+
+
 def naming(named: str) -> str:
     """What a message must match that names this argument: the word itself, not a letter of another."""
     return rf"(?<!\w){named}(?!\w)" if named.isidentifier() else named
@@ -211,6 +220,26 @@ class Mlp(nn.Module):
 def e_step_xz(generator, teacher, fake_score, z, eps, t, *, cond=None, **settings):
     """The ablation, with the arguments of emd_fast.e_step."""
     return sample_x_z((generator, teacher, fake_score), z, eps, t, cond, LangevinSettings(**settings))
+
+
+def compiled_flops():
+    """A backend of torch.compile that runs graphs as they are, and the operations of forward and backward ones."""
+    from torch._dynamo.backends.common import aot_autograd
+
+    counted = {"forward": 0, "backward": 0}
+
+    def counting(name):
+        def count(graph, example_inputs):
+            for node in graph.graph.nodes:
+                packet = getattr(node.target, "overloadpacket", None)
+                if packet in flop_registry:
+                    values, keywords = torch.fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+                    counted[name] += flop_registry[packet](*values, **keywords, out_val=node.meta["val"])
+            return graph.forward
+
+        return count
+
+    return aot_autograd(fw_compiler=counting("forward"), bw_compiler=counting("backward")), counted
 
 
 class FlopCount(TorchDispatchMode):

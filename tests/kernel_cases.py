@@ -1,7 +1,5 @@
 """Calls of the ops, for backends that are compared with the reference: shapes, layouts and dtypes."""
 
-from __future__ import annotations
-
 import torch
 from helpers import DTYPES, NOISE_ERROR, assert_as_good_as_eager, draw, per_sample, seeded
 

@@ -32,12 +32,8 @@ class Streams(TorchDispatchMode):
         self.made: list[Stream] = []
         self.current, self.races = Stream(), []
         self._written: dict[int, tuple[Stream, int]] = {}
-        for name, value in {
-            "Stream": self._new,
-            "stream": self._on,
-            "current_stream": lambda: self.current,
-            "is_initialized": lambda: True,
-        }.items():
+        fakes = {"Stream": self._new, "stream": self._on, "current_stream": lambda: self.current}
+        for name, value in {**fakes, "is_initialized": lambda: True}.items():
             monkeypatch.setattr(torch.cuda, name, value)
 
     def _new(self) -> Stream:

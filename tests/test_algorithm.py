@@ -14,18 +14,10 @@ from emd_fast.em.m_step import WEIGHTINGS, m_step
 from emd_fast.teachers import gaussian
 
 SCHEDULES = [EDM(), Cosine(), RectifiedFlow(), VP(torch.linspace(1e-4, 0.02, 1000))]
-FORMS = [
-    ("eps", VP(torch.linspace(1e-4, 0.02, 1000))),
-    ("x0", Cosine()),
-    ("v", Cosine()),
-    ("flow", RectifiedFlow()),
-    ("edm", EDM()),
-]
+FORMS = [("eps", SCHEDULES[3]), ("x0", Cosine()), ("v", Cosine()), ("flow", RectifiedFlow()), ("edm", EDM())]
 
 
 class Linear(torch.nn.Module):
-    """g(z) = A z, for (B, 2)."""
-
     def __init__(self, A):
         super().__init__()
         self.A = torch.nn.Parameter(A.clone())
@@ -65,7 +57,6 @@ def test_1_one_step_is_variational_score_distillation(backend, form, schedule, w
     weight = WEIGHTINGS[weighting](alpha, sigma)
     result = e_step(generator, teacher, fake_score, z, eps, t, steps=1, gamma_eps=gamma, gamma_z=0.0, noise=Noise(0))
     mine = gradient(m_step(generator, result, weight).mean(), generator)
-
     wide = [copy.deepcopy(net).double() for net in (generator, teacher, fake_score)]
     x0 = wide[0](z.double())
     a, s, w = (column(v.double(), z) for v in (alpha, sigma, weight))
@@ -117,7 +108,7 @@ def test_3_eps_minus_drift_is_the_accumulated_noise(backend, gamma_z, by_sample)
 SIGMA = torch.tensor([[0.9, -0.3], [-0.3, 0.6]])
 MEAN = torch.tensor([0.4, -0.2])
 GENERATORS = {
-    "wide": torch.tensor([[1.4, 0.5], [0.0, 1.1]]),
+    "wide": torch.tensor([[1.4, 0.5], [0, 1.1]]),
     "narrow and turned": torch.tensor([[0.5, -0.4], [0.5, 0.5]]),
 }
 
@@ -171,9 +162,8 @@ def test_4_the_bias_is_of_order_gamma():
         p = alpha**2 * (A @ A.T).double() + sigma**2 * torch.eye(2, dtype=torch.float64)
         # x moves by -gamma C_p C_q^-1 (x - alpha m) and noise of 2 gamma C_p: along a left eigenvector v of that matrix
         # the variance is v' C_p v / (lambda - gamma lambda^2 / 2).
-        v = torch.linalg.eig((p @ torch.linalg.inv(q)).T).eigenvectors.real[
-            :, torch.linalg.eigvals((p @ torch.linalg.inv(q)).T).real.argmax()
-        ]
+        values, vectors = torch.linalg.eig((p @ torch.linalg.inv(q)).T)
+        v = vectors.real[:, values.real.argmax()]
         exact = (v @ p @ v) / (stiffness * (1 - gamma * stiffness / 2))
         assert abs(exact / (v @ q @ v) - 1) > 0.1 * gamma
         along = (x.double() - alpha * MEAN) @ v
@@ -202,20 +192,17 @@ def test_5_training_finds_the_maximum_likelihood(schedule, name):
         decay.step()
         noise.advance()
     A = generator.A.detach()
-    start = float((GENERATORS[name] @ GENERATORS[name].T - SIGMA).norm())
-    assert start > 0.3
+    assert float((GENERATORS[name] @ GENERATORS[name].T - SIGMA).norm()) > 0.3
     assert_within(A @ A.T, SIGMA, 0.015)
 
 
-def gradients_by_sample(A, gamma_z, cancellation, n=20_000, sigma=SIGMA, schedule=None):
+def gradients_by_sample(A, gamma_z, cancellation, n=20_000):
     """(n, 4): every sample's gradient to A."""
-    schedule = schedule or Cosine()
-    generator = Linear(A)
-    g = seeded(3)
+    schedule, generator, g = Cosine(), Linear(A), seeded(3)
     t = schedule.t_from_log_snr(3 * torch.rand(n, generator=g) - 1)
     z, eps = torch.randn(n, 2, generator=g), torch.randn(n, 2, generator=g)
     result = e_step(
-        generator, gaussian(torch.zeros(2), sigma, schedule), generator.score(schedule), z, eps, t, steps=4,
+        generator, gaussian(torch.zeros(2), SIGMA, schedule), generator.score(schedule), z, eps, t, steps=4,
         gamma_eps=0.16, gamma_z=gamma_z, noise=Noise(0),
     )  # fmt: skip
     x = generator(result.z).detach().requires_grad_()
@@ -225,23 +212,17 @@ def gradients_by_sample(A, gamma_z, cancellation, n=20_000, sigma=SIGMA, schedul
     return torch.einsum("bi,bj->bij", to_x.double(), result.z.double()).flatten(1)
 
 
-def test_6_cancellation_lowers_the_variance_and_keeps_the_mean_at_gamma_z_zero():
-    A = GENERATORS["wide"]
-    with_it, without = (gradients_by_sample(A, 0.0, c) for c in (True, False))
+@pytest.mark.parametrize("gamma_z", [0.0, 0.1])
+def test_6_cancellation_lowers_the_variance_and_keeps_the_mean_at_gamma_z_zero(gamma_z):
+    with_it, without = (gradients_by_sample(GENERATORS["wide"], gamma_z, c) for c in (True, False))
     difference = without - with_it
     error = difference.std(0) / math.sqrt(len(difference))
-    assert_within(difference.mean(0), torch.zeros(4), 5 * float(error.max()), "mean")
-    assert bool((with_it.mean(0).abs() > 5 * with_it.std(0) / math.sqrt(len(with_it))).any()), "there is a gradient"
-    assert bool((with_it.var(0) < 0.6 * without.var(0)).all())
-
-
-def test_6_at_gamma_z_above_zero_the_mean_moves():
-    """z_K is correlated with the noises that are dropped."""
-    with_it, without = (gradients_by_sample(GENERATORS["wide"], 0.1, c) for c in (True, False))
-    difference = without - with_it
-    error = difference.std(0) / math.sqrt(len(difference))
-    assert bool((difference.mean(0).abs() > 5 * error).any())
-    assert bool((with_it.var(0) < without.var(0)).all())
+    if gamma_z:  # z_K is correlated with the noises that are dropped
+        assert bool((difference.mean(0).abs() > 5 * error).any())
+    else:
+        assert_within(difference.mean(0), torch.zeros(4), 5 * float(error.max()), "mean")
+        assert bool((with_it.mean(0).abs() > 5 * with_it.std(0) / math.sqrt(len(with_it))).any()), "there is a gradient"
+    assert bool((with_it.var(0) < (1.0 if gamma_z else 0.6) * without.var(0)).all())
 
 
 @pytest.mark.parametrize("gamma_z", [0.0, 0.1])
@@ -258,7 +239,6 @@ def test_6_the_fixed_point_stays(gamma_z):
 
 @pytest.mark.parametrize(("form", "schedule"), FORMS, ids=str)
 def test_fake_score_step_is_denoising_score_matching(backend, form, schedule):
-    """Its gradient is that of mean (F - F_target)^2, in float64; the generator gets none."""
     z, eps, t = latents(8, schedule)
     fake_score = denoiser(form, schedule, 2)
     generator = Generator(denoiser(form, schedule, 3), float(schedule.t_from_log_snr(torch.tensor([-1.0]))))

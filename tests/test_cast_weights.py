@@ -1,7 +1,5 @@
 """A frozen teacher without float32 weights: the same numbers bit for bit, and nothing of the original is kept."""
 
-from __future__ import annotations
-
 import copy
 import gc
 import weakref
@@ -27,8 +25,6 @@ BF16 = torch.bfloat16
 
 
 class Called(nn.Module):
-    """network(x, t, cond) of one that has other arguments."""
-
     def __init__(self, network, arguments):
         super().__init__()
         self.network, self.arguments = network, arguments
@@ -54,7 +50,8 @@ def test_outputs_stay_bit_for_bit_and_the_original_stays_as_it_is(name, fused):
     for key, value in original.state_dict().items():
         assert value.dtype == before[key].dtype and torch.equal(value, before[key])
     assert all(parameter.requires_grad for parameter in original.parameters())
-    share = sum(p.numel() for p in ours.parameters() if p.dtype == BF16) / sum(p.numel() for p in ours.parameters())
+    sizes = {kind: sum(p.numel() for p in ours.parameters() if p.dtype == kind) for kind in (BF16, torch.float32)}
+    share = sizes[BF16] / sum(sizes.values())
     # EDM2 normalises its weights in float32 before it rounds them.
     assert share == 0 and ours is original if "edm2" in name else share > 0.95
     addresses = {p.data_ptr() for p in original.parameters()}
@@ -72,8 +69,6 @@ def test_outside_of_autocast_it_computes_as_inside():
 
 
 class Tied(nn.Module):
-    """Every way in which a layer's weight is not the layer's alone, and one that is."""
-
     def __init__(self):
         super().__init__()
         self.first, self.mine, self.tied = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 8)
@@ -100,9 +95,7 @@ def test_copies_to_train_are_float32_whatever_the_teacher_is():
 
 def alive(fused: bool, given: bool) -> tuple[list[str], int, int]:
     """The float32 weights of products that outlive their owner; bytes of parameters, and those of the plan."""
-    teacher = digits_teacher()
-    if fused:
-        emd_fast.fuse(teacher)
+    teacher = emd_fast.fuse(digits_teacher()) if fused else digits_teacher()
     sizes = Sizes.of(teacher, teacher, teacher)
     names = {id(parameter): name for name, parameter in teacher.named_parameters()}
     watched = [(names[id(p)], weakref.ref(p), weakref.ref(p.untyped_storage())) for p in matmul_weights(teacher)]
@@ -126,9 +119,7 @@ def test_no_float32_copy_of_the_teacher_is_left_once_its_owner_drops_it(fused, g
 
 
 def drift_of_equals(fused: bool) -> tuple[float, float, set]:
-    teacher = digits_teacher()
-    if fused:
-        emd_fast.fuse(teacher)
+    teacher = emd_fast.fuse(digits_teacher()) if fused else digits_teacher()
     trainer = EMDTrainer(teacher, reduced(micro_batch_size=3, langevin_steps=3))
     sampled = trainer.sample_posterior()
     trainer._generator_loss([sampled])
@@ -157,15 +148,9 @@ def test_a_teacher_on_the_meta_device_is_rounded_there():
 
 
 def test_a_run_drops_the_teacher_that_it_has_rounded(tmp_path, monkeypatch):
-    settings = configuration.load(
-        "digits",
-        {
-            "emd.steps": 1, "emd.fake_score_warmup": 0, "emd.batch_size": 4, "emd.langevin_steps": 1,
-            "emd.compute.precision": "bfloat16", "teacher.steps": 1, "teacher.batch_size": 4,
-        },
-    )  # fmt: skip
-    made = distill._teacher
-    watched: list[weakref.ref] = []
+    small = {"teacher.steps": 1, "teacher.batch_size": 4, "emd.compute.precision": "bfloat16", "emd.batch_size": 4}
+    small |= {"emd.steps": 1, "emd.fake_score_warmup": 0, "emd.langevin_steps": 1}
+    made, watched = distill._teacher, []
 
     def watch(*arguments):
         teacher, seconds = made(*arguments)
@@ -180,4 +165,4 @@ def test_a_run_drops_the_teacher_that_it_has_rounded(tmp_path, monkeypatch):
     monkeypatch.setattr(distill, "_teacher", watch)
     monkeypatch.setattr(distill, "train", look)
     with pytest.raises(RunError, match="seen"):
-        distill.distill(settings, tmp_path)
+        distill.distill(configuration.load("digits", small), tmp_path)

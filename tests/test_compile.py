@@ -1,5 +1,7 @@
 """Every op under torch.compile, and as torch.library sees it."""
 
+import contextlib
+import functools
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 
@@ -7,6 +9,7 @@ import pytest
 import torch
 from helpers import assert_same, assert_within
 from torch.library import opcheck
+from torch.utils._pytree import tree_leaves as leaves
 
 import emd_fast
 from emd_fast import Noise, backends, ops
@@ -16,12 +19,8 @@ X, ONE = torch.randn(4, 6, 3), torch.rand(4) + 0.5
 Y = torch.randn(4, 6, 3)
 
 
-def state():
-    return X.clone(), 1 - X
-
-
 def langevin(noise, substep, step_size=0.1, x=X):
-    eps, drift = state()
+    eps, drift = X.clone(), 1 - X
     coefs = torch.ones(4, 2 + (x is not None))
     out = ops.langevin_eps(
         eps, drift, x, [X, 2 * X], coefs, ONE, ONE, step_size=step_size, noise=noise, substep=substep,
@@ -31,8 +30,8 @@ def langevin(noise, substep, step_size=0.1, x=X):
 
 
 def langevin_z(noise, substep):
-    z, z_grad = state()
-    ops.langevin_z(z, z_grad, step_size=ONE / 10, noise=noise, substep=substep)
+    z = X.clone()
+    ops.langevin_z(z, 1 - X, step_size=ONE / 10, noise=noise, substep=substep)
     return z
 
 
@@ -53,17 +52,18 @@ def gradient(loss):
     return grad
 
 
+def attention(x, backend=None):
+    return ops.attention(x[:, :, None], 2 * x[:, :, None], x[:, :, None], backend=backend)
+
+
+BY_CHANNEL = {"add": Y[..., 0], "scale": Y[..., 1], "activation": "silu"}
 OTHERS = {
     "perturb": lambda x: ops.perturb(x, ONE, ONE, eps=Y),
     "m_step_loss": lambda x: ops.m_step_loss(x, Y, ONE, ONE, ONE),
     "score_matching_loss": lambda x: ops.score_matching_loss(x, Y, 1 - Y, ONE, ONE, ONE),
-    "group_norm": lambda x: ops.group_norm(
-        x, 3, ONE.new_ones(6), None, add=Y[..., 0], scale=Y[..., 1], activation="silu"
-    ),
-    "attention": lambda x: ops.attention(x[:, :, None], 2 * x[:, :, None], x[:, :, None]),
-    "attention, reference": lambda x: ops.attention(
-        x[:, :, None], 2 * x[:, :, None], x[:, :, None], backend="reference"
-    ),
+    "group_norm": lambda x: ops.group_norm(x, 3, ONE.new_ones(6), None, **BY_CHANNEL),
+    "attention": attention,
+    "attention, reference": lambda x: attention(x, "reference"),
 }
 
 
@@ -86,17 +86,12 @@ def fresh():
     torch._dynamo.reset()
 
 
-def leaves(result):
-    return torch.utils._pytree.tree_leaves(result)
-
-
 @pytest.mark.parametrize("name", DRAWING)
 def test_no_recompilation_from_substep_to_substep(name):
     """The first number is a constant, the second makes it a symbol: after that, one graph for all."""
     counting = Counting()
     compiled = torch.compile(DRAWING[name], fullgraph=True, backend=counting)
-    noise = Noise(1)
-    graphs = []
+    noise, graphs = Noise(1), []
     for substep in range(6):
         noise.advance()
         for mine, exact in zip(leaves(compiled(noise, substep)), leaves(DRAWING[name](noise, substep)), strict=True):
@@ -107,15 +102,13 @@ def test_no_recompilation_from_substep_to_substep(name):
 
 @pytest.mark.parametrize("name", ["uniform", "normal", "integers"])
 def test_dynamic_batches(name):
-    """One graph for batches of any size, and the noise that each of them has by right."""
     counting = Counting()
-    op = {"uniform": ops.uniform, "normal": ops.normal, "integers": lambda *a, **k: ops.integers(10, *a, **k)}[name]
-    compiled = torch.compile(
-        lambda x, noise: op(x.shape, noise, stream=1), fullgraph=True, backend=counting, dynamic=True
-    )
+    op = functools.partial(ops.integers, 10) if name == "integers" else getattr(ops, name)
+    run = lambda x, noise: op(x.shape, noise, stream=1)  # noqa: E731
+    compiled = torch.compile(run, fullgraph=True, backend=counting, dynamic=True)
     for batch in (2, 3, 5, 9):
-        x, noise = torch.empty(batch, 7), Noise(1, first_sample=batch)
-        assert_same(compiled(x, noise), op(x.shape, noise, stream=1))
+        given = torch.empty(batch, 7), Noise(1, first_sample=batch)
+        assert_same(compiled(*given), run(*given))
     assert counting.graphs == 1
 
 
@@ -137,20 +130,15 @@ def test_use_backend_is_respected_in_compiled_code(monkeypatch, inside):
     original = backends.implementation
     monkeypatch.setattr(backends, "implementation", lambda op, b, d: used.append((op, b)) or original(op, b, d))
 
-    def loss(x, name=None):
-        if name is None:
-            return ops.m_step_loss(x, Y, ONE, ONE, ONE).sum()
-        with emd_fast.use_backend(name):
+    def loss(x, name):
+        with emd_fast.use_backend(name) if name else contextlib.nullcontext():
             return ops.m_step_loss(x, Y, ONE, ONE, ONE).sum()
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     for name in ("reference", "auto", "reference"):
         used.clear()
-        if inside:
-            y = compiled(x := X.clone().requires_grad_(), name)
-        else:
-            with emd_fast.use_backend(name):
-                y = compiled(x := X.clone().requires_grad_())
+        with emd_fast.use_backend("auto" if inside else name):
+            y = compiled(x := X.clone().requires_grad_(), name if inside else None)
         y.backward()
         assert used == [("m_step_loss", name), ("m_step_loss_backward", name)], (name, used)
         assert x.grad is not None
@@ -158,8 +146,6 @@ def test_use_backend_is_respected_in_compiled_code(monkeypatch, inside):
 
 
 def test_use_backend_is_respected_where_nobody_had_used_it_before():
-    """In a thread of its own, whose choice is as it was born."""
-
     def run():
         compiled = torch.compile(lambda x: x + len(backends.active()), fullgraph=True, backend="eager")
         first = compiled(torch.zeros(())).item()
@@ -171,8 +157,6 @@ def test_use_backend_is_respected_where_nobody_had_used_it_before():
 
 
 def test_a_whole_chain_in_one_graph():
-    """Several steps with in-place updates: none is lost, none reordered."""
-
     def chain(eps, drift, z, noise):
         for k in range(3):
             x = ops.perturb(z, ONE, ONE, eps=eps)
@@ -215,7 +199,7 @@ NOISE = Noise(3, step=1, first_sample=2, substep=1).state
 
 def samples():
     """Arguments of every op as torch.library has them."""
-    eps, drift = state()
+    eps, drift = X.clone(), 1 - X
     x = X.clone().requires_grad_()
     weight, bias, vectors = torch.randn(6), torch.randn(6), torch.randn(4, 6)
     last = torch.randn(4, 6, 3, 2).contiguous(memory_format=torch.channels_last)

@@ -2,8 +2,6 @@
 stride, vector and tail, and the order of every sum. What they compute must be what the CPU kernels compute, to the last
 bit, for both take their formulas from csrc/core; test_native.py and the tests of the ops say what those are worth."""
 
-from __future__ import annotations
-
 import fcntl
 
 import kernel_cases

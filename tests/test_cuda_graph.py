@@ -1,7 +1,5 @@
 """The E-step as a graph: what does not need a GPU. tests/test_cuda.py has the rest."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import logging
@@ -23,11 +21,9 @@ SETTINGS = {"steps": 3, "gamma_eps": 0.2, "gamma_z": 0.05}
 
 
 def networks():
-    schedule = schedules.EDM()
-    teacher, fake_score, other = (
-        Denoiser(Mlp(seed=s, classes=4), schedule, "edm", sigma_data=0.5, sample_shape=(3,)) for s in range(3)
-    )
-    return Generator(other, 1.0), teacher, fake_score
+    schedule, made = schedules.EDM(), [Mlp(seed=seed, classes=4) for seed in range(3)]
+    *nets, other = (Denoiser(net, schedule, "edm", sigma_data=0.5, sample_shape=(3,)) for net in made)
+    return Generator(other, 1.0), *nets
 
 
 def arguments(batch=5, seed=0):
@@ -63,17 +59,14 @@ def assert_as_eager(found, expected):
 
 def test_a_replay_follows_arguments_noise_and_weights(recorded):
     three, noise = networks(), Noise(3)
-    sample = GraphedEStep(*three, noise=noise, **SETTINGS)
-    first = None
+    sample, first = GraphedEStep(*three, noise=noise, **SETTINGS), None
     for step in range(4):
         noise.set(step=step)
-        with torch.no_grad():
-            for network in three:
-                for parameter in network.parameters():
-                    parameter.mul_(1.01)
-        given = arguments(seed=step)
-        found = sample(*given[:3], given[3])
-        assert_as_eager(found, e_step(*three, *given[:3], cond=given[3], noise=noise, **SETTINGS))
+        for parameter in (parameter for network in three for parameter in network.parameters()):
+            parameter.data.mul_(1.01)
+        *given, cond = arguments(seed=step)
+        found = sample(*given, cond)
+        assert_as_eager(found, e_step(*three, *given, cond=cond, noise=noise, **SETTINGS))
         first = first or (found, {name: value.clone() for name, value in vars(found).items()})
     assert recorded == [True]
     for name, value in first[1].items():  # what was returned is the caller's
@@ -94,13 +87,12 @@ def test_another_shape_or_mode_is_another_graph(recorded):
 
 def test_weights_that_moved_are_captured_anew(recorded):
     three = networks()
-    sample = GraphedEStep(*three, noise=Noise(0), **SETTINGS)
-    z, eps, t, cond = arguments()
-    sample(z, eps, t, cond)
+    sample, (*given, cond) = GraphedEStep(*three, noise=Noise(0), **SETTINGS), arguments()
+    sample(*given, cond)
     parameter = next(three[1].parameters())
     parameter.data = 2 * parameter.data
-    expected = e_step(*three, z, eps, t, cond=cond, noise=Noise(0), **SETTINGS)
-    assert_as_eager(sample(z, eps, t, cond), expected)
+    expected = e_step(*three, *given, cond=cond, noise=Noise(0), **SETTINGS)
+    assert_as_eager(sample(*given, cond), expected)
     assert len(recorded) == 2
 
 
@@ -125,7 +117,6 @@ def test_without_a_graph_it_is_the_e_step_and_says_so_once(monkeypatch, caplog, 
 
 
 def test_the_capture_is_on_the_device_of_the_tensors(monkeypatch):
-    """Whichever is current, and whichever the first capture of the process was on."""
     current, seen = [0], []
 
     @contextlib.contextmanager
@@ -142,14 +133,8 @@ def test_the_capture_is_on_the_device_of_the_tensors(monkeypatch):
     def stream():
         return types.SimpleNamespace(device=current[0], wait_stream=lambda other: None)
 
-    fakes = {
-        "device": on,
-        "graph": capture,
-        "Stream": stream,
-        "current_stream": stream,
-        "stream": lambda stream: contextlib.nullcontext(),
-        "CUDAGraph": lambda: types.SimpleNamespace(replay=lambda: None),
-    }
+    fakes = {"device": on, "graph": capture, "Stream": stream, "current_stream": stream}
+    fakes |= {"stream": contextlib.nullcontext, "CUDAGraph": lambda: types.SimpleNamespace(replay=lambda: None)}
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     graphs._graph(lambda: seen.append(("run", current[0])), True, torch.device("cuda", 1))
@@ -179,12 +164,12 @@ def test_neither_branch_reads_what_the_other_is_still_to_write(monkeypatch, fake
         for network in (emd_fast.fuse(randomised(SmallUNet(1, num_classes=5), seed, 0.5)).eval() for seed in range(3))
     )
     fake_score = {"its own": own, "a copy": copy.deepcopy(teacher), "the teacher itself": teacher}[fake_score_of]
-    z, eps, t, cond = torch.randn(2, 1, 8, 8), torch.randn(2, 1, 8, 8), torch.full((2,), 0.7), torch.arange(2)
-    settings = {"cond": cond, "guidance": guidance, "noise": Noise(0), **SETTINGS}
-    expected = e_step(Generator(other, 1.0), teacher, fake_score, z, eps, t, **settings)
+    z, eps, t = torch.randn(2, 1, 8, 8), torch.randn(2, 1, 8, 8), torch.full((2,), 0.7)
+    settings = {"cond": torch.arange(2), "guidance": guidance, "noise": Noise(0), **SETTINGS}
+    run = lambda: e_step(Generator(other, 1.0), teacher, fake_score, z, eps, t, **settings)  # noqa: E731
+    expected = run()
     with Streams(monkeypatch) as streams, branches():
-        found = e_step(Generator(other, 1.0), teacher, fake_score, z, eps, t, **settings)
-    assert_as_eager(found, expected)
+        assert_as_eager(run(), expected)
     assert not streams.races
     assert len(streams.made) == 1, "what one stream has freed no other gets again"
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -16,18 +17,14 @@ from emd_fast.teachers import gaussian
 
 BETAS = torch.linspace(1e-4, 0.02, 1000)
 SD = 0.5
-CASES = [
-    ("eps", EDM()), ("eps", Cosine()), ("eps", RectifiedFlow()), ("eps", VP(BETAS)),
-    ("x0", EDM()), ("x0", Cosine()), ("x0", RectifiedFlow()), ("x0", VP(BETAS)),
-    ("v", Cosine()), ("v", VP(BETAS)),
-    ("flow", RectifiedFlow()),
-    ("edm", EDM()),
-]  # fmt: skip
+SCHEDULES = [EDM(), Cosine(), RectifiedFlow(), VP(BETAS)]
+CASES = [(form, schedule) for form in ("eps", "x0") for schedule in SCHEDULES]
+CASES += [("v", Cosine()), ("v", VP(BETAS)), ("flow", RectifiedFlow()), ("edm", EDM())]
 
 
-def make(parametrization, schedule, network=None, **options):
-    sigma_data = {"sigma_data": SD} if parametrization == "edm" else {}
-    return Denoiser(network or (lambda x, t, cond: x), schedule, parametrization, **sigma_data, **options)
+def make(form, schedule, network=None, **options):
+    options |= {"sigma_data": SD} if form == "edm" else {}
+    return Denoiser(network or (lambda x, t, cond: x), schedule, form, **options)
 
 
 def times(schedule, n=64):
@@ -38,19 +35,14 @@ def times(schedule, n=64):
 
 def training_target(parametrization, alpha, sigma, x, eps):
     """What a network of this parametrization learns to return, from the definition of its name."""
-    match parametrization:
-        case "eps":
-            return eps
-        case "x0":
-            return x
-        case "v":
-            return alpha * eps - sigma * x
-        case "flow":
-            return eps - x
-        case "edm":
-            x_t = alpha * x + sigma * eps
-            c_skip = SD**2 / (sigma**2 + SD**2)
-            return (x - c_skip * x_t) / (sigma * SD / torch.sqrt(sigma**2 + SD**2))
+    total = sigma**2 + SD**2
+    return {
+        "eps": eps,
+        "x0": x,
+        "v": alpha * eps - sigma * x,
+        "flow": eps - x,
+        "edm": (x - SD**2 / total * (alpha * x + sigma * eps)) / (sigma * SD / torch.sqrt(total)),
+    }[parametrization]
 
 
 def exact_levels(parametrization, schedule, t):
@@ -66,7 +58,6 @@ def exact_levels(parametrization, schedule, t):
 
 @pytest.mark.parametrize(("parametrization", "schedule"), CASES, ids=str)
 def test_perfect_output_gives_back_the_image(parametrization, schedule):
-    """D = x in float64, whatever the parametrization."""
     t = times(schedule)
     alpha, sigma = exact_levels(parametrization, schedule, t)
     g = seeded(0)
@@ -87,12 +78,8 @@ def test_closed_forms_against_the_general_formula(parametrization, schedule):
     a, b = (alpha * c_skip - 1) / sigma**2, alpha * c_out / sigma**2
     if parametrization == "edm":
         a = -1 / (sigma**2 + SD**2)  # the general formula cancels at small sigma even in float64
-    for what, mine, exact in zip(
-        ("c_skip", "c_out", "a", "b"),
-        (*denoiser.coefficients(t), *denoiser.score_coefficients(t)),
-        (c_skip, c_out, a, b),
-        strict=True,
-    ):
+    found, exact_ones = (*denoiser.coefficients(t), *denoiser.score_coefficients(t)), (c_skip, c_out, a, b)
+    for what, mine, exact in zip(("c_skip", "c_out", "a", "b"), found, exact_ones, strict=True):
         assert mine.dtype == torch.float32 and mine.shape == t.shape
         # Some roundings, each 6e-8, and those of alpha and sigma; for a what float64 loses when 1 - 1 is over sigma^2.
         lost = 1e-15 / sigma**2 if what == "a" else 0.0
@@ -120,11 +107,9 @@ def test_arguments_of_the_network():
     make("v", Cosine(), network, c_in=lambda t: 2 * t, c_noise=lambda t: 1000 * t)(x, t)
     make("edm", EDM(), network)(x, t)
     (x0, t0, c0), (x1, t1, c1), (x2, t2, _) = seen
-    assert_same(x0, x)
-    assert_same(t0, t)
     assert c0 == "condition" and c1 is None
-    assert_same(x1, column(2 * t, x) * x)
-    assert_same(t1, 1000 * t)
+    for mine, its in ((x0, x), (t0, t), (x1, column(2 * t, x) * x), (t1, 1000 * t)):
+        assert_same(mine, its)
     assert_within(x2, x.double() / column(torch.sqrt(t.double() ** 2 + SD**2), x), 1e-6)
     assert_within(t2, torch.log(t.double()) / 4, 1e-6)
 
@@ -152,7 +137,7 @@ class TestRealNetworks:
         assert_within(denoiser.score(x_t, t), -x_t / total, 2e-5)
         assert_within(denoiser.denoise(x_t, t), 4 * (1 - c) * x_t / total, 2e-6)
 
-    @pytest.mark.parametrize("schedule", [EDM(), Cosine(), RectifiedFlow(), VP(BETAS)], ids=repr)
+    @pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
     def test_one_that_returns_the_denoised_image(self, schedule):
         t, x_t = times(schedule, 5), torch.randn(5, 4)
         alpha, sigma = (column(f(t), x_t).double() for f in (schedule.alpha, schedule.sigma))
@@ -164,10 +149,11 @@ class TestRealNetworks:
         assert_within(denoiser.score(x_t, t), score, (1e-6 * x_t.abs() / sigma**2).double() + 1e-6)
 
 
-class TestGuidance:
-    def denoiser(self, **options):
-        return make("v", Cosine(), Mlp(classes=11, seed=3), **options)
+def guided(**options):
+    return make("v", Cosine(), Mlp(classes=11, seed=3), **options)
 
+
+class TestGuidance:
     x, t = torch.randn(4, 3, generator=seeded(5)), torch.tensor([0.1, 0.4, 0.7, 0.9])
     labels = torch.tensor([0, 3, 7, 9])
 
@@ -179,7 +165,7 @@ class TestGuidance:
     @pytest.mark.parametrize("w", [0.0, 1.0, 2.5, 7, torch.tensor([0.0, 1.0, 2.0, 5.0])])
     @pytest.mark.parametrize("null", [10, torch.tensor([10]), torch.full((4,), 10)], ids=["int", "one", "batch"])
     def test_a_number_and_every_form_of_a_null_condition(self, w, null):
-        denoiser = self.denoiser(null_cond=null)
+        denoiser = guided(null_cond=null)
         by_sample = w[:, None] if isinstance(w, torch.Tensor) else w
         expected = self.expected(denoiser, self.labels, torch.full((4,), 10), by_sample)
         score = denoiser.score(self.x, self.t, self.labels, guidance=w)
@@ -188,12 +174,12 @@ class TestGuidance:
     def test_a_pytree(self):
         cond = {"label": self.labels, "size": torch.randn(4, 2)}
         null = {"label": torch.tensor([10]), "size": torch.zeros(1, 2)}
-        denoiser = self.denoiser(null_cond=null)
+        denoiser = guided(null_cond=null)
         expected = self.expected(denoiser, cond, {"label": torch.full((4,), 10)}, 3.0)
         assert_within(denoiser.score(self.x, self.t, cond, guidance=3.0), expected, 1e-5 * float(expected.abs().max()))
 
     def test_denoise_is_guided_alike(self):
-        denoiser = self.denoiser(null_cond=10)
+        denoiser = guided(null_cond=10)
         alpha, sigma = (column(f(self.t), self.x) for f in (Cosine().alpha, Cosine().sigma))
         D = denoiser.denoise(self.x, self.t, self.labels, guidance=2.0)
         assert denoiser.score(self.x[:0], self.t[:0], self.labels[:0], guidance=2.0).shape == (0, 3)
@@ -212,15 +198,14 @@ class TestGuidance:
     )
     def test_conditions_that_do_not_fit(self, null, cond, named):
         with pytest.raises(ValueError, match=naming(named)):
-            self.denoiser(null_cond=null).score(self.x, self.t, cond, guidance=2.0)
+            guided(null_cond=null).score(self.x, self.t, cond, guidance=2.0)
+
+
+TIMES = [torch.full(shape, 0.5) for shape in ((), (1,), (2, 1), (3,))]
 
 
 def of(schedule, form, **options):
     return lambda: Denoiser(nn.Identity(), schedule, form, **options)
-
-
-def at(t):
-    return lambda: make("v", Cosine())(torch.randn(2, 3), t)
 
 
 def generator_at(t_star, **options):
@@ -236,7 +221,7 @@ def generator_at(t_star, **options):
         (ValueError, "edm", [of(x, "edm", sigma_data=0.5) for x in (Cosine(), RectifiedFlow(), VP(BETAS))]),
         (ValueError, "sigma_data", [of(EDM(), "edm", sigma_data=x) for x in (None, 0.0, -1.0, math.nan)]),
         (ValueError, "sigma_data", [of(EDM(), "eps", sigma_data=0.5)]),
-        (ValueError, "t must have shape", [at(torch.full(shape, 0.5)) for shape in ((), (1,), (2, 1), (3,))]),
+        (ValueError, "t must have shape", [partial(make("v", Cosine()), torch.randn(2, 3), t) for t in TIMES]),
         (TypeError, "Denoiser", [lambda: unwrap(nn.Linear(1, 1))]),
         (ValueError, "t must be in", [generator_at(t) for t in (-1.0, math.nan, math.inf)]),
         (ValueError, "input_scale", [generator_at(1.0, input_scale=x) for x in (0.0, -1.0, math.nan)]),
@@ -256,7 +241,7 @@ def test_same_form():
 
 
 class TestGenerator:
-    @pytest.mark.parametrize("schedule", [EDM(), Cosine(), RectifiedFlow(), VP(BETAS)], ids=repr)
+    @pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
     def test_is_the_denoiser_at_its_level(self, schedule):
         teacher = gaussian(torch.tensor([1.0, -1.0]), 0.25 * torch.eye(2), schedule)
         t_star = float(schedule.t_from_log_snr(torch.tensor([-3.0])))

@@ -5,17 +5,8 @@ import math
 
 import pytest
 import torch
-from helpers import (
-    Mlp,
-    assert_as_good_as_eager,
-    assert_same,
-    assert_within,
-    column,
-    e_step_xz,
-    naming,
-    normals,
-    seeded,
-)
+from helpers import Mlp, assert_as_good_as_eager, assert_same, assert_within, column, e_step_xz, naming, normals, seeded
+from kernel_cases import doubled
 from torch import nn
 
 import emd_fast
@@ -83,22 +74,17 @@ def plainly(
 
 
 def check_against_float64(run, nets, z, eps, t, where, **options):
-    noise = Noise(**where)
-    result = run(*nets, z, eps, t, noise=noise, **{k: v for k, v in options.items() if k != "null"})
+    result = run(*nets, z, eps, t, noise=Noise(**where), **{k: v for k, v in options.items() if k != "null"})
     offset = where.pop("substep", 0)
     draws = [
         (lambda stream, k, d=d: normals(tuple(z.shape), stream=stream, substep=k + offset, **where).to(d))
         for d in (torch.float64, torch.float32)
     ]
     wide = [copy.deepcopy(net).double() for net in nets]
-    as_double = {
-        k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in options.items()
-    }
-    exact = plainly(*wide, z.double(), eps.double(), t, draws[0], **as_double)
+    exact = plainly(*wide, z.double(), eps.double(), t, draws[0], **{k: doubled(v) for k, v in options.items()})
     eager = plainly(*nets, z.float(), eps.float(), t, draws[1], **options)
-    for what, mine, truth, its in zip(
-        ("z", "eps", "drift"), (result.z, result.eps, result.drift), exact, eager, strict=True
-    ):
+    for what, truth, its in zip(("z", "eps", "drift"), exact, eager, strict=True):
+        mine = getattr(result, what)
         assert mine.dtype == torch.float32 and mine.is_contiguous()
         # The contract's error of a normal number, a few times over in a chain of some steps.
         assert_as_good_as_eager(mine, truth, its, more=3e-5, what=what)
@@ -112,15 +98,12 @@ def test_against_float64(backend, teacher, fake_score, schedule, gamma_z):
     nets = networks(teacher, fake_score, schedule)
     where = {"seed": 3, "step": 7, "first_sample": 11, "substep": 9}
     result = check_against_float64(e_step, nets, z, eps, t, where, steps=4, gamma_eps=0.16, gamma_z=gamma_z)
-    assert_same(result.alpha, schedule.alpha(t))
-    assert_same(result.sigma, schedule.sigma(t))
-    assert_same(result.t, t)
+    for mine, its in ((result.alpha, schedule.alpha(t)), (result.sigma, schedule.sigma(t)), (result.t, t)):
+        assert_same(mine, its)
 
 
 def test_step_sizes_and_guidance_by_sample(backend):
-    z, eps, t = inputs()
-    labels = torch.tensor([0, 1, 2, 3, 4])
-    g = seeded(1)
+    (z, eps, t), labels, g = inputs(), torch.arange(5), seeded(1)
     sizes = {"gamma_eps": 0.05 + 0.5 * torch.rand(5, generator=g), "gamma_z": 0.05 * torch.rand(5, generator=g)}
     for guidance in (None, 2.0, torch.tensor([0.0, 1.0, 2.0, 3.0, 7.0])):
         check_against_float64(
@@ -153,8 +136,7 @@ def test_a_split_batch_is_the_whole(backend):
         e_step(*nets, z[s], eps[s], t[s], noise=Noise(0, first_sample=4 + s.start), **options)
         for s in (slice(0, 2), slice(2, 5))
     ]
-    for what in ("z", "eps", "drift"):
-        # The networks' own matrix products may differ in the last bit with the batch.
+    for what in ("z", "eps", "drift"):  # the networks' own matrix products may differ in the last bit with the batch
         assert_within(torch.cat([getattr(p, what) for p in parts]), getattr(whole, what), 1e-5, what)
 
 
@@ -168,23 +150,18 @@ def test_an_empty_batch(backend):
 
 
 def test_nothing_that_is_given_changes(backend):
-    z, eps, t = inputs()
-    nets = networks()
-    for net in nets:
-        for parameter in net.parameters():
-            parameter.grad = torch.full_like(parameter, 7.0)
-    next(nets[0].parameters()).requires_grad_(False)
-    kept = [z.clone(), eps.clone(), t.clone()]
-    weights = [p.clone() for net in nets for p in net.parameters()]
-    asked = [p.requires_grad for net in nets for p in net.parameters()]
-    result = e_step(*nets, z, eps, t, steps=3, gamma_eps=0.1, gamma_z=0.1, noise=Noise(0))
-    for now, before in zip((z, eps, t), kept, strict=True):
-        assert_same(now, before)
-    for p, before, flag in zip([p for net in nets for p in net.parameters()], weights, asked, strict=True):
-        assert_same(p, before)
-        assert p.requires_grad == flag and bool((p.grad == 7).all())
-    for value in (result.z, result.eps, result.drift):
-        assert not value.requires_grad
+    given, nets = inputs(), networks()
+    parameters = [p for net in nets for p in net.parameters()]
+    for parameter in parameters:
+        parameter.grad = torch.full_like(parameter, 7.0)
+    parameters[0].requires_grad_(False)
+    before = [(value.detach().clone(), value.requires_grad) for value in (*given, *parameters)]
+    result = e_step(*nets, *given, steps=3, gamma_eps=0.1, gamma_z=0.1, noise=Noise(0))
+    for value, (was, flag) in zip((*given, *parameters), before, strict=True):
+        assert_same(value, was)
+        assert value.requires_grad == flag
+    assert all(bool((p.grad == 7).all()) for p in parameters)
+    assert not any(value.requires_grad for value in (result.z, result.eps, result.drift))
 
 
 def test_neither_layout_dtype_nor_grad_mode_matters(backend):
@@ -205,40 +182,27 @@ def test_neither_layout_dtype_nor_grad_mode_matters(backend):
 
 def test_reduced_precision_networks(backend):
     z, eps, t = inputs()
-    nets = [net.bfloat16() for net in networks()]
-    result = e_step(*nets, z, eps, t, steps=2, gamma_eps=0.1, gamma_z=0.1, noise=Noise(0))
-    expected = e_step(*networks(), z, eps, t, steps=2, gamma_eps=0.1, gamma_z=0.1, noise=Noise(0))
+    result, expected = (
+        e_step(*nets, z, eps, t, steps=2, gamma_eps=0.1, gamma_z=0.1, noise=Noise(0))
+        for nets in ([net.bfloat16() for net in networks()], networks())
+    )
     assert result.z.dtype == torch.float32
     assert_within(result.drift, expected.drift, 0.1)  # 8 bits: a coarse agreement
-
-
-class Broken(nn.Module):
-    def __init__(self, generator, after):
-        super().__init__()
-        self.generator, self.left = generator, after
-
-    def forward(self, z, cond=None):
-        self.left -= 1
-        if self.left < 0:
-            raise KeyError("broken")
-        return self.generator(z, cond)
 
 
 @pytest.mark.parametrize("run", [e_step, e_step_xz])
 @pytest.mark.parametrize("after", [0, 1])
 def test_flags_are_restored_after_an_exception(run, after):
-    z, eps, t = inputs()
-    generator, teacher, fake_score = networks()
-    broken = Broken(generator, after)
-    generator.denoiser.network.first.bias.requires_grad_(False)
-    asked = [p.requires_grad for p in broken.parameters()]
+    nets, left = networks(), iter(range(after))
+    nets[0].register_forward_pre_hook(lambda *_: None if next(left, None) is not None else {}["broken"])
+    nets[0].denoiser.network.first.bias.requires_grad_(False)
+    asked = [p.requires_grad for p in nets[0].parameters()]
     with pytest.raises(KeyError):
-        run(broken, teacher, fake_score, z, eps, t, steps=3, gamma_eps=0.1, gamma_z=0.1, noise=Noise(0))
-    assert [p.requires_grad for p in broken.parameters()] == asked
+        run(*nets, *inputs(), steps=3, gamma_eps=0.1, gamma_z=0.1, noise=Noise(0))
+    assert [p.requires_grad for p in nets[0].parameters()] == asked
 
 
 def test_a_latent_of_another_shape_than_the_image(backend):
-    """z is (B, 2), x (B, 3): the noises of both are drawn for their own shapes."""
     g = seeded(3)
     matrix, eps, t = torch.randn(2, 3, generator=g), torch.randn(4, 3, generator=g), torch.full((4,), 0.5)
     _, teacher, fake_score = networks()
@@ -305,9 +269,9 @@ def test_bad_input_raises_before_anything_is_computed(run, changed, error, named
 def test_a_generator_of_another_shape_is_named():
     z, eps, t = inputs()
     _, teacher, fake_score = networks()
-    settings = {"steps": 1, "gamma_eps": 0.1, "gamma_z": 0.1, "noise": Noise(0)}
+    given = lambda z, cond: z[:, :2], teacher, fake_score, z, eps, t
     with pytest.raises(ValueError, match=r"eps must have shape \(5, 2\)"):
-        e_step(lambda z, cond: z[:, :2], teacher, fake_score, z, eps, t, **settings)
+        e_step(*given, steps=1, gamma_eps=0.1, gamma_z=0.1, noise=Noise(0))
 
 
 def test_the_chosen_backend_serves_the_whole_step(monkeypatch, backend):

@@ -2,10 +2,11 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import assert_within, column, e_step_xz, normals, seeded
+from helpers import assert_alike, assert_within, column, e_step_xz, normals, seeded
 from test_e_step import inputs, networks
 
 from emd_fast import Noise, e_step
@@ -14,19 +15,14 @@ from emd_fast.teachers import gaussian
 
 
 def test_at_gamma_z_zero_it_is_the_same_chain():
-    """With z at rest x = alpha g + sigma eps, and a step in x is the step in eps."""
     z, eps, t = inputs()
-    options = {"steps": 4, "gamma_eps": 0.16, "gamma_z": 0.0}
-    one = e_step(*networks(), z, eps, t, noise=Noise(2), **options)
-    two = e_step_xz(*networks(), z, eps, t, noise=Noise(2), **options)
-    for what in ("z", "eps", "drift"):
-        assert_within(getattr(two, what), getattr(one, what), 5e-5, what)
+    options = {"steps": 4, "gamma_eps": 0.16, "gamma_z": 0.0, "noise": Noise(2)}
+    assert_alike(*(run(*networks(), z, eps, t, **options) for run in (e_step_xz, e_step)), 5e-5)
 
 
 def test_against_float64():
     z, eps, t = inputs()
     nets = networks()
-    where = {"seed": 4}
     sizes = {"gamma_eps": torch.linspace(0.1, 0.3, 5), "gamma_z": torch.linspace(0.0, 0.05, 5)}
     result = e_step_xz(*nets, z, eps, t, steps=3, noise=Noise(4), **sizes)
     generator, teacher, fake_score = (copy.deepcopy(net).double() for net in nets)
@@ -41,17 +37,13 @@ def test_against_float64():
         (pull,) = torch.autograd.grad(mean, latent, residual)
         with torch.no_grad():
             delta = teacher.score(x, t) - fake_score.score(x, t)
-            n, m = normals((5, 3), stream=2, substep=k, **where), normals((5, 3), stream=3, substep=k, **where)
+            n, m = (normals((5, 3), seed=4, stream=stream, substep=k) for stream in (2, 3))
             x = x + g_e * sigma**2 * (delta - residual) + torch.sqrt(2 * g_e) * sigma * n
             noises = (1 - g_e) * noises + torch.sqrt(2 * g_e) * n
             latent = latent + g_z * (pull - latent) + torch.sqrt(2 * g_z) * m
     exact = (x - alpha * generator(latent)) / sigma
-    for what, mine, truth in (
-        ("z", result.z, latent),
-        ("eps", result.eps, exact),
-        ("drift", result.drift, exact - noises),
-    ):
-        assert_within(mine, truth, 2e-4, what)  # divided by sigma^2 and sigma, some 30 roundings
+    # Divided by sigma^2 and sigma, some 30 roundings.
+    assert_alike(result, SimpleNamespace(z=latent, eps=exact, drift=exact - noises), 2e-4)
 
 
 @pytest.mark.parametrize("schedule", [EDM(), Cosine()], ids=repr)

@@ -4,12 +4,10 @@ import copy
 
 import pytest
 import torch
-from helpers import FlopCount, assert_within
+from helpers import FlopCount, assert_alike, assert_within, compiled_flops
 from networks import make, output
-from test_e_step_work import one_process  # noqa: F401  (a fixture)
 from test_fuse import relative
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.flop_counter import flop_registry
 
 import emd_fast
 from emd_fast import Denoiser, Generator, Noise, e_step
@@ -21,7 +19,6 @@ from emd_fast.em.m_step import m_step
 
 @pytest.mark.parametrize("name", ["dhariwal", "unet2d, scale_shift, resnet", "small"])
 def test_the_backward_pass_costs_a_forward_pass(backend, name):
-    """To the input alone; with parameters it is twice as much, which the test can see."""
     network, x, arguments = make(name)
     emd_fast.fuse(network)
     latent = x.requires_grad_()
@@ -39,32 +36,13 @@ def test_the_backward_pass_costs_a_forward_pass(backend, name):
 
 
 def test_the_compiled_backward_pass_costs_a_forward_pass():
-    from torch._dynamo.backends.common import aot_autograd
-
-    counted = {"forward": 0, "backward": 0}
-
-    def counting(name):
-        def compile(graph, example_inputs):
-            for node in graph.graph.nodes:
-                packet = getattr(node.target, "overloadpacket", None)
-                if packet in flop_registry:
-                    values, keywords = torch.fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-                    counted[name] += flop_registry[packet](*values, **keywords, out_val=node.meta["val"])
-            return graph.forward
-
-        return compile
-
     network, x, arguments = make("dhariwal")
-    emd_fast.fuse(network)
     torch._dynamo.reset()
-    backend = aot_autograd(fw_compiler=counting("forward"), bw_compiler=counting("backward"))
-    compiled = torch.compile(network, fullgraph=True, backend=backend)
+    backend, counted = compiled_flops()
+    compiled = torch.compile(emd_fast.fuse(network), fullgraph=True, backend=backend)
     latent = x.requires_grad_()
     with frozen(network):
-        out = compiled(latent, *arguments)
-        (mine,) = torch.autograd.grad(out, latent, torch.ones_like(out))
-        out = network(latent, *arguments)
-        (exact,) = torch.autograd.grad(out, latent, torch.ones_like(out))
+        mine, exact = (torch.autograd.grad(net(latent, *arguments).sum(), latent)[0] for net in (compiled, network))
     assert relative(mine, exact) < 1e-5
     assert 0.8 * counted["forward"] < counted["backward"] <= 1.06 * counted["forward"]
     torch._dynamo.reset()
@@ -72,9 +50,7 @@ def test_the_compiled_backward_pass_costs_a_forward_pass():
 
 def networks(fused, **options):
     nets = [make("small", seed)[0] for seed in range(3)]
-    for net in nets:
-        if fused:
-            emd_fast.fuse(net, **options)
+    nets = [emd_fast.fuse(net, **options) if fused else net for net in nets]
     teacher, fake_score, generator = (Denoiser(net, EDM(), "edm", sigma_data=0.5) for net in nets)
     return Generator(generator, 2.0), teacher, fake_score
 
@@ -89,7 +65,6 @@ OPTIONS = {"cond": torch.arange(4), "gamma_eps": 0.1, "gamma_z": 0.05}
 
 
 def test_memory_does_not_grow_with_steps():
-    """What autograd holds at one time."""
     nets, now, peak = networks(True), 0, {}
 
     class Held:
@@ -110,8 +85,7 @@ def test_memory_does_not_grow_with_steps():
 
 
 @pytest.mark.parametrize("how", ["sharded after fuse", "sharded before fuse", "ddp", "compiled blocks"])
-def test_wrapped_networks(one_process, how):  # noqa: F811
-    """Two steps of a trainer, beside networks that are neither fused nor wrapped."""
+def test_wrapped_networks(one_process, how):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -141,8 +115,7 @@ def test_wrapped_networks(one_process, how):  # noqa: F811
     torch._dynamo.reset()
     for step in range(2):
         results = [e_step(*group, z, eps, t, steps=2, noise=Noise(0, step=step), **OPTIONS) for group in (bare, outer)]
-        for what in ("z", "eps", "drift"):
-            assert_within(getattr(results[1], what), getattr(results[0], what), 1e-4, what)
+        assert_alike(*reversed(results), 1e-4)
         for group, result in zip((bare, outer), results, strict=True):
             group[0].zero_grad()
             m_step(group[0], result, torch.ones(4)).mean().backward()
@@ -163,7 +136,6 @@ def test_wrapped_networks(one_process, how):  # noqa: F811
 
 
 def test_gradient_checkpointing():
-    """Blocks that are run again in the backward pass, when the pass they belong to is over."""
     network, x, arguments = make("unet2d_condition")
     emd_fast.fuse(network)
     results = []

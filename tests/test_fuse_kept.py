@@ -39,8 +39,6 @@ def kept(run, ignored=()):
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("built", [True, False])
 def test_a_frozen_convolution(settings, layout, autocast, built, monkeypatch):
-    """The numbers of PyTorch's bit for bit, twice differentiable, nothing kept but the weight: that of csrc/, and that
-    of Python."""
     if built and not native.is_loaded():
         pytest.skip("not built")
     monkeypatch.setattr(native, "is_loaded", lambda: built)
@@ -62,9 +60,8 @@ def test_a_frozen_convolution(settings, layout, autocast, built, monkeypatch):
 
 
 def test_a_convolution_that_trains_is_pytorch_s():
-    g = torch.Generator().manual_seed(0)
-    x, weight = torch.randn(2, 4, 6, 6, generator=g).requires_grad_(), torch.randn(4, 4, 3, 3, generator=g)
-    y = convolution(x, weight.requires_grad_())
+    x, weight = torch.randn(2, 4, 6, 6, requires_grad=True), torch.randn(4, 4, 3, 3, requires_grad=True)
+    y = convolution(x, weight)
     assert type(y.grad_fn).__name__.startswith("Convolution")
     torch.autograd.grad(y.sum(), [x, weight])
 
@@ -72,15 +69,12 @@ def test_a_convolution_that_trains_is_pytorch_s():
 PARTITIONED = {"backend": "aot_eager_decomp_partition"}
 
 
-@pytest.mark.parametrize(
-    ("name", "compile"),
-    [
-        *((name, False) for name in ("own adm", "unet2d_condition", "dhariwal", "small")),
-        pytest.param("small", PARTITIONED, marks=pytest.mark.slow),
-    ],
-)
+COMPILED = pytest.param("small", PARTITIONED, marks=pytest.mark.slow)
+UNCOMPILED = [(name, False) for name in ("own adm", "unet2d_condition", "dhariwal", "small")]
+
+
+@pytest.mark.parametrize(("name", "compile"), [*UNCOMPILED, COMPILED])
 def test_no_input_of_a_convolution_is_kept(name, compile):
-    """Every kept tensor is one that a norm, an attention, a gate or a resampling reads again."""
     torch.compiler.reset()
     network, x, arguments = frozen(name, compile=compile)
     plain = make(name)[0].requires_grad_(False)
@@ -123,9 +117,6 @@ def test_bytes_kept_of_a_sample_at_full_size(name, most):
     assert 0.9 * most < one < most
 
 
-# Gates and norms of transformers -------------------------------------------------------------------------------------
-
-
 def feed_forward(channels, norm=True, hook=None):
     """A norm and a GEGLU as diffusers' blocks have them, frozen: (fused, not fused)."""
     GEGLU = pytest.importorskip("diffusers.models.activations").GEGLU
@@ -140,7 +131,6 @@ def feed_forward(channels, norm=True, hook=None):
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize("autocast", [True, False])
 def test_gates_are_computed_again_bit_for_bit(monkeypatch, norm, autocast):
-    """With few channels nothing is kept but the input, and gradients are those of gates that are kept."""
     fused, plain = feed_forward(32, norm)
     x = torch.randn(2, 9, 32, requires_grad=True)
     results = []
@@ -164,7 +154,6 @@ def test_gates_are_computed_again_bit_for_bit(monkeypatch, norm, autocast):
 
 @pytest.mark.parametrize("how", ["hook", "in place"])
 def test_a_change_behind_the_norm_is_not_passed_over(how):
-    """What it leaves is what the gates are computed of, both times."""
     nets = feed_forward(32, hook=(lambda module, args, out: 2 * out) if how == "hook" else None)
     x = torch.randn(2, 9, 32, requires_grad=True)
     gradients = []
@@ -177,7 +166,6 @@ def test_a_change_behind_the_norm_is_not_passed_over(how):
 
 @pytest.mark.slow
 def test_compiled_blocks_compute_gates_again(monkeypatch):
-    """Bit for bit; half of what a block would keep otherwise."""
     block = pytest.importorskip("diffusers.models.attention").BasicTransformerBlock
     torch.manual_seed(0)
     network = nn.ModuleList([block(32, 4, 8, cross_attention_dim=8) for _ in range(2)]).requires_grad_(False)
@@ -207,7 +195,6 @@ def test_gates_that_train_are_kept():
 
 
 def test_a_norm_in_float32_keeps_its_input_in_two_bytes():
-    """As autocast computes it on a GPU."""
     x = torch.randn(2, 9, 32).bfloat16().requires_grad_()
     weight, bias = torch.randn(2, 32)
     held, mine = kept(lambda: layer_norm._ToInput.apply(x, torch.float32, weight, bias, (32,), 1e-5)[0], [weight, bias])
@@ -220,7 +207,6 @@ def test_a_norm_in_float32_keeps_its_input_in_two_bytes():
 
 @pytest.mark.slow
 def test_what_the_gates_cost_at_full_size():
-    """Operations of Stable Diffusion 1.5 without those of attention."""
     network, run = full_size("sd15")
     emd_fast.fuse(network)
     attention = (torch.ops.emd_fast.attention, torch.ops.emd_fast.attention_backward)

@@ -109,7 +109,6 @@ def test_an_adapter_that_is_switched_inside_the_cache():
 
 @pytest.mark.parametrize("order", ["before", "after", "never"])
 def test_adapters_in_the_attention_of_own_networks(order):
-    """Beside the weight they do what they do as a part of it."""
     network, x, arguments = make("own adm")
     without = output(network, x, arguments)
     if order == "after":

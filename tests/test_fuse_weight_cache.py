@@ -7,7 +7,6 @@ import pickle
 import pytest
 import torch
 from networks import FAMILIES, OWN, make, output
-from test_e_step_work import one_process  # noqa: F401  (a fixture)
 from test_fuse import relative
 from torch import nn
 from torch.nn.utils import prune
@@ -56,9 +55,10 @@ class Counted(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("autocast", [True, False])
-@pytest.mark.parametrize("name", [*FAMILIES, *OWN])
+@pytest.mark.parametrize("name", [*FAMILIES, *OWN, "unfused own ddpm++", "unfused own edm2"])
 def test_the_results_stay_bit_for_bit(name, autocast):
-    network, x, arguments = frozen(name)
+    network, x, arguments = frozen(name.removeprefix("unfused "))
+    network = emd_fast.unfuse(network) if "unfused" in name else network
     expected = passes(network, x, arguments, autocast)
     keys = [(key, value.dtype) for key, value in network.state_dict().items()]
     with torch.autocast(**BF16, enabled=autocast), weight_cache(network):
@@ -69,16 +69,6 @@ def test_the_results_stay_bit_for_bit(name, autocast):
     for mine, its in zip(actual, expected, strict=True):
         assert mine.dtype == its.dtype and torch.equal(mine, its)
     assert not cached(network)
-
-
-@pytest.mark.parametrize("name", ["own ddpm++", "own edm2"])
-def test_networks_of_the_library_need_no_fuse_for_it(name):
-    network, x, arguments = make(name)
-    network, x = network.requires_grad_(False), x.requires_grad_()
-    expected = passes(network, x, arguments)
-    with torch.autocast(**BF16), weight_cache(network):
-        assert cached(network) and not cached(copy.deepcopy(network))
-        assert all(torch.equal(a, b) for a, b in zip(passes(network, x, arguments), expected, strict=True))
 
 
 @pytest.mark.parametrize("name", ["unet2d_condition", "song", "edm2", "small", "own ncsn++", "own edm2"])
@@ -98,7 +88,6 @@ def test_no_weight_is_converted_or_normalised_in_a_pass(name):
 
 @pytest.mark.parametrize("name", ["song", "own adm"])
 def test_neither_q_k_v_nor_their_weights_are_copied_in_a_pass(name):
-    """Cached, those weights lie in the order of q, k and v."""
     network, x, arguments = frozen(name)
     x = x.contiguous(memory_format=torch.channels_last)  # as the network would make it
     with Counted(network) as outside:
@@ -186,7 +175,6 @@ def test_layers_that_are_reparametrised_afterwards():
 
 
 def test_compiled_blocks_read_what_was_prepared():
-    """They are given no weight of a convolution that they would have to convert."""
     graphs = []
 
     def backend(graph, inputs):
@@ -208,7 +196,6 @@ def test_compiled_blocks_read_what_was_prepared():
 
 @pytest.mark.parametrize("name", ["small", "own edm2"])
 def test_a_whole_compiled_network_notices_both_ends_of_the_block(name):
-    """First called inside: outside it must read the parameters, as they are then."""
     torch.compiler.reset()
     network, x, arguments = frozen(name)
     compiled = torch.compile(network, backend="eager")
@@ -226,8 +213,7 @@ def test_a_whole_compiled_network_notices_both_ends_of_the_block(name):
 
 
 @pytest.mark.parametrize("precision", [None, torch.bfloat16])
-def test_sharded_weights_are_prepared_as_the_report_says(one_process, precision):  # noqa: F811
-    """Those that are gathered in float32."""
+def test_sharded_weights_are_prepared_as_the_report_says(one_process, precision):
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     network, _, _ = make("small")

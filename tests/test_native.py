@@ -1,8 +1,6 @@
 """The compiled kernels as a whole: how they were built, and that neither the number of threads nor the instruction set
 changes a bit of what they compute. What each op computes is tested beside the op."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
@@ -16,9 +14,8 @@ from emd_fast.backends import native
 
 ROOT = Path(__file__).resolve().parents[1]
 
-needs_kernels = pytest.mark.skipif(
-    native.why_not("normal", "cpu") is not None, reason=str(native.why_not("normal", "cpu"))
-)
+missing = native.why_not("normal", "cpu")
+needs_kernels = pytest.mark.skipif(missing is not None, reason=str(missing))
 
 # Prints, for each number of threads, digests of what every kernel computes. Sizes leave rests in vectors, tiles, chunks
 # and threads.
@@ -85,25 +82,16 @@ def runs_here(isa: str) -> bool:
 
 
 @needs_kernels
-def test_facts():
+def test_facts_and_the_fastest_instruction_set():
     facts = native.facts()
-    assert facts["torch"] == torch.__version__
-    assert facts["build_type"] == "Release"
-    assert facts["isas_built"][0] == "baseline"
-    assert facts["isa"] in facts["isas_built"]
-
-
-@needs_kernels
-def test_the_fastest_instruction_set_is_chosen():
-    if "EMD_FAST_ISA" in os.environ:
-        pytest.skip("EMD_FAST_ISA is set")
-    assert native.facts()["isa"] == [isa for isa in native.facts()["isas_built"] if runs_here(isa)][-1]
+    assert facts["torch"] == torch.__version__ and facts["build_type"] == "Release"
+    assert facts["isas_built"][0] == "baseline" and facts["isa"] in facts["isas_built"]
+    if "EMD_FAST_ISA" not in os.environ:
+        assert facts["isa"] == [isa for isa in facts["isas_built"] if runs_here(isa)][-1]
 
 
 @needs_kernels
 def test_every_op_is_registered():
-    import emd_fast.ops  # noqa: F401
-
     native.load()
     for op in native.OPS:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"emd_fast_native::{op}", "CPU"), op
@@ -144,10 +132,8 @@ def test_the_reason_of_a_missing_build_is_told(tmp_path, monkeypatch):
 
 def test_a_build_against_another_torch_is_not_loaded(tmp_path, monkeypatch):
     write_facts(tmp_path, monkeypatch, reason=None, torch="2.0.1")
-    assert (
-        native.why_not("normal", "cpu")
-        == f"built against torch 2.0.1, running {torch.__version__}: install emd_fast again"
-    )
+    reason = f"built against torch 2.0.1, running {torch.__version__}: install emd_fast again"
+    assert native.why_not("normal", "cpu") == reason
 
 
 def test_why_there_are_no_cuda_kernels_is_told(tmp_path, monkeypatch):

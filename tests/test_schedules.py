@@ -45,10 +45,10 @@ def times(schedule, n=1001):
 def test_alpha_sigma_and_log_snr(schedule):
     t = times(schedule)
     alpha, sigma = by_formula(schedule, t)
-    for what, mine, exact in (("alpha", schedule.alpha(t), alpha), ("sigma", schedule.sigma(t), sigma)):
-        assert mine.dtype == torch.float32 and mine.shape == t.shape
+    for mine, exact in ((schedule.alpha(t), alpha), (schedule.sigma(t), sigma)):
+        assert mine.dtype == torch.float32
         # A few float32 roundings, relative where alpha or sigma is small; t itself is exact.
-        assert_within(mine, exact, 4e-7 + 2e-6 * exact, what)
+        assert_within(mine, exact, 4e-7 + 2e-6 * exact)
     exact = torch.log(alpha**2 / sigma**2)
     # A relative error of 2e-6 in alpha or sigma; toward the far end of VP, a rounding of t moves log alpha.
     assert_within(schedule.log_snr(t), exact, 1e-5 + 2e-6 * exact.abs(), "log_snr")
@@ -125,15 +125,13 @@ def test_compiles_without_a_graph_break(schedule):
     def everything(t):
         return schedule.alpha(t), schedule.sigma(t), schedule.t_from_log_snr(schedule.log_snr(t))
 
-    for mine, exact in zip(
-        torch.compile(everything, fullgraph=True, backend="aot_eager")(t), everything(t), strict=True
-    ):
+    compiled = torch.compile(everything, fullgraph=True, backend="aot_eager")
+    for mine, exact in zip(compiled(t), everything(t), strict=True):
         assert_within(mine, exact, 1e-6)
 
 
 class Squared:
-    """A variance-exploding schedule of a user's own: sigma = t^2, and no base class."""
-
+    # A variance-exploding schedule of a user's own: sigma = t^2, and no base class.
     t_min, t_max = 0.1, 3.0
 
     def alpha(self, t):
@@ -156,10 +154,11 @@ def test_any_object_with_the_members_is_a_schedule():
     assert torch.allclose(denoiser.score(x, t), -x / t[:, None] ** 4)
     # The preconditioning of EDM is a function of sigma, not of the name that the schedule gives to time.
     seen = []
-    edm = Denoiser(lambda x, t, cond: seen.append((x, t)) or x, Squared(), "edm", sigma_data=0.5)
-    edm(x, t)
-    assert torch.allclose(seen[0][0], x / torch.sqrt(t**4 + 0.25)[:, None])
-    assert torch.allclose(seen[0][1], torch.log(t**2) / 4)
+    Denoiser(lambda x, t, cond: seen.extend([x, t]) or x, Squared(), "edm", sigma_data=0.5)(x, t)
+    assert torch.allclose(seen[0], x / torch.sqrt(t**4 + 0.25)[:, None])
+    assert torch.allclose(seen[1], torch.log(t**2) / 4)
+    with pytest.raises(TypeError, match="schedule"):
+        Denoiser(lambda x, t, cond: x, object(), "x0")
 
 
 def test_a_copied_denoiser_keeps_its_schedule():
@@ -168,8 +167,3 @@ def test_a_copied_denoiser_keeps_its_schedule():
     fake_score = copy.deepcopy(teacher)
     assert fake_score.network is not teacher.network and fake_score.schedule is teacher.schedule
     assert not ScoreDifference(teacher, fake_score, torch.tensor([0.5]), None, None, None).needs_x
-
-
-def test_an_object_without_the_members_is_none():
-    with pytest.raises(TypeError, match="schedule"):
-        Denoiser(lambda x, t, cond: x, object(), "x0")

@@ -12,6 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from emd_fast import ops
 from emd_fast.backends.triton import attention_launch, attention_tiles
 
+triton = functools.partial(ops.attention, backend="triton")
 # Tokens, keys, heads, head dim. ADM has 64 to 1024 tokens in heads of 64; Stable Diffusion 1.5 64 to 4096 in heads of
 # 40, 80 and 160, each also with the 77 keys of a text.
 NETWORKS = [
@@ -61,8 +62,7 @@ def eager(backend, scale=None):
 
 
 @pytest.fixture
-def products_in_the_dtype():
-    """Without it the plain path widens bfloat16 to float32, which is another dtype."""
+def products_in_the_dtype():  # without it the plain path widens bfloat16 to float32
     before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     yield
@@ -70,7 +70,7 @@ def products_in_the_dtype():
 
 
 def check(tensors, scale=None, compare=assert_as_good_as_eager):
-    ours = results(lambda q, k, v: ops.attention(q, k, v, scale=scale, backend="triton"), tensors)
+    ours = results(functools.partial(triton, scale=scale), tensors)
     exact = results(eager(SDPBackend.MATH, scale), tensors, wide=True)
     for backend in (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION):
         theirs = results(eager(backend, scale), tensors)
@@ -106,11 +106,10 @@ def test_logits_far_below_zero(dtype, products_in_the_dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_large_logits_do_not_overflow(dtype):
-    """Logits beyond the range of float16, and of the exponential of float32: one key takes all of the weight."""
     q, k, v, g = inputs(3, 70, 1, 64, dtype)
     q, k = torch.full_like(q, 200.0), k.fill_(-200.0)
     k[:, 65] = 200.0
-    y, to_q, to_k, to_v = results(lambda *a: ops.attention(*a, backend="triton"), (q, k, v, g))
+    y, to_q, to_k, to_v = results(triton, (q, k, v, g))
     assert_same(y, v[:, 65:66].expand_as(y).contiguous())
     # What is left of two sums of the same 64 products, in different orders, times a key or a query of 200.
     left = 64 * 2.0**-24 * (g.abs().max() * v.abs().max()) * 3 * 200 / 8
@@ -122,12 +121,11 @@ def test_large_logits_do_not_overflow(dtype):
 @pytest.mark.parametrize("needs", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1)])
 def test_only_the_gradients_that_are_asked_for(needs, launched):
     tensors = inputs(70, 77, 2, 40, torch.bfloat16)
-    whole = results(lambda *a: ops.attention(*a, backend="triton"), tensors)
+    whole = results(triton, tensors)
     launched.clear()
     *leaves, cotangent = tensors
     leaves = [t.detach().requires_grad_(bool(need)) for t, need in zip(leaves, needs, strict=True)]
-    y = ops.attention(*leaves, backend="triton")
-    y.backward(cotangent)
+    triton(*leaves).backward(cotangent)
     for leaf, need, right in zip(leaves, needs, whole[1:], strict=True):
         assert_same(leaf.grad, right) if need else None
         assert need or leaf.grad is None
@@ -145,13 +143,12 @@ def test_gradients_to_k_and_v_together_or_apart_are_the_same(head_dim, monkeypat
     for apart in (False, True):
         chosen = lambda *args, apart=apart: dataclasses.replace(pick(*args), apart=apart)  # noqa: E731
         monkeypatch.setattr(attention_launch, "pick", chosen)
-        found.append(results(lambda *a: ops.attention(*a, backend="triton"), tensors))
+        found.append(results(triton, tensors))
     for one, other in zip(*found, strict=True):
         assert_same(one, other)
 
 
 def test_any_strides():
-    """Rows at odd addresses, samples last but one, expanded samples and keys, a gradient without strides."""
     g = seeded(1)
     wide = torch.randn(2, 33, 2, 2 * 40 + 1, generator=g)
     q = wide[..., 1:41]
@@ -163,9 +160,8 @@ def test_any_strides():
 
 def test_the_same_in_every_batch():
     tensors = inputs(70, 77, 2, 40, torch.bfloat16)
-    run = lambda *a: ops.attention(*a, backend="triton")  # noqa: E731
-    whole = results(run, tensors)
-    parts = [results(run, [t[s] for t in tensors]) for s in (slice(0, 1), slice(1, 2))]
+    whole = results(triton, tensors)
+    parts = [results(triton, [t[s] for t in tensors]) for s in (slice(0, 1), slice(1, 2))]
     for all_at_once, *each in zip(whole, *parts, strict=True):
         assert_same(torch.cat(each), all_at_once)
 
@@ -173,9 +169,7 @@ def test_the_same_in_every_batch():
 def assert_whole_as_good_as_eager(mine, right, its, length, what):
     """RMS error at most twice that of eager PyTorch in the same dtypes, largest error at most four times.
 
-    A kernel adds the `length` terms of a float32 sum one after another, which costs about sqrt(length) 2^-24 of its
-    size. A BLAS adds them in as many parts as the processor has lanes, so its error differs from one processor to
-    another. Twice that cost is therefore allowed besides, whatever the error of eager PyTorch.
+    And twice sqrt(length) 2^-24: a kernel adds terms one after another, a BLAS in as many parts as there are lanes.
     """
     errors = [mine.double() - right, its.double() - right]
     allowed = 2 * length**0.5 * 2.0**-24

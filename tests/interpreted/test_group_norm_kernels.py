@@ -19,8 +19,7 @@ USES = [["weight", "bias", "scale", "shift"], ["weight", "bias", "add"], NAMES, 
 
 
 @pytest.fixture
-def streamed(monkeypatch):
-    """No block is kept: what otherwise takes large images."""
+def streamed(monkeypatch):  # no block is kept, as otherwise of large images
     monkeypatch.setattr(groups, "_RESIDENT", 0)
     monkeypatch.setattr(groups, "_STREAMED", 512)
     groups.pick.cache_clear()
@@ -36,7 +35,6 @@ def run_case(g, channels, space, dtype, layout, names, batch=2, num_groups=32, *
 
 @pytest.mark.parametrize("channels", CHANNELS)
 def test_every_channel_count(channels):
-    """One layout with one dtype and use at a time: over the counts, all of them come with all."""
     i = CHANNELS.index(channels)
     for k, layout in enumerate(["channels_last", "contiguous"]):
         dtype, names = DTYPES[(i + k) % 3], USES[(i + 2 * k) % 4]
@@ -75,12 +73,14 @@ def test_a_sample_of_more_than_32_bits(monkeypatch):
     groups.pick.cache_clear()
 
 
-@pytest.mark.parametrize("in_chunks", [False, True])
+@pytest.fixture(params=[False, True])
+def in_chunks(request):
+    return request.param and not request.getfixturevalue("streamed")
+
+
 @pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
-def test_a_mean_of_1000_and_a_deviation_of_1(layout, in_chunks, launched, request):
+def test_a_mean_of_1000_and_a_deviation_of_1(layout, in_chunks, launched):
     """With E[x^2] - E[x]^2 the variance would be lost in float32: 10^6 has a spacing of 0.06."""
-    if in_chunks:
-        request.getfixturevalue("streamed")
     g = seeded(7)
     x = laid_out(1000 + torch.randn(2, 24, 16, 16, generator=g), layout)
     add = torch.full((2, 24), 1000.0)
@@ -94,11 +94,8 @@ def test_a_mean_of_1000_and_a_deviation_of_1(layout, in_chunks, launched, reques
     assert (rstd * (exact.var(2, correction=0) + 1e-5).sqrt() - 1).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("in_chunks", [False, True])
 @pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
-def test_a_sample_is_the_same_in_every_batch(layout, in_chunks, request):
-    if in_chunks:
-        request.getfixturevalue("streamed")
+def test_a_sample_is_the_same_in_every_batch(layout, in_chunks):
     g, needs = seeded(8), [True, False, False, True, True, True]
     x, grad = (draw((4, 24, 9, 9), g, torch.bfloat16, layout) for _ in range(2))
     weight, bias = (torch.randn(24, generator=g) for _ in range(2))
@@ -117,19 +114,15 @@ def test_a_sample_is_the_same_in_every_batch(layout, in_chunks, request):
                 assert_same(mine, all_of_them[s], f"result {i}")
 
 
-@pytest.mark.parametrize("in_chunks", [False, True])
-def test_only_what_is_asked_is_launched(in_chunks, launched, monkeypatch, request):
+def test_only_what_is_asked_is_launched(in_chunks, launched, monkeypatch):
     if in_chunks:
-        request.getfixturevalue("streamed")
         monkeypatch.setattr(groups, "_STREAMED", 32)
     g, v = seeded(9), torch.ones(2, 6)
     x = draw((2, 6, 5, 7), g)
     mean, rstd, w = torch.zeros(2, 2), torch.ones(2, 2), torch.ones(6)
     backward = triton.implementation("group_norm_backward")
-    main = ["group_norm_backward_kernel"]
     sums = ["group_norm_backward_sums_kernel"]
-    if in_chunks:
-        main = [*sums, "group_norm_backward_apply_kernel"]
+    main = [*sums, "group_norm_backward_apply_kernel"] if in_chunks else ["group_norm_backward_kernel"]
     vectors, parameters = ["group_norm_vectors_kernel"], ["group_norm_parameters_kernel"]
     for needed, expected in {
         (): [],

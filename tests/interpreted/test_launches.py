@@ -2,11 +2,7 @@
 
 import pytest
 import torch
-from helpers import (
-    draw,
-    per_sample,
-    seeded,
-)  # fmt: skip
+from helpers import draw, per_sample, seeded
 
 import emd_fast
 from emd_fast import Noise, ops
@@ -15,7 +11,6 @@ from emd_fast.backends.triton import launch, tuning
 
 @pytest.mark.parametrize("shape", [(0,), (0, 3), (2, 0), (2, 3, 0, 4)])
 def test_nothing_to_do_launches_nothing(shape, launched):
-    """What is returned is tested beside each op."""
     x, y, v, noise = torch.ones(shape), torch.ones(shape, requires_grad=True), torch.ones(shape[0]), Noise(0)
     with emd_fast.use_backend("triton"):
         ops.uniform(shape, noise, stream=0), ops.normal(shape, noise, stream=0)
@@ -38,8 +33,7 @@ def test_no_group_norm_is_launched_over_nothing(shape, launched):
     ("batch", "tokens", "keys", "heads"), [(0, 3, 4, 2), (2, 0, 4, 2), (2, 3, 0, 2), (2, 0, 0, 2), (2, 3, 4, 0)]
 )
 def test_no_attention_is_launched_over_nothing(batch, tokens, keys, heads, launched):
-    q = torch.ones(batch, tokens, heads, 8, requires_grad=True)
-    k = torch.ones(batch, keys, heads, 8, requires_grad=True)
+    q, k = (torch.ones(batch, length, heads, 8, requires_grad=True) for length in (tokens, keys))
     ops.attention(q, k, k, backend="triton").sum().backward()
     assert launched == [] and not q.grad.any() and not k.grad.any()
 
