@@ -199,8 +199,7 @@ def with_medians(done, change):
         done,
         results=tuple(
             dataclasses.replace(
-                result,
-                rows=tuple(dataclasses.replace(row, median=change(result.passes, row)) for row in result.rows),
+                result, rows=tuple(dataclasses.replace(row, median=change(result.passes, row)) for row in result.rows)
             )
             for result in done.results
         ),

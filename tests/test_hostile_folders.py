@@ -94,10 +94,7 @@ INDICES = {
     "a pipeline that is a number": changed(INDEX, "_class_name", value=3),
     "an index that is a list": lambda folder: (folder / INDEX).write_text("[]"),
     "an index that is a fifo": lambda folder: ((folder / INDEX).unlink(), os.mkfifo(folder / INDEX)),
-    "an index that never ends": lambda folder: (
-        (folder / INDEX).unlink(),
-        (folder / INDEX).symlink_to("/dev/zero"),
-    ),
+    "an index that never ends": lambda folder: ((folder / INDEX).unlink(), (folder / INDEX).symlink_to("/dev/zero")),
     "an index of brackets": lambda folder: (folder / INDEX).write_text("[" * 10**6),
     "an index that is not UTF-8": lambda folder: (folder / INDEX).write_bytes(b'{"\xff": 1}'),
     "an index of 1 TiB": lambda folder: os.truncate(folder / INDEX, 2**40),

@@ -129,12 +129,7 @@ def test_compiled_blocks_train():
 
 @pytest.mark.parametrize(
     "changes",
-    [
-        {"seed": 3},
-        {"guidance": 1.5},
-        {"sampling": "x_z", "gamma_z": [[0.1, 0.001], [1.0, 0.01]]},
-        {"objective": "vsd"},
-    ],
+    [{"seed": 3}, {"guidance": 1.5}, {"sampling": "x_z", "gamma_z": [[0.1, 0.001], [1.0, 0.01]]}, {"objective": "vsd"}],
 )
 def test_n_steps_and_n_more_are_two_n_bit_for_bit(tmp_path, changes):
     teacher = digits_teacher(null_cond=0)
@@ -252,8 +247,7 @@ def test_step_sizes_by_sigma_are_interpolated():
 def test_times_lie_where_the_distribution_says(schedule, kind):
     teacher = Denoiser(TimeMLP(2, 16, 1, seed=1), schedule, "x0", sample_shape=(2,))
     trainer = EMDTrainer(
-        teacher,
-        config(t_star=0.5, batch_size=512, time_distribution={"kind": kind, "low": 0.1, "high": 2.0}),
+        teacher, config(t_star=0.5, batch_size=512, time_distribution={"kind": kind, "low": 0.1, "high": 2.0})
     )
     t = trainer.batches.times(trainer.config.time_distribution, 512, stream=6)
     ratio = torch.exp(-schedule.log_snr(t) / 2)
