@@ -1,7 +1,5 @@
 """What sharded networks gather and reduce, and how often; networks that somebody else wrapped; the group of ranks."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import time

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import contextlib
 import copy
 import dataclasses
@@ -77,7 +75,6 @@ def the_networks(trainer: EMDTrainer) -> list[torch.nn.Module]:
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_networks_are_fused_and_the_step_is_the_same(precision):
-    """But for rounding: of the gradient, since the sign of a small one is AdamW's whole first update."""
     settings = config(num_classes=3, precision=precision, gamma_z=0.001)
     plain, fused = (EMDTrainer(digits_teacher(), dataclasses.replace(settings, fuse=on)) for on in (False, True))
     assert not any(fusion_report(network).fused for network in the_networks(plain))
