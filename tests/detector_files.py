@@ -1,7 +1,5 @@
 """Tiny files in the forms that the evaluation reads: detectors, images, a CLIP model. Nothing is downloaded."""
 
-from __future__ import annotations
-
 import pickle
 import zipfile
 

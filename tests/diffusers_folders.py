@@ -1,7 +1,5 @@
 """Tiny folders in the formats of diffusers, with weights drawn here: nothing is downloaded."""
 
-from __future__ import annotations
-
 import json
 
 import torch

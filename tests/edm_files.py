@@ -1,7 +1,5 @@
 """Checkpoints as EDM and EDM2 write them, made without their code; the source that they embed must never run."""
 
-from __future__ import annotations
-
 import contextlib
 import pickle
 import sys

@@ -1,7 +1,5 @@
 """Pickles of attackers, put together from opcodes, and networks of EDM whose tensors lie."""
 
-from __future__ import annotations
-
 import io
 import pickle
 import struct
@@ -37,6 +35,11 @@ def as_state(body):
     meta = b"}(" + text("type") + text("class") + text("class_name") + text("EDMPrecond") + text("version") + b"K\x06"
     meta += text("module_src") + text(edm_files.HOSTILE) + text("state") + body + b"u"
     return as_ema(b"ctorch_utils.persistence\n_reconstruct_persistent_obj\n" + meta + b"\x85R")
+
+
+def as_arguments(body):
+    """A network whose constructor's arguments are this."""
+    return as_state(b"}(" + text("_init_args") + b")" + text("_init_kwargs") + body + b"u")
 
 
 def saved(storage, offset=0, size=(2,), stride=(1,), names=("w",), table="_parameters", arguments=(), kwargs=None):

@@ -1,7 +1,5 @@
 """Processes for the tests: ranks of a gloo group, which do what they are told, and commands of emd-fast."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys
@@ -131,7 +129,6 @@ def _command(words: list[str], environment: dict[str, str], said: str) -> None:
     os.dup2(os.open(said, os.O_WRONLY | os.O_APPEND), 2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.stderr, sys.stdout = os.fdopen(2, "w", buffering=1), os.fdopen(1, "w")
-
     from emd_fast.cli import commands
 
     sys.exit(commands.main(words))

@@ -1,7 +1,5 @@
 """The benchmarks: every contender is verified, what is wrong is caught, the bytes are those of the docs. No times."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 import subprocess
@@ -156,7 +154,6 @@ def test_numbers_of_another_distribution_are_caught(name):
 
 
 def test_bytes_are_those_of_the_docs():
-    """The table of docs/ops.md: float32 x0, x_t and z_grad of perturb and langevin_z, bfloat16 outputs."""
     section = (ROOT / "docs" / "ops.md").read_text().partition("## Bytes and floors")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| (`\w+`|its backward) \|.*\| (\d+) \| (\d+) \| (\d+) \|$", section, re.MULTILINE)
     documented, last = {}, None
@@ -253,7 +250,6 @@ def test_noise_is_what_separates_two_runs_of_the_same():
 
 @pytest.mark.slow
 def test_pytest_runs_every_op(tmp_path):
-    """Under pytest-benchmark, each contender once."""
     pytest.importorskip("pytest_benchmark")
     words = ["--shape", "2,4,8,8", "--device", "cpu", "--skip", "torch.compile", "--benchmark-disable", "-v"]
     done = subprocess.run(

@@ -1,7 +1,5 @@
 """emd-fast bench: words, exit codes, files, comparison. No assertion on a time."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import json
@@ -40,7 +38,6 @@ def test_a_run_leaves_a_table_and_files(bench, tmp_path):
     assert files[2].read_bytes().startswith(b"\x89PNG")
     text = files[1].read_text()
     assert "| contender | median |" in text and "### group_norm, forward+backward, 2x4x8x8, bf16, nchw" in text
-
     fields = json.loads(files[0].read_text())
     assert fields["schema"] == record.SCHEMA and fields["settings"]["device"] == "cpu"
     assert {"cpu", "cores"} <= fields["hardware"].keys() and {"torch", "python", "triton"} <= fields["software"].keys()
@@ -199,8 +196,7 @@ def with_medians(done, change):
         done,
         results=tuple(
             dataclasses.replace(
-                result,
-                rows=tuple(dataclasses.replace(row, median=change(result.passes, row)) for row in result.rows),
+                result, rows=tuple(dataclasses.replace(row, median=change(result.passes, row)) for row in result.rows)
             )
             for result in done.results
         ),
@@ -234,7 +230,6 @@ GONE = Row("emd_fast cpu", True, "wrong", "z is off by 1")
     ],
 )
 def test_what_is_a_regression(new, said):
-    """One is enough, and has both numbers; noise is none, nor is the slowness of another."""
     found, _ = compare.regressions(example(), new)
     assert len(found) == (said is not None) and all(said in line for line in found)
 
@@ -296,7 +291,6 @@ def test_the_memory_of_a_call_is_in_every_form_of_a_run(tmp_path):
 @pytest.mark.parametrize("name", ["convolution", "residual_block", "loop:small"])
 @pytest.mark.slow
 def test_benches_of_what_surrounds_the_norms(bench, monkeypatch, tmp_path, name):
-    """Verified and timed, with a share of what a product of matrices reaches."""
     monkeypatch.setattr(ceiling, "_SIDE", {"cpu": 32})
     compiled = ("torch.compile",) if name == "convolution" else ("emd_fast fused, compiled",)
     compiled = ("torch.compile", "emd_fast fused, compiled") if name == "residual_block" else compiled
@@ -312,7 +306,6 @@ def test_benches_of_what_surrounds_the_norms(bench, monkeypatch, tmp_path, name)
 
 
 def test_the_shapes_are_those_of_the_networks():
-    """Every number of channels that the group norms of ADM-64 and Stable Diffusion 1.5 see, every attention."""
     from benchmarks import attention, group_norm
 
     widths = [{shape[1] for shape in shapes} for shapes in (group_norm.ADM, group_norm.SD15)]

@@ -1,8 +1,6 @@
 """What the bench does on a GPU, as far as that can be seen without one: the clock on a GPU of make-believe, kernels
 with the noise compiled out under Triton's interpreter and in machine code, and run_gpu.sh."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil
@@ -117,7 +115,6 @@ def test_a_contender_that_cannot_be_captured_is_reported(gpu):
 
 @pytest.mark.parametrize("graph", [True, False])
 def test_the_memory_of_a_call_on_a_gpu(gpu, graph):
-    """Of each contender by itself, beyond what lies there: not that of the one before, nor what stays."""
     gpu.take(1000)
 
     def keeps(size, at_most):
@@ -196,7 +193,6 @@ def test_kernels_without_noise_hold_no_philox(monkeypatch):
 
 
 def test_the_ops_keep_their_noise(monkeypatch):
-    """Outside of a call of the noiseless module nothing has changed."""
     chosen, philox = backends.implementation, sys.modules.get("emd_fast.backends.triton.philox")
     noiseless.without_noise(benchmarks.load("langevin_z"))
     philox = philox or sys.modules["emd_fast.backends.triton.philox"]
@@ -239,7 +235,6 @@ def fake_python(tmp_path, script):
 
 @needs_bash
 def test_run_gpu_goes_on_after_a_part_that_fails_and_ends_with_the_results(tmp_path):
-    """With a Python that sees a GPU and fails at whatever it is asked but the digest."""
     fake = fake_python(
         tmp_path,
         """#!/bin/sh
@@ -265,7 +260,6 @@ def test_run_gpu_goes_on_after_a_part_that_fails_and_ends_with_the_results(tmp_p
 @needs_bash
 @pytest.mark.slow
 def test_what_is_stopped_can_say_what_it_has(tmp_path):
-    """Seconds are left for a part, and pytest would need more: it is interrupted, and its last words are kept."""
     (tmp_path / "benchmarks").mkdir()
     script = tmp_path / "benchmarks" / "run_gpu.sh"
     script.write_text(SCRIPT.read_text().replace("seconds_a_part=470", "seconds_a_part=3"))
@@ -289,7 +283,6 @@ def test_what_is_stopped_can_say_what_it_has(tmp_path):
 
 @needs_bash
 def test_the_parts_of_whole_networks(tmp_path):
-    """What each asks of emd-fast bench, and that there are benches of these names."""
     fake = fake_python(tmp_path, "#!/bin/sh\nexit 0\n")
     parts = ["unet", "blocks", "unet-sd15", "e_step-sd15"]
     done = run_gpu(tmp_path / "out", *parts, PYTHON=fake, SHAPE="4,1")

@@ -1,8 +1,6 @@
 """benchmarks.train, on the CPU and with networks that are small: the rates it prints, its choice of a micro-batch, and
 what it does when the time or the memory is up."""
 
-from __future__ import annotations
-
 import functools
 import json
 import sys

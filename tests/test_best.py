@@ -1,7 +1,5 @@
 """Periodic evaluation during training, and the best checkpoint."""
 
-from __future__ import annotations
-
 import json
 import math
 

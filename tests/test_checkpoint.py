@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import errno
 import json
 import os
@@ -176,7 +174,6 @@ def test_a_second_checkpoint_of_the_same_name_replaces_the_first(tmp_path, monke
     write(path, step=1)
     write(path, step=2)
     assert checkpoint.load(path)["step"] == 2 and os.listdir(tmp_path) == ["x"]
-
     # Killed between the two renames: what was there before is found.
     rename = os.rename
 
@@ -200,7 +197,6 @@ def test_only_the_last_few_are_kept(tmp_path):
     checkpoint.clear_unfinished(tmp_path)
     assert [path.name for path in checkpoint.found(tmp_path)] == ["step-00000020", "step-00000300"]
     assert sorted(os.listdir(tmp_path)) == ["step-00000020", "step-00000300", "step-notes"]
-
     # The last was damaged, and the run went on from the one before it: what it writes then is no older for that.
     write(checkpoint.path_of(tmp_path, 30), 30, then=lambda: checkpoint.keep_last(tmp_path, 1, 30))
     assert [path.name for path in checkpoint.found(tmp_path)] == ["step-00000030", "step-00000300"]

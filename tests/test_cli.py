@@ -1,7 +1,5 @@
 """The command line: as a process where that matters, in this process where only words and exit codes do."""
 
-from __future__ import annotations
-
 import json
 import re
 import signal

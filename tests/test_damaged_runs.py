@@ -1,7 +1,5 @@
 """What a run writes and reads again: damage is named and not used, no link is followed, killed legs leave nothing."""
 
-from __future__ import annotations
-
 import json
 import os
 import random
@@ -48,9 +46,6 @@ def turned(content, draw):
     damaged = bytearray(content)
     damaged[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
     return bytes(damaged)
-
-
-# Bits that turn -----------------------------------------------------------------------------------------------------
 
 
 def test_bits_of_a_configuration(folder):
@@ -142,9 +137,6 @@ def test_metrics_of_another_form(folder, change):
     assert "\n" not in str(error.value) and isinstance(folders.seconds_of(folder), dict)
 
 
-# Links and what killed legs left ------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["checkpoints", "samples", "samples/networks", "teacher", "replay", "tensorboard"])
 def test_a_run_writes_through_no_link(folder, tmp_path, name, monkeypatch, capsys):
     outside = tmp_path / "outside"
@@ -223,9 +215,6 @@ def test_a_picture_that_a_kill_took_is_drawn_by_the_next_leg(tmp_path, monkeypat
     run.distill(settings("digits"), killed)
     assert (drawn / last.name).read_bytes() == last.read_bytes()
     assert {path.name for path in drawn.iterdir()} == {path.name for path in last.parent.iterdir()}
-
-
-# Encoded prompts ----------------------------------------------------------------------------------------------------
 
 
 class Teacher:

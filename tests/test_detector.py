@@ -1,7 +1,5 @@
 """Detectors, references, images and CLIP models from files: those that are, and those that are something else."""
 
-from __future__ import annotations
-
 import io
 import json
 import math
@@ -25,9 +23,6 @@ from emd_fast.metrics.reference import BadReference
 def one_line(caught):
     assert len(str(caught.value).splitlines()) == 1, str(caught.value)
     return str(caught.value)
-
-
-# Detectors --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -154,9 +149,6 @@ def test_a_program_that_is_no_detector(tmp_path, module, said):
     assert said in one_line(caught)
 
 
-# References -------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def features():
     return files.features_of(files.pictures(60))
@@ -253,9 +245,6 @@ def test_what_is_no_reference(tmp_path, name):
     assert not RAN
 
 
-# Images -----------------------------------------------------------------------------------------------------------
-
-
 def test_uint8_by_edms_rule():
     x = torch.tensor([-2.0, -1.0, -0.999, 0.0, 0.0039, 0.996, 0.9999, 1.0, 3.0]).reshape(1, 1, 3, 3)
     expected = (x.numpy() * np.float32(127.5) + 128).clip(0, 255).astype(np.uint8)
@@ -294,9 +283,6 @@ def test_images_that_are_none(tmp_path):
     with pytest.raises(ValueError, match=r"cannot read the image .*z\.png") as caught:
         ImageFiles(tmp_path)(0, 4)
     one_line(caught)
-
-
-# CLIP -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(diffusers_folders.transformers_missing() is not None, reason="transformers is not installed")

@@ -1,7 +1,5 @@
 """What is logged about a step: its values against float64, and that nobody waits for a device to get them."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import functools

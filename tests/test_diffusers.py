@@ -1,7 +1,5 @@
 """Teachers from folders of diffusers: schedules, outputs, conditions, and what is said when something is wrong."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import re

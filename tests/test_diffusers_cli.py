@@ -1,7 +1,5 @@
 """The command line with a teacher from a folder, or from a function: distill, sample, export, sample again."""
 
-from __future__ import annotations
-
 import json
 import shutil
 

@@ -1,7 +1,5 @@
 """A distilled diffusers teacher on disk: our loader gives the trainer's bits, stock pipelines the same to rounding."""
 
-from __future__ import annotations
-
 import json
 import warnings
 

@@ -187,7 +187,6 @@ def test_the_learning_rate_warms_up_and_falls_to_zero():
 @pytest.mark.exhaustive
 @pytest.mark.first
 def test_the_teacher_makes_digits():
-    """The bounds are those that the README's figures rest on; a third of the training keeps them, half a minute."""
     steps = 700
     assert steps < TeacherConfig().steps
     teacher = digits_teacher.train(TeacherConfig(steps=steps))

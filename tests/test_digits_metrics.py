@@ -1,7 +1,5 @@
 """The classifier of digits, and sets of them whose worth is known."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

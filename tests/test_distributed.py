@@ -1,7 +1,5 @@
 """Several ranks against one: the same noise, the same gradients; what is gathered, and how often."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 

@@ -1,7 +1,5 @@
 """What sharded networks gather and reduce, and how often; networks that somebody else wrapped; the group of ranks."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import time
@@ -70,11 +68,7 @@ def test_networks_are_gathered_once_and_gradients_reduced_once(ranks):
     assert few["e_step"] == {"allgather_base": 3 * groups}
     assert few["generator update"] == {"allgather_base": 3 * groups, "reduce_scatter_base": groups}
     # And one all-reduce for the norms of the gradient.
-    assert few["fake-score update"] == {
-        "allgather_base": 2 * groups,
-        "reduce_scatter_base": groups,
-        "allreduce": 1,
-    }
+    assert few["fake-score update"] == {"allgather_base": 2 * groups, "reduce_scatter_base": groups, "allreduce": 1}
 
 
 def reduces() -> dict:

@@ -1,7 +1,5 @@
 """Resumed on other ranks, stopped by signals, killed: what a run on a cluster must live through."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import io
@@ -88,8 +86,6 @@ def test_n_steps_and_n_more_are_two_n_bit_for_bit_on_the_same_ranks(ranks, tmp_p
     ],
 )
 def test_a_run_goes_on_on_other_ranks(ranks, tmp_path, before, after):
-    """Sizes of 7: neither two ranks nor three divide them."""
-
     def on(place, *arguments):
         world, mode = place
         settings = config(parallel=mode, optimizer_name="adamw")
@@ -233,7 +229,6 @@ def weights(folder, step) -> dict[str, torch.Tensor]:
 
 @pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all_and_the_run_goes_on(tmp_path):
-    """SIGTERM to one of two; then the same command again, to the end, and once more: it is finished."""
     folder = tmp_path / "run"
     words = command(folder, steps=100_000, save_every=5, parallel="fsdp")
     processes = started(words, 2)
@@ -282,7 +277,6 @@ def test_a_fault_that_rank_0_meets_stops_all_ranks_with_one_line(tmp_path, fault
 
 @pytest.mark.slow
 def test_a_rank_that_dies_ends_the_others_and_the_next_attempt_of_torchrun_goes_on(tmp_path):
-    """What torchrun --max-restarts does: all attempts meet in one store, which is the agent's."""
     folder = tmp_path / "run"
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 

@@ -1,7 +1,5 @@
 """From a checkpoint of EDM or EDM2 to a teacher: load, convert, and a distillation of it."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -1,7 +1,5 @@
 """Evaluation by a detector: of images in files, of runs, of what was exported, on one rank and on several."""
 
-from __future__ import annotations
-
 import json
 
 import detector_files as files

@@ -1,7 +1,5 @@
 """Generators of the project's own networks in one safetensors file."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """Detectors, run folders and recipes of an attacker: code that a file names is run only if the user names it too."""
 
-from __future__ import annotations
-
 import io
 import os
 import pickle
@@ -47,9 +45,6 @@ def refused(result):
     exit_code, err = result
     assert exit_code == 2 and len(err.strip().splitlines()) == 1 and len(err) < 900, result
     return err
-
-
-# Detectors ----------------------------------------------------------------------------------------------------------
 
 
 class Runs:
@@ -120,8 +115,6 @@ def test_a_program_runs_if_its_hash_is_known_or_the_user_names_it(tmp_path, monk
     with watched(), pytest.raises(CodeRefused):
         Detector(path, named=False)
 
-
-# Code that a run or a recipe names ----------------------------------------------------------------------------------
 
 MODULE = "hostile_module_of_a_run"
 TEACHER = f"{MODULE}:teacher"

@@ -1,7 +1,5 @@
 """Folders and archives of images as people have them: which files count, and what is said of the others."""
 
-from __future__ import annotations
-
 import io
 import os
 import struct

@@ -1,7 +1,5 @@
 """Fréchet distance, precision and recall against closed forms, EDM's formula and brute force."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np
@@ -101,7 +99,6 @@ def test_k_out_of_range(k):
 @pytest.mark.parametrize("k", [1, 3, 5])
 @pytest.mark.parametrize("entries", [2**25, 7 * 60])
 def test_precision_recall_where_copies_and_rims_decide(k, entries, monkeypatch):
-    """Copies within and across the sets, and samples that lie on the rim of a ball but for rounding."""
     monkeypatch.setattr(neighbours, "_ENTRIES", entries)
     generator = torch.Generator().manual_seed(k)
     real = torch.randn(60, 16, generator=generator, dtype=torch.float64)

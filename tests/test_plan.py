@@ -1,7 +1,5 @@
 """What the plan says against what a trainer holds and sends."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
@@ -184,7 +182,6 @@ def test_plan_prints_the_configuration_and_the_table_and_writes_nothing(call, re
 
 
 def test_what_cannot_fit_is_refused_before_it_is_allocated(refused, monkeypatch):
-    """Networks of 28 GiB each on a machine of one GiB."""
     monkeypatch.setattr(distill, "available", lambda: float(GIB))
     width = ["--mixture.generator-width", "60000", "--mixture.fake-score-width", "60000"]
     refused(2, "GiB a device, and there are 1: try", "distill", "gmm", "--out", "x", *width)

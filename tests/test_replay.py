@@ -1,7 +1,5 @@
 """One sample of a run again, alone: the same noise bit for bit, the same E-step to rounding."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 
@@ -56,7 +54,6 @@ def test_a_sample_alone_is_that_sample_of_the_whole_batch(changes):
 
 
 def test_what_is_seen_of_a_step_is_what_the_step_did():
-    """drift = (1 - gamma) drift + gamma sigma delta, from the deltas that were shown."""
     trainer = EMDTrainer(digits_teacher(), config(num_classes=3, langevin_steps=3))
     trainer.step()
     seen = []
@@ -143,7 +140,6 @@ def test_the_command_prints_the_steps_and_writes_the_pictures(folder, tmp_path, 
     [(1, 0.5, ["before.png", "after.png"]), (3, math.nan, ["before.png"]), (4, 0.5, [])],
 )
 def test_images_are_pictures_where_they_can_be_and_tensors_always(folder, tmp_path, channels, after, pictures):
-    """A sample that is not finite is what one looks for: it must not end in an error."""
     images = torch.zeros(1, channels, 8, 8)
     found = dataclasses.replace(replay(folder, 4, 0), before=images, after=images + after)
     assert [path.name for path in found.write(tmp_path)] == ["replay.txt", "samples.pt", *pictures]

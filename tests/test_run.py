@@ -1,7 +1,5 @@
 """A run in its folder, in this process; the command line as a process is in test_cli.py."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fcntl

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import contextlib
 import copy
 import dataclasses
@@ -77,7 +75,6 @@ def the_networks(trainer: EMDTrainer) -> list[torch.nn.Module]:
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_networks_are_fused_and_the_step_is_the_same(precision):
-    """But for rounding: of the gradient, since the sign of a small one is AdamW's whole first update."""
     settings = config(num_classes=3, precision=precision, gamma_z=0.001)
     plain, fused = (EMDTrainer(digits_teacher(), dataclasses.replace(settings, fuse=on)) for on in (False, True))
     assert not any(fusion_report(network).fused for network in the_networks(plain))
@@ -129,12 +126,7 @@ def test_compiled_blocks_train():
 
 @pytest.mark.parametrize(
     "changes",
-    [
-        {"seed": 3},
-        {"guidance": 1.5},
-        {"sampling": "x_z", "gamma_z": [[0.1, 0.001], [1.0, 0.01]]},
-        {"objective": "vsd"},
-    ],
+    [{"seed": 3}, {"guidance": 1.5}, {"sampling": "x_z", "gamma_z": [[0.1, 0.001], [1.0, 0.01]]}, {"objective": "vsd"}],
 )
 def test_n_steps_and_n_more_are_two_n_bit_for_bit(tmp_path, changes):
     teacher = digits_teacher(null_cond=0)
@@ -252,8 +244,7 @@ def test_step_sizes_by_sigma_are_interpolated():
 def test_times_lie_where_the_distribution_says(schedule, kind):
     teacher = Denoiser(TimeMLP(2, 16, 1, seed=1), schedule, "x0", sample_shape=(2,))
     trainer = EMDTrainer(
-        teacher,
-        config(t_star=0.5, batch_size=512, time_distribution={"kind": kind, "low": 0.1, "high": 2.0}),
+        teacher, config(t_star=0.5, batch_size=512, time_distribution={"kind": kind, "low": 0.1, "high": 2.0})
     )
     t = trainer.batches.times(trainer.config.time_distribution, 512, stream=6)
     ratio = torch.exp(-schedule.log_snr(t) / 2)
