@@ -28,8 +28,25 @@ def read_bytes(path: Path, largest: int = LARGEST) -> bytes:
 
 
 def read_text(path: Path, largest: int = LARGEST) -> str:
-    """The same as text in UTF-8. Raises UnicodeDecodeError, a ValueError, besides."""
-    return read_bytes(path, largest).decode()
+    """The text in a file, as `parse_text` has it. Raises as `read_bytes` and `parse_text` do."""
+    return parse_text(read_bytes(path, largest))
+
+
+def parse_text(content: bytes) -> str:
+    """Text in UTF-8, without the byte order mark at its start.
+
+    Raises:
+        ValueError: another encoding, or a NUL, which UTF-16 has in every Latin letter; with the line and the remedy.
+    """
+    try:
+        text = content.decode("utf-8-sig")
+        wrong = content.find(0)
+    except UnicodeDecodeError as error:  # with the mark, its start counts from behind it
+        text, wrong = "", len(content) - len(error.object) + error.start
+    if wrong >= 0:
+        what = "has a NUL" if content[wrong] == 0 else "is not UTF-8"
+        raise ValueError(f"line {content.count(10, 0, wrong) + 1} {what}: save it as UTF-8")
+    return text
 
 
 def parse_json(content: str | bytes) -> Any:
