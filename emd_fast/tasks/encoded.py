@@ -12,7 +12,8 @@ from emd_fast.io.files import write_text
 from emd_fast.io.reading import read_bytes, read_text, reason
 from emd_fast.io.signed import json_of, table_of
 from emd_fast.reporting.progress import say
-from emd_fast.train import checkpoint, conditions
+from emd_fast.tasks import OnStep, encoding
+from emd_fast.train import checkpoint
 
 TABLE, RECORD = "prompts.safetensors", "prompts.json"
 _LARGEST, _LONGEST = 2**28, 2**16  # bytes of a file of prompts; characters of a line: text encoders take some hundred
@@ -48,16 +49,17 @@ def _prompt(line: str, number: int) -> str:
     return line.removeprefix("\ufeff").strip()
 
 
-def encoded(teacher: Any, prompts: Path, folder: Path) -> Path:
+def encoded(teacher: Any, prompts: Path, folder: Path, on_step: OnStep | None = None) -> Path:
     """The table of the prompts in a run folder, encoded now if it is not there.
 
     A run that has a checkpoint keeps its table: a changed text or encoder is refused. A run that has
-    none encodes the prompts again.
+    none encodes the prompts again, and keeps what a killed one encoded of the same text.
 
     Args:
-        teacher: has `encode`, and `folder` with the text encoders.
+        teacher: has `text_encoder`, and `folder` with the text encoders.
         prompts: text file. A table that stands is used without it.
         folder: run folder.
+        on_step: is called after each batch.
 
     Raises:
         ConfigError: the text or the encoders are not those of the table, the table is damaged, or there is no prompt.
@@ -84,8 +86,11 @@ def encoded(teacher: Any, prompts: Path, folder: Path) -> Path:
         if not changed and table.exists():
             return table
     say(f"encoding {len(lines)} prompts")
-    conditions.save(table, teacher.encode(lines), teacher.encode([""]))
-    write_text(folder / RECORD, json_of({"format": 1, **now, **_file(table)}))
+    part = encoding.encode(teacher.text_encoder(), lines, folder, now, on_step)
+    # In this order: a run that is killed in between finds the whole table under its first name.
+    write_text(folder / RECORD, json_of({"format": 1, **now, **_file(part)}))
+    part.replace(table)
+    (folder / encoding.ROWS).unlink(missing_ok=True)
     return table
 
 

@@ -44,7 +44,7 @@ class Pretrained:
         self._check_classes(teacher)
         if self._is_judged:
             self._check_what_is_read_later(teacher)
-        self.prompts = self._prompts(teacher, folder)
+        self.prompts = self._prompts(teacher, folder, on_step)
         self._check_guidance(teacher)
         return teacher
 
@@ -107,7 +107,7 @@ class Pretrained:
             )
             raise ConfigError(f"guidance needs a null condition, and {helps}")
 
-    def _prompts(self, teacher: Denoiser, folder: Path) -> conditions.Table | None:
+    def _prompts(self, teacher: Denoiser, folder: Path, on_step: OnStep | None) -> conditions.Table | None:
         name = self.config.pretrained.prompts
         text = isinstance(teacher, folders.DiffusersDenoiser) and teacher.takes.embedding
         if not name:
@@ -119,7 +119,7 @@ class Pretrained:
         elif not text:
             raise ConfigError(f"this teacher takes no prompts, got --prompts {name}")
         else:
-            table = conditions.Mapped(encoded.encoded(teacher, Path(name), folder))
+            table = conditions.Mapped(encoded.encoded(teacher, Path(name), folder, on_step))
             self._encoded_in = folder
         if teacher.null_cond is None:
             teacher.null_cond = table.null_cond

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import math
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +17,19 @@ from emd_fast.diffusion.denoiser import Condition
 from emd_fast.io.files import write_atomic
 
 _ALONE, _NULL = "cond", "null."
+_Form = tuple[str, tuple[int, ...]]  # dtype, shape of a row
+_CODES = {  # as safetensors names them
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 class Table(Protocol):
@@ -96,14 +112,119 @@ def save(path: str | Path, cond: Condition, null_cond: Condition = None) -> None
 
     Raises:
         TypeError: another kind of condition.
+        ValueError: several batch sizes, or a null condition of another structure.
     """
-    from safetensors.torch import save as encoded
+    sizes = {len(leaf) if leaf.dim() else 0 for leaf in _named(cond).values()}
+    if len(sizes) != 1:
+        raise ValueError(f"conditions must have one batch size, got {sorted(sizes)}")
+    write_atomic(Path(path), lambda file: Writer(file, sizes.pop(), cond, null_cond).write(0, cond))
 
-    tensors = _named(cond)
-    if null_cond is not None:
-        tensors |= {_NULL + name: value for name, value in _named(null_cond).items()}
-    whole = encoded({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
-    write_atomic(Path(path), lambda file: file.write(whole))
+
+class Writer:
+    """Writes a table of conditions into a safetensors file, some rows at a time, in any order.
+
+    Args:
+        file: an unbuffered or new file that can be read and written at any position. What it holds beyond the header
+            and the null condition stays.
+        size: number of conditions, N.
+        like: a condition (1, ...) or more of them, which says shapes and dtypes.
+        null_cond: as for `save`.
+
+    Raises:
+        TypeError: another kind of condition, or a dtype that is not stored.
+        ValueError: a null condition of another structure.
+    """
+
+    def __init__(self, file: BinaryIO, size: int, like: Condition, null_cond: Condition = None) -> None:
+        rows = _named(like)
+        nulls = {} if null_cond is None else {_NULL + name: value for name, value in _named(null_cond).items()}
+        if nulls and (wrong := _null_differs(_forms(rows), _forms(nulls))):
+            raise ValueError(wrong)
+        self._file, self._rows = file, {name: value[:1] for name, value in rows.items()}
+        self._offsets: dict[str, int] = {}
+        header, end = {}, 0
+        whole = rows | nulls
+        # Larger items first, so that all are aligned.
+        for name in sorted(whole, key=lambda name: (-whole[name].element_size(), name)):
+            value = whole[name]
+            if value.dtype not in _CODES:
+                raise TypeError(f"conditions of {value.dtype} are not stored: convert them to float32 or int64")
+            shape = [size if name in rows else len(value), *value.shape[1:]]
+            self._offsets[name], begin = end, end
+            end += math.prod(shape) * value.element_size()
+            header[name] = {"dtype": _CODES[value.dtype], "shape": shape, "data_offsets": [begin, end]}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        start = 8 + len(text)
+        self._offsets = {name: start + offset for name, offset in self._offsets.items()}
+        file.seek(0)
+        _write(file, len(text).to_bytes(8, "little") + text)
+        file.truncate(start + end)
+        for name, value in nulls.items():
+            file.seek(self._offsets[name])
+            _write(file, _bytes(value))
+
+    def write(self, first: int, cond: Condition) -> int:
+        """Writes the conditions (n, ...) of the rows from `first` on, and returns their CRC-32.
+
+        Raises:
+            ValueError: rows of another shape or dtype.
+        """
+        values, crc = _named(cond), 0
+        if (forms := _forms(values)) != (wanted := _forms(self._rows)):
+            raise ValueError(f"conditions must be {_told(wanted)} as the others, got {_told(forms)}")
+        for name, row in self._rows.items():
+            content = _bytes(values[name])
+            self._file.seek(self._offsets[name] + first * row.nbytes)
+            _write(self._file, content)
+            crc = zlib.crc32(content, crc)
+        return crc
+
+    def crc(self, first: int, n: int) -> int:
+        """The CRC-32 of the n rows from `first` on, as they are in the file."""
+        crc = 0
+        for name, row in self._rows.items():
+            self._file.seek(self._offsets[name] + first * row.nbytes)
+            crc = zlib.crc32(self._file.read(n * row.nbytes), crc)
+        return crc
+
+
+def check_finite(cond: Condition, said: str) -> None:
+    """Whether all floating numbers of a condition are finite.
+
+    Raises:
+        ValueError: some are not. The message is `said`.
+    """
+    for leaf in pytree.tree_leaves(cond):
+        if leaf.is_floating_point() and not leaf.float().isfinite().all():
+            raise ValueError(said)
+
+
+def _forms(named: Mapping[str, Tensor]) -> dict[str, _Form]:
+    return {name: (str(value.dtype).removeprefix("torch."), tuple(value.shape[1:])) for name, value in named.items()}
+
+
+def _null_differs(rows: Mapping[str, _Form], nulls: Mapping[str, _Form]) -> str | None:
+    """Why a null condition does not fit the rows of a table, or None."""
+    wanted = {_NULL + name: form for name, form in rows.items()}
+    if wanted == nulls:
+        return None
+    return f"the null condition must be {_told(wanted)} as the rows, got {_told(nulls)}"
+
+
+def _told(forms: Mapping[str, _Form]) -> str:
+    told = [f"{name!r} {dtype} {('n', *shape)}".replace("'n'", "n") for name, (dtype, shape) in sorted(forms.items())]
+    return ", ".join(told)[:300]
+
+
+def _bytes(value: Tensor) -> memoryview:
+    return value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+
+
+def _write(file: BinaryIO, content: bytes | memoryview) -> None:
+    left = memoryview(content)
+    while left:  # an unbuffered file may take a part
+        left = left[file.write(left) :]
 
 
 def _named(cond: Condition) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from emd_fast.diffusion.denoiser import Condition, Denoiser
 from emd_fast.teachers.diffusers.architectures import ConditionSpec, Network
 from emd_fast.teachers.diffusers.folder import Folder, import_diffusers
 from emd_fast.teachers.diffusers.scheduler import SchedulerInfo, read
+from emd_fast.teachers.diffusers.encoder import TextEncoder
 
 __all__ = ["DiffusersDenoiser", "load"]
 
@@ -93,11 +94,19 @@ class DiffusersDenoiser(Denoiser):
         Raises:
             ConfigError: the teacher takes no text, or its folder has no text encoder.
         """
-        if not self.takes.embedding:
-            raise ValueError(f"this {self.folder.model_class} takes {self.takes}, not prompts")
         if isinstance(prompts, str):
             raise TypeError("prompts must be a list of strings, got one string")
-        return self.folder.encode(list(prompts), self.network.model)
+        return self.text_encoder()(prompts)
+
+    def text_encoder(self) -> TextEncoder:
+        """Reads the text encoders of the folder, for several calls.
+
+        Raises:
+            ValueError: the teacher takes no text, or its folder has no text encoder.
+        """
+        if not self.takes.embedding:
+            raise ValueError(f"this {self.folder.model_class} takes {self.takes}, not prompts")
+        return self.folder.text_encoder(self.network.model)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decodes latents to images (B, 3, H, W) float32 with the folder's VAE.

@@ -14,6 +14,7 @@ from emd_fast.diffusion.denoiser import Condition
 from emd_fast.io import paths, reading
 from emd_fast.teachers.diffusers import files, text, weights
 from emd_fast.teachers.diffusers.architectures import ARCHITECTURES, Architecture
+from emd_fast.teachers.diffusers.encoder import TextEncoder
 from emd_fast.teachers.diffusers.index import VAES, checked, class_of
 
 EXPORTED = "emd_fast.json"  # written by `emd_fast.export`; it lists the components too
@@ -177,7 +178,16 @@ class Folder:
         shift = getattr(vae.config, "shift_factor", None) or 0.0
         return vae.decode(latents.to(vae.dtype) / scale + shift).sample.float()
 
-    @torch.no_grad()
+    def text_encoder(self, model: nn.Module) -> TextEncoder:
+        """Reads the text encoders of the folder's pipeline, onto the device of the model.
+
+        Raises:
+            ConfigError: the folder has no text encoder, or one that cannot be read.
+        """
+        if not self.has("text_encoder"):
+            raise ConfigError(f"{self.root} has no text encoder: give embeddings instead of prompts")
+        return text.read(self.root, self.index, self.architecture.component, model)
+
     def encode(self, prompts: list[str], model: nn.Module) -> Condition:
         """Encodes prompts with the text encoders of the folder's pipeline.
 
@@ -189,9 +199,7 @@ class Folder:
         Raises:
             ConfigError: the folder has no text encoder.
         """
-        if not self.has("text_encoder"):
-            raise ConfigError(f"{self.root} has no text encoder: give embeddings instead of prompts")
-        return text.encode(self.root, self.index, prompts, self.architecture.component, model)
+        return self.text_encoder(model)(prompts)
 
     def _class(self, component: str, library: str, classes: tuple[str, ...]) -> str:
         try:
