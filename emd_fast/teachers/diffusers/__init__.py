@@ -102,10 +102,10 @@ class DiffusersDenoiser(Denoiser):
         """Reads the text encoders of the folder, for several calls.
 
         Raises:
-            ValueError: the teacher takes no text, or its folder has no text encoder.
+            ConfigError: the teacher takes no text, or its folder has no text encoder.
         """
         if not self.takes.embedding:
-            raise ValueError(f"this {self.folder.model_class} takes {self.takes}, not prompts")
+            raise ConfigError(f"this {self.folder.model_class} takes {self.takes}, not prompts")
         return self.folder.text_encoder(self.network.model)
 
     def decode(self, latents: Tensor) -> Tensor:

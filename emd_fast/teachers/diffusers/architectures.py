@@ -117,7 +117,8 @@ class Network(nn.Module):
             return {"class_labels": cond}
         if takes.pooled and isinstance(cond, Mapping) and set(cond) == {"prompt_embeds", "pooled_projections"}:
             tokens, pooled = cond["prompt_embeds"], cond["pooled_projections"]
-            if tokens.shape[::2] == (len(x), takes.embedding) and pooled.shape == (len(x), takes.pooled):
+            floating = tokens.is_floating_point() and pooled.is_floating_point() and tokens.dim() == 3
+            if floating and tokens.shape[::2] == (len(x), takes.embedding) and pooled.shape == (len(x), takes.pooled):
                 return {"encoder_hidden_states": tokens.to(x.dtype), "pooled_projections": pooled.to(x.dtype)}
         elif takes.embedding and not takes.pooled and isinstance(cond, Tensor):
             if cond.is_floating_point() and cond.dim() == 3 and cond.shape[::2] == (len(x), takes.embedding):
