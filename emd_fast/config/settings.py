@@ -77,7 +77,9 @@ class Setting:
         if not self.holds(value):
             each = "each " if isinstance(value, tuple) else ""
             why = f": {self.why}" if self.why else ""
-            raise ConfigError(f"{name} must {each}be {self.range}{why}, got {value!r}")
+            raise ConfigError(f"{name} must {each}be {self.range}{why}, got {shown(value)}")
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:  # tensors hold no other
+            raise ConfigError(f"{name} must be an integer of 64 bits, got {shown(value)}")
 
 
 def setting(default: Any, help: str, **facts: Any) -> Any:
@@ -177,6 +179,15 @@ def forbidden_change(was: Any, now: Any) -> Change | None:
         if inner is not None:
             return inner._replace(key=f"{item.name}.{inner.key}")
     return None
+
+
+def shown(value: Any) -> str:
+    """A value or a key as errors show it: one line of bounded length."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # nested without end; an integer of more digits than Python prints
+        text = f"{type(value).__name__} that cannot be printed"
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _numbers(value: Any) -> list[float]:

@@ -1,14 +1,16 @@
-"""Reads whole files of others: regular files of a bounded size, and JSON that cannot exhaust the reader."""
+"""Reads whole files of others: regular, of a bounded size; text, JSON and TOML that cannot exhaust the reader."""
 
 from __future__ import annotations
 
 import json
 import os
 import stat
+import tomllib
 from pathlib import Path
 from typing import Any
 
 LARGEST = 2**26  # bytes of a file of settings or metrics
+_MOST_DOTS = 256
 
 
 def read_bytes(path: Path, largest: int = LARGEST) -> bytes:
@@ -57,6 +59,22 @@ def parse_json(content: str | bytes) -> Any:
     """
     try:
         return json.loads(content)
+    except RecursionError:
+        raise ValueError("it is nested without end") from None
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """A TOML table.
+
+    Raises:
+        ValueError: not TOML, nested without end, a number of too many digits, or a line of too many dots.
+    """
+    for number, line in enumerate(text.split("\n"), 1):
+        # tomllib takes the square of the parts of a dotted key in time.
+        if line.count(".") > _MOST_DOTS:
+            raise ValueError(f"line {number} has more than {_MOST_DOTS} dots: write it as several lines")
+    try:
+        return tomllib.loads(text)
     except RecursionError:
         raise ValueError("it is nested without end") from None
 
