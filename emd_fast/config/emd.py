@@ -22,9 +22,9 @@ from emd_fast.config.settings import (
     sections,
     setting,
     settings,
-    shown,
 )
 from emd_fast.config.tables import converted, nearest, validate
+from emd_fast.io.reading import shown
 
 StepSize = float | list[tuple[float, float]]
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from emd_fast.config.run import RunConfig
-from emd_fast.config.settings import ConfigError, shown
+from emd_fast.config.settings import ConfigError
 from emd_fast.config.tables import from_dict, nearest
-from emd_fast.io.reading import parse_toml, read_text, reason
+from emd_fast.io.reading import parse_toml, read_text, reason, shown
 
 _LARGEST = 2**16  # bytes of a recipe; the longest that ships has a thirtieth
 

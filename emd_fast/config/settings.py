@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from emd_fast.io.reading import shown
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be used.
@@ -179,15 +181,6 @@ def forbidden_change(was: Any, now: Any) -> Change | None:
         if inner is not None:
             return inner._replace(key=f"{item.name}.{inner.key}")
     return None
-
-
-def shown(value: Any) -> str:
-    """A value or a key as errors show it: one line of bounded length."""
-    try:
-        text = repr(value)
-    except (RecursionError, ValueError):  # nested without end; an integer of more digits than Python prints
-        text = f"{type(value).__name__} that cannot be printed"
-    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _numbers(value: Any) -> list[float]:

@@ -11,7 +11,8 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from emd_fast.config.settings import ConfigError, flat_keys, shown
+from emd_fast.config.settings import ConfigError, flat_keys
+from emd_fast.io.reading import shown
 
 T = TypeVar("T")
 _NOT_IN_NAMES = ("Cc", "Cs", "Zl", "Zp")  # controls, lone surrogates, separators of lines and paragraphs

@@ -91,6 +91,15 @@ def reason(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:300]
 
 
+def shown(value: Any) -> str:
+    """A value or a key as errors show it: one line of bounded length."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # nested without end; an integer of more digits than Python prints
+        text = f"{type(value).__name__} that cannot be printed"
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
 def check_regular(folder: Path) -> None:
     """Whether all that lies in a folder is regular files and folders, links followed.
 

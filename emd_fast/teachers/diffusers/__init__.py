@@ -14,10 +14,11 @@ from torch import Tensor
 
 from emd_fast.config import ConfigError
 from emd_fast.diffusion.denoiser import Condition, Denoiser
+from emd_fast.io.reading import shown
 from emd_fast.teachers.diffusers.architectures import ConditionSpec, Network
+from emd_fast.teachers.diffusers.encoder import TextEncoder
 from emd_fast.teachers.diffusers.folder import Folder, import_diffusers
 from emd_fast.teachers.diffusers.scheduler import SchedulerInfo, read
-from emd_fast.teachers.diffusers.encoder import TextEncoder
 
 __all__ = ["DiffusersDenoiser", "load"]
 
@@ -180,7 +181,7 @@ def _sample_shape(config: Any) -> tuple[int, ...]:
         )
     sides = (size, size) if isinstance(size, int) else size
     if not isinstance(sides, (list, tuple)) or not all(type(side) is int and 0 < side <= 2**14 for side in sides):
-        raise ConfigError(f"the model's configuration has sample_size = {str(size)[:100]}, not (H, W)")
+        raise ConfigError(f"the model's configuration has sample_size = {shown(size)}, not (H, W)")
     return (config["in_channels"], *sides)
 
 

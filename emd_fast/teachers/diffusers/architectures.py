@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from emd_fast.config import ConfigError
 from emd_fast.diffusion.denoiser import Condition
+from emd_fast.io.reading import shown
 from emd_fast.teachers.labels import check_labels
 
 
@@ -48,7 +49,7 @@ class Architecture:
 def _unet(config: Mapping[str, Any]) -> ConditionSpec:
     if config.get("time_embedding_type", "positional") != "positional":
         raise ConfigError(
-            f"a UNet2DModel with time_embedding_type = {config['time_embedding_type']!r} is not supported: "
+            f"a UNet2DModel with time_embedding_type = {shown(config['time_embedding_type'])} is not supported: "
             "'positional' is"
         )
     return ConditionSpec(num_classes=_classes(config))
@@ -58,8 +59,8 @@ def _text_unet(config: Mapping[str, Any]) -> ConditionSpec:
     for key in ("addition_embed_type", "encoder_hid_dim_type", "class_embed_type", "num_class_embeds"):
         if config.get(key) is not None:
             raise ConfigError(
-                f"a UNet2DConditionModel with {key} = {config[key]!r} is not supported: one that takes text embeddings "
-                "alone is"
+                f"a UNet2DConditionModel with {key} = {shown(config[key])} is not supported: one that takes text "
+                "embeddings alone is"
             )
     return ConditionSpec(embedding=config["cross_attention_dim"])
 
@@ -67,7 +68,7 @@ def _text_unet(config: Mapping[str, Any]) -> ConditionSpec:
 def _classes(config: Mapping[str, Any]) -> int:
     if config.get("class_embed_type") is not None:
         raise ConfigError(
-            f"class_embed_type = {config['class_embed_type']!r} is not supported: num_class_embeds alone is"
+            f"class_embed_type = {shown(config['class_embed_type'])} is not supported: num_class_embeds alone is"
         )
     return config.get("num_class_embeds") or 0
 

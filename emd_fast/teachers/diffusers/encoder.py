@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from torch.utils import _pytree as pytree
 from emd_fast.config import ConfigError
 from emd_fast.diffusion.denoiser import Condition
 from emd_fast.io import reading
+from emd_fast.teachers.diffusers import weights
 
 BATCH = 32
 """Prompts that the encoders take at once: about 30 MB of activations of the CLIP of Stable Diffusion 1.5."""
@@ -69,7 +68,7 @@ class TextEncoder:
             if any("\ud800" <= letter <= "\udfff" for letter in prompt):
                 raise ConfigError(f"prompt {i} holds a lone surrogate: give it in UTF-8")
         try:
-            with _quiet():
+            with weights.silenced():
                 starts = range(0, len(prompts), BATCH)
                 parts = [self._encoded(list(prompts[start : start + BATCH])) for start in starts]
         except Exception as error:  # tokenizers and encoders raise exceptions of many kinds
@@ -85,22 +84,8 @@ class TextEncoder:
     def truncated(self, prompts: Sequence[str]) -> int:
         """The number of prompts that have more tokens than one of the encoders takes."""
         longer: set[int] = set()
-        with _quiet():
+        with weights.silenced():
             for tokenizer, limit in self._tokenizers:
                 tokens = tokenizer(list(prompts), truncation=False, padding=False).input_ids
                 longer |= {i for i, each in enumerate(tokens) if len(each) > limit}
         return len(longer)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Context manager: both packages log no warning, such as the texts of prompts that are truncated."""
-    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

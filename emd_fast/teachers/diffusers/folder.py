@@ -77,10 +77,11 @@ class Folder:
         self.model_class: str = read_json(self.model / "config.json").get("_class_name") or ""
         if not self.model_class:
             raise ConfigError(f"{self.model} is no model of diffusers: its config.json has no _class_name")
-        if not isinstance(self.model_class, str):
+        name = self.model_class
+        if not isinstance(name, str) or not name.isidentifier() or len(name) > 100:
             raise ConfigError(
                 f"{self.model} is no model of diffusers: _class_name in its config.json is "
-                f"{str(self.model_class)[:100]}, not the name of a class: {', '.join(ARCHITECTURES)} are supported"
+                f"{reading.shown(name)}, not the name of a class: {', '.join(ARCHITECTURES)} are supported"
             )
         if self.model_class not in ARCHITECTURES:
             raise ConfigError(
