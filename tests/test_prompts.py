@@ -220,6 +220,8 @@ def test_a_prompt_that_is_no_text(tmp_path, prompt):
     teacher = teachers.load(folders.stable_diffusion(tmp_path / "teacher"))
     with pytest.raises(ValueError, match="prompt 1 holds a lone surrogate: give it in UTF-8"):
         teacher.encode(["a", prompt])
+    with pytest.raises(ValueError, match="there is no prompt to encode"):
+        teacher.encode([])
 
 
 @needs_text

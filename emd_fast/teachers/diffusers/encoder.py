@@ -64,6 +64,8 @@ class TextEncoder:
         Raises:
             ConfigError: a prompt that is no text, or an encoder that fails.
         """
+        if not prompts:
+            raise ConfigError("there is no prompt to encode: give at least one")
         for i, prompt in enumerate(prompts):
             if any("\ud800" <= letter <= "\udfff" for letter in prompt):
                 raise ConfigError(f"prompt {i} holds a lone surrogate: give it in UTF-8")
