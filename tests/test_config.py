@@ -1,10 +1,14 @@
 import dataclasses
+import os
+import re
 from pathlib import Path
 
 import pytest
 import tomli_w
+from watch import bounded
 
 from emd_fast import config
+from emd_fast.cli import commands
 from emd_fast.cli.keys import overrides
 from emd_fast.config import ConfigError, EMDConfig, RunConfig, TimeDistribution
 
@@ -167,6 +171,98 @@ def test_a_recipe_that_is_not_toml_is_named(tmp_path):
         config.load(str(path))
     with pytest.raises(ConfigError, match="cannot read the recipe"):
         config.load(str(tmp_path / "none.toml"))
+
+
+MARK = b"\xef\xbb\xbf"
+GOOD = "task = 'gmm'  # \u00e9\n[emd]\nsteps = 7\n"
+
+
+@pytest.mark.parametrize("content", [GOOD.encode(), MARK + GOOD.encode(), GOOD.replace("\n", "\r\n").encode()])
+def test_recipes_are_read_as_utf_8_with_or_without_a_mark(tmp_path, content):
+    (tmp_path / "mine.toml").write_bytes(content)
+    assert config.load(str(tmp_path / "mine.toml")).emd.steps == 7
+
+
+HUGE = "0x1" + "0" * 10**4  # as a decimal number it has more digits than Python prints
+NO_RECIPES = {
+    "UTF-16": (GOOD.encode("utf-16"), "line 1 is not UTF-8: save it as UTF-8"),
+    "UTF-16 without a mark": ("task = 'gmm'\n".encode("utf-16-le"), "line 1 has a NUL"),
+    "Latin-1": (b"[emd]\n" + GOOD.encode("latin-1"), "line 2 is not UTF-8"),
+    "a NUL": (b"[emd]\nsteps = 3\0\n", "line 2 has a NUL"),
+    "100 MB of nonsense": (None, "at most 65,536 are read"),
+    "nested lists": (b"a = " + b"[" * 10**4, "is not valid TOML: it is nested without end"),
+    "nested tables": (b"a = " + b"{a = " * 10**4, "is not valid TOML: it is nested without end"),
+    "a long dotted key": (b"a." * 3 * 10**4 + b"a = 1", "line 1 has more than 256 dots"),
+    "an integer of 10^4 digits": (b"[emd]\nsteps = " + b"9" * 10**4, "is not valid TOML: Exceeds the limit"),
+    "a hexadecimal one": (
+        f"[emd]\nsteps = {HUGE}".encode(),
+        "steps must be an integer of 64 bits, got int that cannot",
+    ),
+    "a hexadecimal one as float": (f"[emd]\nmax_z_rms = {HUGE}".encode(), "max_z_rms must be float, got int that can"),
+    "a hexadecimal one as word": (
+        f"task = {HUGE}".encode(),
+        "task must be one of 'digits', 'gmm', 'pretrained', got int",
+    ),
+    "a hexadecimal one in a list": (f"[emd]\ngamma_z = [{HUGE}]".encode(), "gamma_z must be .* that cannot be printed"),
+    "an integer of 65 bits": (b"[emd]\nsteps = 18446744073709551616", "steps must be an integer of 64 bits"),
+    "NaN": (b"[emd]\nt_star = nan", "t_star must be float, got nan"),
+    "an infinite number": (b"[emd]\nt_star = -inf", "t_star must be float, got -inf"),
+    "a number that becomes infinite": (b"[emd]\nt_star = 1e400", "t_star must be float, got inf"),
+    "NaN in a list": (b"[emd]\ngamma_z = [[nan, 0.1]]", "gamma_z must be "),
+    "a key with a line": (b'"a\\nb" = 1', r"unknown key 'a\\nb'"),
+    "a key with a separator of lines": ('"a\u2028b" = 1'.encode(), r"unknown key 'a\\u2028b'"),
+    "a long key": (b"a" * 10**4 + b" = 1", r"unknown key 'a{199}\.\.\.;"),
+    "a table with a line": (b'[emd."a\\nb"]\nc = 1', r"unknown key 'emd\.a\\nb'"),
+    "text with a line": (b'[pretrained]\nteacher = "a\\nb"', "teacher must be text without control characters"),
+    "text with a NUL": (b'[pretrained]\nprompts = "a\\u0000b"', "prompts must be text without control characters"),
+    "text with a separator": ('[evaluation]\nclip = "a\u2028b"'.encode(), "clip must be text without control char"),
+    "a deep value": (b"[emd]\nsteps." + b"a." * 200 + b"a = 1", "steps must be int, got "),
+    "a date": (b"[emd]\nsteps = 2000-01-01", "steps must be int, got datetime"),
+    "a key twice": (b"[emd]\nsteps = 1\nsteps = 2", "is not valid TOML: Cannot overwrite a value"),
+}
+
+
+def refused(path, said, capsys):
+    assert commands.main(["plan", str(path)]) == 2
+    err = capsys.readouterr().err.strip()
+    assert str(path) in err and re.search(said, err) and len(err.splitlines()) == 1 and len(err) < 2000, err
+
+
+@pytest.mark.parametrize("name", NO_RECIPES)
+def test_a_file_that_is_no_recipe_is_named_in_one_line(tmp_path, name, capsys):
+    content, said = NO_RECIPES[name]
+    path = tmp_path / "mine.toml"
+    path.write_bytes(content or b"")
+    if content is None:
+        os.truncate(path, 10**8)
+    with bounded(64):
+        refused(path, said, capsys)
+
+
+def test_what_is_no_file_is_no_recipe(tmp_path, capsys):
+    os.mkfifo(tmp_path / "fifo.toml")
+    (tmp_path / "folder.toml").mkdir()
+    (tmp_path / "zero.toml").symlink_to("/dev/zero")
+    refused(tmp_path / "fifo.toml", "it is not a regular file", capsys)
+    refused(tmp_path / "folder.toml", "Is a directory", capsys)
+    refused(tmp_path / "zero.toml", "it is not a regular file", capsys)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--seed", "9" * 10**4], "seed must be int, got '9"),
+        (["--seed", HUGE], "seed must be in [0, 2^63), got int that cannot be printed"),
+        (["--gamma-z", "[" * 10**4], "gamma_z must be "),
+        (["--seed", "1\n[emd]\nsteps = 3"], "seed must be int, got '1"),
+        (["--prompts", "a\udcffb"], "prompts must be text without control characters, in UTF-8"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_options_have_the_same_rules(words, said, capsys):
+    assert commands.main(["plan", "gmm", *words]) == 2
+    err = capsys.readouterr().err.strip()
+    assert said in err and len(err.splitlines()) == 1 and len(err) < 2000, err
 
 
 def test_overrides_reach_nested_tables():

@@ -218,14 +218,22 @@ def test_a_picture_that_a_kill_took_is_drawn_by_the_next_leg(tmp_path, monkeypat
 
 
 class Teacher:
-    """Encodes the length of each prompt, and counts its calls."""
+    """A teacher and its text encoder: encodes the length of each prompt, and counts its calls."""
 
     def __init__(self, root):
         self.folder, self.calls = type("Folder", (), {"root": root}), 0
         (root / "text_encoder").mkdir(parents=True)
         (root / "text_encoder" / "config.json").write_text("{}")
 
-    def encode(self, prompts):
+    batch = 32
+
+    def text_encoder(self):
+        return self
+
+    def truncated(self, prompts):
+        return 0
+
+    def __call__(self, prompts):
         self.calls += 1
         return torch.tensor([[[float(len(prompt))]] for prompt in prompts])
 

@@ -335,3 +335,28 @@ def test_single_files_that_are_no_teacher(tmp_path, monkeypatch, capsys, names, 
         assert commands.main(["distill", "--teacher", name, "--out", "run"]) == 2
         error = capsys.readouterr().err
         assert words in error and len(error.strip().splitlines()) == 1, error
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "fits"),
+    [
+        ("norm_eps", None, False),
+        ("norm_eps", "1e-5", False),
+        ("num_layers", "2", False),
+        ("num_layers", True, False),
+        ("activation_fn", 3, False),
+        ("attention_bias", "yes", False),
+        ("norm_eps", 1, True),
+        ("dropout", 0, True),
+        ("upcast_attention", None, True),
+        ("sample_size", None, True),
+        ("num_embeds_ada_norm", None, True),
+    ],
+)
+def test_values_of_another_kind_than_the_default(key, value, fits):
+    config = {"norm_eps": 1e-5, key: value}
+    if fits:
+        weights.check_kinds(diffusers.DiTTransformer2DModel, config)
+    else:
+        with pytest.raises(ValueError, match=f"its configuration has {key} = .* where one like .* is expected"):
+            weights.check_kinds(diffusers.DiTTransformer2DModel, config)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Sequence
 from typing import Any
 
 from emd_fast import config
 from emd_fast.config import ConfigError
+from emd_fast.io.reading import parse_toml
 
 
 def overrides(words: Sequence[str]) -> dict[str, Any]:
@@ -44,8 +44,8 @@ def _value(text: str) -> Any:
     if text.lower() == "none":
         return None
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        return text if "\n" in text else parse_toml(f"value = {text}")["value"]
+    except ValueError:
         return text
 
 

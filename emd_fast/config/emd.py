@@ -13,8 +13,18 @@ from emd_fast.config.sections import (
     ParallelismConfig,
     TimeDistribution,
 )
-from emd_fast.config.settings import ConfigError, While, documented, flat_keys, section, sections, setting, settings
+from emd_fast.config.settings import (
+    ConfigError,
+    While,
+    documented,
+    flat_keys,
+    section,
+    sections,
+    setting,
+    settings,
+)
 from emd_fast.config.tables import converted, nearest, validate
+from emd_fast.io.reading import shown
 
 StepSize = float | list[tuple[float, float]]
 
@@ -81,7 +91,7 @@ class EMDConfig:
         places = flat_keys(type(self))
         for name in (name for name in given if name not in names):
             if name not in places:
-                raise ConfigError(f"unknown key {name!r}{nearest(name, [*names, *places])}")
+                raise ConfigError(f"unknown key {shown(name)}{nearest(name, [*names, *places])}")
             flat.setdefault(places[name].section, {})[places[name].key] = given[name]
         for item in settings(type(self)):
             object.__setattr__(self, item.name, given.get(item.name, item.default))
@@ -101,7 +111,7 @@ def _check_step_size(name: str, size: StepSize) -> None:
     ratios = [ratio for ratio, _ in size]
     if not ratios or ratios[0] <= 0 or ratios != sorted(set(ratios)):
         raise ConfigError(
-            f"{name} must be pairs [sigma / alpha, value] with rising sigma / alpha above 0, got {size!r}"
+            f"{name} must be pairs [sigma / alpha, value] with rising sigma / alpha above 0, got {shown(size)}"
         )
     if any(value <= 0 for _, value in size):  # interpolated in logarithms
-        raise ConfigError(f"{name} must be above 0 where it is a table, got {size!r}")
+        raise ConfigError(f"{name} must be above 0 where it is a table, got {shown(size)}")

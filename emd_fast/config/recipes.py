@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -11,6 +10,9 @@ from typing import Any
 from emd_fast.config.run import RunConfig
 from emd_fast.config.settings import ConfigError
 from emd_fast.config.tables import from_dict, nearest
+from emd_fast.io.reading import parse_toml, read_text, reason, shown
+
+_LARGEST = 2**16  # bytes of a recipe; the longest that ships has a thirtieth
 
 
 def recipes() -> list[str]:
@@ -37,7 +39,7 @@ def load(recipe: str, overrides: Mapping[str, Any] | None = None) -> RunConfig:
             for depth, part in enumerate(tables, 1):
                 table = table.setdefault(part, {})
                 if not isinstance(table, dict):
-                    raise ConfigError(f"{'.'.join(tables[:depth])} must be a table, got {table!r}")
+                    raise ConfigError(f"{'.'.join(tables[:depth])} must be a table, got {shown(table)}")
             table[name] = value
         return from_dict(RunConfig, data)
     except ConfigError as error:
@@ -48,17 +50,15 @@ def _read(recipe: str) -> dict[str, Any]:
     path = Path(recipe)
     if path.suffix == ".toml":
         try:
-            if path.exists() and not path.is_file():  # a fifo would block
-                raise ConfigError(f"cannot read the recipe {recipe}: it is not a regular file")
-            text = path.read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot read the recipe {recipe}: {getattr(error, 'strerror', error)}") from None
+            text = read_text(path, _LARGEST)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"cannot read the recipe {recipe}: {reason(error)}") from None
     elif recipe in recipes():
-        text = (resources.files("emd_fast") / "recipes" / f"{recipe}.toml").read_text()
+        text = (resources.files("emd_fast") / "recipes" / f"{recipe}.toml").read_text("utf-8")
     else:
         known = f"the recipes are {', '.join(recipes())}; a .toml file is given by its path"
         raise ConfigError(f"no recipe {recipe!r}: {known}{nearest(recipe, recipes())}")
     try:
-        return tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise ConfigError(f"{recipe} is not valid TOML: {error}") from None
+        return parse_toml(text)
+    except ValueError as error:
+        raise ConfigError(f"{recipe} is not valid TOML: {reason(error)}") from None

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from emd_fast.io.reading import shown
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be used.
@@ -77,7 +79,9 @@ class Setting:
         if not self.holds(value):
             each = "each " if isinstance(value, tuple) else ""
             why = f": {self.why}" if self.why else ""
-            raise ConfigError(f"{name} must {each}be {self.range}{why}, got {value!r}")
+            raise ConfigError(f"{name} must {each}be {self.range}{why}, got {shown(value)}")
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:  # tensors hold no other
+            raise ConfigError(f"{name} must be an integer of 64 bits, got {shown(value)}")
 
 
 def setting(default: Any, help: str, **facts: Any) -> Any:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import math
 import types
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from emd_fast.config.settings import ConfigError, flat_keys
+from emd_fast.io.reading import shown
 
 T = TypeVar("T")
+_NOT_IN_NAMES = ("Cc", "Cs", "Zl", "Zp")  # controls, lone surrogates, separators of lines and paragraphs
 
 
 def validate(config: Any) -> None:
@@ -48,8 +52,8 @@ def converted(value: Any, wanted: Any, name: str) -> Any:
     elif origin is Literal:
         if value in arguments:
             return value
-        near = nearest(str(value), [str(argument) for argument in arguments])
-        raise ConfigError(f"{name} must be one of {', '.join(map(repr, arguments))}, got {value!r}{near}")
+        near = nearest(value, [str(argument) for argument in arguments]) if isinstance(value, str) else ""
+        raise ConfigError(f"{name} must be one of {', '.join(map(repr, arguments))}, got {shown(value)}{near}")
     elif origin is tuple and isinstance(value, (list, tuple)) and len(value) == len(arguments):
         return tuple(converted(v, a, name) for v, a in zip(value, arguments, strict=True))
     elif origin is list and isinstance(value, (list, tuple)):
@@ -57,11 +61,17 @@ def converted(value: Any, wanted: Any, name: str) -> Any:
     elif isinstance(wanted, type) and dataclasses.is_dataclass(wanted) and isinstance(value, Mapping):
         return from_dict(wanted, value, name)
     elif wanted is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        if math.isfinite(value):
-            return float(value)
+        with contextlib.suppress(OverflowError):  # an integer beyond the largest float
+            if math.isfinite(number := float(value)):
+                return number
+    elif wanted is str and isinstance(value, str):
+        # Such a name would break the one line of an error, and no file has a NUL in its name.
+        if any(unicodedata.category(letter) in _NOT_IN_NAMES for letter in value):
+            raise ConfigError(f"{name} must be text without control characters, in UTF-8, got {shown(value)}")
+        return value
     elif isinstance(wanted, type) and isinstance(value, wanted) and not (wanted is int and isinstance(value, bool)):
         return value
-    raise ConfigError(f"{name} must be {_spell(wanted)}, got {value!r}")
+    raise ConfigError(f"{name} must be {_spell(wanted)}, got {shown(value)}")
 
 
 def _spell(wanted: Any) -> str:
@@ -97,11 +107,11 @@ def from_dict(cls: type[T], data: Mapping[str, Any], path: str = "") -> T:
             renamed = key.replace("student", "fake_score")
             where = f" of [{prefix}{flat[renamed].section}]" if renamed in flat else ""
             if renamed != key and (renamed in names or where):
-                raise ConfigError(f"{key!r} is a key of a release before 0.2: it is {renamed!r}{where} now")
+                raise ConfigError(f"{shown(key)} is a key of a release before 0.2: it is {shown(renamed)}{where} now")
             if where:
-                raise ConfigError(f"{prefix + key!r} is a key{where} now")
+                raise ConfigError(f"{shown(prefix + key)} is a key{where} now")
             near = nearest(key, [*names, *flat], f"; the keys are {', '.join(names)}")
-            raise ConfigError(f"unknown key {prefix + key!r}{near}")
+            raise ConfigError(f"unknown key {shown(prefix + key)}{near}")
         is_table = dataclasses.is_dataclass(hints[key]) and isinstance(value, Mapping)
         read[key] = from_dict(hints[key], value, prefix + key) if is_table else value
     return cls(**read)

@@ -1,14 +1,16 @@
-"""Reads whole files of others: regular files of a bounded size, and JSON that cannot exhaust the reader."""
+"""Reads whole files of others: regular, of a bounded size; text, JSON and TOML that cannot exhaust the reader."""
 
 from __future__ import annotations
 
 import json
 import os
 import stat
+import tomllib
 from pathlib import Path
 from typing import Any
 
 LARGEST = 2**26  # bytes of a file of settings or metrics
+_MOST_DOTS = 256
 
 
 def read_bytes(path: Path, largest: int = LARGEST) -> bytes:
@@ -28,8 +30,25 @@ def read_bytes(path: Path, largest: int = LARGEST) -> bytes:
 
 
 def read_text(path: Path, largest: int = LARGEST) -> str:
-    """The same as text in UTF-8. Raises UnicodeDecodeError, a ValueError, besides."""
-    return read_bytes(path, largest).decode()
+    """The text in a file, as `parse_text` has it. Raises as `read_bytes` and `parse_text` do."""
+    return parse_text(read_bytes(path, largest))
+
+
+def parse_text(content: bytes) -> str:
+    """Text in UTF-8, without the byte order mark at its start.
+
+    Raises:
+        ValueError: another encoding, or a NUL, which UTF-16 has in every Latin letter; with the line and the remedy.
+    """
+    try:
+        text = content.decode("utf-8-sig")
+        wrong = content.find(0)
+    except UnicodeDecodeError as error:  # with the mark, its start counts from behind it
+        text, wrong = "", len(content) - len(error.object) + error.start
+    if wrong >= 0:
+        what = "has a NUL" if content[wrong] == 0 else "is not UTF-8"
+        raise ValueError(f"line {content.count(10, 0, wrong) + 1} {what}: save it as UTF-8")
+    return text
 
 
 def parse_json(content: str | bytes) -> Any:
@@ -44,6 +63,22 @@ def parse_json(content: str | bytes) -> Any:
         raise ValueError("it is nested without end") from None
 
 
+def parse_toml(text: str) -> dict[str, Any]:
+    """A TOML table.
+
+    Raises:
+        ValueError: not TOML, nested without end, a number of too many digits, or a line of too many dots.
+    """
+    for number, line in enumerate(text.split("\n"), 1):
+        # tomllib takes the square of the parts of a dotted key in time.
+        if line.count(".") > _MOST_DOTS:
+            raise ValueError(f"line {number} has more than {_MOST_DOTS} dots: write it as several lines")
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested without end") from None
+
+
 def read_json(path: Path, largest: int = LARGEST) -> Any:
     """The JSON value in a file. Raises as `read_bytes` and `parse_json` do."""
     return parse_json(read_bytes(path, largest))
@@ -54,6 +89,15 @@ def reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return (str(error).splitlines() or [type(error).__name__])[0][:300]
+
+
+def shown(value: Any) -> str:
+    """A value or a key as errors show it: one line of bounded length."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # nested without end; an integer of more digits than Python prints
+        text = f"{type(value).__name__} that cannot be printed"
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def check_regular(folder: Path) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from emd_fast.io.files import write_text
-from emd_fast.io.reading import parse_json, read_bytes, read_text, reason
+from emd_fast.io.reading import parse_json, parse_toml, read_bytes, read_text, reason
 from emd_fast.io.signed import table_of
 from emd_fast.reporting import journal, pictures
 
@@ -35,7 +34,7 @@ def write(folder: str | os.PathLike[str], note: str | None = None) -> Path:
     if not folder.is_dir():
         raise FileNotFoundError(f"no run folder {folder}")
     config_text = _text(folder / "config.toml")
-    config = tomllib.loads(config_text) if config_text else {}
+    config = parse_toml(config_text) if config_text else {}
     metrics = _metrics(folder / "metrics.json")
     task = config.get("task", "digits")
 

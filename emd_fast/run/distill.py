@@ -228,12 +228,12 @@ def _teacher(task: Task, folder: Path) -> tuple[Denoiser, dict[str, float]]:
     began = time.monotonic()
     with stop_on_signals() as stopped:
 
-        def on_step(step: int, total: int, loss: Any) -> None:
+        def on_step(step: int, total: int, loss: Any, name: str = "teacher", kept: bool = False) -> None:
             nonlocal progress
-            progress = progress or Progress("teacher", total)
+            progress = progress or Progress(name, total, step - 1)
             progress.update(step)
             if stopped():
-                say("stopped: the next run trains the teacher from the start")
+                say(f"stopped: the next run {'goes on from here' if kept else 'trains the teacher from the start'}")
                 raise _Stop
 
         def make() -> int:

@@ -12,7 +12,12 @@ from emd_fast.config import RunConfig
 from emd_fast.diffusion.denoiser import Denoiser
 from emd_fast.train.trainer import EMDTrainer
 
-OnStep = Callable[[int, int, float], None]  # steps done, steps in all, loss
+
+class OnStep(Protocol):
+    """Called after each step of making a teacher or its table of prompts. It may raise to stop."""
+
+    def __call__(self, step: int, total: int, loss: float, name: str = "teacher", kept: bool = False) -> None:
+        """`step` of `total` steps are done; `kept` says whether a later run goes on from there."""
 
 
 class Task(Protocol):

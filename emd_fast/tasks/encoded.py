@@ -9,41 +9,57 @@ from typing import Any
 
 from emd_fast.config import ConfigError
 from emd_fast.io.files import write_text
-from emd_fast.io.reading import read_bytes, reason
+from emd_fast.io.reading import read_bytes, read_text, reason
 from emd_fast.io.signed import json_of, table_of
 from emd_fast.reporting.progress import say
-from emd_fast.train import checkpoint, conditions
+from emd_fast.tasks import OnStep, encoding
+from emd_fast.train import checkpoint
 
 TABLE, RECORD = "prompts.safetensors", "prompts.json"
+_LARGEST, _LONGEST = 2**28, 2**16  # bytes of a file of prompts; characters of a line: text encoders take some hundred
 _SMALL = 2**20  # bytes: the contents of such files of an encoder count, of larger ones the size
 
 
 def lines_of(prompts: Path) -> list[str]:
-    """Reads the prompts of a text file, one per line.
+    """Reads the prompts of a text file in UTF-8, one per line.
+
+    A line ends with LF or CRLF and nowhere else. White space at both ends of a line is removed, and
+    so is a byte order mark at its start, which joined files have in the middle. Empty lines are left
+    out.
 
     Raises:
-        ConfigError: the file cannot be read, or has no prompt.
+        ConfigError: the file cannot be read, a line cannot be a prompt, or there is no prompt.
     """
     try:
-        text = read_bytes(prompts, 2**31).decode()
+        lines = [_prompt(line, i) for i, line in enumerate(read_text(prompts, _LARGEST).split("\n"), 1)]
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read the prompts in {prompts}: {reason(error)}") from None
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line for line in lines if line]
     if not lines:
         raise ConfigError(f"there is no prompt in {prompts}")
     return lines
 
 
-def encoded(teacher: Any, prompts: Path, folder: Path) -> Path:
+def _prompt(line: str, number: int) -> str:
+    line = line.removesuffix("\r")
+    if "\r" in line:
+        raise ValueError(f"line {number} has a carriage return inside: end each line with LF or CRLF")
+    if len(line) > _LONGEST:
+        raise ValueError(f"line {number} has {len(line):,} characters, at most {_LONGEST:,} are read: shorten it")
+    return line.removeprefix("\ufeff").strip()
+
+
+def encoded(teacher: Any, prompts: Path, folder: Path, on_step: OnStep | None = None) -> Path:
     """The table of the prompts in a run folder, encoded now if it is not there.
 
     A run that has a checkpoint keeps its table: a changed text or encoder is refused. A run that has
-    none encodes the prompts again.
+    none encodes the prompts again, and keeps what a killed one encoded of the same text.
 
     Args:
-        teacher: has `encode`, and `folder` with the text encoders.
+        teacher: has `text_encoder`, and `folder` with the text encoders.
         prompts: text file. A table that stands is used without it.
         folder: run folder.
+        on_step: is called after each batch.
 
     Raises:
         ConfigError: the text or the encoders are not those of the table, the table is damaged, or there is no prompt.
@@ -70,8 +86,11 @@ def encoded(teacher: Any, prompts: Path, folder: Path) -> Path:
         if not changed and table.exists():
             return table
     say(f"encoding {len(lines)} prompts")
-    conditions.save(table, teacher.encode(lines), teacher.encode([""]))
-    write_text(folder / RECORD, json_of({"format": 1, **now, **_file(table)}))
+    part = encoding.encode(teacher.text_encoder(), lines, folder, now, on_step)
+    # In this order: a run that is killed in between finds the whole table under its first name.
+    write_text(folder / RECORD, json_of({"format": 1, **now, **_file(part)}))
+    part.replace(table)
+    (folder / encoding.ROWS).unlink(missing_ok=True)
     return table
 
 

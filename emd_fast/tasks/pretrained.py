@@ -9,13 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from emd_fast import distributed
 from emd_fast.config import ConfigError, RunConfig
-from emd_fast.diffusion.denoiser import Denoiser
+from emd_fast.diffusion.denoiser import Condition, Denoiser
 from emd_fast.diffusion.sampler import heun
 from emd_fast.io import code
 from emd_fast.io.pickles import PickleError
+from emd_fast.io.reading import reason
 from emd_fast.metrics import evaluation
 from emd_fast.metrics.evaluation import Evaluator
 from emd_fast.metrics.images import to_uint8
@@ -44,7 +46,7 @@ class Pretrained:
         self._check_classes(teacher)
         if self._is_judged:
             self._check_what_is_read_later(teacher)
-        self.prompts = self._prompts(teacher, folder)
+        self.prompts = self._prompts(teacher, folder, on_step)
         self._check_guidance(teacher)
         return teacher
 
@@ -107,7 +109,7 @@ class Pretrained:
             )
             raise ConfigError(f"guidance needs a null condition, and {helps}")
 
-    def _prompts(self, teacher: Denoiser, folder: Path) -> conditions.Table | None:
+    def _prompts(self, teacher: Denoiser, folder: Path, on_step: OnStep | None) -> conditions.Table | None:
         name = self.config.pretrained.prompts
         text = isinstance(teacher, folders.DiffusersDenoiser) and teacher.takes.embedding
         if not name:
@@ -115,13 +117,18 @@ class Pretrained:
                 raise ConfigError("this teacher takes prompts: give --prompts FILE, text or .safetensors")
             return None
         if name.endswith(".safetensors"):
-            table = conditions.Mapped(name)
+            try:
+                table = conditions.Mapped(name)
+            except ValueError as error:
+                raise ConfigError(str(error)) from None
         elif not text:
             raise ConfigError(f"this teacher takes no prompts, got --prompts {name}")
         else:
-            table = conditions.Mapped(encoded.encoded(teacher, Path(name), folder))
+            table = conditions.Mapped(encoded.encoded(teacher, Path(name), folder, on_step), finite=True)
             self._encoded_in = folder
-        if teacher.null_cond is None:
+        _check_taken(teacher, table[table.extremes()], f"the conditions in {name}")
+        if teacher.null_cond is None and table.null_cond is not None:
+            _check_taken(teacher, table.null_cond, f"the null condition in {name}")
             teacher.null_cond = table.null_cond
         return table
 
@@ -192,6 +199,33 @@ class Pretrained:
         metrics = {name: {"generator": value} for name, value in found.items()}
         provenance = evaluation.provenance(self.evaluator, self.config.samples, trainer.config.seed)
         return {**metrics, **provenance, "previews": _PREVIEWS, **moments}
+
+
+@torch.no_grad()
+def _check_taken(teacher: Denoiser, cond: Condition, what: str) -> None:
+    """Whether a teacher takes conditions (n, ...), by one pass.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if teacher.sample_shape is None:  # the trainer refuses such a teacher
+        return
+    device = next((parameter.device for parameter in teacher.parameters()), _device())
+    cond = pytree.tree_map(lambda leaf: leaf.to(device), cond)
+    n = len(pytree.tree_leaves(cond)[0])
+    try:
+        teacher(torch.zeros(n, *teacher.sample_shape, device=device), _times(teacher, n).to(device), cond)
+    except torch.OutOfMemoryError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"this teacher does not take {what}: {reason(error)}; write them with emd_fast.train.conditions.save"
+        ) from error
+
+
+def _times(teacher: Denoiser, n: int) -> Tensor:
+    schedule = teacher.schedule
+    return torch.full((n,), (schedule.t_min + schedule.t_max) / 2, dtype=torch.float32)
 
 
 def _device() -> torch.device:

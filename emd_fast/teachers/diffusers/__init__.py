@@ -14,7 +14,9 @@ from torch import Tensor
 
 from emd_fast.config import ConfigError
 from emd_fast.diffusion.denoiser import Condition, Denoiser
+from emd_fast.io.reading import shown
 from emd_fast.teachers.diffusers.architectures import ConditionSpec, Network
+from emd_fast.teachers.diffusers.encoder import TextEncoder
 from emd_fast.teachers.diffusers.folder import Folder, import_diffusers
 from emd_fast.teachers.diffusers.scheduler import SchedulerInfo, read
 
@@ -93,11 +95,19 @@ class DiffusersDenoiser(Denoiser):
         Raises:
             ConfigError: the teacher takes no text, or its folder has no text encoder.
         """
-        if not self.takes.embedding:
-            raise ValueError(f"this {self.folder.model_class} takes {self.takes}, not prompts")
         if isinstance(prompts, str):
             raise TypeError("prompts must be a list of strings, got one string")
-        return self.folder.encode(list(prompts), self.network.model)
+        return self.text_encoder()(prompts)
+
+    def text_encoder(self) -> TextEncoder:
+        """Reads the text encoders of the folder, for several calls.
+
+        Raises:
+            ConfigError: the teacher takes no text, or its folder has no text encoder.
+        """
+        if not self.takes.embedding:
+            raise ConfigError(f"this {self.folder.model_class} takes {self.takes}, not prompts")
+        return self.folder.text_encoder(self.network.model)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decodes latents to images (B, 3, H, W) float32 with the folder's VAE.
@@ -171,7 +181,7 @@ def _sample_shape(config: Any) -> tuple[int, ...]:
         )
     sides = (size, size) if isinstance(size, int) else size
     if not isinstance(sides, (list, tuple)) or not all(type(side) is int and 0 < side <= 2**14 for side in sides):
-        raise ConfigError(f"the model's configuration has sample_size = {str(size)[:100]}, not (H, W)")
+        raise ConfigError(f"the model's configuration has sample_size = {shown(size)}, not (H, W)")
     return (config["in_channels"], *sides)
 
 

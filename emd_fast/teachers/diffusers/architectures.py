@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from emd_fast.config import ConfigError
 from emd_fast.diffusion.denoiser import Condition
+from emd_fast.io.reading import shown
 from emd_fast.teachers.labels import check_labels
 
 
@@ -48,7 +49,7 @@ class Architecture:
 def _unet(config: Mapping[str, Any]) -> ConditionSpec:
     if config.get("time_embedding_type", "positional") != "positional":
         raise ConfigError(
-            f"a UNet2DModel with time_embedding_type = {config['time_embedding_type']!r} is not supported: "
+            f"a UNet2DModel with time_embedding_type = {shown(config['time_embedding_type'])} is not supported: "
             "'positional' is"
         )
     return ConditionSpec(num_classes=_classes(config))
@@ -58,8 +59,8 @@ def _text_unet(config: Mapping[str, Any]) -> ConditionSpec:
     for key in ("addition_embed_type", "encoder_hid_dim_type", "class_embed_type", "num_class_embeds"):
         if config.get(key) is not None:
             raise ConfigError(
-                f"a UNet2DConditionModel with {key} = {config[key]!r} is not supported: one that takes text embeddings "
-                "alone is"
+                f"a UNet2DConditionModel with {key} = {shown(config[key])} is not supported: one that takes text "
+                "embeddings alone is"
             )
     return ConditionSpec(embedding=config["cross_attention_dim"])
 
@@ -67,7 +68,7 @@ def _text_unet(config: Mapping[str, Any]) -> ConditionSpec:
 def _classes(config: Mapping[str, Any]) -> int:
     if config.get("class_embed_type") is not None:
         raise ConfigError(
-            f"class_embed_type = {config['class_embed_type']!r} is not supported: num_class_embeds alone is"
+            f"class_embed_type = {shown(config['class_embed_type'])} is not supported: num_class_embeds alone is"
         )
     return config.get("num_class_embeds") or 0
 
@@ -117,7 +118,8 @@ class Network(nn.Module):
             return {"class_labels": cond}
         if takes.pooled and isinstance(cond, Mapping) and set(cond) == {"prompt_embeds", "pooled_projections"}:
             tokens, pooled = cond["prompt_embeds"], cond["pooled_projections"]
-            if tokens.shape[::2] == (len(x), takes.embedding) and pooled.shape == (len(x), takes.pooled):
+            floating = tokens.is_floating_point() and pooled.is_floating_point() and tokens.dim() == 3
+            if floating and tokens.shape[::2] == (len(x), takes.embedding) and pooled.shape == (len(x), takes.pooled):
                 return {"encoder_hidden_states": tokens.to(x.dtype), "pooled_projections": pooled.to(x.dtype)}
         elif takes.embedding and not takes.pooled and isinstance(cond, Tensor):
             if cond.is_floating_point() and cond.dim() == 3 and cond.shape[::2] == (len(x), takes.embedding):

@@ -14,6 +14,7 @@ from emd_fast.diffusion.denoiser import Condition
 from emd_fast.io import paths, reading
 from emd_fast.teachers.diffusers import files, text, weights
 from emd_fast.teachers.diffusers.architectures import ARCHITECTURES, Architecture
+from emd_fast.teachers.diffusers.encoder import TextEncoder
 from emd_fast.teachers.diffusers.index import VAES, checked, class_of
 
 EXPORTED = "emd_fast.json"  # written by `emd_fast.export`; it lists the components too
@@ -76,10 +77,11 @@ class Folder:
         self.model_class: str = read_json(self.model / "config.json").get("_class_name") or ""
         if not self.model_class:
             raise ConfigError(f"{self.model} is no model of diffusers: its config.json has no _class_name")
-        if not isinstance(self.model_class, str):
+        name = self.model_class
+        if not isinstance(name, str) or not name.isidentifier() or len(name) > 100:
             raise ConfigError(
                 f"{self.model} is no model of diffusers: _class_name in its config.json is "
-                f"{str(self.model_class)[:100]}, not the name of a class: {', '.join(ARCHITECTURES)} are supported"
+                f"{reading.shown(name)}, not the name of a class: {', '.join(ARCHITECTURES)} are supported"
             )
         if self.model_class not in ARCHITECTURES:
             raise ConfigError(
@@ -177,7 +179,16 @@ class Folder:
         shift = getattr(vae.config, "shift_factor", None) or 0.0
         return vae.decode(latents.to(vae.dtype) / scale + shift).sample.float()
 
-    @torch.no_grad()
+    def text_encoder(self, model: nn.Module) -> TextEncoder:
+        """Reads the text encoders of the folder's pipeline, onto the device of the model.
+
+        Raises:
+            ConfigError: the folder has no text encoder, or one that cannot be read.
+        """
+        if not self.has("text_encoder"):
+            raise ConfigError(f"{self.root} has no text encoder: give embeddings instead of prompts")
+        return text.read(self.root, self.index, self.architecture.component, model)
+
     def encode(self, prompts: list[str], model: nn.Module) -> Condition:
         """Encodes prompts with the text encoders of the folder's pipeline.
 
@@ -189,9 +200,7 @@ class Folder:
         Raises:
             ConfigError: the folder has no text encoder.
         """
-        if not self.has("text_encoder"):
-            raise ConfigError(f"{self.root} has no text encoder: give embeddings instead of prompts")
-        return text.encode(self.root, self.index, prompts, self.architecture.component, model)
+        return self.text_encoder(model)(prompts)
 
     def _class(self, component: str, library: str, classes: tuple[str, ...]) -> str:
         try:

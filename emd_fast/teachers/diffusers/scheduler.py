@@ -12,6 +12,7 @@ from torch import Tensor
 from emd_fast.config import ConfigError
 from emd_fast.diffusion.schedules import VP, RectifiedFlow, Schedule
 from emd_fast.io import reading
+from emd_fast.io.reading import shown
 
 _FLOW = "FlowMatchEulerDiscreteScheduler"
 _CHAINS = (
@@ -61,19 +62,23 @@ def read(config: Mapping[str, Any]) -> SchedulerInfo:
     import diffusers
 
     name = config.get("_class_name")
+    if not isinstance(name, str) or not name.isidentifier() or len(name) > 100:
+        raise ConfigError(f"_class_name must be that of a scheduler, got {shown(name)}")
     if name == _FLOW:
         return SchedulerInfo(RectifiedFlow(), "flow", float(_steps(config)))
     if name not in _CHAINS:
         raise ConfigError(f"the scheduler {name} is not supported: {', '.join((*_CHAINS, _FLOW))} are")
     for key, plain in (("timestep_type", "discrete"), ("use_flow_sigmas", False)):
         if config.get(key, plain) != plain:
-            raise ConfigError(f"a {name} with {key} = {config[key]!r} is not supported: {plain!r} is")
+            raise ConfigError(f"a {name} with {key} = {shown(config[key])} is not supported: {plain!r} is")
     prediction = config.get("prediction_type", "epsilon")
     if not isinstance(prediction, str) or prediction not in PREDICTIONS:
-        raise ConfigError(f"prediction_type {prediction!r} of {name} is not supported: {', '.join(PREDICTIONS)} are")
+        raise ConfigError(
+            f"prediction_type {shown(prediction)} of {name} is not supported: {', '.join(PREDICTIONS)} are"
+        )
     kind = config.get("beta_schedule", "linear")
     if config.get("trained_betas") is None and kind not in _BETAS:
-        raise ConfigError(f"beta_schedule {str(kind)[:100]!r} of {name} is not supported: {', '.join(_BETAS)} are")
+        raise ConfigError(f"beta_schedule {shown(kind)} of {name} is not supported: {', '.join(_BETAS)} are")
     # DDPM supports every kind of betas. The other classes differ in the sampling only.
     asked = (
         "num_train_timesteps",
@@ -98,7 +103,7 @@ def _steps(config: Mapping[str, Any]) -> int:
     """The number of training steps of a scheduler, which bounds its table of betas."""
     steps, betas = config.get("num_train_timesteps", 1000), config.get("trained_betas")
     if type(steps) is not int or not 1 < steps <= _MOST_STEPS:
-        raise ConfigError(f"num_train_timesteps must be a number from 2 to {_MOST_STEPS:,}, got {str(steps)[:100]}")
+        raise ConfigError(f"num_train_timesteps must be a number from 2 to {_MOST_STEPS:,}, got {shown(steps)}")
     if betas is not None and (type(betas) not in (list, tuple) or not 1 < len(betas) <= _MOST_STEPS):
         raise ConfigError(f"trained_betas must be a list of 2 to {_MOST_STEPS:,} numbers")
     return steps

@@ -1,4 +1,4 @@
-"""Text encoders of a pipeline folder: prompts become the conditions that the pipeline computes itself."""
+"""Reads the text encoders of a pipeline folder."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 from torch import nn
 
 from emd_fast.config import ConfigError
-from emd_fast.diffusion.denoiser import Condition
 from emd_fast.io import reading
 from emd_fast.teachers.diffusers import weights
+from emd_fast.teachers.diffusers.encoder import TextEncoder
 from emd_fast.teachers.diffusers.index import TEXT_PARTS, TEXT_PIPELINES, class_of
 
 
@@ -46,17 +46,14 @@ def pipeline_class(index: Mapping[str, Any]) -> str:
     return str(name)
 
 
-def encode(root: Path, index: Mapping[str, Any], prompts: list[str], component: str, model: nn.Module) -> Condition:
-    """Encodes prompts with the components of a pipeline folder.
+def read(root: Path, index: Mapping[str, Any], component: str, model: nn.Module) -> TextEncoder:
+    """Reads the text encoders of a pipeline folder, onto the device of the network.
 
-    The encoders are read for this call and then freed. The folder needs no model_index.json.
+    The folder needs no model_index.json.
 
     Args:
         root: the folder. index: components of its pipeline.
         component, model: name of the network in the pipeline, and the network.
-
-    Returns:
-        Text embeddings (B, tokens, width), or a dict with pooled ones for Stable Diffusion 3.
 
     Raises:
         ConfigError: classes that are not supported, or weights that do not fit.
@@ -77,14 +74,12 @@ def encode(root: Path, index: Mapping[str, Any], prompts: list[str], component: 
     expected = {part: None for part in inspect.signature(kind).parameters if part != "requires_safety_checker"}
     if component == "transformer":
         loaded[component] = model
-    options = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False, "device": device}
     try:
         with weights.silenced():
             pipeline = kind(**{**expected, **loaded})
-        if component == "transformer":
-            tokens, _, pooled, _ = pipeline.encode_prompt(prompts, None, None, **options)
-            return {"prompt_embeds": tokens, "pooled_projections": pooled}
-        return pipeline.encode_prompt(prompt=prompts, **options)[0]
+        return TextEncoder(pipeline, device, root)
+    except ConfigError:
+        raise
     except Exception as error:  # diffusers raises exceptions of many kinds
         raise ConfigError(f"cannot encode prompts with the components in {root}: {reading.reason(error)}") from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,16 @@ from torch import nn
 
 from emd_fast.config import ConfigError
 from emd_fast.io import models, reading
+from emd_fast.io.reading import shown
 from emd_fast.teachers.diffusers import files
+
+# Kind of a default -> kinds of values that may stand in its place. Some defaults are 1 where floats are meant.
+_KINDS: dict[type, tuple[type, ...]] = {
+    bool: (bool, type(None), list, tuple),
+    int: (int, float, list, tuple),
+    float: (int, float),
+    str: (str,),
+}
 
 
 def load(kind: Any, folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -33,10 +43,32 @@ def load(kind: Any, folder: Path, dtype: torch.dtype = torch.float32) -> nn.Modu
     """
 
     def build(config: dict[str, Any]) -> nn.Module:
+        check_kinds(kind, config)
         model: nn.Module = kind.from_config({key: config[key] for key in config if key != "_class_name"})
         return model
 
     return _loaded(kind, folder, build, files.DIFFUSERS, **quietly(), torch_dtype=dtype)
+
+
+def check_kinds(kind: Any, config: dict[str, Any]) -> None:
+    """Whether the values of a configuration are of the kinds of the defaults of its class.
+
+    A network may be built with others, and fail in its first pass.
+
+    Raises:
+        ValueError: one is not.
+    """
+    for name, parameter in inspect.signature(kind.__init__).parameters.items():
+        default, value = parameter.default, config.get(name, parameter.default)
+        optional = (
+            name == "sample_size" or "None" in str(parameter.annotation) or "Optional" in str(parameter.annotation)
+        )
+        if value is None and optional:
+            continue
+        if type(default) in _KINDS and type(value) not in _KINDS[type(default)]:
+            raise ValueError(
+                f"its configuration has {name} = {shown(value)} where one like {shown(default)} is expected"
+            )
 
 
 def load_encoder(kind: Any, folder: Path) -> nn.Module:
