@@ -5,6 +5,8 @@ import json
 import torch
 
 SMALL = {"sample_size": 8, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
+LATENT = {"attention_head_dim": 8, "in_channels": 4, "num_layers": 2, "sample_size": 8, "patch_size": 2}
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 TOKENS = {"bos_token_id": 52, "eos_token_id": 53, "pad_token_id": 53}
 
 
@@ -31,15 +33,9 @@ def vae(channels=4, **changes):
     from diffusers import AutoencoderKL
 
     torch.manual_seed(1)
-    return AutoencoderKL(
-        block_out_channels=(8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=channels,
-        norm_num_groups=4,
-        scaling_factor=0.5,
-        **changes,
-    )
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    sizes = {"block_out_channels": (8, 16), "latent_channels": channels, "norm_num_groups": 4, "scaling_factor": 0.5}
+    return AutoencoderKL(**blocks, **sizes, **changes)
 
 
 def dit(folder, scheduler=None):
@@ -47,17 +43,8 @@ def dit(folder, scheduler=None):
     from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
     torch.manual_seed(2)
-    model = DiTTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        in_channels=4,
-        out_channels=8,
-        num_layers=2,
-        sample_size=8,
-        patch_size=2,
-        num_embeds_ada_norm=10,
-        norm_num_groups=4,
-    )
+    sizes = {"num_attention_heads": 2, "out_channels": 8, "num_embeds_ada_norm": 10, "norm_num_groups": 4}
+    model = DiTTransformer2DModel(**LATENT, **sizes)
     DiTPipeline(model, vae(), scheduler or DDIMScheduler(), id2label=None).save_pretrained(folder)
     return folder
 
@@ -87,16 +74,8 @@ def text_encoder(projection=False):
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     torch.manual_seed(4)
-    config = CLIPTextConfig(
-        vocab_size=54,
-        hidden_size=8,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=12,
-        projection_dim=8,
-        **TOKENS,
-    )
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = CLIPTextConfig(vocab_size=54, max_position_embeddings=12, projection_dim=8, **sizes, **TOKENS)
     return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config).eval()
 
 
@@ -104,19 +83,10 @@ def stable_diffusion(folder, scheduler=None):
     """A Stable Diffusion pipeline. Needs transformers."""
     from diffusers import PNDMScheduler, StableDiffusionPipeline
 
-    chain = PNDMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
-    )
-    StableDiffusionPipeline(
-        vae=vae(),
-        text_encoder=text_encoder(),
-        tokenizer=tokenizer(folder / "made"),
-        unet=text_unet(),
-        scheduler=scheduler or chain,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(folder)
+    made = {"vae": vae(), "text_encoder": text_encoder(), "tokenizer": tokenizer(folder / "made"), "unet": text_unet()}
+    made["scheduler"] = scheduler or PNDMScheduler(**BETAS, skip_prk_steps=True, steps_offset=1)
+    without = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    StableDiffusionPipeline(**made, **without).save_pretrained(folder)
     return folder
 
 
@@ -124,37 +94,19 @@ def sd3_transformer():
     from diffusers import SD3Transformer2DModel
 
     torch.manual_seed(5)
-    return SD3Transformer2DModel(
-        sample_size=8,
-        patch_size=2,
-        in_channels=4,
-        out_channels=4,
-        num_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        caption_projection_dim=16,
-        pooled_projection_dim=16,
-        pos_embed_max_size=8,
-    )
+    sizes = dict.fromkeys(("joint_attention_dim", "caption_projection_dim", "pooled_projection_dim"), 16)
+    return SD3Transformer2DModel(**LATENT, **sizes, num_attention_heads=2, out_channels=4, pos_embed_max_size=8)
 
 
 def sd3(folder):
     """A Stable Diffusion 3 pipeline without its T5. Needs transformers."""
     from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
-    words = tokenizer(folder / "made")
-    StableDiffusion3Pipeline(
-        transformer=sd3_transformer(),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=vae(shift_factor=0.1),
-        text_encoder=text_encoder(projection=True),
-        tokenizer=words,
-        text_encoder_2=text_encoder(projection=True),
-        tokenizer_2=words,
-        text_encoder_3=None,
-        tokenizer_3=None,
-    ).save_pretrained(folder)
+    words, scheduler = tokenizer(folder / "made"), FlowMatchEulerDiscreteScheduler(shift=3.0)
+    text = {"text_encoder_3": None, "tokenizer_3": None, "tokenizer": words, "tokenizer_2": words}
+    text |= {name: text_encoder(projection=True) for name in ("text_encoder", "text_encoder_2")}
+    made = StableDiffusion3Pipeline(sd3_transformer(), scheduler, vae(shift_factor=0.1), **text)
+    made.save_pretrained(folder)
     return folder
 
 
@@ -162,8 +114,7 @@ def bare_text_unet(folder):
     """A UNet2DConditionModel and its scheduler: embeddings have to come from elsewhere."""
     from diffusers import PNDMScheduler
 
-    chain = PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    return bare(text_unet(), chain, folder)
+    return bare(text_unet(), PNDMScheduler(**BETAS), folder)
 
 
 def bare_sd3(folder):

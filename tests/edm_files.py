@@ -14,10 +14,7 @@ from emd_fast import Noise, ops
 from emd_fast.teachers.edm_networks import DhariwalUNet, EDM2UNet, SongUNet
 from emd_fast.teachers.edm_networks.arguments import DhariwalArguments, EDM2Arguments, SongArguments
 
-HOSTILE = (
-    "import os\nos.system('true')\nopen('/tmp/emd_fast_ran', 'w')\nraise SystemExit('the source ran')\n"
-    + 99 * "# long\n"
-)
+HOSTILE = "import os\nos.system('true')\nopen('/tmp/emd_fast_ran', 'w')\nraise SystemExit('it ran')\n" + 99 * "# long\n"
 
 
 def _reconstruct_persistent_obj(meta):
@@ -126,29 +123,22 @@ def dumps_edm2(ema, protocol=4):
 
 TINY = {"img_resolution": 8, "in_channels": 3, "out_channels": 3, "model_channels": 16, "channel_mult": [1, 2]}
 TINY |= {"num_blocks": 1, "attn_resolutions": [4]}
-NCSNPP = {"embedding_type": "fourier", "channel_mult_noise": 2, "resample_filter": [1, 3, 3, 1]}
+FIR = {"resample_filter": [1, 3, 3, 1]}
+NCSNPP = {"embedding_type": "fourier", "channel_mult_noise": 2, **FIR}
+OTHER = {"concat_balance": 0.4, "res_balance": 0.2, "attn_balance": 0.6, "clip_act": 0.5, "channel_mult_emb": 3, **FIR}
 
 # name -> wrapper, class of the network, its arguments besides TINY
 NETWORKS = {
     "ddpmpp": ("EDMPrecond", SongUNet, {"label_dim": 5, "augment_dim": 9}),
     "ncsnpp": ("EDMPrecond", SongUNet, {"encoder_type": "residual", **NCSNPP}),
-    "skips": (
-        "EDMPrecond",
-        SongUNet,
-        {"label_dim": 2, "encoder_type": "skip", "decoder_type": "skip", "resample_filter": [1, 3, 3, 1]},
-    ),
+    "skips": ("EDMPrecond", SongUNet, {"label_dim": 2, "encoder_type": "skip", "decoder_type": "skip", **FIR}),
     "residual_box": ("EDMPrecond", SongUNet, {"encoder_type": "residual", "decoder_type": "skip"}),
     "adm": ("EDMPrecond", DhariwalUNet, {"label_dim": 5, "augment_dim": 9, "model_channels": 64}),
     "vp": ("VPPrecond", SongUNet, {}),
     "ve": ("VEPrecond", SongUNet, {}),
     "iddpm": ("iDDPMPrecond", DhariwalUNet, {"label_dim": 5, "out_channels": 6}),
     "edm2": ("Precond", EDM2UNet, {"label_dim": 5, "channels_per_head": 8}),
-    "edm2_other": (
-        "Precond",
-        EDM2UNet,
-        {"channels_per_head": 8, "resample_filter": [1, 3, 3, 1], "channel_mult_noise": 2, "channel_mult_emb": 3}
-        | {"concat_balance": 0.4, "res_balance": 0.2, "attn_balance": 0.6, "clip_act": 0.5},
-    ),
+    "edm2_other": ("Precond", EDM2UNet, {"channels_per_head": 8, "channel_mult_noise": 2, **OTHER}),
 }
 _ARGUMENTS = {SongUNet: SongArguments, DhariwalUNet: DhariwalArguments, EDM2UNet: EDM2Arguments}
 

@@ -74,15 +74,15 @@ def test_compiled_eager_code_is_verified():
 
 
 WRONG = {
-    "a step one percent too long": (
+    "a longer step": (
         "langevin_eps",
-        lambda bench, a: bench.op(**{**a, "step_size": a["step_size"] * 1.01}),
+        lambda b, a: b.op(**a | {"step_size": a["step_size"] * 1.01}),
         "is off by",
     ),
     "noise of another step": ("langevin_z", lambda bench, a: a["noise"].advance() or bench.op(**a), "is off by"),
-    "outputs the other way round": (
+    "outputs turned round": (
         "langevin_eps",
-        lambda bench, a: bench.op(**{**a, "outputs": a["outputs"][::-1]}),
+        lambda b, a: b.op(**a | {"outputs": a["outputs"][::-1]}),
         "is off by",
     ),
     "nothing returned": ("perturb", lambda bench, arguments: None, "must return"),
@@ -146,11 +146,8 @@ def test_an_eager_formula_that_is_not_the_op_is_caught(name):
 @pytest.mark.parametrize("name", ["uniform", "normal"])
 def test_numbers_of_another_distribution_are_caught(name):
     bench, case = tiny(name)
-
-    def wrong(**arguments):
-        return 0.5 * bench.eager(**arguments)
-
-    assert Verifier(bench, case).verify(Contender("theirs", wrong, draws="own")).wrong
+    half = Contender("theirs", lambda **arguments: 0.5 * bench.eager(**arguments), draws="own")
+    assert Verifier(bench, case).verify(half).wrong
 
 
 def test_bytes_are_those_of_the_docs():
@@ -215,14 +212,17 @@ def test_a_peer_takes_part_where_it_is_installed(tmp_path, monkeypatch):
     assert not benchmarks.load("attention").peers(on_cpu)
 
 
-def test_a_shape_of_the_wrong_rank_or_layout_is_refused():
-    bench = benchmarks.load("langevin_eps")
-    with pytest.raises(ConfigError, match=r"langevin_eps takes --shape B,C,\[H\],\[W\], got 1 sizes: 4"):
-        bench.cases([(4,)], "bf16", None, CPU)
-    with pytest.raises(ConfigError, match="no --layout nhwc for 2,3"):
-        bench.cases([(2, 3)], "bf16", "nhwc", CPU)
-    with pytest.raises(ConfigError, match="attention has no --layout"):
-        benchmarks.load("attention").cases([(2, 3, 4, 5)], "bf16", "nhwc", CPU)
+@pytest.mark.parametrize(
+    ("op", "shape", "layout", "said"),
+    [
+        ("langevin_eps", (4,), None, r"langevin_eps takes --shape B,C,\[H\],\[W\], got 1 sizes: 4"),
+        ("langevin_eps", (2, 3), "nhwc", "no --layout nhwc for 2,3"),
+        ("attention", (2, 3, 4, 5), "nhwc", "attention has no --layout"),
+    ],
+)
+def test_a_shape_of_the_wrong_rank_or_layout_is_refused(op, shape, layout, said):
+    with pytest.raises(ConfigError, match=said):
+        benchmarks.load(op).cases([shape], "bf16", layout, CPU)
 
 
 def test_contenders_take_turns_and_nobody_finds_the_set_of_another(monkeypatch):
@@ -236,16 +236,12 @@ def test_contenders_take_turns_and_nobody_finds_the_set_of_another(monkeypatch):
     assert [i for _, i in rounds] == [0, 1, 2, 3] * 6, "each set is touched as seldom as there are sets"
 
 
-def test_a_timing_is_the_median_and_the_quartiles():
+def test_a_timing_is_the_median_and_the_quartiles_and_noise_separates_two_runs_of_the_same():
     assert clock.Timing.of([4.0, 1.0, 3.0, 2.0, 5.0]) == clock.Timing(3.0, 2.0, 4.0, 5)
     assert clock.Timing.of([2.0]) == clock.Timing(2.0, 2.0, 2.0, 1)
-
-
-def test_noise_is_what_separates_two_runs_of_the_same():
     assert clock.timing_noise([1.0] * 9, [1.0] * 9) == 0
     assert clock.timing_noise([1.0] * 9, [1.1] * 9) == pytest.approx(0.1)
-    # The same median by luck, though no reading is like another.
-    assert clock.timing_noise([1.0, 2.0, 3.0], [3.0, 2.0, 1.0]) > 0.3
+    assert clock.timing_noise([1.0, 2.0, 3.0], [3.0, 2.0, 1.0]) > 0.3  # the same median by luck
 
 
 @pytest.mark.slow

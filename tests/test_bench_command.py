@@ -3,8 +3,6 @@
 import dataclasses
 import functools
 import json
-import subprocess
-import sys
 
 import pytest
 
@@ -128,40 +126,22 @@ def test_a_wrong_word_is_a_usage_error_in_one_line(bench, tmp_path, words, said)
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_not_here_is_one_line_and_exit_code_1(bench):
-    for words, said in (
-        (["langevin_z", "--device", "cpu", "--backend", "cuda"], "backend 'cuda' cannot run langevin_z on cpu tensors"),
-        (["--device", "cpu", "--backend", "cuda"], "no op has the backend cuda here"),
-    ):
-        code, _, err = bench(*words)
-        assert code == 1 and said in err and len(err.strip().splitlines()) == 1
-
-
-def test_the_bench_needs_a_checkout(bench, monkeypatch, tmp_path):
+def test_what_is_not_here_is_one_line_and_exit_code_1(refused, monkeypatch, tmp_path):
+    words = ("--device", "cpu", "--backend", "cuda")
+    refused(1, "backend 'cuda' cannot run langevin_z on cpu tensors", "bench", "langevin_z", *words)
+    refused(1, "no op has the backend cuda here", "bench", *words)
     monkeypatch.setattr(emd_fast, "__file__", str(tmp_path / "site-packages" / "emd_fast" / "__init__.py"))
-    code, _, err = bench("normal")
-    assert code == 1 and "needs a checkout" in err and len(err.strip().splitlines()) == 1
-
-
-@pytest.mark.slow
-def test_the_command_line_stays_light():
-    script = (
-        "import sys, emd_fast.cli.commands as c; c.parse(['info']); "
-        "assert not [m for m in sys.modules if m.startswith('benchmarks')]"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    refused(1, "needs a checkout", "bench", "normal")
 
 
 def test_ncu_prints_its_command_and_says_what_is_missing(bench, monkeypatch):
     monkeypatch.setenv("PATH", "")
-    code, out, err = bench("langevin_eps", "--shape", "64,3,64,64", "--layout", "nhwc", "--backend", "triton", "--ncu")
+    words = "langevin_eps --shape 64,3,64,64 --layout nhwc --backend triton"
+    code, out, err = bench(*words.split(), "--ncu")
     assert code == 1 and "ncu is not on the PATH" in err
     assert out.startswith("ncu --profile-from-start off --clock-control none --section SpeedOfLight")
-    assert (
-        "bench langevin_eps --shape 64,3,64,64 --dtype bf16 --layout nhwc --backend triton --device cuda --one-call"
-        in out
-    )
+    words = words.replace("--layout", "--dtype bf16 --layout")
+    assert f"bench {words} --device cuda --one-call" in out
 
 
 def row(name, median, noise=0.01, ours=True):
@@ -192,15 +172,12 @@ def example(**changes):
 
 def with_medians(done, change):
     """The same run with other medians: change(passes, row) -> seconds."""
-    return dataclasses.replace(
-        done,
-        results=tuple(
-            dataclasses.replace(
-                result, rows=tuple(dataclasses.replace(row, median=change(result.passes, row)) for row in result.rows)
-            )
-            for result in done.results
-        ),
-    )
+
+    def changed(result):
+        rows = tuple(dataclasses.replace(row, median=change(result.passes, row)) for row in result.rows)
+        return dataclasses.replace(result, rows=rows)
+
+    return dataclasses.replace(done, results=tuple(map(changed, done.results)))
 
 
 def first_case(*rows, **changes):
@@ -288,16 +265,20 @@ def test_the_memory_of_a_call_is_in_every_form_of_a_run(tmp_path):
     assert [cells[column] for cells in table[2:]] == ["1540", ""]
 
 
-@pytest.mark.parametrize("name", ["convolution", "residual_block", "loop:small"])
+SLOW = {
+    "convolution": ["torch.compile"],
+    "residual_block": ["torch.compile", "emd_fast fused, compiled"],
+    "loop:small": ["emd_fast fused, compiled"],
+}
+
+
+@pytest.mark.parametrize("name", SLOW)
 @pytest.mark.slow
 def test_benches_of_what_surrounds_the_norms(bench, monkeypatch, tmp_path, name):
     monkeypatch.setattr(ceiling, "_SIDE", {"cpu": 32})
-    compiled = ("torch.compile",) if name == "convolution" else ("emd_fast fused, compiled",)
-    compiled = ("torch.compile", "emd_fast fused, compiled") if name == "residual_block" else compiled
-    skipped = [word for contender in compiled for word in ("--skip", contender)]
-    shape = "2" if name.startswith("loop") else "2,32,8,8"
-    words = ["--shape", shape, "--device", "cpu", "--rounds", 2, *skipped, "--json", tmp_path / "run.json"]
-    code, out, err = bench(name, *words)
+    skipped = [word for contender in SLOW[name] for word in ("--skip", contender)]
+    words = ["--shape", "2" if name.startswith("loop") else "2,32,8,8", "--device", "cpu", "--rounds", 2, *skipped]
+    code, out, err = bench(name, *words, "--json", tmp_path / "run.json")
     assert code == 0, out + err
     for result in json.loads((tmp_path / "run.json").read_text())["results"]:
         rows = {row["contender"]: row for row in result["rows"]}

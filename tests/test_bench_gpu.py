@@ -1,5 +1,4 @@
-"""What the bench does on a GPU, as far as that can be seen without one: the clock on a GPU of make-believe, kernels
-with the noise compiled out under Triton's interpreter and in machine code, and run_gpu.sh."""
+"""What the bench does on a GPU: the clock on a simulated one, kernels without their noise, and run_gpu.sh."""
 
 import contextlib
 import os
@@ -56,14 +55,15 @@ class Device:
             finally:
                 device.capturing = None
 
+        stream = types.SimpleNamespace(wait_stream=lambda other: None)
         self.cuda = types.SimpleNamespace(
             Event=Event,
             CUDAGraph=CUDAGraph,
             graph=capture,
             device=lambda device: contextlib.nullcontext(),
-            Stream=lambda: types.SimpleNamespace(wait_stream=lambda other: None),
+            Stream=lambda: stream,
             stream=lambda stream: contextlib.nullcontext(),
-            current_stream=lambda: types.SimpleNamespace(wait_stream=lambda other: None),
+            current_stream=lambda: stream,
             synchronize=self.wait,
             memory_allocated=lambda device: self.held,
             max_memory_allocated=lambda device: self.most,
@@ -226,17 +226,21 @@ def test_run_gpu_says_that_no_gpu_is_here(tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["run.log"]
 
 
-def fake_python(tmp_path, script):
-    path = tmp_path / "python"
-    path.write_text(script)
-    path.chmod(0o755)
-    return str(path)
+@pytest.fixture
+def fake(tmp_path):
+    """A Python that is this script."""
+
+    def of(script):
+        (tmp_path / "python").write_text(script)
+        (tmp_path / "python").chmod(0o755)
+        return str(tmp_path / "python")
+
+    return of
 
 
 @needs_bash
-def test_run_gpu_goes_on_after_a_part_that_fails_and_ends_with_the_results(tmp_path):
-    fake = fake_python(
-        tmp_path,
+def test_run_gpu_goes_on_after_a_part_that_fails_and_ends_with_the_results(tmp_path, fake):
+    python = fake(
         """#!/bin/sh
         case "$*" in
             *is_available*) exit 0 ;;
@@ -247,24 +251,23 @@ def test_run_gpu_goes_on_after_a_part_that_fails_and_ends_with_the_results(tmp_p
         """,
     )
     out = tmp_path / "out"
-    done = run_gpu(out, "build", "train", "unet", PYTHON=fake)
+    done = run_gpu(out, "build", "train", "unet", PYTHON=python)
     assert done.returncode == 1
     assert "THE BUILD WITH CUDA KERNELS FAILED" in done.stdout
     *_, build, train, unet, table = done.stdout.strip().splitlines()
     assert table == "THE TABLE"
     assert [" ".join(line.split()[:2]) for line in (build, train, unet)] == ["build FAILED", "train ok", "unet FAILED"]
     assert {path.name for path in out.iterdir()} == {"run.log", "train.json"}
-    assert run_gpu(out, "train", PYTHON=fake).returncode == 0
+    assert run_gpu(out, "train", PYTHON=python).returncode == 0
 
 
 @needs_bash
 @pytest.mark.slow
-def test_what_is_stopped_can_say_what_it_has(tmp_path):
+def test_what_is_stopped_can_say_what_it_has(tmp_path, fake):
     (tmp_path / "benchmarks").mkdir()
     script = tmp_path / "benchmarks" / "run_gpu.sh"
     script.write_text(SCRIPT.read_text().replace("seconds_a_part=470", "seconds_a_part=3"))
-    fake = fake_python(
-        tmp_path,
+    python = fake(
         """#!/bin/bash
         [[ "$*" == "-m pytest "* ]] || exit 0
         trap 'kill $!; echo "1 failed, 2 passed"; exit 2' INT
@@ -274,7 +277,7 @@ def test_what_is_stopped_can_say_what_it_has(tmp_path):
     )
     done = subprocess.run(
         ["bash", str(script), str(tmp_path / "out"), "test"],
-        capture_output=True, text=True, timeout=60, env={**os.environ, "PYTHON": fake},
+        capture_output=True, text=True, timeout=60, env={**os.environ, "PYTHON": python},
     )  # fmt: skip
     assert done.returncode == 1
     assert "1 failed, 2 passed" in done.stdout and "stopped after " in done.stdout
@@ -282,10 +285,10 @@ def test_what_is_stopped_can_say_what_it_has(tmp_path):
 
 
 @needs_bash
-def test_the_parts_of_whole_networks(tmp_path):
-    fake = fake_python(tmp_path, "#!/bin/sh\nexit 0\n")
+def test_the_parts_of_whole_networks(tmp_path, fake):
+    python = fake("#!/bin/sh\nexit 0\n")
     parts = ["unet", "blocks", "unet-sd15", "e_step-sd15"]
-    done = run_gpu(tmp_path / "out", *parts, PYTHON=fake, SHAPE="4,1")
+    done = run_gpu(tmp_path / "out", *parts, PYTHON=python, SHAPE="4,1")
     assert done.returncode == 0
     asked = [line.split("--device cuda ")[1] for line in done.stdout.splitlines() if line.startswith("+ ")]
     names = [words.split(" --")[0] for words in asked]

@@ -1,5 +1,4 @@
-"""benchmarks.train, on the CPU and with networks that are small: the rates it prints, its choice of a micro-batch, and
-what it does when the time or the memory is up."""
+"""benchmarks.train on the CPU: the rates it prints, its micro-batch, and what it does when time or memory is up."""
 
 import functools
 import json
@@ -15,9 +14,7 @@ from benchmarks.harness import command, digest
 from emd_fast import EMDTrainer
 from emd_fast.train import throughput
 
-
-def text_unet():
-    return networks._Sample(diffusers_folders.text_unet())
+SHORT = ["--device", "cpu", "--langevin-steps", "1", "--steps", "1"]
 
 
 @pytest.fixture(autouse=True)
@@ -49,15 +46,18 @@ def test_a_network_is_trained_and_its_rates_are_printed_and_written(tmp_path, ca
 
 def test_a_network_that_takes_text(monkeypatch, capsys):
     pytest.importorskip("diffusers")
-    monkeypatch.setitem(train.NETWORKS, "sd15", networks.NetworkSpec(text_unet, (4, 8, 8), text=(5, 8)))
-    assert train.main(["sd15", "--device", "cpu", "--batch", "2", "--langevin-steps", "1", "--steps", "1"]) == 0
+
+    def made():
+        return networks._Sample(diffusers_folders.text_unet())
+
+    monkeypatch.setitem(train.NETWORKS, "sd15", networks.NetworkSpec(made, (4, 8, 8), text=(5, 8)))
+    assert train.main(["sd15", *SHORT, "--batch", "2"]) == 0
     assert "million parameters, bfloat16, fused, batch 2 by 2, K = 1" in capsys.readouterr().out
 
 
 def test_without_diffusers_the_others_are_trained_and_that_is_said(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    words = ["sd15", "small", "--device", "cpu", "--batch", "2", "--langevin-steps", "1", "--steps", "1"]
-    assert train.main(words) == 1
+    assert train.main(["sd15", "small", *SHORT, "--batch", "2"]) == 1
     said = capsys.readouterr().out
     assert "sd15: not trained: sd15 needs diffusers" in said and "small: 0.1 million" in said
 
@@ -77,31 +77,27 @@ def test_steps_end_when_the_time_is_up(monkeypatch, capsys):
 
 
 def test_a_network_that_came_too_late_says_so(capsys):
-    assert train.main(["small", "--device", "cpu", "--batch", "2", "--langevin-steps", "1", "--seconds", "0"]) == 1
+    assert train.main(["small", *SHORT, "--batch", "2", "--seconds", "0"]) == 1
     assert "not trained: the time was up before its first timed step" in capsys.readouterr().out
 
 
-def options(**changes):
-    asked = {"batch": 16, "micro_batch": 0, "steps": 1, "langevin_steps": 1, "fuse": True}
-    return types.SimpleNamespace(**{**asked, **changes})
-
-
 def test_the_micro_batch_is_the_largest_that_there_is_room_for(monkeypatch):
+    asked = types.SimpleNamespace(batch=16, micro_batch=0, steps=1, langevin_steps=1, fuse=True)
     kind, cpu = train.NETWORKS["small"], torch.device("cpu")
     teacher = networks.denoiser(kind, 0, cpu)
     each = train.activations(teacher, kind, cpu)
     # At least what the convolutions keep of their inputs in bfloat16: a pass of this network has some 20 of them.
     assert 20 * 16 * 8 * 8 * 2 < each < 200 * 64 * 8 * 8 * 4
     planned = functools.partial(train._configured, "small", kind, teacher, device=cpu)
-    config, alone = planned(1, options())
+    config, alone = planned(1, asked)
     assert config.compute.micro_batch_size == 1
     for room, size in ((alone, 1), (alone + 3.5 * each, 4), (alone + 100 * each, 16)):
         monkeypatch.setattr(train, "available", lambda device, room=room: room / train._MEMORY_SHARE + 1)
-        config, need = planned(0, options())
+        config, need = planned(0, asked)
         assert config.compute.micro_batch_size == size and need == pytest.approx(alone + (size - 1) * each)
     monkeypatch.setattr(train, "available", lambda device: alone)
     with pytest.raises(train.ConfigError, match="GiB a device"):
-        planned(0, options())
+        planned(0, asked)
 
 
 def test_a_micro_batch_that_is_too_large_after_all_is_halved(monkeypatch, capsys):
@@ -113,12 +109,9 @@ def test_a_micro_batch_that_is_too_large_after_all_is_halved(monkeypatch, capsys
         return step(self)
 
     monkeypatch.setattr(EMDTrainer, "step", full)
-    words = ["small", "--device", "cpu", "--batch", "8", "--langevin-steps", "1", "--steps", "1"]
-    assert train.main(words) == 0
+    assert train.main(["small", *SHORT, "--batch", "8"]) == 0
     said = capsys.readouterr().out
-    assert (
-        "again with micro-batches of 4" in said and "again with micro-batches of 2" in said and "batch 8 by 2" in said
-    )
+    assert all(f"again with micro-batches of {n}" in said for n in (4, 2)) and "batch 8 by 2" in said
 
 
 @pytest.mark.parametrize(

@@ -21,11 +21,8 @@ EVERY = {"evaluation__every": 32}  # images: two steps of 16
 
 
 def distances(folder):
-    return {
-        row["step"]: row["evaluation_frechet"]
-        for row in journal.read(folder / "log.jsonl")
-        if "evaluation_frechet" in row
-    }
+    rows = journal.read(folder / "log.jsonl")
+    return {row["step"]: row["evaluation_frechet"] for row in rows if "evaluation_frechet" in row}
 
 
 def best(folder):
@@ -167,14 +164,8 @@ def test_the_command_line_chooses_the_best(tmp_path, figures, call, refused, cap
 
 @pytest.mark.slow
 def test_digits_have_the_metrics_of_the_end(tmp_path):
-    tiny = {
-        "teacher.steps": 2,
-        "teacher.channels": 4,
-        "emd.steps": 1,
-        "emd.batch_size": 8,
-        "emd.langevin_steps": 1,
-        "evaluation.every": 8,
-    }
+    tiny = {"teacher.steps": 2, "teacher.channels": 4, "evaluation.every": 8}
+    tiny |= {"emd.steps": 1, "emd.batch_size": 8, "emd.langevin_steps": 1}
     metrics = distill.distill(config.load("digits", tiny), tmp_path)
     (row,) = (row for row in journal.read(tmp_path / "log.jsonl") if "evaluation_frechet" in row)
     for name in ("frechet", "recall", "precision", "accuracy"):

@@ -1,12 +1,12 @@
 import errno
-import json
 import os
 import threading
 
 import pytest
 import torch
+from watch import resigned
 
-from emd_fast.train import checkpoint, checkpoint_format
+from emd_fast.train import checkpoint
 from emd_fast.train.checkpoint import CheckpointError
 
 TENSORS = {
@@ -22,15 +22,6 @@ def write(path, step=3, tensors=None, **options):
     writer = checkpoint.Writer()
     writer.save(path, {**TENSORS, **(tensors or {})}, {"step": step, "config": {"lr": 0.5, "none": {}}}, **options)
     writer.wait()
-
-
-def resigned(path, change):
-    """A checkpoint whose manifest was changed by somebody who signed it again."""
-    table = json.loads((path / "manifest.json").read_text())
-    del table["sha256"]
-    change(table)
-    (path / "manifest.json").write_bytes(checkpoint_format.signed(table))
-    return path
 
 
 def test_what_is_no_checkpoint_is_named(tmp_path):

@@ -14,41 +14,16 @@ import torch
 from spawned import Command, ended, wait_for
 
 from emd_fast import config
-from emd_fast.cli import commands
 from emd_fast.train import checkpoint
 
-TINY = [
-    "--steps=4",
-    "--batch-size=16",
-    "--langevin-steps=2",
-    "--fake-score-warmup=0",
-    "--samples=50",
-    "--log-every=2",
-    "--mixture.generator-width=8",
-    "--mixture.fake-score-width",
-    "8",
-]
+TINY = "--steps=4 --batch-size=16 --langevin-steps=2 --fake-score-warmup=0 --samples=50 --log-every=2".split()
+TINY += "--mixture.generator-width=8 --mixture.fake-score-width 8".split()
 
 
 def emd_fast(*words, **options):
     return subprocess.run(
         [sys.executable, "-m", "emd_fast", *map(str, words)], capture_output=True, text=True, timeout=300, **options
     )
-
-
-@pytest.fixture
-def call(capsys, monkeypatch, tmp_path):
-    """The command line in this process, in an empty folder: (exit code, stdout, stderr)."""
-
-    def run(*words):
-        monkeypatch.chdir(tmp_path)
-        try:
-            code = commands.main([str(word) for word in words])
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -130,16 +105,10 @@ def test_a_usage_error_is_no_traceback_of_the_process():
     assert done.returncode == 2 and "Traceback" not in done.stderr
 
 
-def test_other_failures_are_one_line_and_exit_code_1(gmm, call, tmp_path):
-    checks = {
-        "is not the folder of a run": ["evaluate", tmp_path],
-        "cannot write the run folder": ["distill", "gmm", "--out", gmm / "config.toml" / "x", *TINY],
-        "choose another --out": ["distill", "gmm", "--out", gmm, *TINY, "--gamma-eps", "0.3"],
-    }
-    for said, words in checks.items():
-        code, _, err = call(*words)
-        assert code == 1, err
-        assert said in err and len(err.strip().splitlines()) == 1
+def test_other_failures_are_one_line_and_exit_code_1(gmm, refused, tmp_path):
+    refused(1, "is not the folder of a run", "evaluate", tmp_path)
+    refused(1, "cannot write the run folder", "distill", "gmm", "--out", gmm / "config.toml" / "x", *TINY)
+    refused(1, "choose another --out", "distill", "gmm", "--out", gmm, *TINY, "--gamma-eps", "0.3")
 
 
 @pytest.mark.parametrize("cls", [KeyError, TypeError, MemoryError, RecursionError])
@@ -189,13 +158,14 @@ def test_interrupted_it_saves_says_so_and_exits_with_the_usual_code(tmp_path, nu
     assert checkpoint.load(path)["step"] >= 2
 
 
-def test_importing_the_library_imports_nothing_optional():
-    script = (
-        "import sys, torch; before = set(sys.modules); import emd_fast; new = set(sys.modules) - before\n"
-        "bad = [m for m in new if m.split('.')[0] in ('triton', 'sklearn', 'diffusers', 'matplotlib', 'PIL', 'scipy',"
-        " 'tqdm', 'xformers', 'apex', 'transformers')]\n"
-        "assert not bad, bad\n"
-        "assert 'torch._dynamo' not in new and 'torch._inductor' not in new"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+LIGHT = """import sys, torch; before = set(sys.modules); import emd_fast; new = set(sys.modules) - before
+optional = "triton sklearn diffusers matplotlib PIL scipy tqdm xformers apex transformers".split()
+bad = [m for m in new if m.split('.')[0] in optional or m in ('torch._dynamo', 'torch._inductor')]
+assert not bad, bad
+import emd_fast.cli.commands as c; c.parse(['info'])
+assert not [m for m in sys.modules if m.startswith('benchmarks')]"""
+
+
+def test_importing_the_library_imports_nothing_optional_and_the_command_no_benchmarks():
+    done = subprocess.run([sys.executable, "-c", LIGHT], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

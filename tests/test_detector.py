@@ -12,17 +12,13 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from watch import PROCESSES, Runs, one_line, watched
 
 from emd_fast.metrics import reference
 from emd_fast.metrics.detector import Detector, DetectorError
 from emd_fast.metrics.distance import Moments, RunningMoments, frechet_of_moments
 from emd_fast.metrics.images import ImageFiles, to_uint8
 from emd_fast.metrics.reference import BadReference
-
-
-def one_line(caught):
-    assert len(str(caught.value).splitlines()) == 1, str(caught.value)
-    return str(caught.value)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -52,40 +48,10 @@ class Fails(nn.Module):
         return x.float() @ torch.ones(2, 2)
 
 
-RAN = []
-
-
-def run():
-    RAN.append("a pickle was loaded")
-
-
-class Runs:
-    """What a pickle can do to those who load it."""
-
-    def __reduce__(self):
-        return run, ()
-
-
-def test_a_pickle_runs_where_it_is_loaded():
-    pickle.loads(pickle.dumps(Runs()))
-    assert RAN.pop()
-
-
 def archive(path, **entries):
     with zipfile.ZipFile(path, "w") as made:
         for name, content in entries.items():
             made.writestr(name, content)
-    return path
-
-
-def scripted(path, module):
-    torch.jit.script(module).save(str(path))
-    return path
-
-
-def truncated(path):
-    whole = files.detector(path).read_bytes()
-    path.write_bytes(whole[: len(whole) // 2])
     return path
 
 
@@ -103,26 +69,28 @@ def written(path, content):
     return path
 
 
-def saved(path):
-    torch.save({"weights": torch.ones(2)}, path)
+def scripted(path, module):
+    torch.jit.script(module).save(str(path))
     return path
 
 
+def old(path):
+    torch.save({"a": 1}, path, _use_new_zipfile_serialization=False)
+
+
+NO_PROGRAM, NO_TORCHSCRIPT = "is an archive, but no program", "is no detector: it must be TorchScript"
 NO_DETECTORS = {
     "nothing": (lambda path: path, "there is no detector file"),
-    "a folder": (lambda path: path.mkdir() or path, "there is no detector file"),
-    "empty": (lambda path: written(path, b""), "is no detector: it must be TorchScript"),
-    "text": (lambda path: written(path, b"hello"), "is no detector: it must be TorchScript"),
+    "a folder": (lambda path: path.mkdir(), "there is no detector file"),
+    "empty": (lambda path: written(path, b""), NO_TORCHSCRIPT),
+    "text": (lambda path: written(path, b"hello"), NO_TORCHSCRIPT),
     "a pickle": (lambda path: written(path, pickle.dumps({"a": Runs()})), "inception-2015-12-05.pt"),
-    "weights of torch": (saved, "is an archive, but no program"),
-    "weights of old torch": (
-        lambda path: torch.save({"a": 1}, path, _use_new_zipfile_serialization=False) or path,
-        "is a pickle",
-    ),
-    "images": (lambda path: archive(path, **{"a/b.png": b""}), "is an archive, but no program"),
+    "weights of torch": (lambda path: torch.save({"weights": torch.ones(2)}, path), NO_PROGRAM),
+    "weights of old torch": (old, "is a pickle"),
+    "images": (lambda path: archive(path, **{"a/b.png": b""}), NO_PROGRAM),
     "a hollow archive": (lambda path: archive(path, **{"d/constants.pkl": b""}), "cannot read the detector"),
     "a hollow program": (lambda path: archive(path, **{"d/archive_format": b"pt2"}), "whose loader runs pickles"),
-    "truncated": (truncated, "is no detector"),
+    "truncated": (lambda path: written(path, files.detector(path).read_bytes()[:1000]), "is no detector"),
     "damaged": (damaged, "cannot read the detector"),
     "another forward": (lambda path: scripted(path, TakesNoFeatures()), "its forward takes no return_features"),
 }
@@ -131,12 +99,10 @@ NO_DETECTORS = {
 @pytest.mark.parametrize("name", NO_DETECTORS)
 def test_what_is_no_detector(tmp_path, name):
     make, said = NO_DETECTORS[name]
-    path = make(tmp_path / "file.pt")
-    with pytest.raises(DetectorError) as caught:
-        Detector(path)
-    message = one_line(caught)
-    assert said in message and str(path) in message
-    assert not RAN
+    make(tmp_path / "file.pt")
+    with watched(PROCESSES), pytest.raises(DetectorError) as caught:
+        Detector(tmp_path / "file.pt")
+    assert said in one_line(caught, tmp_path / "file.pt")
 
 
 @pytest.mark.parametrize(
@@ -146,7 +112,7 @@ def test_a_program_that_is_no_detector(tmp_path, module, said):
     detector = Detector(scripted(tmp_path / "d.pt", module))
     with pytest.raises(DetectorError) as caught:
         detector.features(files.pictures())
-    assert said in one_line(caught)
+    assert said in one_line(caught, tmp_path / "d.pt")
 
 
 @pytest.fixture
@@ -194,55 +160,42 @@ def test_a_reference_that_was_written_here(tmp_path, features):
         found.check((3, 8, 8), "xyz")
 
 
-def arrays(path, **entries):
-    np.savez(path, **entries)
-    return path
-
-
-MU, SIGMA = np.zeros(3), np.eye(3)
-NO_REFERENCES = {
-    "nothing": (lambda path: path, "there is no reference"),
-    "text": (lambda path: written(path, b"hello"), "is no reference"),
-    "empty": (lambda path: written(path, b""), "is no reference"),
-    "other arrays": (lambda path: arrays(path, mean=MU), "it has mean, and no mu or sigma"),
-    "no sigma": (lambda path: arrays(path, mu=MU), "it has mu, and no sigma"),
-    "shapes": (lambda path: arrays(path, mu=MU, sigma=np.eye(4)), "must fit, got (3,) and (4, 4)"),
-    "no vector": (lambda path: arrays(path, mu=SIGMA, sigma=SIGMA), "must fit"),
-    "nothing in it": (lambda path: arrays(path, mu=np.zeros(0), sigma=np.zeros((0, 0))), "must fit"),
-    "NaN": (lambda path: arrays(path, mu=MU * math.nan, sigma=SIGMA), "must be finite"),
-    "infinite": (lambda path: arrays(path, mu=MU, sigma=SIGMA + math.inf), "must be finite"),
-    "integers": (lambda path: arrays(path, mu=MU.astype(int), sigma=SIGMA), "mu must be an array of floating-point"),
-    "not symmetric": (lambda path: arrays(path, mu=MU, sigma=np.triu(np.ones((3, 3)))), "must be symmetric"),
-    "objects": (lambda path: arrays(path, mu=np.array([Runs()], object), sigma=SIGMA), "is no reference"),
-    "a pickle that runs": (lambda path: written(path, pickle.dumps({"fid": Runs()})), "nothing was run"),
-    "a pickle of numbers": (lambda path: written(path, pickle.dumps(3)), "it holds no table"),
-    "a pickle without statistics": (lambda path: written(path, pickle.dumps({"a": 1})), "no entry with mu and sigma"),
-    "a pickle of lists": (
-        lambda path: written(path, pickle.dumps({"fid": {"mu": [0.0], "sigma": [[1.0]]}})),
-        "mu must be an array",
-    ),
-    "a pickle of objects": (
-        lambda path: written(path, pickle.dumps({"fid": {"mu": np.array([None]), "sigma": SIGMA}})),
-        "is no reference",
-    ),
-    "a pickle cut off": (
-        lambda path: written(path, pickle.dumps({"fid": {"mu": MU, "sigma": SIGMA}})[:-20]),
-        "is no reference",
-    ),
-    "images": (lambda path: archive(path, **{"a.png": b""}), "is no reference"),
-    "a damaged archive": (lambda path: written(path, arrays(path, mu=MU, sigma=SIGMA).read_bytes()[40:]), "is no ref"),
+MU, SIGMA, NAN = np.zeros(3), np.eye(3), np.full(3, np.nan)
+ARRAYS = {
+    "it has mean, and no mu or sigma": [{"mean": MU}],
+    "it has mu, and no sigma": [{"mu": MU}],
+    "must fit, got (3,) and (4, 4)": [{"mu": MU, "sigma": np.eye(4)}],
+    "must fit": [{"mu": SIGMA, "sigma": SIGMA}, {"mu": np.zeros(0), "sigma": np.zeros((0, 0))}],
+    "must be finite": [{"mu": NAN, "sigma": SIGMA}, {"mu": MU, "sigma": SIGMA + math.inf}],
+    "mu must be an array of floating-point": [{"mu": MU.astype(int), "sigma": SIGMA}],
+    "must be symmetric": [{"mu": MU, "sigma": np.triu(np.ones((3, 3)))}],
+    "is no reference": [{"mu": np.array([Runs()], object), "sigma": SIGMA}],
 }
+PICKLES = {
+    "nothing was run": {"fid": Runs()},
+    "it holds no table": 3,
+    "no entry with mu and sigma": {"a": 1},
+    "mu must be an array": {"fid": {"mu": [0.0], "sigma": [[1.0]]}},
+    "is no reference": {"fid": {"mu": np.array([None]), "sigma": SIGMA}},
+}
+WHOLE = {"mu": MU, "sigma": SIGMA}
+NO_REFERENCES = [
+    (lambda path: path, "there is no reference"),
+    *((lambda path, content=content: written(path, content), "is no reference") for content in (b"hello", b"")),
+    *((lambda path, a=a: np.savez(path, **a), said) for said, each in ARRAYS.items() for a in each),
+    *((lambda path, v=value: written(path, pickle.dumps(v)), said) for said, value in PICKLES.items()),
+    (lambda path: written(path, pickle.dumps({"fid": WHOLE})[:-20]), "is no reference"),
+    (lambda path: archive(path, **{"a.png": b""}), "is no reference"),
+    (lambda path: np.savez(path, **WHOLE) or written(path, path.read_bytes()[40:]), "is no reference"),
+]
 
 
-@pytest.mark.parametrize("name", NO_REFERENCES)
-def test_what_is_no_reference(tmp_path, name):
-    make, said = NO_REFERENCES[name]
-    path = make(tmp_path / "file.npz")
-    with pytest.raises(BadReference) as caught:
-        reference.load(path)
-    message = one_line(caught)
-    assert said in message and str(path) in message
-    assert not RAN
+@pytest.mark.parametrize(("make", "said"), NO_REFERENCES, ids=range(len(NO_REFERENCES)))
+def test_what_is_no_reference(tmp_path, make, said):
+    make(tmp_path / "file.npz")
+    with watched(PROCESSES), pytest.raises(BadReference) as caught:
+        reference.load(tmp_path / "file.npz")
+    assert said in one_line(caught, tmp_path / "file.npz")
 
 
 def test_uint8_by_edms_rule():
@@ -282,7 +235,7 @@ def test_images_that_are_none(tmp_path):
     (tmp_path / "z.png").write_bytes(b"no")
     with pytest.raises(ValueError, match=r"cannot read the image .*z\.png") as caught:
         ImageFiles(tmp_path)(0, 4)
-    one_line(caught)
+    one_line(caught, tmp_path)
 
 
 @pytest.mark.skipif(diffusers_folders.transformers_missing() is not None, reason="transformers is not installed")
@@ -320,4 +273,4 @@ def test_a_folder_without_a_clip_model(tmp_path):
     for folder in (tmp_path, tmp_path / "nowhere", tmp_path / "bert"):
         with pytest.raises(ValueError, match="holds no CLIP model") as caught:
             ClipScore(folder)
-        one_line(caught)
+        one_line(caught, folder)

@@ -6,6 +6,7 @@ import functools
 import math
 
 import pytest
+import test_run
 import test_trainer
 import torch
 from helpers import HostReads, normals
@@ -31,9 +32,7 @@ config = functools.partial(test_trainer.config, batch_size=11, t_star=0.5)
 def by_hand(trainer: EMDTrainer, sampled, generated) -> dict[str, float]:
     """The same statistics in float64, one sample after the other, from what the E-step returned and the M-step saw."""
     settings, step, batch = trainer.config, trainer.steps_done - 1, trainer.config.batch_size
-    z, eps, drift, alpha, sigma = (
-        x.double() for x in (sampled.z, sampled.eps, sampled.drift, sampled.alpha, sampled.sigma)
-    )
+    z, eps, drift, alpha, sigma = (getattr(sampled, x).double() for x in ("z", "eps", "drift", "alpha", "sigma"))
     z_0 = torch.as_tensor(normals(z.shape, seed=settings.seed, step=step, stream=NoiseStream.E_STEP_Z))
     eps_0 = torch.as_tensor(normals(eps.shape, seed=settings.seed, step=step, stream=NoiseStream.E_STEP_EPS))
     weight = WEIGHTINGS[settings.weighting](alpha, sigma)
@@ -52,11 +51,8 @@ def by_hand(trainer: EMDTrainer, sampled, generated) -> dict[str, float]:
     low, high = settings.time_distribution.low, settings.time_distribution.high
     edges = torch.linspace(-2 * math.log(high), -2 * math.log(low), diagnostics.BINS + 1).tolist()
     for i in range(diagnostics.BINS):
-        mine = [
-            drift[b].square().mean()
-            for b in range(batch)
-            if edges[i] <= 2 * math.log(alpha[b] / sigma[b]) < edges[i + 1]
-        ]
+        inside = [b for b in range(batch) if edges[i] <= 2 * math.log(alpha[b] / sigma[b]) < edges[i + 1]]
+        mine = [drift[b].square().mean() for b in inside]
         found[f"drift_rms_bin{i}"] = (sum(mine) / len(mine)) ** 0.5 if mine else math.nan
     return {name: float(value) for name, value in found.items()}
 
@@ -74,16 +70,13 @@ def watched_step(trainer: EMDTrainer):
     return type("Sampled", (), parts), generated
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"seed": 3},
-        {"micro_batch_size": 4, "gamma_z": 0.0, "weighting": "sigma_over_alpha"},
-        {"objective": "vsd", "gamma_eps": 0.25},
-        {"noise_cancellation": False, "batch_size": 3},
-    ],
-    ids=str,
-)
+STEPS = [
+    {"seed": 3}, {"micro_batch_size": 4, "gamma_z": 0.0, "weighting": "sigma_over_alpha"},
+    {"objective": "vsd", "gamma_eps": 0.25}, {"noise_cancellation": False, "batch_size": 3},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", STEPS, ids=str)
 @pytest.mark.parametrize("schedule", [schedules.EDM(), schedules.Cosine()], ids=repr)
 def test_every_value_is_that_of_float64_by_hand(changes, schedule):
     trainer = EMDTrainer(points_teacher(schedule), config(**changes))
@@ -150,8 +143,11 @@ def test_the_variance_of_the_gradient_is_that_of_halves_by_hand(changes):
         assert value.shape == () and value.item() == pytest.approx(float(of_a_sample / len(each)), rel=1e-4)
 
 
-def test_one_sample_has_no_variance():
+def test_one_sample_has_no_variance_and_before_a_step_there_are_no_diagnostics():
     trainer = EMDTrainer(points_teacher(), config(batch_size=1))
+    for ask in (trainer.diagnostics, trainer.gradient_variance):
+        with pytest.raises(RuntimeError, match="call step"):
+            ask()
     trainer.step()
     assert all(value.isnan() for value in trainer.gradient_variance().values())
 
@@ -164,13 +160,6 @@ def test_looking_does_not_change_the_training():
         watched.gradient_variance()
         assert all(torch.equal(value, said[name]) for name, value in alone.step().items())
     assert_same_state(alone, watched)
-
-
-def test_there_are_no_diagnostics_before_a_step():
-    trainer = EMDTrainer(points_teacher(), config())
-    for ask in (trainer.diagnostics, trainer.gradient_variance):
-        with pytest.raises(RuntimeError, match="call step"):
-            ask()
 
 
 class Product(nn.Module):
@@ -221,17 +210,7 @@ def test_memory_is_in_bytes():
     assert 50 * 2**20 < throughput.peak_memory(torch.device("cpu")) < 2**44
 
 
-TINY = {
-    "emd.steps": 7,
-    "emd.batch_size": 16,
-    "emd.langevin_steps": 2,
-    "emd.fake_score_warmup": 1,
-    "log_every": 3,
-    "save_every": 100,
-    "samples": 50,
-    "mixture.generator_width": 8,
-    "mixture.fake_score_width": 8,
-}
+TINY = test_run.TINY | {"emd.steps": 7, "emd.fake_score_warmup": 1, "log_every": 3, "save_every": 100}
 
 
 def test_no_value_is_asked_for_between_logged_steps(tmp_path, monkeypatch):
@@ -285,9 +264,8 @@ def test_what_is_not_known_is_not_said(tmp_path, monkeypatch):
     monkeypatch.setattr(distill, "evaluate", lambda *_: {})
     distill.distill(settings.load("gmm", TINY), tmp_path / "no_peak")
     assert all("tflops" in row and "mfu" not in row for row in journal.read(tmp_path / "no_peak" / "log.jsonl"))
-    distill.distill(
-        settings.load("gmm", {**TINY, "emd.compute.cuda_graph": True, "peak_tflops": 0.5}), tmp_path / "graph"
-    )
+    graph = {"emd.compute.cuda_graph": True, "peak_tflops": 0.5}
+    distill.distill(settings.load("gmm", TINY | graph), tmp_path / "graph")
     assert all("tflops" not in row and "mfu" not in row for row in journal.read(tmp_path / "graph" / "log.jsonl"))
 
 

@@ -33,7 +33,7 @@ def test_a_diffusers_folder_from_distill_to_a_pipeline(call, refused, tmp_path):
     pytest.importorskip("diffusers")
     folders.dit(tmp_path / "teacher")
     refused(2, "give --num-classes 10", "distill", "--teacher", "teacher", "--out", "run", *TINY)
-    words = ["distill", "--teacher", "teacher", "--out", "run", "--num-classes", "10", *TINY]
+    words = ["distill", "--teacher", "teacher", "--out", "run", "--num-classes=10", *TINY]
     assert done(call(*words)).strip() == "run/report.md"
     assert {path.name for path in (tmp_path / "run" / "samples").iterdir()} == {
         f"{name}.png" for name in ("teacher", "init", "generator")
@@ -239,12 +239,9 @@ def one_of_none():
     return None
 
 
-def test_without_a_recipe_or_a_teacher(call, refused):
+def test_without_a_recipe_or_a_teacher_or_what_was_exported(call, refused, tmp_path):
     assert "required: recipe" in call("distill")[2]
     refused(2, "there is no teacher: give --teacher", "distill", "pretrained")
-
-
-def test_a_folder_that_was_not_exported(tmp_path):
     with pytest.raises(ValueError, match="was not written by"):
         pipeline.load(tmp_path)
 

@@ -147,11 +147,8 @@ def test_training_depends_on_the_configuration_alone_and_lowers_the_loss():
 
 
 def test_the_result_is_the_average_of_the_weights(monkeypatch):
-    seen = []
-    update = EMA.update
-    monkeypatch.setattr(
-        EMA, "update", lambda self, module, step: (seen.append(weights(module)), update(self, module, step))
-    )
+    seen, update = [], EMA.update
+    monkeypatch.setattr(EMA, "update", lambda self, net, step: seen.append(weights(net)) or update(self, net, step))
     result = digits_teacher.train(dataclasses.replace(SHORT, steps=4, ema=0.2, lr=0.1, warmup=0))
     expected = weights(digits_teacher.denoiser(digits_teacher.network(SHORT)))
     for decay, after_step in zip((1 / 10, 2 / 11, 0.2, 0.2), seen, strict=True):

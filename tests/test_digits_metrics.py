@@ -59,24 +59,19 @@ def test_metrics_of_sets_that_are_known(features):
 
 def test_fewer_images_and_another_seed(features):
     images, labels = digits_data.load("test")
-    one = digits_metrics({"a": (images[:100], labels[:100])}, features, seed=1)
-    assert one["n"] == 100
-    assert one == digits_metrics({"a": (images[:100], labels[:100])}, features, seed=1)
-    assert (
-        one["frechet"]["real"]
-        != digits_metrics({"a": (images[:100], labels[:100])}, features, seed=2)["frechet"]["real"]
-    )
+    one, same, other = (digits_metrics({"a": (images[:100], labels[:100])}, features, seed=seed) for seed in (1, 1, 2))
+    assert one["n"] == 100 and one == same and one["frechet"]["real"] != other["frechet"]["real"]
 
 
 def test_bad_sets(features):
     images, labels = digits_data.load("test")
-    with pytest.raises(ValueError, match=r"every set needs 599 images.*'b' has 598 images"):
-        digits_metrics({"a": (images, labels), "b": (images[1:], labels[1:])}, features)
-    with pytest.raises(ValueError, match=r"'a' has 599 images and labels \(598,\)"):
-        digits_metrics({"a": (images, labels[1:])}, features)
-    with pytest.raises(ValueError, match="another name"):
-        digits_metrics({"real": (images, labels)}, features)
-    with pytest.raises(ValueError, match=r"4 to 599 images.*got 600"):
-        digits_metrics({"a": (torch.cat([images, images[:1]]), torch.cat([labels, labels[:1]]))}, features)
-    with pytest.raises(ValueError, match="finite: 'a'"):
-        digits_metrics({"a": (images / 0, labels)}, features)
+    more = torch.cat([images, images[:1]]), torch.cat([labels, labels[:1]])
+    for sets, said in (
+        ({"a": (images, labels), "b": (images[1:], labels[1:])}, "every set needs 599 images.*'b' has 598 images"),
+        ({"a": (images, labels[1:])}, r"'a' has 599 images and labels \(598,\)"),
+        ({"real": (images, labels)}, "another name"),
+        ({"a": more}, "4 to 599 images.*got 600"),
+        ({"a": (images / 0, labels)}, "finite: 'a'"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            digits_metrics(sets, features)

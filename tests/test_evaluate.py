@@ -12,21 +12,25 @@ from emd_fast import Denoiser, EMDConfig, EMDTrainer, schedules
 from emd_fast.io import code
 from emd_fast.metrics import evaluation
 from emd_fast.metrics.images import ImageFiles, to_uint8
-from emd_fast.reporting import pictures
 from emd_fast.run import distill
 from emd_fast.teachers.small_unet import SmallUNet, initialise
 
 TINY = ["--steps=2", "--batch-size=4", "--langevin-steps=1", "--fake-score-updates=1", "--lr-warmup=0", "--samples=20"]
 
 
-@pytest.fixture(autouse=True)
-def without_curves(monkeypatch):
-    monkeypatch.setattr(pictures, "curves", lambda *_: None)  # they would take most of the time
+pytestmark = pytest.mark.usefixtures("without_pictures")
 
 
-def done(result):
-    assert result[0] == 0, result[2]
-    return result[1]
+@pytest.fixture
+def told(call):
+    """What a command that succeeds prints, as JSON where it is."""
+
+    def run(*words):
+        code, out, err = call(*words)
+        assert code == 0, err
+        return json.loads(out) if out.startswith("{") else out
+
+    return run
 
 
 def edm_distance(a, b):
@@ -46,31 +50,29 @@ def there(tmp_path):
     return files.features_of(real)
 
 
-def test_images_against_a_reference(call, there, tmp_path):
+def test_images_against_a_reference(told, there, tmp_path):
     made = files.pictures(23) // 2
     files.folder(tmp_path / "made", made)
     words = ["evaluate", "made", "--detector", "d.pt", "--reference", "r.npz"]
-    metrics = json.loads(done(call(*words)))
+    metrics = told(*words)
     assert metrics["frechet"] == pytest.approx(edm_distance(files.features_of(made), there), abs=1e-3)
     assert metrics["frechet"] > 0.1 and metrics["n"] == 23
     assert metrics["inception_score"] > 1
     assert {len(metrics[name]["sha256"]) for name in ("detector", "reference")} == {64}
     assert "n = 23 is below 50,000" in metrics["warning"]
     for size in (1, 7, 23):
-        assert json.loads(done(call(*words, "--batch-size", size)))["frechet"] == pytest.approx(
-            metrics["frechet"], rel=1e-5
-        )
+        assert told(*words, "--batch-size", size)["frechet"] == pytest.approx(metrics["frechet"], rel=1e-5)
     archive = files.zipped(tmp_path / "made.zip", tmp_path / "made")
-    assert json.loads(done(call("evaluate", archive, *words[2:])))["frechet"] == metrics["frechet"]
+    assert told("evaluate", archive, *words[2:])["frechet"] == metrics["frechet"]
 
 
-def test_a_reference_that_the_command_wrote(call, refused, there, tmp_path):
-    written = json.loads(done(call("evaluate", "real", "--detector", "d.pt", "--write-reference", "w.npz")))
+def test_a_reference_that_the_command_wrote(told, refused, there, tmp_path):
+    written = told("evaluate", "real", "--detector", "d.pt", "--write-reference", "w.npz")
     assert written["n"] == 20
     with np.load("w.npz") as ours, np.load("r.npz") as other:
         for name in ("mu", "sigma"):
             np.testing.assert_allclose(ours[name], other[name], rtol=1e-4, atol=1e-6)
-    metrics = json.loads(done(call("evaluate", "real", "--detector", "d.pt", "--reference", "w.npz")))
+    metrics = told("evaluate", "real", "--detector", "d.pt", "--reference", "w.npz")
     assert metrics["frechet"] == pytest.approx(0, abs=1e-9)
     assert metrics["reference"]["sha256"] == written["reference"]["sha256"]
     files.folder(tmp_path / "large", files.pictures(20, size=9))
@@ -78,10 +80,10 @@ def test_a_reference_that_the_command_wrote(call, refused, there, tmp_path):
     refused(1, said, "evaluate", "large", "--detector", "d.pt", "--reference", "w.npz")
 
 
-def test_precision_and_recall_against_images(call, refused, there, tmp_path):
+def test_precision_and_recall_against_images(told, refused, there, tmp_path):
     files.folder(tmp_path / "made", files.pictures(20) // 2 + 60)
     words = ["evaluate", "made", "--detector", "d.pt", "--compare-with", "real"]
-    metrics = json.loads(done(call(*words)))
+    metrics = told(*words)
     a, b = there, files.features_of(files.pictures(20) // 2 + 60)
 
     def share(samples, manifold):
@@ -127,43 +129,34 @@ def small():
     return Denoiser(network, schedules.EDM(), "edm", sigma_data=0.5, sample_shape=(3, 8, 8))
 
 
-def images_of(trainer, n):
-    return to_uint8(trainer.generate(n))
-
-
-def test_a_run_by_a_detector(call, refused, there, tmp_path):
+def test_a_run_by_a_detector(told, call, refused, there, tmp_path):
     words = ["distill", "--teacher", "test_evaluate:small", "--out", "run", *TINY]
-    done(call(*words, "--detector", "d.pt", "--reference", "r.npz"))
+    told(*words, "--detector", "d.pt", "--reference", "r.npz")
     first = json.loads((tmp_path / "run" / "metrics.json").read_text())
     with code.allow(words[2]):
         _, _, trainer = distill.open_run(tmp_path / "run")
     named = ("--teacher", words[2])
-    expected = edm_distance(files.features_of(images_of(trainer, 20)), there)
+    expected = edm_distance(files.features_of(to_uint8(trainer.generate(20))), there)
     assert first["frechet"] == {"generator": pytest.approx(expected, abs=1e-3)}
     assert (first["n"], first["seed"]) == (20, 0)
     report = (tmp_path / "run" / "report.md").read_text()
     assert first["reference"]["sha256"] in report and "n = 20 is below 50,000" in report
-    more = json.loads(done(call("evaluate", "run", *named, "--detector", "d.pt", "--samples", "33")))
+    more = told("evaluate", "run", *named, "--detector", "d.pt", "--samples", "33")
     assert more["n"] == 33 and more["frechet"] != first["frechet"]
-    compared = json.loads(done(call("evaluate", "run", *named, "--detector", "d.pt", "--compare-with", "real")))
+    compared = told("evaluate", "run", *named, "--detector", "d.pt", "--compare-with", "real")
     assert set(compared["precision"]) == {"generator"} and 0 <= compared["recall"]["generator"] <= 1
     assert compared["frechet"]["generator"] == pytest.approx(expected, abs=1e-3)
-    # The command evaluator otherwise; the run is what it was.
     assert "is finished" in call(*words)[2]
-    # A folder of its images has the same metrics and pixels.
-    done(call("sample", "run", *named, "-n", "20", "--out", "images"))
-    assert torch.equal(ImageFiles("images")(0, 20), images_of(trainer, 20))
-    again = json.loads(done(call("evaluate", "images", "--detector", "d.pt", "--reference", "r.npz")))
+    told("sample", "run", *named, "-n", "20", "--out", "images")
+    assert torch.equal(ImageFiles("images")(0, 20), to_uint8(trainer.generate(20)))
+    again = told("evaluate", "images", "--detector", "d.pt", "--reference", "r.npz")
     assert again["frechet"] == pytest.approx(first["frechet"]["generator"], rel=1e-5)
     refused(2, "images exists already and is not empty", "sample", "run", *named, "-n", "2", "--out", "images")
-    done(call("sample", "run", *named, "-n", "2", "--first", "18", "--out", "two"))
+    told("sample", "run", *named, "-n", "2", "--first", "18", "--out", "two")
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["000018.png", "000019.png"]
     assert torch.equal(ImageFiles("two")(0, 2), ImageFiles("images")(18, 2))
-    # What was exported is the same generator.
-    done(call("export", "run", *named, "one.safetensors"))
-    exported = json.loads(
-        done(call("evaluate", "one.safetensors", "--detector", "d.pt", "--reference", "r.npz", "--samples", "20"))
-    )
+    told("export", "run", *named, "one.safetensors")
+    exported = told("evaluate", "one.safetensors", "--detector", "d.pt", "--reference", "r.npz", "--samples", "20")
     assert exported["frechet"] == pytest.approx(first["frechet"]["generator"], abs=1e-9) and exported["seed"] == 0
 
 
@@ -188,15 +181,15 @@ def test_a_wrong_file_is_found_before_the_training(call, refused, there, tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.skipif(diffusers_folders.transformers_missing() is not None, reason="transformers is not installed")
-def test_the_clip_score_of_a_run(call, tmp_path):
+def test_the_clip_score_of_a_run(told, call, tmp_path):
     from emd_fast.metrics.clip import ClipScore
 
     diffusers_folders.stable_diffusion(tmp_path / "teacher")
     clip = files.clip(tmp_path / "clip", seed=0)
     (tmp_path / "prompts.txt").write_text("a b\n\nc\nd e\n")
     words = ["--teacher", "teacher", "--prompts", "prompts.txt", "--guidance=2", *TINY[:-1], "--samples=7"]
-    done(call("distill", *words, "--out", "run"))
-    metrics = json.loads(done(call("evaluate", "run", "--clip", "clip")))
+    told("distill", *words, "--out", "run")
+    metrics = told("evaluate", "run", "--clip", "clip")
     _, _, trainer = distill.open_run(tmp_path / "run")
     # In batches of the run's four, as it draws them: last digits depend on the batch, and a pixel's level on those.
     parts = [trainer.generate(n, first_sample=first) for first, n in ((0, 4), (4, 3))]
@@ -218,7 +211,7 @@ def evaluated(detector, reference, real, batch):
 
     def images(first, n):
         drawn.extend(range(first, first + n))
-        return images_of_range(trainer, first, n)
+        return to_uint8(trainer.generate(n, first_sample=first))
 
     evaluator = evaluation.Evaluator.read(detector, reference, real)
     return evaluation.evaluate(evaluator, images, 20, batch), drawn
@@ -234,10 +227,6 @@ def evaluated_with_a_failure(detector):
         evaluation.evaluate(evaluation.Evaluator.read(detector), images, 20, 5)
     except ValueError as error:
         return str(error)
-
-
-def images_of_range(trainer, first, n):
-    return to_uint8(trainer.generate(n, first_sample=first))
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ import pytest
 import torch
 from hostile_pickles import as_arguments, as_ema, call, saved, storage, text, whole
 from torch import nn
-from watch import Runs, at, bounded, fields, one_line, turned, watched
+from watch import Runs, at, bounded, fields, one_line, resigned, turned, watched
 
 from emd_fast import Denoiser, EMDConfig, EMDTrainer, schedules
 from emd_fast.config import TeacherConfig, to_dict
@@ -27,7 +27,7 @@ from emd_fast.tasks import digits as digits_task
 from emd_fast.tasks import digits_teacher
 from emd_fast.teachers import edm_pickle
 from emd_fast.teachers.mlp import TimeMLP
-from emd_fast.train import checkpoint, checkpoint_format
+from emd_fast.train import checkpoint
 from emd_fast.train.checkpoint import CheckpointError
 
 
@@ -60,14 +60,6 @@ def good(tmp_path_factory):
 @pytest.fixture
 def copy(good, tmp_path):
     return shutil.copytree(good, tmp_path / "x")
-
-
-def resigned(path, change):
-    """The manifest changed by somebody who signs it again."""
-    table = json.loads((path / "manifest.json").read_bytes())
-    del table["sha256"]
-    change(table)
-    (path / "manifest.json").write_bytes(checkpoint_format.signed(table))
 
 
 def refused(path):

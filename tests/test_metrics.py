@@ -2,6 +2,7 @@
 
 import math
 
+import detector_files as files
 import numpy as np
 import pytest
 import torch
@@ -90,10 +91,10 @@ def test_bad_features(metric):
                 metric(*pair)
 
 
-@pytest.mark.parametrize("k", [0, 8])
-def test_k_out_of_range(k):
-    with pytest.raises(ValueError, match=f"k must be at least 1 and below the 8 samples, got {k}"):
-        precision_recall(torch.randn(8, 3), torch.randn(8, 3), k=k)
+def test_k_out_of_range():
+    for k in (0, 8):
+        with pytest.raises(ValueError, match=f"k must be at least 1 and below the 8 samples, got {k}"):
+            precision_recall(torch.randn(8, 3), torch.randn(8, 3), k=k)
 
 
 @pytest.mark.parametrize("k", [1, 3, 5])
@@ -121,22 +122,11 @@ def test_precision_recall_where_copies_and_rims_decide(k, entries, monkeypatch):
     assert precision_recall(generated, real, k) == pytest.approx(expected[::-1], abs=1e-12)
 
 
-def edm_statistics(features):
-    """mu and sigma as fid.py accumulates them, in numpy."""
-    x = features.numpy().astype(np.float64)
-    mu = x.sum(0) / len(x)
-    return mu, (x.T @ x - np.outer(mu, mu) * len(x)) / (len(x) - 1)
-
-
 def edm_distance(a, b):
     linalg = pytest.importorskip("scipy.linalg")
     (mu, sigma), (mu_ref, sigma_ref) = a, b
     root = linalg.sqrtm(sigma @ sigma_ref)
     return float(np.real(np.square(mu - mu_ref).sum() + np.trace(sigma + sigma_ref - 2 * root)))
-
-
-def moments(statistics, n=None):
-    return Moments(*map(torch.from_numpy, statistics), n)
 
 
 def features_of_inceptions_kind(n, d, rank, seed):
@@ -151,8 +141,9 @@ def features_of_inceptions_kind(n, d, rank, seed):
 )
 def test_frechet_is_that_of_edm(n, d, rank):
     a, b = features_of_inceptions_kind(n, d, rank, 0), 1.1 * features_of_inceptions_kind(n, d, rank, 1) + 0.02
-    statistics = edm_statistics(a), edm_statistics(b)
-    expected, found = edm_distance(*statistics), frechet_of_moments(*map(moments, statistics))
+    statistics = [files.statistics(x.double().numpy()) for x in (a, b)]
+    found = frechet_of_moments(*(Moments(*map(torch.from_numpy, each)) for each in statistics))
+    expected = edm_distance(*statistics)
     assert expected > 0.01  # or 1e-4 says nothing
     assert found == pytest.approx(expected, abs=1e-4) and frechet(a, b) == pytest.approx(expected, abs=1e-4)
     # Against what is exact, both factored ways agree closer than the matrix root does.
@@ -171,30 +162,35 @@ def test_sums_are_the_moments_of_numpy_whatever_the_batches():
         np.testing.assert_allclose(found.covariance, np.cov(x.numpy().astype(np.float64).T), rtol=1e-9, atol=1e-13)
 
 
-def test_moments_that_are_none():
-    eye = torch.eye(3, dtype=torch.float64)
-    zero = torch.zeros(3, dtype=torch.float64)
-    for mean, covariance, said in [
-        (zero[:2], eye, "must fit"),
-        (zero[None], eye, "must fit"),
-        (zero, eye * math.nan, "must be finite"),
-        (zero, eye + torch.tensor([[0, 1.0, 0], [0, 0, 0], [0, 0, 0]]).double(), "must be symmetric"),
-        (zero, -eye, "no variance below 0"),
-    ]:
-        with pytest.raises(ValueError, match=said):
-            Moments(mean, covariance)
-    indefinite = Moments(zero, eye + 2 * (1 - eye))
+EYE, ZERO = torch.eye(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("mean", "covariance", "said"),
+    [
+        (ZERO[:2], EYE, "must fit"),
+        (ZERO[None], EYE, "must fit"),
+        (ZERO, EYE * math.nan, "must be finite"),
+        (ZERO, EYE + torch.ones(3, 3).double().triu(1), "must be symmetric"),
+        (ZERO, -EYE, "no variance below 0"),
+    ],
+)
+def test_moments_that_are_none(mean, covariance, said):
+    with pytest.raises(ValueError, match=said):
+        Moments(mean, covariance)
+
+
+def test_moments_that_have_no_distance():
+    indefinite, sums = Moments(ZERO, EYE + 2 * (1 - EYE)), RunningMoments()
     with pytest.raises(ValueError, match="an eigenvalue of -1"):
         frechet_of_moments(indefinite, indefinite)
     with pytest.raises(ValueError, match="one width, got 3 and 2"):
-        frechet_of_moments(Moments(zero, eye), Moments(zero[:2], eye[:2, :2]))
-    sums = RunningMoments()
-    sums.add(torch.ones(1, 3))
-    with pytest.raises(ValueError, match="at least 2 samples, got 1"):
-        sums.moments()
-    sums.add(torch.full((2, 3), math.inf))
-    with pytest.raises(ValueError, match="features must be finite"):
-        sums.moments()
+        frechet_of_moments(Moments(ZERO, EYE), Moments(ZERO[:2], EYE[:2, :2]))
+    one, infinite = torch.ones(1, 3), torch.full((2, 3), math.inf)
+    for more, said in ((one, "at least 2 samples, got 1"), (infinite, "features must be finite")):
+        sums.add(more)
+        with pytest.raises(ValueError, match=said):
+            sums.moments()
 
 
 @pytest.mark.parametrize(("n", "batch"), [(100, 100), (103, 16)])
@@ -213,11 +209,9 @@ def test_inception_score_is_that_of_its_formula(n, batch):
 
 
 def test_inception_score_of_sure_and_of_no_classes():
-    score = InceptionScore(40)
-    score.add(torch.eye(4).repeat(10, 1), 0)
-    assert score.value() == pytest.approx((4.0, 0.0))
-    score = InceptionScore(40)
-    score.add(torch.full((40, 4), 0.25), 0)
-    assert score.value() == pytest.approx((1.0, 0.0))
+    for probabilities, expected in ((torch.eye(4).repeat(10, 1), 4.0), (torch.full((40, 4), 0.25), 1.0)):
+        score = InceptionScore(40)
+        score.add(probabilities, 0)
+        assert score.value() == pytest.approx((expected, 0.0))
     with pytest.raises(ValueError, match="at least 10 samples, one in each part, got 9"):
         InceptionScore(9)

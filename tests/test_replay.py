@@ -34,10 +34,10 @@ def assert_sample(alone, batch, index):
         torch.testing.assert_close(getattr(alone, name)[0], getattr(batch, name)[index], **TOLERANCE, msg=name)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{}, {"guidance": 1.5}, {"sampling": "x_z"}, {"objective": "vsd"}, {"gamma_z": 0.0}, {"cuda_graph": True}],
-)
+CHANGES = [{}, {"guidance": 1.5}, {"sampling": "x_z"}, {"objective": "vsd"}, {"gamma_z": 0.0}, {"cuda_graph": True}]
+
+
+@pytest.mark.parametrize("changes", CHANGES)
 def test_a_sample_alone_is_that_sample_of_the_whole_batch(changes):
     trainer = EMDTrainer(digits_teacher(null_cond=0), config(num_classes=3, **changes))
     trainer.step()
@@ -152,9 +152,8 @@ def test_images_are_pictures_where_they_can_be_and_tensors_always(folder, tmp_pa
 def test_a_run_that_stopped_names_the_command(tmp_path, monkeypatch, capsys):
     distill.distill(settings(emd__steps=4), tmp_path)
     outputs = score_difference.ScoreDifference.outputs
-    monkeypatch.setattr(
-        score_difference.ScoreDifference, "outputs", lambda self, x: [F * math.nan for F in outputs(self, x)]
-    )
+    nan = lambda self, x: [F * math.nan for F in outputs(self, x)]  # noqa: E731
+    monkeypatch.setattr(score_difference.ScoreDifference, "outputs", nan)
     with pytest.raises(Diverged):
         distill.distill(settings(emd__steps=8, emd__max_skipped=1), tmp_path)
     command = f"emd-fast replay {tmp_path} --step 5 --sample 0"

@@ -29,17 +29,8 @@ from emd_fast.train.health import Diverged
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
 
-TINY = {
-    "emd.steps": 6,
-    "emd.batch_size": 16,
-    "emd.langevin_steps": 2,
-    "emd.fake_score_warmup": 2,
-    "log_every": 2,
-    "save_every": 2,
-    "samples": 50,
-    "mixture.generator_width": 8,
-    "mixture.fake_score_width": 8,
-}
+TINY = {"emd.steps": 6, "emd.batch_size": 16, "emd.langevin_steps": 2, "emd.fake_score_warmup": 2, "samples": 50}
+TINY |= {"log_every": 2, "save_every": 2, "mixture.generator_width": 8, "mixture.fake_score_width": 8}
 
 
 def settings(**changes):
@@ -73,20 +64,16 @@ def test_a_run_leaves_the_promised_folder(tmp_path, without_pictures):
     assert not [name for name in os.listdir(tmp_path) if name.endswith(".tmp")]
 
 
-@pytest.mark.parametrize(
-    ("changes", "sinks", "said"),
-    [
-        ({}, ("tensorboard",), "TensorBoard is not installed"),
-        ({}, ("wandb",), r"emd_fast\[log\]"),
-        ({"emd__optimizer__name": "adamw_8bit"}, (), "needs torchao"),
-    ],
-)
-def test_what_is_not_installed_is_said_before_anything_is_made(tmp_path, monkeypatch, changes, sinks, said):
-    for module in ("torch.utils.tensorboard", "wandb", "torchao.optim"):
+def test_what_is_not_installed_is_said_before_anything_is_made(tmp_path, monkeypatch):
+    for module, changes, sinks, said in (
+        ("torch.utils.tensorboard", {}, ("tensorboard",), "TensorBoard is not installed"),
+        ("wandb", {}, ("wandb",), r"emd_fast\[log\]"),
+        ("torchao.optim", {"emd__optimizer__name": "adamw_8bit"}, (), "needs torchao"),
+    ):
         monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises((ModuleNotFoundError, ConfigError), match=said):
-        distill.distill(settings(**changes), tmp_path / "run", sinks)
-    assert not (tmp_path / "run").exists()
+        with pytest.raises((ModuleNotFoundError, ConfigError), match=said):
+            distill.distill(settings(**changes), tmp_path / "run", sinks)
+        assert not (tmp_path / "run").exists()
 
 
 def test_a_finished_run_says_so_and_trains_nothing(tmp_path, capsys, monkeypatch):
@@ -258,9 +245,8 @@ def test_a_disk_that_is_full_at_the_end_leaves_the_run_unfinished(tmp_path, monk
 
 def test_a_run_that_diverges_ends_with_a_report(tmp_path, monkeypatch):
     at = score_difference.ScoreDifference.outputs
-    monkeypatch.setattr(
-        score_difference.ScoreDifference, "outputs", lambda self, x: [F * math.nan for F in at(self, x)]
-    )
+    nan = lambda self, x: [F * math.nan for F in at(self, x)]  # noqa: E731
+    monkeypatch.setattr(score_difference.ScoreDifference, "outputs", nan)
     with pytest.raises(Diverged, match="z"):
         distill.distill(settings(), tmp_path)
     report = (tmp_path / "report.md").read_text()
@@ -270,12 +256,16 @@ def test_a_run_that_diverges_ends_with_a_report(tmp_path, monkeypatch):
     assert all(torch.isfinite(v).all() for path in state for v in checkpoint.load(path)["generator"].values())
 
 
+def logged(folder, step, row):
+    log = journal.Journal(folder, step)
+    log.write(row)
+    log.close()
+
+
 def test_rows_after_the_checkpoint_are_taken_out_of_the_log(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_text('{"step": 2, "x": 1}\n{"step": 4, "x": 1}\n{"step": 6, "x"')
-    log = journal.Journal(tmp_path, 3)
-    log.write({"step": 5, "x": 2})
-    log.close()
+    logged(tmp_path, 3, {"step": 5, "x": 2})
     assert [row["step"] for row in journal.read(path)] == [2, 5]
 
 
@@ -297,9 +287,7 @@ def test_a_full_disk_ends_the_log_and_the_next_leg_takes_half_a_row_out(tmp_path
         log.write({"step": 2, "x": 2})
     log.close()
     assert path.stat().st_size == 57 and [row["step"] for row in journal.read(path)] == [1]
-    log = journal.Journal(tmp_path, 1)
-    log.write({"step": 2, "x": 2})
-    log.close()
+    logged(tmp_path, 1, {"step": 2, "x": 2})
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
 
 

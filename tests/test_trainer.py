@@ -86,16 +86,13 @@ def test_networks_are_fused_and_the_step_is_the_same(precision):
     metrics = [{key: value.item() for key, value in trainer.step().items()} for trainer in (plain, fused)]
     for key, value in metrics[0].items():
         assert metrics[1][key] == pytest.approx(value, rel=1e-4 if precision == "float32" else 0.05), key
-    assert (
-        {parameter.dtype for parameter in fused.generator.parameters()} == {fused.generate(2).dtype} == {torch.float32}
-    )
+    assert {p.dtype for p in fused.generator.parameters()} == {fused.generate(2).dtype} == {torch.float32}
 
 
 def test_a_network_that_nothing_is_known_of_is_left_without_a_word():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        trainer = EMDTrainer(points_teacher(), config())
-    assert not fusion_report(trainer.teacher).fused
+        assert not fusion_report(EMDTrainer(points_teacher(), config()).teacher).fused
 
 
 def test_a_network_that_fuse_refuses_wants_fuse_to_be_off():
@@ -137,13 +134,13 @@ def test_n_steps_and_n_more_are_two_n_bit_for_bit(tmp_path, changes):
     for _ in range(4):
         whole.step()
     half = EMDTrainer(teacher, settings)
-    half.step()
-    half.step()
+    for _ in range(2):
+        half.step()
     half.save(tmp_path / "half.pt")
     resumed = EMDTrainer.resume(tmp_path / "half.pt", teacher)
     assert resumed.steps_done == 2 and resumed.config == settings
-    resumed.step()
-    resumed.step()
+    for _ in range(2):
+        resumed.step()
     assert_same_state(whole, resumed)
 
 
@@ -243,9 +240,8 @@ def test_step_sizes_by_sigma_are_interpolated():
 @pytest.mark.parametrize("kind", ["log_uniform", "log_normal"])
 def test_times_lie_where_the_distribution_says(schedule, kind):
     teacher = Denoiser(TimeMLP(2, 16, 1, seed=1), schedule, "x0", sample_shape=(2,))
-    trainer = EMDTrainer(
-        teacher, config(t_star=0.5, batch_size=512, time_distribution={"kind": kind, "low": 0.1, "high": 2.0})
-    )
+    times = {"kind": kind, "low": 0.1, "high": 2.0}
+    trainer = EMDTrainer(teacher, config(t_star=0.5, batch_size=512, time_distribution=times))
     t = trainer.batches.times(trainer.config.time_distribution, 512, stream=6)
     ratio = torch.exp(-schedule.log_snr(t) / 2)
     assert 0.0999 < ratio.min() and ratio.max() < 2.001
@@ -307,16 +303,12 @@ def test_networks_that_cannot_be_trained_are_named(teacher, networks, said):
         EMDTrainer(teacher, config(), **networks)
 
 
-def test_a_teacher_whose_output_has_another_shape_is_named():
-    trainer = EMDTrainer(spoiled(lambda network: setattr(network, "last", torch.nn.Linear(16, 4))), config())
+def test_an_output_of_another_shape_and_labels_out_of_range_are_named():
+    wide = EMDTrainer(spoiled(lambda network: setattr(network, "last", torch.nn.Linear(16, 4))), config())
     with pytest.raises(ValueError, match=r"returned shape \(8, 4\) for an input of shape \(8, 2\)"):
-        trainer.step()
-
-
-def test_labels_out_of_range_are_named():
-    trainer = EMDTrainer(digits_teacher(), config(num_classes=3))
+        wide.step()
     with pytest.raises(ValueError, match=r"labels must be in \[0, 3\)"):
-        trainer.step(torch.full((8,), 7))
+        EMDTrainer(digits_teacher(), config(num_classes=3)).step(torch.full((8,), 7))
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
