@@ -20,6 +20,10 @@ ROOT = Path(__file__).resolve().parents[1]
 GPU = torch.device("cuda", 0)
 
 
+def run(words, **environment):
+    return subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=os.environ | environment, timeout=300)
+
+
 class Device:
     """A GPU whose time goes on by what runs on it, and on which a capture runs nothing."""
 
@@ -138,9 +142,8 @@ def test_nothing_waits_for_the_gpu_between_readings(gpu):
 
 
 def test_sets_reach_beyond_the_cache_and_leave_room(gpu, monkeypatch):
-    properties = types.SimpleNamespace(
-        name="X", total_memory=2**34, major=9, minor=0, multi_processor_count=132, L2_cache_size=50 * 2**20, uuid="1-2"
-    )
+    sizes = {"total_memory": 2**34, "multi_processor_count": 132, "L2_cache_size": 50 * 2**20}
+    properties = types.SimpleNamespace(name="X", major=9, minor=0, uuid="1-2", **sizes)
     gpu.cuda.get_device_properties = lambda device: properties
     gpu.cuda.mem_get_info = lambda device: (2**33, 2**34)
     bench = benchmarks.load("langevin_eps")
@@ -168,15 +171,11 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 @pytest.mark.slow
 def test_kernels_without_noise_are_verified_and_timed_under_the_interpreter():
     words = "perturb langevin_eps langevin_z langevin_step --shape 2,3,8,8 --dtype fp32 --device cpu --warm --rounds 1"
-    done = subprocess.run(
-        [sys.executable, "-m", "emd_fast", "bench", *words.split(), "--skip", "torch.compile", "--backend", "triton"],
-        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, timeout=300,
-    )  # fmt: skip
+    words = ["bench", *words.split(), "--skip", "torch.compile", "--backend", "triton"]
+    done = run([sys.executable, "-m", "emd_fast", *words], TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stderr
-    tables = done.stdout.split("\n\n")[:4]
-    assert all("emd_fast triton, no noise  " in table and "not timed: cannot" not in table for table in tables), (
-        done.stdout
-    )
+    for table in done.stdout.split("\n\n")[:4]:
+        assert "emd_fast triton, no noise  " in table and "not timed: cannot" not in table, done.stdout
 
 
 def test_kernels_without_noise_hold_no_philox(monkeypatch):
@@ -203,11 +202,8 @@ SCRIPT = ROOT / "benchmarks" / "run_gpu.sh"
 needs_bash = pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
 
 
-def run_gpu(*words, **environment):
-    return subprocess.run(
-        ["bash", str(SCRIPT), *map(str, words)],
-        capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHON": sys.executable, **environment},
-    )  # fmt: skip
+def run_gpu(*words, script=SCRIPT, **environment):
+    return run(["bash", str(script), *map(str, words)], **{"PYTHON": sys.executable, **environment})
 
 
 @needs_bash
@@ -275,10 +271,7 @@ def test_what_is_stopped_can_say_what_it_has(tmp_path, fake):
         wait
         """,
     )
-    done = subprocess.run(
-        ["bash", str(script), str(tmp_path / "out"), "test"],
-        capture_output=True, text=True, timeout=60, env={**os.environ, "PYTHON": python},
-    )  # fmt: skip
+    done = run_gpu(tmp_path / "out", "test", script=script, PYTHON=python)
     assert done.returncode == 1
     assert "1 failed, 2 passed" in done.stdout and "stopped after " in done.stdout
     assert "1 failed, 2 passed" in (tmp_path / "out" / "run.log").read_text()

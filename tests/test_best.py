@@ -38,6 +38,17 @@ def figures(monkeypatch):
     return values
 
 
+@pytest.fixture
+def judged(figures, tmp_path):
+    """judged(distances, **settings): a run, or more of it, whose evaluations have these distances."""
+
+    def run(distances, **changes):
+        figures[:] = distances
+        distill.distill(settings(**EVERY | changes), tmp_path)
+
+    return run
+
+
 def test_evaluation_leaves_the_training_bit_for_bit_and_keeps_the_best(tmp_path):
     metrics = distill.distill(settings(**EVERY, keep_checkpoints=1), tmp_path / "evaluated")
     distill.distill(settings(), tmp_path / "plain")
@@ -62,37 +73,31 @@ def test_nothing_is_evaluated_unless_asked(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("every", "steps"), [(1, [1, 2, 3, 4, 5, 6]), (40, [3, 5, 6]), (1000, [6])])
-def test_every_so_many_images_and_at_the_end(tmp_path, figures, every, steps):
-    figures += [1.0] * 6
-    distill.distill(settings(evaluation__every=every), tmp_path)
+def test_every_so_many_images_and_at_the_end(tmp_path, every, steps, judged):
+    judged([1.0] * 6, evaluation__every=every)
     assert list(distances(tmp_path)) == steps
 
 
-def test_the_best_is_replaced_by_a_better_one_alone_and_survives_a_resume(tmp_path, figures):
-    figures += [3.0, 1.0, 2.0]
-    distill.distill(settings(**EVERY, keep_checkpoints=1), tmp_path)
+def test_the_best_is_replaced_by_a_better_one_alone_and_survives_a_resume(tmp_path, judged):
+    judged([3.0, 1.0, 2.0], keep_checkpoints=1)
     assert best(tmp_path) == (4, 1.0)
     state = checkpoint.load(checkpoint.best_of(tmp_path / "checkpoints"))["generator"]
     assert [path.name for path in checkpoint.found(tmp_path / "checkpoints")] == ["step-00000006"]
-    figures += [1.5, 1.0]
-    distill.distill(settings(**EVERY, emd__steps=10), tmp_path)
+    judged([1.5, 1.0], emd__steps=10)
     assert best(tmp_path) == (4, 1.0)
     assert_same(checkpoint.load(checkpoint.best_of(tmp_path / "checkpoints"))["generator"], state)
-    figures += [math.nan, 0.5]
-    distill.distill(settings(**EVERY, emd__steps=14), tmp_path)
+    judged([math.nan, 0.5], emd__steps=14)
     assert best(tmp_path) == (14, 0.5)
     assert distances(tmp_path).keys() == {2, 4, 6, 8, 10, 12, 14}
 
 
-def test_a_damaged_best_is_said_and_the_next_evaluation_replaces_it(tmp_path, figures, capsys):
-    figures += [1.0, 2.0, 3.0]
-    distill.distill(settings(**EVERY), tmp_path)
+def test_a_damaged_best_is_said_and_the_next_evaluation_replaces_it(tmp_path, capsys, judged):
+    judged([1.0, 2.0, 3.0])
     path = checkpoint.best_of(tmp_path / "checkpoints")
     (path / "rank-00000.bin").write_bytes(b"gone")
     with pytest.raises(checkpoint.CheckpointError, match="best is truncated, damaged"):
         distill.open_run(tmp_path, best=True)
-    figures += [5.0]
-    distill.distill(settings(**EVERY, emd__steps=8), tmp_path)
+    judged([5.0], emd__steps=8)
     assert "the best checkpoint is left out" in capsys.readouterr().err
     assert best(tmp_path) == (8, 5.0)
 
@@ -113,25 +118,21 @@ def test_a_generator_that_cannot_be_evaluated_stops_no_run(tmp_path, figures, mo
     assert rows.keys() == {2, 4, 6} and math.isnan(rows[4]) and best(tmp_path) == (6, 1.0)
 
 
-def test_figures_of_other_samples_are_not_compared(tmp_path, figures, capsys):
-    figures += [1.0, 2.0, 3.0]
-    distill.distill(settings(**EVERY), tmp_path)
-    figures += [7.0]
-    distill.distill(settings(**EVERY, emd__steps=8, samples=60), tmp_path)
+def test_figures_of_other_samples_are_not_compared(tmp_path, capsys, judged):
+    judged([1.0, 2.0, 3.0])
+    judged([7.0], emd__steps=8, samples=60)
     assert "was evaluated with other files or samples" in capsys.readouterr().err
     assert best(tmp_path) == (8, 7.0)
 
 
-def test_what_a_crash_left_behind_is_cleared(tmp_path, figures):
-    figures += [1.0] * 3
-    distill.distill(settings(**EVERY), tmp_path)
+def test_what_a_crash_left_behind_is_cleared(tmp_path, judged):
+    judged([1.0] * 3)
     checkpoints = tmp_path / "checkpoints"
     # In the middle of replacing it, and in the middle of writing another.
     checkpoint.best_of(checkpoints).rename(checkpoints / ".best.old")
     (checkpoints / ".best.tmp").mkdir()
     assert distill.open_run(tmp_path, best=True)[2].steps_done == 2
-    figures += [0.5]
-    distill.distill(settings(**EVERY, emd__steps=8), tmp_path)
+    judged([0.5], emd__steps=8)
     assert best(tmp_path) == (8, 0.5)
     assert not list(checkpoints.glob(".best*"))
 

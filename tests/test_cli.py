@@ -108,7 +108,8 @@ def test_a_usage_error_is_no_traceback_of_the_process():
 def test_other_failures_are_one_line_and_exit_code_1(gmm, refused, tmp_path):
     refused(1, "is not the folder of a run", "evaluate", tmp_path)
     refused(1, "cannot write the run folder", "distill", "gmm", "--out", gmm / "config.toml" / "x", *TINY)
-    refused(1, "choose another --out", "distill", "gmm", "--out", gmm, *TINY, "--gamma-eps", "0.3")
+    other = "holds a run with emd.gamma_eps = 0.16, not 0.3: choose another --out"
+    refused(1, other, "distill", "gmm", "--out", gmm, *TINY, "--gamma-eps", "0.3")
 
 
 @pytest.mark.parametrize("cls", [KeyError, TypeError, MemoryError, RecursionError])

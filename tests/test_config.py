@@ -254,11 +254,6 @@ def test_options_have_the_same_rules(words, said, capsys):
     assert said in err and len(err.splitlines()) == 1 and len(err) < 2000, err
 
 
-def test_overrides_reach_nested_tables():
-    settings = config.load("gmm", {"emd.steps": 7, "emd.time_distribution.low": 0.1, "log_every": 3})
-    assert (settings.emd.steps, settings.emd.time_distribution.low, settings.log_every) == (7, 0.1, 3)
-
-
 def test_safe_conversions_are_made():
     made = EMDConfig(gamma_z=0, betas=[0, 0.9], time_distribution={"high": 3})
     assert made.gamma_z == 0.0 and isinstance(made.gamma_z, float)

@@ -11,6 +11,7 @@ import diffusers_folders
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from watch import PROCESSES, Runs, one_line, watched
 
@@ -219,23 +220,20 @@ def test_images_from_a_folder_and_from_a_zip(tmp_path, channels):
 
 
 def test_images_that_are_none(tmp_path):
-    from PIL import Image
-
     with pytest.raises(ValueError, match="neither a folder nor a"):
         ImageFiles(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="there is no image in"):
         ImageFiles(tmp_path)
     files.folder(tmp_path, files.pictures(3))
-    Image.new("RGB", (9, 8)).save(tmp_path / "z.png")
-    with pytest.raises(ValueError, match=r"z\.png is 8x9, .* is 8x8; nothing is resized"):
-        ImageFiles(tmp_path)(0, 4)
-    Image.new("RGBA", (8, 8)).save(tmp_path / "z.png")
-    with pytest.raises(ValueError, match=r"z\.png has mode RGBA"):
-        ImageFiles(tmp_path)(0, 4)
-    (tmp_path / "z.png").write_bytes(b"no")
-    with pytest.raises(ValueError, match=r"cannot read the image .*z\.png") as caught:
-        ImageFiles(tmp_path)(0, 4)
-    one_line(caught, tmp_path)
+    for make, said in (
+        (lambda path: Image.new("RGB", (9, 8)).save(path), r"z\.png is 8x9, .* is 8x8; nothing is resized"),
+        (lambda path: Image.new("RGBA", (8, 8)).save(path), r"z\.png has mode RGBA"),
+        (lambda path: path.write_bytes(b"no"), r"cannot read the image .*z\.png"),
+    ):
+        make(tmp_path / "z.png")
+        with pytest.raises(ValueError, match=said) as caught:
+            ImageFiles(tmp_path)(0, 4)
+        one_line(caught, tmp_path)
 
 
 @pytest.mark.skipif(diffusers_folders.transformers_missing() is not None, reason="transformers is not installed")

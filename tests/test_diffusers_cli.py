@@ -69,13 +69,16 @@ def test_prompts_that_were_encoded_before(call, refused, tmp_path):
 
 
 @pytest.mark.skipif(folders.transformers_missing() is not None, reason=str(folders.transformers_missing()))
-def test_prompts_from_a_text_file(call, tmp_path):
+def test_prompts_from_a_text_file(call, refused, tmp_path):
     folders.stable_diffusion(tmp_path / "teacher")
     (tmp_path / "prompts.txt").write_text("a b\n\nc\n")
-    done(call("distill", "--teacher", "teacher", "--prompts", "prompts.txt", "--out", "run", "--guidance=2", *TINY))
+    words = ["distill", "--teacher", "teacher", "--prompts", "prompts.txt", "--out", "run", "--guidance=2", *TINY]
+    done(call(*words))
     assert len(conditions.Mapped(tmp_path / "run" / "prompts.safetensors")) == 2
     done(call("export", "run", "one-step"))
     assert torch.equal(samples(call, "run", "--prompt", "d"), samples(call, "one-step", "--prompt", "d"))
+    (tmp_path / "prompts.txt").write_text("a b\nd\n")
+    refused(2, "prompts.txt is not the text that run/prompts.safetensors was made with", *words, "--steps=3")
 
 
 @pytest.mark.skipif(folders.transformers_missing() is not None, reason=str(folders.transformers_missing()))

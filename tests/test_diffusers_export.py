@@ -6,6 +6,7 @@ import warnings
 import diffusers_folders as folders
 import pytest
 import torch
+from helpers import seeded
 
 from emd_fast import EMDConfig, EMDTrainer, Generator
 from emd_fast.export.pipeline import NotForStock, export, load
@@ -23,13 +24,8 @@ MAKERS = {
     "bare_text_unet": folders.bare_text_unet,
     "bare_sd3": folders.bare_sd3,
 }
-EMBEDDED = {
-    "bare_text_unet": torch.linspace(-1, 1, 48).reshape(2, 3, 8),
-    "bare_sd3": {
-        "prompt_embeds": torch.linspace(-1, 1, 96).reshape(2, 3, 16),
-        "pooled_projections": torch.linspace(-1, 1, 32).reshape(2, 16),
-    },
-}
+TOKENS, POOLED = torch.linspace(-1, 1, 96).reshape(2, 3, 16), torch.linspace(-1, 1, 32).reshape(2, 16)
+EMBEDDED = {"bare_text_unet": TOKENS[..., ::2], "bare_sd3": {"prompt_embeds": TOKENS, "pooled_projections": POOLED}}
 KINDS = [pytest.param(name, marks=needs_text if name in ("text_unet", "sd3") else ()) for name in MAKERS]
 
 
@@ -98,11 +94,7 @@ def pipeline_of(path, **components):
 
 
 def noise(shape):
-    return torch.randn(shape, generator=drawn())  # what a pipeline draws
-
-
-def drawn():
-    return torch.Generator().manual_seed(5)
+    return torch.randn(shape, generator=seeded(5))  # what a pipeline draws
 
 
 def test_ddim_pipeline_samples_a_unet_in_one_step(distilled, tmp_path):
@@ -111,25 +103,22 @@ def test_ddim_pipeline_samples_a_unet_in_one_step(distilled, tmp_path):
     assert type(pipeline) is diffusers.DDIMPipeline
     pipeline.scheduler.set_timesteps(1)
     assert pipeline.scheduler.timesteps.tolist() == [300]
-    images = pipeline(batch_size=3, generator=drawn(), num_inference_steps=1, output_type="pt").images
+    images = pipeline(batch_size=3, generator=seeded(5), num_inference_steps=1, output_type="pt").images
     same(images, load(tmp_path / "out")(noise((3, 3, 8, 8))))
     other = diffusers.DDPMPipeline(pipeline.unet, pipeline.scheduler)
-    images = other(batch_size=3, generator=drawn(), num_inference_steps=1, output_type="np").images
+    images = other(batch_size=3, generator=seeded(5), num_inference_steps=1, output_type="np").images
     same(torch.from_numpy(images).permute(0, 3, 1, 2), load(tmp_path / "out")(noise((3, 3, 8, 8))))
 
 
 @pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
 @pytest.mark.parametrize("index", [0, 400, 999])
 def test_every_prediction_type_and_index_and_zero_terminal_snr(tmp_path, prediction, index):
-    scheduler = diffusers.DDIMScheduler(
-        prediction_type=prediction,
-        rescale_betas_zero_snr=prediction == "v_prediction",
-        beta_schedule="squaredcos_cap_v2",
-    )
+    form = {"prediction_type": prediction, "rescale_betas_zero_snr": prediction == "v_prediction"}
+    scheduler = diffusers.DDIMScheduler(**form, beta_schedule="squaredcos_cap_v2")
     teacher = teachers.load(folders.unet(tmp_path / "teacher", scheduler))
     trainer = trained(teacher, steps=0, t_star=teacher.time(index))
     pipeline = pipeline_of(silent(tmp_path / "out", trainer))
-    images = pipeline(batch_size=2, generator=drawn(), num_inference_steps=1, output_type="pt").images
+    images = pipeline(batch_size=2, generator=seeded(5), num_inference_steps=1, output_type="pt").images
     same(images, load(tmp_path / "out")(noise((2, 3, 8, 8))))
 
 
@@ -138,7 +127,7 @@ def test_dit_pipeline_samples_in_one_step(distilled, tmp_path):
     pipeline = pipeline_of(silent(tmp_path / "out", trainer))
     assert type(pipeline) is diffusers.DiTPipeline
     labels = [3, 0, 9]
-    images = pipeline(labels, generator=drawn(), guidance_scale=1.0, num_inference_steps=1, output_type="pt").images
+    images = pipeline(labels, generator=seeded(5), guidance_scale=1.0, num_inference_steps=1, output_type="pt").images
     loaded = load(tmp_path / "out")
     same(images, loaded.decode(loaded(noise((3, 4, 8, 8)), torch.tensor(labels))))
 

@@ -117,9 +117,10 @@ def several(settings_of: list[EMDConfig]) -> list[dict]:
     return [one_step(settings, world_dependent_start=True) for settings in settings_of]
 
 
-@pytest.mark.parametrize(
-    ("world", "modes"), [(2, ("replicate", "fsdp")), (3, ("replicate", "fsdp")), (4, ("fsdp", "hybrid"))]
-)
+BOTH = ("replicate", "fsdp")
+
+
+@pytest.mark.parametrize(("world", "modes"), [(2, BOTH), (3, BOTH), (4, ("fsdp", "hybrid"))])
 @pytest.mark.slow
 def test_the_same_step_on_any_number_of_ranks(ranks, world, modes):
     settings = [

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from helpers import Mlp, assert_within, seeded
 from test_distributed import Blocks, config, teacher, whole
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,7 +22,7 @@ from emd_fast.em.fake_score_step import fake_score_step
 from emd_fast.em.m_step import m_step
 
 
-class _Counter(TorchDispatchMode):
+class Counter(TorchDispatchMode):
     """How often each collective runs."""
 
     def __init__(self) -> None:
@@ -36,7 +37,7 @@ class _Counter(TorchDispatchMode):
 
 
 def counted(work) -> dict[str, int]:
-    with _Counter() as counter:
+    with Counter() as counter:
         work()
     return counter.counts
 
@@ -82,14 +83,11 @@ def test_replicated_gradients_are_reduced_once_an_update(ranks):
     assert ranks(2, reduces)[0] == {"allreduce": 4}
 
 
-def sharded_pair(policy=None):
+def sharded_pair():
     """A network of blocks, and the same sharded by its owner."""
-    from torch.distributed.fsdp import fully_shard
-
     bare, outer = Blocks(3), Blocks(3)
-    for block in outer.blocks:
-        fully_shard(block, **({"mp_policy": policy} if policy else {}))
-    fully_shard(outer, **({"mp_policy": policy} if policy else {}))
+    for part in (*outer.blocks, outer):
+        fully_shard(part)
     return bare, outer
 
 
@@ -129,13 +127,8 @@ def nesting() -> None:
     assert counts == {"allgather_base": 4 + 3, "reduce_scatter_base": 4}, counts
 
 
-def test_gathering_nests_survives_errors_and_leaves_the_policy(ranks):
-    ranks(2, nesting)
-
-
 def foreign(how: str) -> None:
     """e_step, M-step and fake-score step on networks that somebody else wrapped, each rank with half of the batch."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     def networks():
         schedule = Cosine()
@@ -176,14 +169,7 @@ def foreign(how: str) -> None:
                     p -= 0.1 * p.grad
 
 
-@pytest.mark.parametrize("how", ["ddp", "fsdp", "fsdp bfloat16"])
-def test_the_algorithm_on_networks_that_somebody_else_wrapped(ranks, how):
-    ranks(2, foreign, how)
-
-
 def wrapped_by_others() -> None:
-    from torch.distributed.fsdp import fully_shard
-
     for wrap in (DistributedDataParallel, fully_shard):
         network = teacher()
         network.network = wrap(network.network)
@@ -191,8 +177,12 @@ def wrapped_by_others() -> None:
             EMDTrainer(teacher(), config(), fake_score=network)
 
 
-def test_the_trainer_wants_bare_networks(ranks):
-    ranks(2, wrapped_by_others)
+@pytest.mark.parametrize(
+    ("work", "how"),
+    [(nesting, ()), (foreign, ("ddp",)), (foreign, ("fsdp",)), (foreign, ("fsdp bfloat16",)), (wrapped_by_others, ())],
+)
+def test_networks_that_somebody_else_wrapped(ranks, work, how):
+    ranks(2, work, *how)
 
 
 def test_shares_cover_the_batch(monkeypatch):

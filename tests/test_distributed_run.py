@@ -95,8 +95,7 @@ def test_a_run_goes_on_on_other_ranks(ranks, tmp_path, before, after):
 
 
 def diverging(folder, mode) -> tuple[int, list[bool], str]:
-    """A run in which one rank's loss of the generator is NaN from the third step on: its exit code, whether each of
-    these steps left the generator and its optimizer as they were, and what this rank said."""
+    """A run with NaN on one rank from the third step on: exit code, was nothing changed by each step, what was said."""
     generator_loss, update, unchanged, said = EMDTrainer._generator_loss, EMDTrainer._update, [], io.StringIO()
 
     def poisoned(self, posteriors):

@@ -130,17 +130,14 @@ def test_n_steps_and_n_more_are_two_n_bit_for_bit(tmp_path, changes):
     if "seed" in changes:  # as fuse() lays weights out on a GPU; the optimizer's state lies beside them
         fuse(teacher, memory_format=torch.channels_last)
     settings = config(num_classes=3, lr_warmup=3, fake_score_warmup=2, **changes)
-    whole = EMDTrainer(teacher, settings)
-    for _ in range(4):
-        whole.step()
-    half = EMDTrainer(teacher, settings)
-    for _ in range(2):
-        half.step()
+    whole, half = EMDTrainer(teacher, settings), EMDTrainer(teacher, settings)
+    for trainer in (whole, whole, half, half):
+        trainer.step()
     half.save(tmp_path / "half.pt")
     resumed = EMDTrainer.resume(tmp_path / "half.pt", teacher)
     assert resumed.steps_done == 2 and resumed.config == settings
-    for _ in range(2):
-        resumed.step()
+    for trainer in (whole, whole, resumed, resumed):
+        trainer.step()
     assert_same_state(whole, resumed)
 
 
