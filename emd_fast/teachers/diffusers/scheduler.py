@@ -63,7 +63,7 @@ def read(config: Mapping[str, Any]) -> SchedulerInfo:
 
     name = config.get("_class_name")
     if not isinstance(name, str) or not name.isidentifier() or len(name) > 100:
-        raise ConfigError(f"_class_name must be that of a scheduler, got {shown(name)}")
+        raise ConfigError(f"the scheduler {shown(name)} is not supported: {', '.join((*_CHAINS, _FLOW))} are")
     if name == _FLOW:
         return SchedulerInfo(RectifiedFlow(), "flow", float(_steps(config)))
     if name not in _CHAINS:
