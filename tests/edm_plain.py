@@ -57,6 +57,16 @@ def build(network, block, first, a, attend_every=True):
             channels = wide
 
 
+def through(network, x, emb, join):
+    skips = []
+    for name, block in network.enc.items():
+        x = block(x) if name.endswith("conv") else block(x, emb)
+        skips.append(x)
+    for name, block in network.dec.items():
+        x = block(join(x, skips.pop()) if "block" in name else x, emb)
+    return x
+
+
 class Linear(nn.Module):
     def __init__(self, in_features, out_features, bias=True):
         super().__init__()
@@ -177,16 +187,10 @@ class DhariwalUNet(nn.Module):
     def forward(self, x, noise_labels, class_labels=None, augment_labels=None):
         emb = self.map_layer1(F.silu(self.map_layer0(self.map_noise(noise_labels))))
         if self.map_label is not None:
-            labels = class_labels
-            if self.training and self.label_dropout:
-                labels = labels * (torch.rand(len(x), 1, device=x.device) >= self.label_dropout)
-            emb = emb + self.map_label(labels)
-        emb, skips = F.silu(emb), []
-        for name, block in self.enc.items():
-            x = block(x) if name.endswith("conv") else block(x, emb)
-            skips.append(x)
-        for name, block in self.dec.items():
-            x = block(torch.cat([x, skips.pop()], dim=1) if "block" in name else x, emb)
+            dropped = self.training and self.label_dropout
+            kept = torch.rand(len(x), 1, device=x.device) >= self.label_dropout if dropped else 1
+            emb = emb + self.map_label(class_labels * kept)
+        x = through(self, x, F.silu(emb), lambda x, skip: torch.cat([x, skip], dim=1))
         return self.out_conv(F.silu(self.out_norm(x)))
 
 
@@ -365,12 +369,8 @@ class UNet(nn.Module):
             labels = self.emb_label(class_labels * math.sqrt(class_labels.shape[1]))
             emb = mp_sum(emb, labels, self.label_balance)
         emb = mp_silu(emb).to(x.dtype)
-        x, skips = torch.cat([x, torch.ones_like(x[:, :1])], dim=1), []
-        for name, block in self.enc.items():
-            x = block(x) if name.endswith("conv") else block(x, emb)
-            skips.append(x)
-        for name, block in self.dec.items():
-            x = block(mp_cat(x, skips.pop(), self.concat_balance) if "block" in name else x, emb)
+        x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
+        x = through(self, x, emb, lambda x, skip: mp_cat(x, skip, self.concat_balance))
         return self.out_conv(x, gain=self.out_gain)
 
 

@@ -110,6 +110,11 @@ def assert_same(actual: Tensor, expected: Tensor, what: str = "value") -> None:
     assert_within(actual, expected, 0.0, what)
 
 
+def assert_all_same(actual, expected) -> None:
+    for mine, its in zip(actual, expected, strict=True):
+        assert_same(mine, its)
+
+
 def assert_alike(found, expected, tolerance: float) -> None:
     """z, eps and drift of two E-steps."""
     for what in ("z", "eps", "drift"):

@@ -53,10 +53,9 @@ def leave_what_is_masked_undefined() -> None:
 
 
 def multiply_matrices_as_a_gpu_does() -> None:
-    """The interpreter keeps bfloat16 as bits, and its product of matrices takes them for integers.
+    """It takes bfloat16 for integers, and a thread adds products of float32 in order, by fused multiply-adds.
 
-    And a thread adds the products of float32 in their order, each by one fused multiply-add, so that (a b)^T and
-    b^T a^T are equal bit for bit; the BLAS under numpy adds them in an order of its own for each.
+    So (a b)^T and b^T a^T are equal bit for bit, as the sums of the BLAS under numpy are not.
     """
     import triton.language as tl
     from triton.runtime import interpreter
@@ -79,8 +78,7 @@ def multiply_matrices_as_a_gpu_does() -> None:
 
 
 def count_with_numbers() -> None:
-    """Numbers are arrays of one element in the interpreter, which older Tritons hand to int(), and NumPy since 2.5
-    refuses."""
+    """Numbers are arrays of one element in the interpreter, which NumPy since 2.5 does not hand to int()."""
     from triton.runtime import interpreter
 
     patch = interpreter._patch_lang_tensor

@@ -63,13 +63,9 @@ def doubled(value):
     return torch.float64 if isinstance(value, torch.dtype) else value
 
 
-def moved(device):
-    return lambda value: value.to(device) if isinstance(value, torch.Tensor) else value
-
-
 def assert_as_good_as_reference(run, op, arguments, device="cpu"):
     """On the device against float64 on the CPU, with the error of the reference in the same dtypes."""
-    ours = results(run, op, arguments, moved(device))
+    ours = results(run, op, arguments, lambda value: value.to(device) if isinstance(value, torch.Tensor) else value)
     exact, eager = (results(reference.OPS[op], op, arguments, convert) for convert in (doubled, lambda value: value))
     for i, (mine, right, its) in enumerate(zip(ours, exact, eager, strict=True)):
         assert mine.device.type == device and mine.dtype == its.dtype and mine.is_contiguous()

@@ -5,9 +5,10 @@ import math
 
 import pytest
 import torch
-from helpers import Mlp, assert_within, column, normals, seeded
+from helpers import assert_within, column, normals, seeded
+from test_e_step import denoiser, inputs
 
-from emd_fast import Denoiser, Generator, Noise, e_step, ops
+from emd_fast import Generator, Noise, e_step, ops
 from emd_fast.diffusion.schedules import EDM, VP, Cosine, RectifiedFlow
 from emd_fast.em.fake_score_step import fake_score_step
 from emd_fast.em.m_step import WEIGHTINGS, m_step
@@ -31,16 +32,6 @@ class Linear(torch.nn.Module):
         return gaussian(torch.zeros(2), A @ A.T, schedule)
 
 
-def denoiser(form, schedule, seed):
-    return Denoiser(Mlp(seed=seed), schedule, form, **({"sigma_data": 0.5} if form == "edm" else {}))
-
-
-def latents(n, schedule, seed=0, dimension=3):
-    g = seeded(seed)
-    t = schedule.t_from_log_snr(4 * torch.rand(n, generator=g) - 2)
-    return torch.randn(n, dimension, generator=g), torch.randn(n, dimension, generator=g), t
-
-
 def gradient(loss, network):
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(network.parameters()))])
 
@@ -50,7 +41,7 @@ def gradient(loss, network):
 def test_1_one_step_is_variational_score_distillation(backend, form, schedule, weighting):
     """K = 1 at gamma_z = 0: gamma_eps times the gradient -w alpha delta J_g of Diff-Instruct, for the same noise."""
     gamma = 0.16
-    z, eps, t = latents(16, schedule)
+    z, eps, t = inputs(16, schedule=schedule)
     teacher, fake_score = denoiser(form, schedule, 1), denoiser(form, schedule, 2)
     generator = Generator(denoiser(form, schedule, 3), float(schedule.t_from_log_snr(torch.tensor([-1.0]))))
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
@@ -72,7 +63,7 @@ def test_1_one_step_is_variational_score_distillation(backend, form, schedule, w
 @pytest.mark.parametrize(("form", "schedule"), FORMS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_2_equal_networks_leave_exactly_nothing(backend, form, schedule, dtype):
-    z, eps, t = latents(9, schedule)
+    z, eps, t = inputs(9, schedule=schedule)
     teacher = denoiser(form, schedule, 1).to(dtype)
     fake_score, generator = copy.deepcopy(teacher), Generator(copy.deepcopy(teacher), 0.9)
     result = e_step(generator, teacher, fake_score, z, eps, t, steps=3, gamma_eps=0.16, gamma_z=0.01, noise=Noise(0))
@@ -87,14 +78,11 @@ def test_2_equal_networks_leave_exactly_nothing(backend, form, schedule, dtype):
 def test_3_eps_minus_drift_is_the_accumulated_noise(backend, gamma_z, by_sample):
     """a_{k+1} = (1 - gamma) a_k + sqrt(2 gamma) n_k from a_0 = eps_0, the noises regenerated from the contract."""
     schedule, steps = Cosine(), 6
-    z, eps, t = latents(7, schedule)
+    z, eps, t = inputs(7, schedule=schedule)
     gamma = 0.05 + 0.3 * torch.rand(7, generator=seeded(1)) if by_sample else 0.16
-    generator = Generator(denoiser("v", schedule, 3), 0.8)
+    nets = Generator(denoiser("v", schedule, 3), 0.8), denoiser("v", schedule, 1), denoiser("x0", schedule, 2)
     where = {"seed": 2**40 + 3, "step": 12, "first_sample": 1000}
-    result = e_step(
-        generator, denoiser("v", schedule, 1), denoiser("x0", schedule, 2), z, eps, t, steps=steps, gamma_eps=gamma,
-        gamma_z=gamma_z, noise=Noise(**where),
-    )  # fmt: skip
+    result = e_step(*nets, z, eps, t, steps=steps, gamma_eps=gamma, gamma_z=gamma_z, noise=Noise(**where))
     a = eps.double()
     gamma = column(gamma.double(), z) if by_sample else gamma
     for k in range(steps):
@@ -107,10 +95,7 @@ def test_3_eps_minus_drift_is_the_accumulated_noise(backend, gamma_z, by_sample)
 
 SIGMA = torch.tensor([[0.9, -0.3], [-0.3, 0.6]])
 MEAN = torch.tensor([0.4, -0.2])
-GENERATORS = {
-    "wide": torch.tensor([[1.4, 0.5], [0, 1.1]]),
-    "narrow and turned": torch.tensor([[0.5, -0.4], [0.5, 0.5]]),
-}
+GENERATORS = {"wide": torch.tensor([[1.4, 0.5], [0, 1.1]]), "turned": torch.tensor([[0.5, -0.4], [0.5, 0.5]])}
 
 
 def stiffest(A, schedule, t):
@@ -124,12 +109,9 @@ def stiffest(A, schedule, t):
 def chain(A, schedule, n, log_snr, gamma, steps, seed=0):
     g = seeded(seed)
     t = schedule.t_from_log_snr(torch.tensor([log_snr])).expand(n).contiguous()
-    z, eps = torch.randn(n, 2, generator=g), torch.randn(n, 2, generator=g)
-    generator = Linear(A)
-    result = e_step(
-        generator, gaussian(MEAN, SIGMA, schedule), generator.score(schedule), z, eps, t, steps=steps, gamma_eps=gamma,
-        gamma_z=gamma, noise=Noise(seed),
-    )  # fmt: skip
+    z, eps, generator = torch.randn(n, 2, generator=g), torch.randn(n, 2, generator=g), Linear(A)
+    nets = generator, gaussian(MEAN, SIGMA, schedule), generator.score(schedule)
+    result = e_step(*nets, z, eps, t, steps=steps, gamma_eps=gamma, gamma_z=gamma, noise=Noise(seed))
     alpha, sigma = result.alpha[:1], result.sigma[:1]
     return t, alpha * result.z @ A.T + sigma * result.eps
 
@@ -183,9 +165,8 @@ def test_5_training_finds_the_maximum_likelihood(schedule, name):
     for _ in range(steps):
         t = schedule.t_from_log_snr(3 * ops.uniform((n,), noise, stream=6) - 1)
         z, eps = ops.normal((n, 2), noise, stream=0), ops.normal((n, 2), noise, stream=1)
-        result = e_step(
-            generator, teacher, generator.score(schedule), z, eps, t, steps=2, gamma_eps=0.2, gamma_z=0.1, noise=noise
-        )
+        nets = generator, teacher, generator.score(schedule)
+        result = e_step(*nets, z, eps, t, steps=2, gamma_eps=0.2, gamma_z=0.1, noise=noise)
         optimizer.zero_grad()
         m_step(generator, result, result.sigma.square()).mean().backward()
         optimizer.step()
@@ -201,10 +182,8 @@ def gradients_by_sample(A, gamma_z, cancellation, n=20_000):
     schedule, generator, g = Cosine(), Linear(A), seeded(3)
     t = schedule.t_from_log_snr(3 * torch.rand(n, generator=g) - 1)
     z, eps = torch.randn(n, 2, generator=g), torch.randn(n, 2, generator=g)
-    result = e_step(
-        generator, gaussian(torch.zeros(2), SIGMA, schedule), generator.score(schedule), z, eps, t, steps=4,
-        gamma_eps=0.16, gamma_z=gamma_z, noise=Noise(0),
-    )  # fmt: skip
+    nets = generator, gaussian(torch.zeros(2), SIGMA, schedule), generator.score(schedule)
+    result = e_step(*nets, z, eps, t, steps=4, gamma_eps=0.16, gamma_z=gamma_z, noise=Noise(0))
     x = generator(result.z).detach().requires_grad_()
     drift = result.drift if cancellation else result.eps
     loss = ops.m_step_loss(x, drift, result.alpha, result.sigma, result.sigma.square())
@@ -239,7 +218,7 @@ def test_6_the_fixed_point_stays(gamma_z):
 
 @pytest.mark.parametrize(("form", "schedule"), FORMS, ids=str)
 def test_fake_score_step_is_denoising_score_matching(backend, form, schedule):
-    z, eps, t = latents(8, schedule)
+    z, eps, t = inputs(8, schedule=schedule)
     fake_score = denoiser(form, schedule, 2)
     generator = Generator(denoiser(form, schedule, 3), float(schedule.t_from_log_snr(torch.tensor([-1.0]))))
     loss = fake_score_step(generator, fake_score, z, eps, t)

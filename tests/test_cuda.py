@@ -7,6 +7,7 @@ from helpers import (
     DTYPES,
     NOISE_ERROR,
     assert_alike,
+    assert_all_same,
     assert_as_good_as_eager,
     assert_same,
     assert_within,
@@ -69,10 +70,8 @@ def test_equal_outputs_leave_no_drift(backend):
         output = draw((64, 3, 64, 64), g, dtype).to(DEVICE)
         k, v = torch.randn(64, generator=g).to(DEVICE), per_sample(64, g).to(DEVICE)
         eps, drift = draw(output.shape, g).to(DEVICE), torch.zeros(output.shape, device=DEVICE)
-        coefs, noise = torch.stack([k, -k], dim=1), Noise(0, device=DEVICE)
-        cotangent = ops.langevin_eps(
-            eps, drift, None, [output, output.clone()], coefs, v, v, step_size=0.1, noise=noise
-        )
+        given = eps, drift, None, [output, output.clone()], torch.stack([k, -k], dim=1), v, v
+        cotangent = ops.langevin_eps(*given, step_size=0.1, noise=Noise(0, device=DEVICE))
         assert not drift.any() and not cotangent.any()
 
 
@@ -100,9 +99,8 @@ def test_a_captured_graph_draws_new_noise(backend):
         graph.replay()
         eager.advance()
         ops.langevin_z(expected_z, z_grad, step_size=0.5, noise=eager)
-        assert_same(z, expected_z)
-        assert_same(drawn, ops.normal(shape, eager, stream=4))
-        assert_same(perturbed, ops.perturb(z_grad, ones, ones, noise=eager, stream=5))
+        perturb = ops.perturb(z_grad, ones, ones, noise=eager, stream=5)
+        assert_all_same([z, drawn, perturbed], [expected_z, ops.normal(shape, eager, stream=4), perturb])
 
 
 def test_compiled_code_equals_eager(backend):
@@ -112,35 +110,15 @@ def test_compiled_code_equals_eager(backend):
     noise = Noise(1, device=DEVICE)
 
     def step(eps, drift, z, substep):
-        cotangent = ops.langevin_eps(
-            eps, drift, None, outputs, coefs, v, v, step_size=0.1, noise=noise, substep=substep
-        )
-        ops.langevin_z(z, cotangent, step_size=0.1, noise=noise, substep=substep)
+        now = {"step_size": 0.1, "noise": noise, "substep": substep}
+        ops.langevin_z(z, ops.langevin_eps(eps, drift, None, outputs, coefs, v, v, **now), **now)
         return ops.perturb(z, v, v, eps=eps)
 
     compiled = torch.compile(step, fullgraph=True)
     for substep in range(3):
         states = [[draw(shape, seeded(i)).to(DEVICE) for i in range(3)] for _ in range(2)]
         found, expected = compiled(*states[0], substep), step(*states[1], substep)
-        for a, b in zip([*states[0], found], [*states[1], expected], strict=True):
-            assert_same(a, b)
-
-
-def test_gradients_reach_the_network(backend):
-    g = seeded(4)
-    for dtype in DTYPES:
-        generated = draw((5, 3, 9, 9), g, dtype, "channels_last")
-        drift, x0, x_t = (draw(generated.shape, g) for _ in range(3))
-        a, b, c = (per_sample(5, g) for _ in range(3))
-        gradients = []
-        for device in (DEVICE, "cpu"):
-            x = generated.to(device).requires_grad_()
-            values = [v.to(device) for v in (drift, x0, x_t, a, b, c)]
-            with emd_fast.use_backend(backend if device == DEVICE else "reference"):
-                loss = ops.m_step_loss(x, values[0], *values[3:]) + ops.score_matching_loss(x, *values[1:])
-            (gradient,) = torch.autograd.grad(loss.sum(), x)
-            gradients.append(gradient.cpu())
-        torch.testing.assert_close(*gradients, rtol=2e-2 if dtype != torch.float32 else 1e-5, atol=1e-6)
+        assert_all_same([*states[0], found], [*states[1], expected])
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
@@ -158,12 +136,6 @@ def test_tensors_of_more_than_2_to_the_31_elements(backend):
     with emd_fast.use_backend("reference"):
         tail = ops.normal((1, 2**16), Noise(7, first_sample=2**15), stream=1)
     assert_within(n[-1:].cpu(), tail, 2**-8 * 7)
-
-
-def test_the_distribution_of_16_million_draws(backend):
-    from noise_statistics import assert_standard_normal
-
-    assert_standard_normal(ops.normal((256, 2**16), Noise(1, device=DEVICE), stream=3).cpu())
 
 
 def test_e_step_on_the_gpu_is_that_of_the_cpu(backend):

@@ -44,14 +44,15 @@ def test_every_kernel_is_compiled_for_every_target(objects):
         assert {name.replace("<1", "<0") for name in VECTORS if "eps" not in name} | {"langevin_eps Body<0>"} <= names
 
 
-def test_no_spills_and_no_local_memory(objects):
+def test_no_spills_no_local_memory_and_few_registers(objects):
+    # Five blocks of 128 threads on a processor at least, which have 480 bytes of a call's tensors under way each.
+    assert max(kernel.registers for kernel in objects.kernels) <= 96
     for kernel in objects.kernels:
         assert kernel.spills == kernel.stack == 0, kernel
     for source in SOURCES:
-        for target in TARGETS:
-            for name, found in objects.machine_code(source)[target].items():
-                local = [i for i in found if i.startswith(("LDL", "STL"))]
-                assert not local, f"{name} for sm_{target}: {local}"
+        for target, (name, found) in ((t, item) for t in TARGETS for item in objects.machine_code(source)[t].items()):
+            local = [i for i in found if i.startswith(("LDL", "STL"))]
+            assert not local, f"{name} for sm_{target}: {local}"
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -89,11 +90,6 @@ def test_no_contraction_in_the_machine_code(objects):
         kinds = {i.split(".")[0] for i in found}
         assert {"FMUL", "FADD"} <= kinds or {"FMUL2", "FADD2"} <= kinds, sorted(kinds)
         assert not {"FFMA", "FFMA2"} & kinds, f"sm_{target}"
-
-
-def test_registers(objects):
-    # Five blocks of 128 threads on a processor at least, which have 480 bytes of a call's tensors under way each.
-    assert max(kernel.registers for kernel in objects.kernels) <= 96
 
 
 def test_the_bindings_compile_against_torch_and_cuda():

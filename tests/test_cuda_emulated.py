@@ -8,7 +8,7 @@ import kernel_cases
 import pytest
 import torch
 from cuda_objects import ROOT, cmake, tool, torch_paths
-from helpers import DTYPES, assert_same, draw, per_sample, seeded
+from helpers import DTYPES, assert_all_same, assert_same, draw, per_sample, seeded
 
 from emd_fast import Noise
 from emd_fast.backends import native
@@ -38,13 +38,8 @@ def emulated():
 
 
 def assert_equal(emulated, op, *arguments):
-    """The two compute the same, and write the same into the arguments."""
-    found, expected = (
-        kernel_cases.results(getattr(library, op), op, arguments, lambda value: value)
-        for library in (emulated, torch.ops.emd_fast_native)
-    )
-    for a, b in zip(found, expected, strict=True):
-        assert_same(a, b)
+    runs = (getattr(library, op) for library in (emulated, torch.ops.emd_fast_native))
+    assert_all_same(*(kernel_cases.results(run, op, arguments, lambda value: value) for run in runs))
 
 
 NOISE = Noise(**kernel_cases.NUMBERS).state

@@ -57,7 +57,7 @@ def assert_as_eager(found, expected):
         assert_same(getattr(found, name), value, what=name)
 
 
-def test_a_replay_follows_arguments_noise_and_weights(recorded):
+def test_a_replay_follows_what_changes_and_moved_weights_are_captured_anew(recorded):
     three, noise = networks(), Noise(3)
     sample, first = GraphedEStep(*three, noise=noise, **SETTINGS), None
     for step in range(4):
@@ -69,6 +69,9 @@ def test_a_replay_follows_arguments_noise_and_weights(recorded):
         assert_as_eager(found, e_step(*three, *given, cond=cond, noise=noise, **SETTINGS))
         first = first or (found, {name: value.clone() for name, value in vars(found).items()})
     assert recorded == [True]
+    parameter.data = 2 * parameter.data  # other memory
+    assert_as_eager(sample(*given, cond), e_step(*three, *given, cond=cond, noise=noise, **SETTINGS))
+    assert len(recorded) == 2
     for name, value in first[1].items():  # what was returned is the caller's
         assert_same(getattr(first[0], name), value)
 
@@ -83,17 +86,6 @@ def test_another_shape_or_mode_is_another_graph(recorded):
         expected = e_step(*three, z, eps, t, cond=cond, steps=2, gamma_eps=gamma, gamma_z=0.01, noise=Noise(0))
         assert_as_eager(found, expected)
     assert recorded == [True, False, True, True]
-
-
-def test_weights_that_moved_are_captured_anew(recorded):
-    three = networks()
-    sample, (*given, cond) = GraphedEStep(*three, noise=Noise(0), **SETTINGS), arguments()
-    sample(*given, cond)
-    parameter = next(three[1].parameters())
-    parameter.data = 2 * parameter.data
-    expected = e_step(*three, *given, cond=cond, noise=Noise(0), **SETTINGS)
-    assert_as_eager(sample(*given, cond), expected)
-    assert len(recorded) == 2
 
 
 @pytest.mark.parametrize("why", ["cpu tensors have no graphs", "cannot be captured: operation not permitted"])
@@ -159,10 +151,9 @@ def test_side_by_side_is_in_turn_where_nobody_asked():
 @pytest.mark.parametrize("guidance", [None, 2.0])
 def test_neither_branch_reads_what_the_other_is_still_to_write(monkeypatch, fake_score_of, guidance):
     """Copies of a Denoiser share its functions of the time, and values of those were once taken across streams."""
-    teacher, other, own = (
-        Denoiser(network, schedules.EDM(), "edm", sigma_data=0.5, sample_shape=(1, 8, 8), null_cond=4)
-        for network in (emd_fast.fuse(randomised(SmallUNet(1, num_classes=5), seed, 0.5)).eval() for seed in range(3))
-    )
+    made = [emd_fast.fuse(randomised(SmallUNet(1, num_classes=5), seed, 0.5)).eval() for seed in range(3)]
+    options = {"sigma_data": 0.5, "sample_shape": (1, 8, 8), "null_cond": 4}
+    teacher, other, own = (Denoiser(network, schedules.EDM(), "edm", **options) for network in made)
     fake_score = {"its own": own, "a copy": copy.deepcopy(teacher), "the teacher itself": teacher}[fake_score_of]
     z, eps, t = torch.randn(2, 1, 8, 8), torch.randn(2, 1, 8, 8), torch.full((2,), 0.7)
     settings = {"cond": torch.arange(2), "guidance": guidance, "noise": Noise(0), **SETTINGS}

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import Mlp, assert_same, assert_within, column, naming, randomised, seeded
+from helpers import Mlp, assert_all_same, assert_same, assert_within, column, naming, randomised, seeded
 from torch import nn
 
 from emd_fast import Denoiser, Generator
@@ -57,24 +57,16 @@ def exact_levels(parametrization, schedule, t):
 
 
 @pytest.mark.parametrize(("parametrization", "schedule"), CASES, ids=str)
-def test_perfect_output_gives_back_the_image(parametrization, schedule):
+def test_a_perfect_output_gives_the_image_and_closed_forms_are_the_general_formula(parametrization, schedule):
     t = times(schedule)
     alpha, sigma = exact_levels(parametrization, schedule, t)
     g = seeded(0)
     x, eps = (torch.randn(len(t), generator=g, dtype=torch.float64) for _ in range(2))
     F, x_t = training_target(parametrization, alpha, sigma, x, eps), alpha * x + sigma * eps
-    c_skip, c_out = make(parametrization, schedule)._form.denoised(alpha, sigma)
-    scale = 1 + (c_skip * x_t).abs() + (c_out * F).abs()
-    assert_within(c_skip * x_t + c_out * F, x, 1e-10 * scale, "D")
-
-
-@pytest.mark.parametrize(("parametrization", "schedule"), CASES, ids=str)
-def test_closed_forms_against_the_general_formula(parametrization, schedule):
-    """a = (alpha c_skip - 1) / sigma^2 and b = alpha c_out / sigma^2 by the general formula, evaluated in float64."""
-    t = times(schedule)
-    alpha, sigma = exact_levels(parametrization, schedule, t)
     denoiser = make(parametrization, schedule)
     c_skip, c_out = denoiser._form.denoised(alpha, sigma)
+    scale = 1 + (c_skip * x_t).abs() + (c_out * F).abs()
+    assert_within(c_skip * x_t + c_out * F, x, 1e-10 * scale, "D")
     a, b = (alpha * c_skip - 1) / sigma**2, alpha * c_out / sigma**2
     if parametrization == "edm":
         a = -1 / (sigma**2 + SD**2)  # the general formula cancels at small sigma even in float64
@@ -108,8 +100,7 @@ def test_arguments_of_the_network():
     make("edm", EDM(), network)(x, t)
     (x0, t0, c0), (x1, t1, c1), (x2, t2, _) = seen
     assert c0 == "condition" and c1 is None
-    for mine, its in ((x0, x), (t0, t), (x1, column(2 * t, x) * x), (t1, 1000 * t)):
-        assert_same(mine, its)
+    assert_all_same((x0, t0, x1, t1), (x, t, column(2 * t, x) * x, 1000 * t))
     assert_within(x2, x.double() / column(torch.sqrt(t.double() ** 2 + SD**2), x), 1e-6)
     assert_within(t2, torch.log(t.double()) / 4, 1e-6)
 

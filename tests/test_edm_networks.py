@@ -96,24 +96,6 @@ def test_outputs_and_gradients_are_those_of_a_plain_formulation(name, loaded):
     assert ours <= 2 * eagers, f"{name}: RMS error {ours:.3g}, eager {eagers:.3g}"
 
 
-@pytest.mark.parametrize("name", ["ncsnpp", "adm", "edm2"])
-def test_every_weight_matters(name, loaded):
-    denoiser = loaded(name)
-    network = denoiser.network
-    x, sigma, labels = edm_files.image()
-    labels = labels if denoiser.null_cond else None
-    with torch.no_grad():
-        before = denoiser(x, sigma, labels)
-        for key, value in network.state_dict().items():
-            if key.startswith("map_augment") or key.endswith("resample_filter"):
-                continue
-            kept = value.clone()
-            value += 0.3 * torch.cos(torch.arange(value.numel(), dtype=torch.float32)).reshape(value.shape)
-            assert not torch.allclose(denoiser(x, sigma, labels), before, atol=1e-6), key
-            value.copy_(kept)
-        assert torch.equal(denoiser(x, sigma, labels), before)
-
-
 @pytest.mark.parametrize("name", ["ddpmpp", "edm2"])
 @pytest.mark.parametrize("backend", ["reference", "auto"])
 def test_bfloat16_is_close(name, backend, loaded):

@@ -8,7 +8,7 @@ from pathlib import Path
 import edm_plain
 import pytest
 import torch
-from helpers import assert_same, assert_within, randomised, seeded
+from helpers import assert_all_same, assert_same, assert_within, randomised, seeded
 from kernel_cases import doubled
 from networks import FAMILIES, OWN, make, output, unet2d_condition
 
@@ -91,23 +91,18 @@ def test_in_training_mode(name):
     before = {key: value.clone() for key, value in network.train().state_dict().items()}
     other = emd_fast.fuse(copy.deepcopy(network))
     assert all(module.training for module in other.modules())
-    for key, value in other.state_dict().items():
-        assert_same(value, before[key], key)
+    assert_all_same(other.state_dict().values(), before.values())
     with torch.no_grad():
         assert relative(output(other, x, arguments), output(network, x, arguments)) < 1e-5
-    for (key, a), b in zip(other.state_dict().items(), network.state_dict().values(), strict=True):
-        assert_same(a, b, key)
+    assert_all_same(other.state_dict().values(), network.state_dict().values())
 
 
 def state_of(network, addresses=True):
     """All that unfuse() is to give back."""
-    return [
-        (path, type(module), id(module), sorted(vars(module)), id(vars(module).get("processor")))
-        for path, module in network.named_modules()
-    ], [
-        (name, id(parameter), parameter.stride(), parameter.data_ptr() if addresses else None)
-        for name, parameter in network.named_parameters()
+    modules = [
+        (key, type(m), id(m), sorted(vars(m)), id(vars(m).get("processor"))) for key, m in network.named_modules()
     ]
+    return modules, [(key, id(p), p.stride(), addresses and p.data_ptr()) for key, p in network.named_parameters()]
 
 
 @pytest.mark.parametrize("options", [{}, {"compile": True, "memory_format": torch.channels_last}])
@@ -184,10 +179,8 @@ def test_the_trainer_copies_a_fused_teacher():
 
     results = []
     for fused in (False, True):
-        network, *_ = make("small")
-        denoiser = Denoiser(network, EDM(), "edm", sigma_data=0.5, sample_shape=(3, 8, 8))
-        if fused:
-            emd_fast.fuse(denoiser)
+        denoiser = Denoiser(make("small")[0], EDM(), "edm", sigma_data=0.5, sample_shape=(3, 8, 8))
+        denoiser = emd_fast.fuse(denoiser) if fused else denoiser
         trainer = EMDTrainer(denoiser, EMDConfig(steps=2, batch_size=4, num_classes=10, seed=1, fuse=False))
         for net in (trainer.generator, trainer.fake_score, trainer.ema.module):
             assert bool(emd_fast.fusion_report(net).fused) == fused
@@ -375,17 +368,14 @@ def test_what_is_left_in_a_diffusers_network():
     expected = output(network, x, arguments)
     assert relative(output(emd_fast.fuse(network), x, arguments), expected) < 1e-5
     notes = {part.path: part.note for part in emd_fast.fusion_report(network).left}
-    assert notes == {
-        "mid_block.resnets.0": "its activation is GELU, not SiLU",
-        "mid_block.attentions.0": "its processor is SlicedAttnProcessor, which computes something of its own",
-    }
+    own = "its processor is SlicedAttnProcessor, which computes something of its own"
+    assert notes == {RESNET: "its activation is GELU, not SiLU", ATTENTION: own}
 
 
 @pytest.mark.parametrize("linear", [False, True])
 def test_channels_last_stays(linear):
     network, x, arguments = make("unet2d_condition")
-    if linear:
-        network = unet2d_condition(use_linear_projection=True).eval()
+    network = unet2d_condition(use_linear_projection=True).eval() if linear else network
     expected = output(network, x, arguments)
     emd_fast.fuse(network, memory_format=torch.channels_last)
     seen = []
@@ -395,9 +385,8 @@ def test_channels_last_stays(linear):
     actual = output(network, x.contiguous(memory_format=torch.channels_last), arguments)
     assert relative(actual, expected) < 1e-5
     images = [(path, value) for path, value in seen if value.dim() == 4]
-    assert len(images) > 20 and not [
-        path for path, value in images if not value.is_contiguous(memory_format=torch.channels_last)
-    ]
+    others = [path for path, value in images if not value.is_contiguous(memory_format=torch.channels_last)]
+    assert len(images) > 20 and not others
 
 
 def transformer(name):
@@ -446,17 +435,13 @@ def test_attention_goes_through_the_op(monkeypatch):
 
 
 def test_layers_that_are_wrapped_in_a_known_block():
-    class Wrapped(torch.nn.Module):
-        def __init__(self, layer):
-            super().__init__()
-            self.layer = layer
-
+    class Wrapped(torch.nn.ModuleList):
         def forward(self, *args, **kwargs):
-            return 1.5 * self.layer(*args, **kwargs)
+            return 1.5 * self[0](*args, **kwargs)
 
     network, x, arguments = make("song")
     for block in (*network.enc.values(), *network.dec.values()):
         for name in {"affine", "proj", "qkv"} & block._modules.keys():
-            setattr(block, name, Wrapped(getattr(block, name)))
+            setattr(block, name, Wrapped([getattr(block, name)]))
     expected = output(network, x, arguments)
     assert relative(output(emd_fast.fuse(network, strict=True), x, arguments), expected) < 1e-5

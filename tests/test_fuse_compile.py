@@ -70,10 +70,9 @@ def test_copies_share_the_compiled_code():
     emd_fast.fuse(teacher, compile={"backend": counting})
     others = [copy.deepcopy(teacher).requires_grad_(True) for _ in range(2)]
     teacher.requires_grad_(False)
-    for other in others:
-        for block in other.modules():
-            if "compile" in vars(block).get("_emd_fast", {}):
-                vars(block)["_emd_fast"]["compile"] = vars(teacher.down_block)["_emd_fast"]["compile"]
+    for block in (block for other in others for block in other.modules()):
+        if "compile" in vars(block).get("_emd_fast", {}):
+            vars(block)["_emd_fast"]["compile"] = vars(teacher.down_block)["_emd_fast"]["compile"]
 
     def step():
         with torch.no_grad():
@@ -116,9 +115,9 @@ def test_more_sizes_than_the_compiler_takes_run_without_it(caplog):
     network, x, arguments = make("small")
     cases = [(x[:n], tuple(a[:n] for a in arguments)) for n in (1, 2, 1, 2)]
     cases += [(torch.cat([x] * n), tuple(torch.cat([a] * n) for a in arguments)) for n in (2, 3, 4)]
+    counting = Counting()
     with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=2):
         expected = [output(network, *case) for case in cases]
-        counting = Counting()
         emd_fast.fuse(network, compile={"backend": counting})
         for case, result in zip(cases, expected, strict=True):
             assert relative(output(network, *case), result) < 1e-5

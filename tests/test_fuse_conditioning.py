@@ -6,7 +6,7 @@ import edm_files
 import edm_plain
 import pytest
 import torch
-from helpers import FlopCount, assert_alike, assert_same, e_step_xz, randomised, seeded
+from helpers import FlopCount, assert_alike, assert_all_same, assert_same, e_step_xz, randomised, seeded
 from networks import FAMILIES, OWN, make, output
 from torch import nn
 
@@ -36,8 +36,7 @@ def test_passes_after_the_first_do_less_and_give_the_same_bits(name):
     plain = passes(network, x, arguments)
     with conditioning_cache():
         cached = passes(network, x, arguments)
-    for (mine, _), (exact, _) in zip(cached, plain, strict=True):
-        assert_same(mine, exact)
+    assert_all_same(*([out for out, _ in each] for each in (cached, plain)))
     whole, (first, second, third) = plain[0][1], (count for _, count in cached)
     assert first == whole and third == second < whole
     if "no attention" in name:  # this one has no linear layers but those that see time and class
@@ -62,10 +61,9 @@ def test_keys_and_values_are_saved():
 class TestStale:
     @pytest.fixture(params=["small", "shallow unet2d_condition", "own edm2"])
     def case(self, request):
-        network, x, arguments = make(request.param)
-        emd_fast.fuse(network)
+        network, *rest = make(request.param)
         with torch.no_grad():
-            yield network, x, arguments
+            yield emd_fast.fuse(network), *rest
 
     def check(self, network, x, arguments):
         """The output in the block, which is that without it."""
@@ -86,11 +84,9 @@ class TestStale:
             )
             assert not any(torch.equal(first, other) for other in others)
             assert_same(first, again)
-            t += 1
-            assert not torch.equal(first, self.check(network, x, (t, cond)))
-            t -= 1
-            cond.copy_(cond.flip(0))
-            assert not torch.equal(first, self.check(network, x, (t, cond)))
+            for change in (lambda: t.add_(1), lambda: (t.sub_(1), cond.copy_(cond.flip(0)))):
+                change()
+                assert not torch.equal(first, self.check(network, x, (t, cond)))
             for k in range(12):  # more than are kept, in turn
                 self.check(network, x, (t + k % 7, cond))
             assert len(cache._passes) <= 4
@@ -162,8 +158,7 @@ class TestGradients:
             exact = [flops(lambda k=k: gradient(k=k)) for k in range(3)]
             with conditioning_cache():
                 mine = [flops(lambda k=k: gradient(k=k)) for k in range(3)]
-        for (a, _), (b, _) in zip(mine, exact, strict=True):
-            assert_same(a, b)
+        assert_all_same(*([gradient for gradient, _ in each] for each in (mine, exact)))
         assert mine[1][1] < exact[1][1]
 
     def test_to_the_condition(self):

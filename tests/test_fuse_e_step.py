@@ -89,26 +89,18 @@ def test_wrapped_networks(one_process, how):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh("cpu", (1,))
-
-    def shard(net):
+    mesh, bare = init_device_mesh("cpu", (1,)), networks(False)
+    compiled = {"compile": {"backend": "aot_eager"}} if how == "compiled blocks" else {}
+    nets = networks(how != "sharded before fuse", **compiled)
+    inner = [getattr(net, "denoiser", net).network for net in nets]
+    for net in inner if "sharded" in how else ():
         for block in (net.down_block, net.middle_block, net.attention, net.second_block, net.up_block):
             fully_shard(block, mesh=mesh)
         # A root that keeps its gathered parameters, as it does by default, does not see an update after a pass without
         # gradients: so it is with networks that are not fused.
         fully_shard(net, mesh=mesh, reshard_after_forward=True)
-
-    bare = networks(False)
-    nets = networks(how in ("sharded after fuse", "ddp"))
-    inner = [getattr(net, "denoiser", net).network for net in nets]
-    if how.startswith("sharded"):
-        for net in inner:
-            shard(net)
-    if how == "sharded before fuse":
-        for net in inner:
+        if how == "sharded before fuse":
             emd_fast.fuse(net)
-    if how == "compiled blocks":
-        nets = networks(True, compile={"backend": "aot_eager"})
     outer = [DistributedDataParallel(net) for net in nets] if how == "ddp" else nets
     parameters = [list(group[0].parameters()) for group in (bare, nets)]
     z, eps, t = latents()

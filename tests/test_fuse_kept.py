@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import FlopCount
+from helpers import FlopCount, assert_all_same
 from networks import make, output
 from test_fuse import relative
 from test_fuse_weight_cache import BF16, frozen
@@ -20,18 +20,16 @@ from emd_fast.teachers.edm_networks.arguments import DhariwalArguments
 
 def kept(run, ignored=()):
     """Bytes that autograd keeps of run()'s result, but for what `ignored` holds."""
-    held = {tensor.untyped_storage()._cdata for tensor in ignored}
     found = {}
 
     def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage._cdata not in held:
-            found[storage._cdata] = storage
+        found[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = run()
-    return sum(storage.nbytes() for storage in found.values()), result
+    held = {tensor.untyped_storage()._cdata for tensor in ignored}
+    return sum(storage.nbytes() for key, storage in found.items() if key not in held), result
 
 
 @pytest.mark.parametrize("autocast", [True, False])
@@ -95,10 +93,9 @@ def full_size(name):
             network = pytest.importorskip("diffusers").UNet2DConditionModel(cross_attention_dim=768, sample_size=64)
             size, arguments = (4, 64, 64), lambda batch: (torch.empty(batch, 77, 768, dtype=torch.bfloat16),)
     network = network.to(torch.bfloat16).eval().requires_grad_(False)
-    made = {"device": "meta", "dtype": torch.bfloat16}
 
     def run(network, batch, with_input=False):
-        x = torch.empty(batch, *size, **made).requires_grad_()
+        x = torch.empty(batch, *size, device="meta", dtype=torch.bfloat16).requires_grad_()
         with torch.device("meta"):
             out = output(network, x, (torch.ones(batch), *arguments(batch)))
         return (x, out) if with_input else out
@@ -144,8 +141,7 @@ def test_gates_are_computed_again_bit_for_bit(monkeypatch, norm, autocast):
         (again,) = torch.autograd.grad(fused(x).square().sum(), x)
         results.append((held, second, y, first, again))
     (less, my_second, *mine), (more, its_second, *its) = results
-    for a, b in zip(mine, its, strict=True):
-        assert torch.equal(a, b) and a.dtype == b.dtype
+    assert_all_same(mine, its)
     assert relative(my_second, its_second) < (0.02 if autocast else 1e-5)  # its sums are of another order
     statistics = 2 * x.numel() // 32 * 4 if norm else 0
     weights = 2 * plain[1].proj.weight.numel() if autocast else 0  # those that autocast rounded
@@ -178,7 +174,7 @@ def test_compiled_blocks_compute_gates_again(monkeypatch):
         held, y = kept(lambda: network[0](x, encoder_hidden_states=condition), network.parameters())
         results.append((held, y, *torch.autograd.grad(y.square().sum(), x)))
     (less, *mine), (more, *its) = results
-    assert all(torch.equal(a, b) for a, b in zip(mine, its, strict=True))
+    assert_all_same(mine, its)
     assert more - less > 7 * 4 * x.numel()
     torch.compiler.reset()
 

@@ -1,9 +1,11 @@
 """Fused networks with LoRA of peft in their projections and convolutions, as diffusers loads it."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
+from helpers import assert_all_same
 from networks import make, output
 from safetensors.torch import load_file
 from test_fuse import relative
@@ -26,8 +28,7 @@ def adapted(order, **options):
     """(fused, not fused, x, arguments), both with the same adapter, loaded before fuse() or after it."""
     fused, x, arguments = make("shallow unet2d_condition")
     plain = copy.deepcopy(fused)
-    if order == "after":
-        emd_fast.fuse(fused)
+    fused = emd_fast.fuse(fused) if order == "after" else fused
     for network in (fused, plain):
         adapt(network, **options)
     return emd_fast.fuse(fused), plain, x, arguments
@@ -45,22 +46,13 @@ def outcome(network, x, arguments):
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_adapters_that_come_and_go(order):
     *networks, x, arguments = adapted(order)
-    for change in (
-        lambda network: None,
-        lambda network: network.requires_grad_(False),
-        lambda network: adapt(network, "second", 2, r=2, target_modules=["to_q", "conv1"]),
-        lambda network: network.set_adapter("default"),
-        lambda network: network.set_adapter(["default", "second"]),
-        lambda network: network.disable_adapters(),
-        lambda network: network.enable_adapters(),
-        lambda network: network.fuse_lora(),
-        lambda network: network.unfuse_lora(),
-        lambda network: network.delete_adapters("default"),
-        lambda network: network.unload_lora(),
-        lambda network: adapt(network, "third", 3),
-    ):
+    for change, *given in (
+        ("eval",), ("requires_grad_", False), (partial(adapt, r=2, target_modules=["to_q", "conv1"]), "second", 2),
+        ("set_adapter", "default"), ("set_adapter", ["default", "second"]), ("disable_adapters",), ("enable_adapters",),
+        ("fuse_lora",), ("unfuse_lora",), ("delete_adapters", "default"), ("unload_lora",), (adapt, "third", 3),
+    ):  # fmt: skip
         for network in networks:
-            change(network)
+            (change if callable(change) else getattr(type(network), change))(network, *given)
         mine, its = (outcome(network, x, arguments) for network in networks)
         assert max(relative(a, b) for a, b in zip(mine, its, strict=True)) < 1e-5
 
@@ -69,8 +61,7 @@ def test_adapters_that_come_and_go(order):
 def test_what_is_saved_and_undone(order, tmp_path):
     fused, plain, x, arguments = adapted(order)
     for name, network in (("fused", fused), ("plain", plain)):
-        network.save_lora_adapter(tmp_path / name)
-        network.save_pretrained(tmp_path / name)
+        network.save_lora_adapter(tmp_path / name), network.save_pretrained(tmp_path / name)
     for its in (tmp_path / "plain").iterdir():
         mine = tmp_path / "fused" / its.name
         if its.suffix == ".safetensors":
@@ -80,8 +71,7 @@ def test_what_is_saved_and_undone(order, tmp_path):
             assert mine.read_bytes() == its.read_bytes()
     emd_fast.unfuse(fused)
     assert [type(module) for module in fused.modules()] == [type(module) for module in plain.modules()]
-    for mine, its in zip(outcome(fused, x, arguments), outcome(plain, x, arguments), strict=True):
-        assert torch.equal(mine, its)
+    assert_all_same(outcome(fused, x, arguments), outcome(plain, x, arguments))
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -93,7 +83,7 @@ def test_prepared_weights_stay_bit_for_bit(dora):
     with torch.autocast(**BF16), weight_cache(fused):
         held = [vars(part).get(WEIGHT_CACHE) for key, part in fused.named_modules() if key.endswith("to_q.base_layer")]
         assert held and all(bool(part) != dora for part in held)
-        assert all(torch.equal(a, b) for a, b in zip(passes(fused, x, arguments), expected, strict=True))
+        assert_all_same(passes(fused, x, arguments), expected)
 
 
 def test_an_adapter_that_is_switched_inside_the_cache():
@@ -111,14 +101,11 @@ def test_an_adapter_that_is_switched_inside_the_cache():
 def test_adapters_in_the_attention_of_own_networks(order):
     network, x, arguments = make("own adm")
     without = output(network, x, arguments)
-    if order == "after":
-        emd_fast.fuse(network)
+    network = emd_fast.fuse(network) if order == "after" else network
     torch.manual_seed(1)
     settings = peft.LoraConfig(r=4, target_modules=["qkv", "proj"], init_lora_weights=False)
     peft.inject_adapter_in_model(settings, network)
-    if order == "before":
-        emd_fast.fuse(network)
-    network.requires_grad_(False)
+    network = (emd_fast.fuse(network) if order == "before" else network).requires_grad_(False)
     beside = output(network, x, arguments)
     with weight_cache(network):
         assert torch.equal(output(network, x, arguments), beside)

@@ -115,29 +115,21 @@ def test_an_instruction_set_that_is_not_there_is_refused():
     assert "EMD_FAST_ISA must be one of baseline" in in_a_process(code, "sse9")
 
 
-def write_facts(tmp_path, monkeypatch, **facts):
-    path = tmp_path / "_build.json"
-    path.write_text(json.dumps(facts))
-    monkeypatch.setattr(native, "_FACTS", path)
+def test_why_a_build_does_not_serve_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(native, "_FACTS", tmp_path / "_build.json")
     monkeypatch.setattr(native, "_load", native._load.__wrapped__)
-
-
-def test_the_reason_of_a_missing_build_is_told(tmp_path, monkeypatch):
-    write_facts(tmp_path, monkeypatch, reason="not built: EMD_FAST_BUILD=none", torch=None)
-    assert native.why_not("normal", "cpu") == "not built: EMD_FAST_BUILD=none"
-    assert native.facts() == {"reason": "not built: EMD_FAST_BUILD=none"}
-    with pytest.raises(RuntimeError, match="EMD_FAST_BUILD=none"):
-        native.load()
-
-
-def test_a_build_against_another_torch_is_not_loaded(tmp_path, monkeypatch):
-    write_facts(tmp_path, monkeypatch, reason=None, torch="2.0.1")
-    reason = f"built against torch 2.0.1, running {torch.__version__}: install emd_fast again"
-    assert native.why_not("normal", "cpu") == reason
-
-
-def test_why_there_are_no_cuda_kernels_is_told(tmp_path, monkeypatch):
-    write_facts(tmp_path, monkeypatch, reason=None, cuda_reason="not built: no nvcc", torch=torch.__version__)
+    reasons = {"not built: EMD_FAST_BUILD=none": {"reason": "not built: EMD_FAST_BUILD=none", "torch": None}}
+    again = f"built against torch 2.0.1, running {torch.__version__}: install emd_fast again"
+    for reason, facts in {**reasons, again: {"reason": None, "torch": "2.0.1"}}.items():
+        native._FACTS.write_text(json.dumps(facts))
+        assert native.why_not("normal", "cpu") == reason
+        if facts["reason"]:
+            assert native.facts() == {"reason": reason}
+            with pytest.raises(RuntimeError, match="EMD_FAST_BUILD=none"):
+                native.load()
+    native._FACTS.write_text(
+        json.dumps({"reason": None, "cuda_reason": "not built: no nvcc", "torch": torch.__version__})
+    )
     if native.facts().get("cuda") is None:
         assert native.why_not("normal", "cuda") in ("not built: no nvcc", native.why_not("normal", "cpu"))
     assert native.why_not("group_norm", "cuda") == native.why_not("normal", "mps") == "it does not have this op"

@@ -42,7 +42,7 @@ def times(schedule, n=1001):
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
-def test_alpha_sigma_and_log_snr(schedule):
+def test_alpha_sigma_log_snr_and_its_inverse(schedule):
     t = times(schedule)
     alpha, sigma = by_formula(schedule, t)
     for mine, exact in ((schedule.alpha(t), alpha), (schedule.sigma(t), sigma)):
@@ -51,13 +51,8 @@ def test_alpha_sigma_and_log_snr(schedule):
         assert_within(mine, exact, 4e-7 + 2e-6 * exact)
     exact = torch.log(alpha**2 / sigma**2)
     # A relative error of 2e-6 in alpha or sigma; toward the far end of VP, a rounding of t moves log alpha.
-    assert_within(schedule.log_snr(t), exact, 1e-5 + 2e-6 * exact.abs(), "log_snr")
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
-def test_inverse(schedule):
-    t = times(schedule)
     log_snr = schedule.log_snr(t)
+    assert_within(log_snr, exact, 1e-5 + 2e-6 * exact.abs(), "log_snr")
     back = schedule.t_from_log_snr(log_snr)
     assert back.dtype == torch.float32
     # In log-SNR: where it is flat in t, t cannot be told, and where it is steep one rounding of t shows.
@@ -68,7 +63,7 @@ def test_inverse(schedule):
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
-def test_inverse_beyond_the_ends(schedule):
+def test_ends_are_inside_and_the_inverse_beyond_them(schedule):
     t = schedule.t_from_log_snr(torch.tensor([-60.0, 60.0]))
     assert bool(torch.isfinite(t).all())
     low, high = getattr(schedule, "domain", (0, 1))
@@ -76,6 +71,9 @@ def test_inverse_beyond_the_ends(schedule):
     if isinstance(schedule, VP):
         assert t.tolist() == [1.0, 0.0]
     schedule.alpha(t)  # and it is a time that the schedule takes
+    ends = torch.tensor([schedule.t_min, schedule.t_max])
+    for values in (schedule.sigma(ends), schedule.alpha(ends), schedule.log_snr(ends).exp()):
+        assert bool((values > 0).all()) and bool(values.isfinite().all())
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
@@ -96,16 +94,9 @@ def test_bad_input_is_named(schedule):
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
-def test_ends_are_inside_and_a_batch_may_be_empty(schedule):
-    ends = torch.tensor([schedule.t_min, schedule.t_max])
-    for values in (schedule.sigma(ends), schedule.alpha(ends), schedule.log_snr(ends).exp()):
-        assert bool((values > 0).all()) and bool(values.isfinite().all())
+def test_equality_copies_pickles_and_empty_batches(schedule):
     for function in (schedule.alpha, schedule.sigma, schedule.log_snr, schedule.t_from_log_snr):
         assert function(torch.empty(0)).shape == (0,)
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
-def test_equality_copies_and_pickles(schedule):
     for same in (copy.deepcopy(schedule), pickle.loads(pickle.dumps(schedule))):
         assert same == schedule and hash(same) == hash(schedule)
     assert all(schedule != other for other in SCHEDULES if other is not schedule)

@@ -5,7 +5,7 @@ import functools
 
 import pytest
 import torch
-from helpers import DTYPES, assert_as_good_as_eager, assert_same, assert_within, seeded
+from helpers import DTYPES, assert_all_same, assert_as_good_as_eager, assert_same, assert_within, seeded
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -144,8 +144,7 @@ def test_gradients_to_k_and_v_together_or_apart_are_the_same(head_dim, monkeypat
         chosen = lambda *args, apart=apart: dataclasses.replace(pick(*args), apart=apart)  # noqa: E731
         monkeypatch.setattr(attention_launch, "pick", chosen)
         found.append(results(triton, tensors))
-    for one, other in zip(*found, strict=True):
-        assert_same(one, other)
+    assert_all_same(*found)
 
 
 def test_any_strides():
@@ -162,8 +161,7 @@ def test_the_same_in_every_batch():
     tensors = inputs(70, 77, 2, 40, torch.bfloat16)
     whole = results(triton, tensors)
     parts = [results(triton, [t[s] for t in tensors]) for s in (slice(0, 1), slice(1, 2))]
-    for all_at_once, *each in zip(whole, *parts, strict=True):
-        assert_same(torch.cat(each), all_at_once)
+    assert_all_same(map(torch.cat, zip(*parts, strict=True)), whole)
 
 
 def assert_whole_as_good_as_eager(mine, right, its, length, what):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import draw, per_sample, seeded
+from helpers import assert_all_same, draw, per_sample, seeded
 
 import emd_fast
 from emd_fast import Noise, ops
@@ -50,10 +50,9 @@ def test_tuning_takes_the_fastest_and_leaves_numbers_and_tensors_alone(monkeypat
         used.append(choice[0])
         return pick(batch, sizes, *choice)
 
-    g = seeded(5)
-    eps, drift = draw((3, 300), g), draw((3, 300), g)
-    output, v = draw((3, 300), g, torch.bfloat16, "sliced"), per_sample(3, g, 0.1, 1.0)
-    noise, one = Noise(2), torch.ones(1).expand(3)
+    g, noise = seeded(5), Noise(2)
+    eps, drift, output = draw((3, 300), g), draw((3, 300), g), draw((3, 300), g, torch.bfloat16, "sliced")
+    v, one = per_sample(3, g, 0.1, 1.0), torch.ones(1).expand(3)
 
     def step(substep):
         state = eps.clone(), drift.clone()
@@ -66,8 +65,7 @@ def test_tuning_takes_the_fastest_and_leaves_numbers_and_tensors_alone(monkeypat
     monkeypatch.setattr(tuning, "wanted", lambda device: True)
     monkeypatch.setattr(tuning, "_seconds", seconds)
     monkeypatch.setattr(tuning, "_chosen", {})
-    for found, expected in zip(step(0), plain, strict=True):
-        assert torch.equal(found, expected)
+    assert_all_same(step(0), plain)
     assert timed == [tile for tile, _ in tuning.CANDIDATES] and used[-1] == 2048
     step(1)
     assert len(timed) == len(tuning.CANDIDATES)  # another substep is measured no second time
