@@ -222,8 +222,9 @@ def test_the_e_step_as_a_graph_equals_eager(backend, batch):
     from emd_fast.teachers.small_unet import SmallUNet
 
     schedule = emd_fast.diffusion.schedules.EDM()
-    made = [randomised(SmallUNet(3, num_classes=4), seed, scale=0.5).to(DEVICE).eval() for seed in range(3)]
-    three = [emd_fast.Denoiser(net, schedule, "edm", sigma_data=0.5, sample_shape=(3, 16, 16)) for net in made]
+    made = [randomised(SmallUNet(3, num_classes=4), seed, scale=0.5) for seed in range(3)]
+    options = {"sigma_data": 0.5, "sample_shape": (3, 16, 16)}
+    three = [emd_fast.Denoiser(net, schedule, "edm", **options).to(DEVICE).eval() for net in made]
     generator = emd_fast.Generator(three.pop(), 1.0).to(DEVICE)
     settings = {"steps": 4, "gamma_eps": 0.1, "gamma_z": 0.01}
     noise = Noise(9, device=DEVICE)
