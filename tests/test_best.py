@@ -13,7 +13,7 @@ from emd_fast.run import distill
 from emd_fast.run import loop as training
 from emd_fast.tasks.digits import Digits
 from emd_fast.tasks.gmm import Mixture
-from emd_fast.train import checkpoint
+from emd_fast.train import checkpoint, run_checkpoints
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
 
@@ -26,7 +26,7 @@ def distances(folder):
 
 
 def best(folder):
-    facts = checkpoint.facts(checkpoint.best_of(folder / "checkpoints"))
+    facts = checkpoint.facts(run_checkpoints.best_of(folder / "checkpoints"))
     return facts["step"], facts["notes"]["figures"]["frechet"]
 
 
@@ -69,7 +69,7 @@ def test_nothing_is_evaluated_unless_asked(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "Best", lambda *_: pytest.fail("evaluated"))
     metrics = distill.distill(settings(), tmp_path)
     assert not distances(tmp_path) and "best" not in metrics
-    assert not checkpoint.best_of(tmp_path / "checkpoints").exists()
+    assert not run_checkpoints.best_of(tmp_path / "checkpoints").exists()
 
 
 @pytest.mark.parametrize(("every", "steps"), [(1, [1, 2, 3, 4, 5, 6]), (40, [3, 5, 6]), (1000, [6])])
@@ -81,11 +81,11 @@ def test_every_so_many_images_and_at_the_end(tmp_path, every, steps, judged):
 def test_the_best_is_replaced_by_a_better_one_alone_and_survives_a_resume(tmp_path, judged):
     judged([3.0, 1.0, 2.0], keep_checkpoints=1)
     assert best(tmp_path) == (4, 1.0)
-    state = checkpoint.load(checkpoint.best_of(tmp_path / "checkpoints"))["generator"]
-    assert [path.name for path in checkpoint.found(tmp_path / "checkpoints")] == ["step-00000006"]
+    state = checkpoint.load(run_checkpoints.best_of(tmp_path / "checkpoints"))["generator"]
+    assert [path.name for path in run_checkpoints.found(tmp_path / "checkpoints")] == ["step-00000006"]
     judged([1.5, 1.0], emd__steps=10)
     assert best(tmp_path) == (4, 1.0)
-    assert_same(checkpoint.load(checkpoint.best_of(tmp_path / "checkpoints"))["generator"], state)
+    assert_same(checkpoint.load(run_checkpoints.best_of(tmp_path / "checkpoints"))["generator"], state)
     judged([math.nan, 0.5], emd__steps=14)
     assert best(tmp_path) == (14, 0.5)
     assert distances(tmp_path).keys() == {2, 4, 6, 8, 10, 12, 14}
@@ -93,7 +93,7 @@ def test_the_best_is_replaced_by_a_better_one_alone_and_survives_a_resume(tmp_pa
 
 def test_a_damaged_best_is_said_and_the_next_evaluation_replaces_it(tmp_path, capsys, judged):
     judged([1.0, 2.0, 3.0])
-    path = checkpoint.best_of(tmp_path / "checkpoints")
+    path = run_checkpoints.best_of(tmp_path / "checkpoints")
     (path / "rank-00000.bin").write_bytes(b"gone")
     with pytest.raises(checkpoint.CheckpointError, match="best is truncated, damaged"):
         distill.open_run(tmp_path, best=True)
@@ -129,7 +129,7 @@ def test_what_a_crash_left_behind_is_cleared(tmp_path, judged):
     judged([1.0] * 3)
     checkpoints = tmp_path / "checkpoints"
     # In the middle of replacing it, and in the middle of writing another.
-    checkpoint.best_of(checkpoints).rename(checkpoints / ".best.old")
+    run_checkpoints.best_of(checkpoints).rename(checkpoints / ".best.old")
     (checkpoints / ".best.tmp").mkdir()
     assert distill.open_run(tmp_path, best=True)[2].steps_done == 2
     judged([0.5], emd__steps=8)

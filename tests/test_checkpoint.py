@@ -6,7 +6,7 @@ import pytest
 import torch
 from watch import resigned
 
-from emd_fast.train import checkpoint
+from emd_fast.train import checkpoint, run_checkpoints
 from emd_fast.train.checkpoint import CheckpointError
 
 TENSORS = {
@@ -182,12 +182,16 @@ def test_a_second_checkpoint_of_the_same_name_replaces_the_first(tmp_path, monke
 
 def test_only_the_last_few_are_kept(tmp_path):
     for step in (1, 20, 300):
-        write(checkpoint.path_of(tmp_path, step), step, then=lambda step=step: checkpoint.keep_last(tmp_path, 2, step))
+        write(
+            run_checkpoints.path_of(tmp_path, step),
+            step,
+            then=lambda step=step: run_checkpoints.keep_last(tmp_path, 2, step),
+        )
     (tmp_path / "step-notes").write_text("mine")
     (tmp_path / ".step-00000400.tmp").mkdir()
-    checkpoint.clear_unfinished(tmp_path)
-    assert [path.name for path in checkpoint.found(tmp_path)] == ["step-00000020", "step-00000300"]
+    run_checkpoints.clear_unfinished(tmp_path)
+    assert [path.name for path in run_checkpoints.found(tmp_path)] == ["step-00000020", "step-00000300"]
     assert sorted(os.listdir(tmp_path)) == ["step-00000020", "step-00000300", "step-notes"]
     # The last was damaged, and the run went on from the one before it: what it writes then is no older for that.
-    write(checkpoint.path_of(tmp_path, 30), 30, then=lambda: checkpoint.keep_last(tmp_path, 1, 30))
-    assert [path.name for path in checkpoint.found(tmp_path)] == ["step-00000030", "step-00000300"]
+    write(run_checkpoints.path_of(tmp_path, 30), 30, then=lambda: run_checkpoints.keep_last(tmp_path, 1, 30))
+    assert [path.name for path in run_checkpoints.found(tmp_path)] == ["step-00000030", "step-00000300"]

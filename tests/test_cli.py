@@ -14,7 +14,7 @@ import torch
 from spawned import Command, ended, wait_for
 
 from emd_fast import config
-from emd_fast.train import checkpoint
+from emd_fast.train import checkpoint, run_checkpoints
 
 TINY = "--steps=4 --batch-size=16 --langevin-steps=2 --fake-score-warmup=0 --samples=50 --log-every=2".split()
 TINY += "--mixture.generator-width=8 --mixture.fake-score-width 8".split()
@@ -155,7 +155,7 @@ def test_interrupted_it_saves_says_so_and_exits_with_the_usual_code(tmp_path, nu
     ((found, said),) = ended([process])
     assert found == code, said
     assert "saved" in said and "Traceback" not in said
-    (path,) = checkpoint.found(folder / "checkpoints")
+    (path,) = run_checkpoints.found(folder / "checkpoints")
     assert checkpoint.load(path)["step"] >= 2
 
 

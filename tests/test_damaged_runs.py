@@ -18,7 +18,7 @@ from emd_fast.run import distill as run
 from emd_fast.run import folder as folders
 from emd_fast.run.folder import RunError
 from emd_fast.tasks import encoded
-from emd_fast.train import checkpoint, conditions
+from emd_fast.train import checkpoint, conditions, run_checkpoints
 
 TINY = {"steps": 4, "batch_size": 4, "langevin_steps": 1, "fake_score_updates": 1}
 
@@ -187,7 +187,9 @@ def test_a_picture_that_a_kill_took_is_drawn_by_the_next_leg(tmp_path, monkeypat
     with pytest.raises(Killed):
         run.distill(settings("digits"), killed)
     drawn = killed / "samples" / "networks"
-    assert checkpoint.found(killed / "checkpoints")[-1].name == "step-00000004" and not (drawn / last.name).exists()
+    assert (
+        run_checkpoints.found(killed / "checkpoints")[-1].name == "step-00000004" and not (drawn / last.name).exists()
+    )
     monkeypatch.setattr(pictures, "save_grid", write)
     run.distill(settings("digits"), killed)
     assert (drawn / last.name).read_bytes() == last.read_bytes()

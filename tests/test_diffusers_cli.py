@@ -11,7 +11,7 @@ import torch
 from emd_fast import Denoiser, EMDTrainer, schedules
 from emd_fast.export import pipeline
 from emd_fast.teachers.small_unet import SmallUNet
-from emd_fast.train import checkpoint, conditions
+from emd_fast.train import conditions, run_checkpoints
 
 pytestmark = pytest.mark.usefixtures("without_pictures")  # grids of samples are drawn all the same
 
@@ -106,7 +106,7 @@ def test_a_function_is_a_teacher(call, refused, tmp_path):
     named = ("--teacher", "test_diffusers_cli:small")
     done(call("export", "run", "one.safetensors", *named))
     assert torch.equal(samples(call, "one.safetensors"), samples(call, "run", *named))
-    assert checkpoint.found(tmp_path / "run" / "checkpoints")
+    assert run_checkpoints.found(tmp_path / "run" / "checkpoints")
     code, _, err = call("export", "run", "folder", *named)
     assert code == 1 and "use format='safetensors'" in err and not (tmp_path / "folder").exists()
     # Its weights are others in every call: samples need none of them, and no training goes on with them.
@@ -257,7 +257,7 @@ def test_the_recipe_of_stable_diffusion_runs(call, tmp_path):
     words = ["distill", "sd15", "--prompts", "prompts.txt", "--out", "run", *TINY, "--micro-batch-size=1"]
     assert "there is no teacher: give --teacher" in call(*words)[2]
     done(call(*words, "--teacher", "teacher"))
-    assert checkpoint.found(tmp_path / "run" / "checkpoints")[-1].name == "step-00000002"
+    assert run_checkpoints.found(tmp_path / "run" / "checkpoints")[-1].name == "step-00000002"
     done(call("export", "run", "one-step"))
     from diffusers import DiffusionPipeline
 

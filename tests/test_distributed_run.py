@@ -24,7 +24,7 @@ from emd_fast import config as configuration
 from emd_fast.cli import commands
 from emd_fast.reporting import journal
 from emd_fast.run import distill
-from emd_fast.train import checkpoint
+from emd_fast.train import checkpoint, run_checkpoints
 from emd_fast.train.checkpoint import CheckpointError
 
 
@@ -199,7 +199,7 @@ def started(words, world=1, each=None, environment=None, port=0) -> list[Command
 
 
 def weights(folder, step) -> dict[str, torch.Tensor]:
-    return checkpoint.load(checkpoint.path_of(folder / "checkpoints", step))["generator"]
+    return checkpoint.load(run_checkpoints.path_of(folder / "checkpoints", step))["generator"]
 
 
 @pytest.mark.slow
@@ -207,7 +207,7 @@ def test_a_signal_to_one_rank_stops_all_and_the_run_goes_on(tmp_path):
     folder = tmp_path / "run"
     words = command(folder, steps=100_000, save_every=5, parallel="fsdp")
     processes = started(words, 2)
-    wait_for(lambda: checkpoint.found(folder / "checkpoints"), processes)
+    wait_for(lambda: run_checkpoints.found(folder / "checkpoints"), processes)
     processes[1].send_signal(signal.SIGTERM)
     results = ended(processes)
     assert [code for code, _ in results] == [143, 143], results
@@ -260,7 +260,7 @@ def test_a_rank_that_dies_ends_the_others_and_the_next_attempt_of_torchrun_goes_
         return started(command(folder, steps=steps, save_every=5), 2, environment=shared, port=store.port)
 
     processes = attempt(0, 100_000)
-    wait_for(lambda: checkpoint.found(folder / "checkpoints"), processes)
+    wait_for(lambda: run_checkpoints.found(folder / "checkpoints"), processes)
     processes[1].kill()
     ((code, said),) = ended(processes[:1])
     assert code == 1 and "emd-fast: rank 0 has lost another rank" in said and "Traceback" not in said
@@ -303,7 +303,7 @@ def check_leg(process, last):
 
 
 def newest(checkpoints) -> int:
-    return max((int(path.name.removeprefix("step-")) for path in checkpoint.found(checkpoints)), default=0)
+    return max((int(path.name.removeprefix("step-")) for path in run_checkpoints.found(checkpoints)), default=0)
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ from emd_fast.tasks import digits as digits_task
 from emd_fast.tasks import digits_teacher
 from emd_fast.teachers import edm_pickle
 from emd_fast.teachers.mlp import TimeMLP
-from emd_fast.train import checkpoint
+from emd_fast.train import checkpoint, run_checkpoints
 from emd_fast.train.checkpoint import CheckpointError
 
 
@@ -237,7 +237,7 @@ def test_a_trainer_takes_no_other_facts(trained, tmp_path, name):
 
 @pytest.mark.parametrize("notes", [None, 3, {}, {"figures": 3}, {"figures": {"frechet": "x"}, "basis": {}}])
 def test_the_best_checkpoint_says_how_it_was_judged(good, tmp_path, notes):
-    path = shutil.copytree(good, checkpoint.best_of(tmp_path / "checkpoints"))
+    path = shutil.copytree(good, run_checkpoints.best_of(tmp_path / "checkpoints"))
     resigned(path, at("facts", "notes", value=notes))
     assert best_of_run(tmp_path) is None
 

@@ -15,7 +15,7 @@ from emd_fast.em import score_difference
 from emd_fast.run import distill
 from emd_fast.run.folder import RunError
 from emd_fast.run.replay import replay
-from emd_fast.train import checkpoint
+from emd_fast.train import run_checkpoints
 from emd_fast.train.health import Diverged
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
@@ -120,7 +120,7 @@ def test_what_cannot_be_replayed_is_one_clear_line(folder, tmp_path, refused):
 @pytest.mark.usefixtures("without_pictures")
 def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(tmp_path, capsys):
     distill.distill(settings(), tmp_path)
-    file = checkpoint.path_of(tmp_path / "checkpoints", 6) / "rank-00000.bin"
+    file = run_checkpoints.path_of(tmp_path / "checkpoints", 6) / "rank-00000.bin"
     file.write_bytes(file.read_bytes()[:100])
     assert "checkpoint of step 4, 2 steps earlier" in replay(tmp_path, 6, 0).weights
     assert "step-00000006 is truncated" in capsys.readouterr().err

@@ -23,7 +23,7 @@ from emd_fast.reporting import journal, report
 from emd_fast.run import distill, study
 from emd_fast.run.folder import RunError, locked, metrics_of, open_folder
 from emd_fast.run.signals import Interrupted
-from emd_fast.train import checkpoint
+from emd_fast.train import checkpoint, run_checkpoints
 from emd_fast.train.checkpoint import CheckpointError
 from emd_fast.train.health import Diverged
 
@@ -38,7 +38,7 @@ def settings(**changes):
 
 
 def weights(folder, step=6):
-    return checkpoint.load(checkpoint.path_of(folder / "checkpoints", step))["generator"]
+    return checkpoint.load(run_checkpoints.path_of(folder / "checkpoints", step))["generator"]
 
 
 def assert_same(first, second):
@@ -59,7 +59,7 @@ def test_a_run_leaves_the_promised_folder(tmp_path, without_pictures):
     assert set(json.loads((tmp_path / "metrics.json").read_text())) == {*metrics, "sha256"}
     assert set(metrics["frechet"]) == {"real", "teacher", "init", "generator"}
     assert set(metrics["seconds"]) == {"teacher", "distil", "evaluate"}
-    names = [path.name for path in checkpoint.found(tmp_path / "checkpoints")]
+    names = [path.name for path in run_checkpoints.found(tmp_path / "checkpoints")]
     assert names == ["step-00000004", "step-00000006"]
     assert not [name for name in os.listdir(tmp_path) if name.endswith(".tmp")]
 
@@ -164,7 +164,7 @@ def test_a_run_works_outside_of_the_main_thread(tmp_path):
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(tmp_path, capsys):
     distill.distill(settings(), tmp_path / "damaged")
     distill.distill(settings(emd__steps=8), tmp_path / "whole")
-    last = checkpoint.path_of(tmp_path / "damaged" / "checkpoints", 6) / "rank-00000.bin"
+    last = run_checkpoints.path_of(tmp_path / "damaged" / "checkpoints", 6) / "rank-00000.bin"
     last.write_bytes(last.read_bytes()[:500])
     distill.distill(settings(emd__steps=8), tmp_path / "damaged")
     said = capsys.readouterr().err
@@ -174,7 +174,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(tmp_path, ca
 
 def test_when_no_checkpoint_can_be_read_nothing_is_overwritten(tmp_path):
     distill.distill(settings(emd__steps=2), tmp_path)
-    path = checkpoint.path_of(tmp_path / "checkpoints", 2) / "rank-00000.bin"
+    path = run_checkpoints.path_of(tmp_path / "checkpoints", 2) / "rank-00000.bin"
     path.write_bytes(b"gone")
     with pytest.raises(CheckpointError, match="delete them to start over"):
         distill.distill(settings(), tmp_path)
@@ -238,7 +238,7 @@ def test_a_run_that_diverges_ends_with_a_report(tmp_path, monkeypatch):
     report = (tmp_path / "report.md").read_text()
     assert "stopped" in report and "gamma_z" in report
     assert not (tmp_path / "metrics.json").exists()
-    state = checkpoint.found(tmp_path / "checkpoints")
+    state = run_checkpoints.found(tmp_path / "checkpoints")
     assert all(torch.isfinite(v).all() for path in state for v in checkpoint.load(path)["generator"].values())
 
 

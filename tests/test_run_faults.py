@@ -17,7 +17,7 @@ from emd_fast.reporting import journal
 from emd_fast.run import distill, watch
 from emd_fast.run.folder import RunError
 from emd_fast.run.writes import RunStopped
-from emd_fast.train import checkpoint, checkpoint_format
+from emd_fast.train import checkpoint, checkpoint_format, run_checkpoints
 from emd_fast.train.checkpoint import CheckpointGone
 from emd_fast.train.trainer import EMDTrainer
 
@@ -54,7 +54,7 @@ def at_step(monkeypatch, step, act):
 
 
 def steps(folder):
-    return [checkpoint.step_of(path) for path in checkpoint.found(folder / "checkpoints")]
+    return [run_checkpoints.step_of(path) for path in run_checkpoints.found(folder / "checkpoints")]
 
 
 @pytest.mark.parametrize("another", [False, True])
@@ -196,23 +196,23 @@ def test_a_reader_takes_the_next_checkpoint_if_its_own_is_removed(tmp_path, monk
     checkpoints = tmp_path / "checkpoints"
 
     def save_the_next():
-        (last,) = checkpoint.found(checkpoints)
-        step = checkpoint.step_of(last) + 1
+        (last,) = run_checkpoints.found(checkpoints)
+        step = run_checkpoints.step_of(last) + 1
         state = checkpoint.load(last)
         # As `Writer` does it: the next one first, and then away with the old.
-        checkpoint.save(checkpoint.path_of(checkpoints, step), {**state, "step": step})
-        checkpoint.keep_last(checkpoints, 1, step)
+        checkpoint.save(run_checkpoints.path_of(checkpoints, step), {**state, "step": step})
+        run_checkpoints.keep_last(checkpoints, 1, step)
 
     run_goes_on(monkeypatch, module, name, save_the_next, calls=2)
     *_, trainer = distill.open_run(tmp_path)
-    assert 9 <= trainer.steps_done == checkpoint.step_of(checkpoint.found(checkpoints)[0])
+    assert 9 <= trainer.steps_done == run_checkpoints.step_of(run_checkpoints.found(checkpoints)[0])
     assert "skipped" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("module", "name"), MOMENTS)
 def test_a_best_checkpoint_that_is_replaced_while_it_is_read(tmp_path, monkeypatch, module, name):
     distill.distill(settings(**{"evaluation.every": 64}), tmp_path)
-    best = checkpoint.best_of(tmp_path / "checkpoints")
+    best = run_checkpoints.best_of(tmp_path / "checkpoints")
     state = checkpoint.load(best)
     state["generator"] = {name: value + 1 for name, value in state["generator"].items()}
     run_goes_on(monkeypatch, module, name, lambda: checkpoint.save(best, {**state, "step": 99}))
@@ -223,7 +223,7 @@ def test_a_best_checkpoint_that_is_replaced_while_it_is_read(tmp_path, monkeypat
 
 def test_a_damaged_checkpoint_is_still_reported(tmp_path, capsys):
     distill.distill(settings(), tmp_path)
-    damaged = checkpoint.found(tmp_path / "checkpoints")[-1]
+    damaged = run_checkpoints.found(tmp_path / "checkpoints")[-1]
     (damaged / "rank-00000.bin").write_bytes(b"")
     *_, trainer = distill.open_run(tmp_path)
     assert trainer.steps_done == 6 and f"skipped: {damaged} is truncated" in capsys.readouterr().err

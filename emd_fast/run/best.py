@@ -13,7 +13,7 @@ from emd_fast.metrics.detector import DetectorError
 from emd_fast.metrics.reference import BadReference
 from emd_fast.reporting.progress import say
 from emd_fast.tasks import Task
-from emd_fast.train import checkpoint
+from emd_fast.train import checkpoint, run_checkpoints
 from emd_fast.train.checkpoint import CheckpointError
 from emd_fast.train.trainer import EMDTrainer
 
@@ -28,7 +28,7 @@ class Best:
     """
 
     def __init__(self, trainer: EMDTrainer, task: Task, settings: RunConfig, folder: Path) -> None:
-        self.path = checkpoint.best_of(folder / "checkpoints")
+        self.path = run_checkpoints.best_of(folder / "checkpoints")
         self._trainer, self._task = trainer, task
         self._every, self._background = settings.evaluation.every, settings.background_checkpoints
         self._basis = {**task.basis(), "seed": settings.emd.seed}
@@ -36,7 +36,7 @@ class Best:
 
     def _standing(self) -> float:
         """The value of the existing best checkpoint; infinite if none is comparable."""
-        if not checkpoint.exists(self.path):
+        if not run_checkpoints.exists(self.path):
             return math.inf
         try:
             _, figures, basis = _judged(self.path, checkpoint.facts(self.path))
@@ -80,8 +80,8 @@ class Best:
 
 def best_of_run(folder: Path) -> dict[str, float] | None:
     """Step and metrics of the best checkpoint of a run; None if there is none that can be read."""
-    path = checkpoint.best_of(folder / "checkpoints")
-    if not checkpoint.exists(path):
+    path = run_checkpoints.best_of(folder / "checkpoints")
+    if not run_checkpoints.exists(path):
         return None
     try:
         step, figures, _ = _judged(path, checkpoint.facts(path, verify=False))

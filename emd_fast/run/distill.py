@@ -29,7 +29,7 @@ from emd_fast.run.signals import Interrupted, end_on_signals, stop_on_signals
 from emd_fast.run.sizes import Sizes, Work
 from emd_fast.run.writes import FolderWrites
 from emd_fast.tasks import Task, task_of
-from emd_fast.train import checkpoint, optimizers
+from emd_fast.train import checkpoint, optimizers, run_checkpoints
 from emd_fast.train.checkpoint import CheckpointError, CheckpointGone
 from emd_fast.train.trainer import EMDTrainer
 
@@ -144,8 +144,8 @@ def open_run(
     """
     settings = settings or settings_of(folder)
     if best:
-        path = checkpoint.best_of(folder / "checkpoints")
-        if not distributed.on_main(lambda: checkpoint.exists(path)):
+        path = run_checkpoints.best_of(folder / "checkpoints")
+        if not distributed.on_main(lambda: run_checkpoints.exists(path)):
             raise RunError(f"{folder} has no best checkpoint: distil with --evaluation.every IMAGES to keep one")
         _retried(lambda: checkpoint.facts(path))  # raises for a damaged file before the teacher is loaded
         task = task_of(settings)
@@ -167,14 +167,14 @@ def _listed(folder: Path, up_to: int | None) -> list[Path]:
     paths = _found(folder)
     if not paths:
         raise RunError(f"{folder} has no checkpoint yet: run `emd-fast distill` on it first")
-    if up_to is not None and checkpoint.step_of(paths[0]) > up_to:
-        steps = ", ".join(str(checkpoint.step_of(path)) for path in paths)
+    if up_to is not None and run_checkpoints.step_of(paths[0]) > up_to:
+        steps = ", ".join(str(run_checkpoints.step_of(path)) for path in paths)
         raise RunError(f"{folder} has no checkpoint at or before step {up_to}: it has those of step {steps}")
-    return [path for path in paths if up_to is None or checkpoint.step_of(path) <= up_to]
+    return [path for path in paths if up_to is None or run_checkpoints.step_of(path) <= up_to]
 
 
 def _found(folder: Path) -> list[Path]:
-    return distributed.on_main(lambda: checkpoint.found(folder / "checkpoints"))
+    return distributed.on_main(lambda: run_checkpoints.found(folder / "checkpoints"))
 
 
 def _retried(read: Callable[[], T]) -> T:
@@ -208,7 +208,9 @@ def evaluate(
     metrics = {**metrics, "steps": trainer.steps_done, "seconds": {k: round(v, 2) for k, v in seconds.items()}}
     if kept := best_of_run(folder):
         metrics["best"] = kept
-    trained = max(map(checkpoint.step_of, checkpoint.found(folder / "checkpoints")), default=trainer.steps_done)
+    trained = max(
+        map(run_checkpoints.step_of, run_checkpoints.found(folder / "checkpoints")), default=trainer.steps_done
+    )
     if trained > trainer.steps_done:
         metrics["trained"] = trained  # an earlier checkpoint was evaluated
 

@@ -19,7 +19,7 @@ from emd_fast.run.plan import GIB
 from emd_fast.run.signals import Interrupted, stop_on_signals
 from emd_fast.run.writes import FAILED, FolderWrites, RunStopped
 from emd_fast.tasks import Task
-from emd_fast.train import checkpoint, diagnostics, throughput
+from emd_fast.train import diagnostics, run_checkpoints, throughput
 from emd_fast.train.checkpoint import CheckpointError
 from emd_fast.train.divergence import cause
 from emd_fast.train.health import Diverged, HealthCheck
@@ -53,7 +53,7 @@ def train(
     logs: list[journal.Journal] = []
 
     def open_files() -> None:
-        checkpoint.clear_unfinished(checkpoint_folder)
+        run_checkpoints.clear_unfinished(checkpoint_folder)
         logs.append(journal.Journal(folder, first, sinks, to_dict(settings)))
         writes.watch_also(logs[0].path)
 
@@ -74,9 +74,9 @@ def train(
         if done != saved:
             writes.check()
             trainer.save(
-                checkpoint.path_of(checkpoint_folder, done),
+                run_checkpoints.path_of(checkpoint_folder, done),
                 background=settings.background_checkpoints,
-                then=lambda: checkpoint.keep_last(checkpoint_folder, settings.keep_checkpoints, done),
+                then=lambda: run_checkpoints.keep_last(checkpoint_folder, settings.keep_checkpoints, done),
             )
             saved = done
 

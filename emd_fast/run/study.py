@@ -22,7 +22,7 @@ from emd_fast.reporting import journal
 from emd_fast.reporting.progress import say
 from emd_fast.run import distill
 from emd_fast.tasks import task_of
-from emd_fast.train import checkpoint
+from emd_fast.train import checkpoint, run_checkpoints
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def conduct(settings: RunConfig, folder: Path) -> Path:
         for seed in range(seeds):
             own = folder / f"{re.sub('[^A-Za-z0-9]+', '-', variant.name).strip('-')}-seed{seed}"
             own.mkdir(exist_ok=True)
-            if checkpoint.exists(folder / "teacher") and not checkpoint.exists(own / "teacher"):
+            if run_checkpoints.exists(folder / "teacher") and not run_checkpoints.exists(own / "teacher"):
                 checkpoint.save(own / "teacher", checkpoint.load(folder / "teacher"))
             emd = dataclasses.replace(variant.settings.emd, seed=seed)
             say(f"study: {variant.name}, seed {seed}")

@@ -10,7 +10,7 @@ from typing import NoReturn
 from emd_fast import distributed
 from emd_fast.run.folder import RunError
 from emd_fast.run.watch import FolderWatch
-from emd_fast.train import checkpoint
+from emd_fast.train import run_checkpoints
 from emd_fast.train.checkpoint import CheckpointError
 from emd_fast.train.trainer import EMDTrainer
 
@@ -93,7 +93,7 @@ class FolderWrites:
             said = f"{stopped}; training stopped at step {trainer.steps_done}"
             if place is None:
                 raise RunStopped(f"{said}, and its state is lost") from error
-            path = checkpoint.path_of(place / "checkpoints", trainer.steps_done)
+            path = run_checkpoints.path_of(place / "checkpoints", trainer.steps_done)
             try:
                 trainer.save(path)
             except CheckpointError as second:

@@ -17,7 +17,7 @@ from emd_fast.noise import Noise, NoiseStream
 from emd_fast.reporting import pictures
 from emd_fast.tasks import OnStep, digits_data, digits_teacher
 from emd_fast.tasks.digits_metrics import DigitFeatures, digits_metrics
-from emd_fast.train import checkpoint
+from emd_fast.train import checkpoint, run_checkpoints
 from emd_fast.train.trainer import EMDTrainer
 
 _PREVIEWS = 100  # digits in a picture, ten of each class
@@ -37,7 +37,7 @@ class Digits:
 
     def _load_or_train(self, path: Path, on_step: OnStep | None) -> Denoiser:
         config = self.config.teacher
-        if checkpoint.exists(path):
+        if run_checkpoints.exists(path):
             return _read_teacher(path, config)
         callback = None if on_step is None else lambda step, loss: on_step(step, config.steps, loss)
         teacher = digits_teacher.train(config, callback)

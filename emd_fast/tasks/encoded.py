@@ -13,7 +13,7 @@ from emd_fast.io.reading import read_bytes, read_text, reason
 from emd_fast.io.signed import json_of, table_of
 from emd_fast.reporting.progress import say
 from emd_fast.tasks import OnStep, encoding
-from emd_fast.train import checkpoint
+from emd_fast.train import run_checkpoints
 
 TABLE, RECORD = "prompts.safetensors", "prompts.json"
 _LARGEST, _LONGEST = 2**28, 2**16  # bytes of a file of prompts; characters of a line: text encoders take some hundred
@@ -64,7 +64,7 @@ def encoded(teacher: Any, prompts: Path, folder: Path, on_step: OnStep | None = 
     Raises:
         ConfigError: the text or the encoders are not those of the table, the table is damaged, or there is no prompt.
     """
-    table, begun = folder / TABLE, bool(checkpoint.found(folder / "checkpoints"))
+    table, begun = folder / TABLE, bool(run_checkpoints.found(folder / "checkpoints"))
     made_of: dict[str, Any] | None = None
     try:
         made_of = _record(folder)

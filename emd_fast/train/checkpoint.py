@@ -9,8 +9,6 @@ there; `load` reads everything.
 from __future__ import annotations
 
 import contextlib
-import os
-import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -38,7 +36,6 @@ from emd_fast.train.checkpoint_format import (
     write_rows,
 )
 
-_NAME = re.compile(r"step-(\d{8})")
 _EARLIER = "use an earlier one"
 _LATER = "a run in training removes its older ones: use a later one"
 
@@ -354,50 +351,6 @@ def _read_into(path: Path, manifest: Manifest, tensors: Mapping[str, Tensor]) ->
         checkpoint_format.read_rows(path, manifest, {name: rows.held(tensor) for name, tensor in tensors.items()})
     except OSError as error:
         raise _damaged(path, _reason(error)) from error
-
-
-# The checkpoints of a run ---------------------------------------------------------------------------------------------
-
-
-def path_of(folder: Path, step: int) -> Path:
-    return folder / f"step-{step:08d}"
-
-
-def step_of(path: Path) -> int:
-    """The step of a checkpoint that `found` found."""
-    return int(path.name.removeprefix("step-"))
-
-
-def best_of(folder: Path) -> Path:
-    """Where the best checkpoint stands; `found` and `keep_last` do not see it."""
-    return folder / "best"
-
-
-def exists(path: str | Path) -> bool:
-    return folders.standing(path).exists()
-
-
-def found(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, by rising step."""
-    return sorted(entry for entry in folder.glob("step-*") if _NAME.fullmatch(entry.name))
-
-
-def keep_last(folder: Path, count: int, step: int) -> None:
-    """Removes all but the last few of those of at most `step` steps. Later ones could not be read, or the run would
-    have gone on from there: they do not count, and stay until the run comes by again."""
-    for old in [path for path in found(folder) if step_of(path) <= step][:-count]:
-        # Out of sight first: half of a folder must not pass for a checkpoint.
-        hidden = old.with_name(f".{old.name}.tmp")
-        folders.remove(hidden)
-        os.rename(old, hidden)
-        folders.remove(hidden)
-
-
-def clear_unfinished(folder: Path) -> None:
-    """Removes what a process that was killed left half-written."""
-    for pattern in (".step-*.tmp", ".best.tmp"):
-        for entry in folder.glob(pattern):
-            folders.remove(entry)
 
 
 def _cannot_write(path: Path, reason: str) -> CheckpointError:

@@ -60,10 +60,9 @@ class EMDTrainer:
 
     Raises:
         GroupError: ranks with different configurations or code; groups that do not divide the ranks.
-        ValueError: a teacher with weights that are not finite, without a sample_shape, or without the
-            parameters that generator and fake score would start from; networks that share parameters;
-            fewer samples than ranks; networks that are already wrapped in DDP or FSDP2;
-            activation_checkpointing of networks without blocks.
+        ValueError: a teacher with weights that are not finite, or without a sample_shape; no parameters to
+            start from; networks that share parameters; fewer samples than ranks; networks already
+            wrapped in DDP or FSDP2; activation_checkpointing of networks without blocks.
     """
 
     def __init__(
@@ -93,13 +92,12 @@ class EMDTrainer:
         self._langevin_steps = 1 if config.objective == "vsd" else config.langevin_steps
         self._graphed: GraphedEStep | None = None
         if config.compute.cuda_graph:
-            steps = self._langevin_steps
-            self._graphed = GraphedEStep(*three, steps=steps, guidance=config.guidance, noise=self.noise)
+            steps, guidance = self._langevin_steps, config.guidance
+            self._graphed = GraphedEStep(*three, steps=steps, guidance=guidance, noise=self.noise)
         self.prompts = None if prompts is None else conditions.table(prompts)
-        shapes = (self.latent_shape, self.sample_shape)
+        shapes = prepared.latent_shape, prepared.sample_shape
         self.batches = BatchSampler(config, self.schedule, self.noise, *shapes, self.prompts)
-        self.steps_done = 0
-        self.skipped = torch.zeros((), device=self.device)
+        self.steps_done, self.skipped = 0, torch.zeros((), device=self.device)
         self.timer = StepTimer(self.device)  # seconds of the last step: fake score, e_step, m_step
         self._records: list[StepRecord] = []
         self._writer = checkpoint.Writer()
@@ -333,7 +331,7 @@ class EMDTrainer:
             config: replaces the saved one; only keys that may change at a resume may differ.
             generator, fake_score: as for the constructor, if they are not copies of the teacher.
             prompts: as for the constructor; a checkpoint does not hold them.
-            trains: False for sampling and export, which need the teacher's architecture alone.
+            trains: False for sampling and export, for which the teacher's architecture is enough.
 
         Raises:
             CheckpointError: a missing, damaged or foreign folder; another architecture or
