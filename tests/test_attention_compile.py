@@ -78,9 +78,15 @@ def test_rows_are_read_as_vectors():
             assert code.count(rf"cp\.async\.c\w\.shared\.global \[[^]]*\], \[[^]]*\], {widest[kernel]}"), kernel
 
 
+@pytest.fixture
+def tf32_allowed():
+    torch.backends.cuda.matmul.allow_tf32 = True
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
 @pytest.mark.exhaustive
-def test_tf32_where_the_user_allows_it(monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+def test_tf32_where_the_user_allows_it(tf32_allowed, monkeypatch):
     monkeypatch.setattr(attention_launch, "_INTERPRETED", 80)
     q = torch.zeros(2, 1000, 8, 64)
     (found,) = launches("attention", q, q, q, 0.125)
