@@ -36,8 +36,11 @@ def check(q, k, v, scale, backend, g):
         y = run(*leaves, scale)
         results.append([y.detach(), *torch.autograd.grad(y, leaves, cotangent.to(y.dtype))])
     assert results[0][0].dtype == q.dtype
+    # Kernel and eager round an operand of each product to 16 bits. In a tensor of a few values, eager's
+    # roundings may cancel by luck, so one rounding of the largest value is allowed besides.
+    rounding = 0.0 if q.dtype == torch.float32 else torch.finfo(q.dtype).eps / 2
     for what, mine, exact, its in zip(["y", "q", "k", "v"], *results, strict=True):
-        assert_as_good_as_eager(mine, exact, its, what=what)
+        assert_as_good_as_eager(mine, exact, its, more=rounding * float(exact.abs().max()), what=what)
 
 
 @given(
