@@ -77,8 +77,9 @@ def digests(isa: str, *threads: int) -> dict[str, dict[str, str]]:
 
 
 def runs_here(isa: str) -> bool:
-    capability = torch.backends.cpu.get_cpu_capability()
-    return isa == "baseline" or capability == "AVX512" or (capability == "AVX2" and isa == "avx2")
+    # get_cpu_capability() would follow ATEN_CPU_CAPABILITY, which our kernels do not read.
+    supported = {"avx2": torch.cpu._is_avx2_supported, "avx512": torch.cpu._is_avx512_supported}
+    return isa == "baseline" or supported[isa]()
 
 
 @needs_kernels
