@@ -160,7 +160,7 @@ def test_the_command_line_chooses_the_best(tmp_path, figures, call, refused, cap
     distill.distill(settings(), tmp_path / "plain")
     capsys.readouterr()
     said = "has no best checkpoint: distil with --evaluation.every IMAGES"
-    refused(1, said, "sample", tmp_path / "plain", "--best", "--out", "x.pt")
+    refused(2, said, "sample", tmp_path / "plain", "--best", "--out", "x.pt")
 
 
 @pytest.mark.slow

@@ -1,7 +1,11 @@
 """The command line: as a process where that matters, in this process where only words and exit codes do."""
 
+import builtins
+import errno
 import json
+import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -105,11 +109,67 @@ def test_a_usage_error_is_no_traceback_of_the_process():
     assert done.returncode == 2 and "Traceback" not in done.stderr
 
 
-def test_other_failures_are_one_line_and_exit_code_1(gmm, refused, tmp_path):
-    refused(1, "is not the folder of a run", "evaluate", tmp_path)
-    refused(1, "cannot write the run folder", "distill", "gmm", "--out", gmm / "config.toml" / "x", *TINY)
-    other = "holds a run with emd.gamma_eps = 0.16, not 0.3: choose another --out"
-    refused(1, other, "distill", "gmm", "--out", gmm, *TINY, "--gamma-eps", "0.3")
+def test_wrong_input_is_one_line_and_exit_code_2(gmm, call, refused, tmp_path):
+    for name, content in {"bad.pkl": b"\x80\x04", "bad.toml": b"[", "bad.png": b"", "bad.safetensors": b"{}"}.items():
+        (tmp_path / name).write_bytes(content)
+    shutil.copytree(gmm, tmp_path / "run")
+    damaged, *others = run_checkpoints.found(tmp_path / "run" / "checkpoints")
+    (damaged / "manifest.json").write_text("{}")
+    for path in others:
+        shutil.rmtree(path)
+    shutil.copytree(gmm, tmp_path / "empty", ignore=shutil.ignore_patterns("step-*"))
+    detector = ["--detector", "nowhere.pt"]
+    for said, *words in (
+        ("is not the folder of a run", "evaluate", tmp_path),
+        ("there is no detector file nowhere.pt", "evaluate", tmp_path, *detector),
+        ("cannot write the run folder", "distill", "gmm", "--out", gmm / "config.toml" / "x", *TINY),
+        ("holds a run with emd.gamma_eps = 0.16", "distill", "gmm", "--out", gmm, *TINY, "--gamma-eps", "0.3"),
+        ("No such file", "distill", "nowhere.toml"),
+        ("bad.toml", "plan", "bad.toml"),
+        ("bad.toml", "study", "bad.toml"),
+        ("has no checkpoint yet", "sample", "empty", "--out", "x.png"),
+        ("has no checkpoint yet", "export", "empty", "x.safetensors"),
+        ("has no checkpoint yet", "replay", "empty", "--step=4", "--sample=0"),
+        ("bad.safetensors", "sample", "bad.safetensors", "--out", "x.png"),
+        ("No such file", "sample", gmm, "--out", "no/x.pt"),
+        ("File name too long", "sample", gmm, "--out", f"{'x' * 300}.pt"),
+        ("behind byte", "convert", "bad.pkl", "x.safetensors"),
+        ("nowhere.pkl", "convert", "nowhere.pkl", "x.safetensors"),
+        ("cannot be read", "bench", "normal", "--compare", "nowhere.json"),
+        ("unknown option '--wat'", "info", "--wat"),
+    ):
+        refused(2, said, *words)
+    for words in (("sample", "run", "--out", "x.png"), ("export", "run", "x.safetensors"), ("evaluate", "run")):
+        code, _, err = call(*words)
+        skipped, said = err.splitlines()
+        assert code == 2 and skipped.startswith("skipped: ") and "none of the checkpoints" in said
+
+
+@pytest.mark.parametrize(
+    "number", [errno.EACCES, errno.ENOSPC, errno.EROFS, errno.EIO, errno.EMFILE], ids=errno.errorcode.get
+)
+def test_a_fault_of_the_machine_is_one_line_and_exit_code_1(gmm, refused, monkeypatch, tmp_path, number):
+    (tmp_path / "file.pkl").write_bytes(b"")
+    (tmp_path / "file.toml").write_text("")
+
+    def fails(path, *_, **__):
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(os, "fsync", fails)
+    refused(1, os.strerror(number), "sample", gmm, "--out", "x.pt", "-n", 2)
+    refused(1, os.strerror(number), "export", gmm, "x.safetensors")
+    refused(1, f"cannot write the run folder run: {os.strerror(number)}", "distill", "gmm", "--out", "run", *TINY)
+    monkeypatch.setattr(os, "open", fails)
+    refused(1, f"cannot read the recipe file.toml: {os.strerror(number)}", "plan", "file.toml")
+    refused(1, os.strerror(number), "evaluate", gmm)
+    refused(1, os.strerror(number), "replay", gmm, "--step=4", "--sample=0")
+    monkeypatch.setattr(builtins, "open", fails)
+    refused(1, os.strerror(number), "convert", "file.pkl", "x.safetensors")
+
+
+def test_a_run_that_fails_has_exit_code_1(call):
+    code, _, err = call("distill", "gmm", "--out", "run", *TINY, "--max-z-rms=1e-3", "--log-every=1")
+    assert code == 1 and "the RMS of z was" in err and "Traceback" not in err
 
 
 @pytest.mark.parametrize("cls", [KeyError, TypeError, MemoryError, RecursionError])

@@ -108,24 +108,27 @@ def test_a_function_is_a_teacher(call, refused, tmp_path):
     assert torch.equal(samples(call, "one.safetensors"), samples(call, "run", *named))
     assert run_checkpoints.found(tmp_path / "run" / "checkpoints")
     code, _, err = call("export", "run", "folder", *named)
-    assert code == 1 and "use format='safetensors'" in err and not (tmp_path / "folder").exists()
+    assert code == 2 and "use format='safetensors'" in err and not (tmp_path / "folder").exists()
     # Its weights are others in every call: samples need none of them, and no training goes on with them.
     said = "made with a teacher of other weights (test_diffusers_cli:small, SHA-256 "
-    refused(1, said, "distill", *named, "--out", "run", *TINY, "--steps=3")
-    refused(1, said, *REPLAY, *named)
+    refused(2, said, "distill", *named, "--out", "run", *TINY, "--steps=3")
+    refused(2, said, *REPLAY, *named)
 
 
 @pytest.mark.parametrize(
-    ("teacher", "code", "said"),
+    ("teacher", "said"),
     [
-        ("nothing:here", 2, "cannot import the teacher's module 'nothing'"),
-        ("test_diffusers_cli:nothing", 2, "has no function 'nothing'"),
-        ("test_diffusers_cli:one_of_none", 2, "must return an emd_fast.Denoiser, got NoneType"),
-        ("./nowhere", 2, "./nowhere is no folder"),
+        ("nothing:here", "cannot import the teacher's module 'nothing'"),
+        ("broken:here", "cannot import the teacher's module 'broken': expected ':' (broken.py, line 1)"),
+        ("test_diffusers_cli:nothing", "has no function 'nothing'"),
+        ("test_diffusers_cli:one_of_none", "must return an emd_fast.Denoiser, got NoneType"),
+        ("./nowhere", "./nowhere is no folder"),
     ],
 )
-def test_teachers_that_are_none(refused, teacher, code, said):
-    refused(code, said, "distill", "--teacher", teacher, "--out", "run", *TINY)
+def test_teachers_that_are_none(refused, monkeypatch, tmp_path, teacher, said):
+    (tmp_path / "broken.py").write_text("def here()")
+    monkeypatch.syspath_prepend(tmp_path)
+    refused(2, said, "distill", "--teacher", teacher, "--out", "run", *TINY)
 
 
 @pytest.mark.parametrize(

@@ -178,10 +178,10 @@ def test_convert_says_what_is_wrong(pickled, tmp_path, call):
     bad = tmp_path / "bad.pkl"
     bad.write_bytes(b"\x80\x04}X\x03\x00\x00\x00emacos\nsystem\nX\x04\x00\x00\x00true\x85Rs.")
     for source, out, expected, said in (
-        (bad, "out.safetensors", 1, "'os.system': refused"),
-        (tmp_path / "none.pkl", "out.safetensors", 1, "none.pkl"),
+        (bad, "out.safetensors", 2, "'os.system': refused"),
+        (tmp_path / "none.pkl", "out.safetensors", 2, "none.pkl"),
         (pickled("vp"), "out.pt", 2, ".safetensors"),
-        (pickled("vp"), "no/out.safetensors", 1, ""),
+        (pickled("vp"), "no/out.safetensors", 2, "No such file"),
     ):
         code, _, error = call("convert", source, tmp_path / out)
         assert code == expected and said in error and error.count("\n") == 1

@@ -93,3 +93,14 @@ def test_an_archive_of_arrays_is_no_archive_of_images(tmp_path):
     np.savez(tmp_path / "samples.npz", arr_0=np.zeros((2, 8, 8, 3), np.uint8))
     with pytest.raises(ValueError, match=r"no image in .*samples\.npz: it holds arrays"):
         ImageFiles(tmp_path / "samples.npz")
+
+
+def test_a_damaged_archive_is_named_in_one_line(tmp_path):
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        archive.writestr("a.png", b"x")
+    damaged = bytearray(content.getvalue())
+    damaged[damaged.rfind(b"PK\x01\x02")] = 0
+    (tmp_path / "bad.zip").write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"bad\.zip is a damaged archive: Bad magic number"):
+        ImageFiles(tmp_path / "bad.zip")

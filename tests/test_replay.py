@@ -113,7 +113,7 @@ def test_what_cannot_be_replayed_is_one_clear_line(folder, tmp_path, refused):
     ):
         with pytest.raises(error, match=said):
             replay(where, step, sample)
-    refused(1, "no checkpoint", "replay", folder, "--step", 3, "--sample", 0)
+    refused(2, "no checkpoint", "replay", folder, "--step", 3, "--sample", 0)
     refused(2, "sample must be", "replay", folder, "--step", 4, "--sample", 99)
 
 

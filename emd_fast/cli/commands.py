@@ -1,6 +1,7 @@
 """What the commands of `emd-fast` do.
 
-Exit codes: 0 done, 2 usage, 128 + N ended by signal N, 1 otherwise. An error is one line on stderr.
+Exit codes: 0 done, 2 wrong input, 128 + N ended by signal N, 1 otherwise. An error is one line on
+stderr.
 """
 
 from __future__ import annotations
@@ -21,16 +22,14 @@ from torch.utils import _pytree as pytree
 
 import emd_fast
 from emd_fast import config
-from emd_fast.cli.errors import report
+from emd_fast.cli.errors import exit_code, report
 from emd_fast.cli.evaluate import evaluate, files_of
 from emd_fast.cli.info import info
 from emd_fast.cli.keys import overrides
 from emd_fast.cli.named import named
 from emd_fast.cli.options import TAKE_KEYS, parse
 from emd_fast.config import ConfigError, RunConfig
-from emd_fast.distributed import GroupError
 from emd_fast.io import code
-from emd_fast.io.code import CodeRefused
 from emd_fast.io.files import write_atomic
 
 
@@ -44,14 +43,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _COMMANDS[options.command](options, rest)
     except Exception as error:
         report(error)
-        return 2 if isinstance(error, (ConfigError, GroupError, CodeRefused)) else 1
+        return exit_code(error)
     except KeyboardInterrupt:
         return 130
     except BaseException as error:
-        exit_code: int | None = getattr(error, "exit_code", None)
-        if exit_code is None:
+        if not hasattr(error, "exit_code"):
             raise
-        return exit_code
+        return exit_code(error)
 
 
 def _settings(options: argparse.Namespace, rest: Sequence[str]) -> RunConfig:
@@ -222,8 +220,8 @@ def _bench(options: argparse.Namespace, rest: Sequence[str]) -> int:
         spec.loader.exec_module(package)
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # so that --against finds modules here
-    exit_code: int = importlib.import_module("benchmarks.harness.command").run(options)
-    return exit_code
+    code_of_bench: int = importlib.import_module("benchmarks.harness.command").run(options)
+    return code_of_bench
 
 
 def _convert(options: argparse.Namespace, rest: Sequence[str]) -> int:

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
+from emd_fast.io import reading
+
 LARGEST = 2**28
 """Bytes of one file. No encoded image of a data set comes near."""
 
@@ -103,7 +105,11 @@ class _Folder:
 
 class _Zip:
     def __init__(self, path: Path, endings: set[str]) -> None:
-        self._archive, self.names, self.left_out = zipfile.ZipFile(path), [], collections.Counter[str]()
+        try:
+            self._archive = zipfile.ZipFile(path)
+        except (zipfile.BadZipFile, NotImplementedError) as error:
+            raise ValueError(f"{path} is a damaged archive: {reading.reason(error)}") from None
+        self.names, self.left_out = [], collections.Counter[str]()
         for info in self._archive.infolist():
             if info.is_dir():
                 continue

@@ -139,7 +139,7 @@ class _WandB:
         path, module = folder / "wandb.id", self.module()
         own = read_bytes(path, 200).decode(errors="replace").strip() if path.exists() else None
         if own is not None and not _WANDB_ID.fullmatch(own):
-            raise RuntimeError(f"{path} holds no id of Weights & Biases: remove it to log to a new run there")
+            raise ValueError(f"{path} holds no id of Weights & Biases: remove it to log to a new run there")
         try:
             self._run = module.init(dir=str(folder), config=config, id=own, resume="allow", allow_val_change=True)
         except Exception as error:  # wandb has its own kinds: no key, no project, no network

@@ -30,7 +30,7 @@ _FOLDERS = ("checkpoints", "samples", "samples/networks", "teacher", "replay", "
 _TEMPORARY = re.compile(r"\..+\.tmp")
 
 
-class RunError(RuntimeError):
+class RunError(ValueError):
     """A run folder cannot be used. The message is one line with the folder and the remedy."""
 
 

@@ -21,6 +21,8 @@ FAILED = 1 << 10
 class RunStopped(RunError):
     """The run folder cannot be written any more. All ranks raise it; rank 0 prints it."""
 
+    exit_code = 1  # the run failed; other errors of a folder are wrong input
+
     def __init__(self, message: str) -> None:
         super().__init__(message)
         self.main = distributed.is_main()

@@ -27,7 +27,7 @@ def load(name: str) -> Denoiser:
         sys.path.append(str(Path.cwd()))
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
+    except (ImportError, SyntaxError) as error:
         raise ConfigError(f"cannot import the teacher's module {module_name!r}: {error}") from error
     function = getattr(module, function_name, None)
     if not callable(function):

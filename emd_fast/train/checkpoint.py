@@ -40,8 +40,14 @@ _EARLIER = "use an earlier one"
 _LATER = "a run in training removes its older ones: use a later one"
 
 
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written or read: one line that names the folder and the remedy."""
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read or used: one line that names the folder and the remedy."""
+
+
+class CheckpointNotWritten(CheckpointError):
+    """A checkpoint that cannot be written."""
+
+    exit_code = 1  # the machine is at fault; other errors of a checkpoint are wrong input
 
 
 class CheckpointGone(CheckpointError):
@@ -353,8 +359,8 @@ def _read_into(path: Path, manifest: Manifest, tensors: Mapping[str, Tensor]) ->
         raise _damaged(path, _reason(error)) from error
 
 
-def _cannot_write(path: Path, reason: str) -> CheckpointError:
-    return CheckpointError(f"cannot write the checkpoint {path}: {reason}; what was there before is intact")
+def _cannot_write(path: Path, reason: str) -> CheckpointNotWritten:
+    return CheckpointNotWritten(f"cannot write the checkpoint {path}: {reason}; what was there before is intact")
 
 
 def _damaged(path: Path, what: str, remedy: str = _EARLIER) -> CheckpointError:
