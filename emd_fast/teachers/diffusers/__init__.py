@@ -53,6 +53,7 @@ class DiffusersDenoiser(Denoiser):
             output=lambda returned: returned[:, :channels],  # without a learned variance
             sample_shape=sample_shape,
             null_cond=null_cond,
+            rescale=network.architecture.rescale,
         )
         self.channels = channels
         self.folder, self.trained, self.scheduler_config = folder, training, dict(scheduler_config)
@@ -160,6 +161,7 @@ def load(
     training = read(config)
     network = source.load_network(dtype)
     architecture = network.architecture
+    architecture.check_channels()
     if sample_shape is None:
         sample_shape = architecture.sample_shape(source.vae_config(), height, width, frames)
     elif (height, width, frames) != (None, None, None):

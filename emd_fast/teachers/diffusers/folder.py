@@ -208,8 +208,7 @@ class Folder:
         """
         if not self.has("text_encoder"):
             raise ConfigError(f"{self.root} has no text encoder: give embeddings instead of prompts")
-        pixels = self.architecture.pixels(shape, self.vae_config())
-        constants = self.architecture.constants(pixels, embedded_guidance)
+        constants = self.architecture.constants(shape, self.vae_config(), embedded_guidance)
         return text.read(self.root, self.index, self.architecture, constants, model)
 
     def _class(self, component: str, library: str, classes: tuple[str, ...]) -> str:

@@ -21,10 +21,19 @@ from emd_fast.teachers.diffusers.architectures.network import Network
 __all__ = ["ARCHITECTURES", "Architecture", "ConditionSpec", "Network", "file_of", "known", "network"]
 
 
+def file_of(name: str) -> str:
+    """Name of the file of a class of diffusers."""
+    return re.sub(r"(Transformer[23]D)?Model$", "", name).lower() + ".py"
+
+
 def _found() -> dict[str, type[Architecture]]:
-    modules = [importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__)]
-    kinds = [kind for module in modules for kind in vars(module).values() if isinstance(kind, type)]
-    return {kind.__name__: kind for kind in kinds if issubclass(kind, Architecture) and kind is not Architecture}
+    """The classes of this folder by name, each in the file of its name."""
+    found = {}
+    for info in pkgutil.iter_modules(__path__):
+        for name, kind in vars(importlib.import_module(f"{__name__}.{info.name}")).items():
+            if isinstance(kind, type) and issubclass(kind, Architecture) and file_of(name) == f"{info.name}.py":
+                found[name] = kind
+    return found
 
 
 ARCHITECTURES = _found()
@@ -43,11 +52,6 @@ def known(name: str) -> type[Architecture]:
             f"{__name__.replace('.', '/')}/{file_of(name)} would add it (docs/teachers.md)"
         )
     return ARCHITECTURES[name]
-
-
-def file_of(name: str) -> str:
-    """Name of the file of a class of diffusers."""
-    return re.sub(r"(Transformer[23]D)?Model$", "", name).lower() + ".py"
 
 
 def network(model: nn.Module) -> Network:

@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from emd_fast.cache.conditioning import same
 from emd_fast.diffusion.denoiser import Condition
 from emd_fast.teachers.labels import check_labels
 
-TOKENS, MASK, POOLED = "prompt_embeds", "prompt_mask", "pooled_projections"
+TOKENS, MASK, POOLED, GUIDANCE = "prompt_embeds", "prompt_mask", "pooled_projections", "guidance"
+Rows = dict[str, tuple[int | str, ...]]
 LENGTH = "tokens"  # stands for a number that all tensors of a condition share
 _KINDS = {TOKENS: "text embeddings", MASK: f"{MASK} bool"}
 
@@ -30,10 +32,10 @@ class ConditionSpec:
     tensors: Mapping[str, tuple[int | str, ...]] = field(default_factory=dict)
 
     @classmethod
-    def text(cls, width: int, *, masked: bool = False, **others: tuple[int, ...]) -> ConditionSpec:
+    def text(cls, width: int, others: Rows | None = None, *, masked: bool = False) -> ConditionSpec:
         """Text embeddings (B, tokens, width), with a mask (B, tokens) where `masked`, and other tensors."""
-        mask: dict[str, tuple[int | str, ...]] = {MASK: (LENGTH,)} if masked else {}
-        return cls(tensors={TOKENS: (LENGTH, width), **mask, **others})
+        mask: Rows = {MASK: (LENGTH,)} if masked else {}
+        return cls(tensors={TOKENS: (LENGTH, width), **mask, **(others or {})})
 
     def __str__(self) -> str:
         if self.num_classes:
@@ -67,12 +69,6 @@ class ConditionSpec:
             lengths |= {size for size, wanted in zip(value.shape[1:], row, strict=True) if wanted == LENGTH}
         return {name: given[name] for name in self.tensors} if len(lengths) < 2 else None
 
-    def padded(self, cond: Condition, tokens: int) -> Condition:
-        """Pads a condition with a mask to a number of tokens; returns others as they are."""
-        if MASK not in self.tensors or not isinstance(cond, Mapping):
-            return cond
-        return {name: _longer(value, tokens) if LENGTH in self.tensors[name] else value for name, value in cond.items()}
-
 
 def told(cond: Condition) -> str:
     """Describes a condition for a message."""
@@ -87,6 +83,12 @@ def _shape(row: tuple[int | str, ...]) -> str:
     return f"({', '.join(map(str, ('B', *row)))}{',' if not row else ''})"
 
 
-def _longer(value: Tensor, tokens: int) -> Tensor:
-    missing = tokens - value.shape[1]
-    return torch.cat([value, value.new_zeros(len(value), missing, *value.shape[2:])], 1) if missing > 0 else value
+def lengths(mask: Tensor) -> list[int]:
+    """Tokens of each prompt. The host waits for them, once in an E-step."""
+    found: list[int] = same(_lengths, mask)
+    return found
+
+
+def _lengths(mask: Tensor) -> list[int]:
+    counts: list[int] = mask.sum(1).tolist()
+    return counts

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from emd_fast.config import ConfigError
 from emd_fast.diffusion.denoiser import Condition
 from emd_fast.io.reading import shown
-from emd_fast.teachers.diffusers.architectures.conditions import ConditionSpec
+from emd_fast.teachers.diffusers.architectures.conditions import GUIDANCE, ConditionSpec
 
 Config = Mapping[str, Any]
 VAES = ("AutoencoderKL", "AutoencoderTiny", "AsymmetricAutoencoderKL")
 CLIP = ("CLIPTextModel", "CLIPTextModelWithProjection", "CLIPTokenizer", "CLIPTokenizerFast")
+GEMMA = ("Gemma2Model", "GemmaTokenizer", "GemmaTokenizerFast")
 T5 = ("T5EncoderModel", "T5Tokenizer", "T5TokenizerFast")
 
 
@@ -32,6 +33,8 @@ class Architecture:
         patch: sides of a patch in latents, (frames, height, width). A sample has whole patches.
         size: latents (frames, height, width) of a sample where the configuration has no size, or None.
         video: a sample is (C, F, H, W), not (C, H, W).
+        guidance: default of the embedded guidance, of a network that takes it.
+        rescale: what the pipeline does to the guided output: (guided, conditional) -> F, or None.
 
     Args:
         config: the configuration of a network, with all its keys.
@@ -45,9 +48,11 @@ class Architecture:
     schedulers: tuple[str, ...] = ("FlowMatchEulerDiscreteScheduler",)
     vaes: tuple[str, ...] = VAES
     text: tuple[str, ...] = ()
-    patch = (1, 1, 1)
+    patch: tuple[int, ...] = (1, 1, 1)
     size: tuple[int, int, int] | None = None
     video = False
+    guidance = 0.0
+    rescale: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -62,6 +67,15 @@ class Architecture:
     def channels(self) -> int:
         """Channels of a sample."""
         return int(self.config["in_channels"])
+
+    @property
+    def returned(self) -> int:
+        """Channels of F: those of a sample, or twice as many with a learned variance."""
+        return int(self.config.get("out_channels") or self.config["in_channels"])
+
+    def heard(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        """The t that the network computes with for a t (B,) float32 where it computes in `dtype`."""
+        return t
 
     def call(self, model: nn.Module, x: Tensor, time: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         """Calls the stock network.
@@ -127,13 +141,25 @@ class Architecture:
             found.append((pixels - first) // scale + first)
         return (self.channels, *found) if self.video else (self.channels, *found[1:])
 
+    def check_channels(self) -> None:
+        """Checks that the network takes samples and nothing beside them.
+
+        Raises:
+            ConfigError: other channels than it returns, as for inpainting and image to video.
+        """
+        if self.returned not in (self.channels, 2 * self.channels):
+            raise ConfigError(
+                f"this {type(self).__name__} has in_channels {self.channels} and out_channels {self.returned}: only as "
+                "many, or twice as many (a learned variance) are supported, not inpainting or image to video"
+            )
+
     def check_shape(self, shape: Sequence[int]) -> None:
         """Checks the shape of a sample, in latents.
 
         Raises:
             ConfigError: other channels or dimensions, or no whole patches.
         """
-        name, channels, config = type(self).__name__, self.channels, self.config
+        name, channels = type(self).__name__, self.channels
         wanted = f"({channels}, {'F, ' if self.video else ''}H, W)"
         if len(shape) != 3 + self.video or shape[0] != channels:
             raise ConfigError(f"sample_shape must be {wanted} for this {name}, got {tuple(shape)}")
@@ -143,12 +169,6 @@ class Architecture:
                     f"sample_shape must be {wanted} for this {name} with sides in whole patches of {self.patch}, got "
                     f"{tuple(shape)}"
                 )
-        inputs, outputs = config["in_channels"], config.get("out_channels") or config["in_channels"]
-        if outputs not in (inputs, 2 * inputs):
-            raise ConfigError(
-                f"this {name} has in_channels {inputs} and out_channels {outputs}: only as many, or twice as many (a "
-                "learned variance) are supported"
-            )
 
     def _usual_size(self, given: tuple[int | None, ...]) -> tuple[int, int, int]:
         size = self.config.get("sample_size")
@@ -190,37 +210,14 @@ class Architecture:
         """
         raise NotImplementedError
 
-    def constants(self, pixels: tuple[int, int, int], guidance: float | None) -> dict[str, Any]:
+    def constants(self, shape: Sequence[int], vae: Config, guidance: float | None) -> dict[str, Any]:
         """Tensors of the condition that are equal for all prompts of a run: name -> its row.
 
         Args:
-            pixels: frames, height and width of a sample.
+            shape: shape of a sample.
+            vae: configuration of the VAE; empty without one.
             guidance: the embedded guidance; None for the default of the pipeline.
         """
-        return {}
-
-
-def packed(x: Tensor) -> Tensor:
-    """Packs latents (B, C, H, W) in 2x2 patches to tokens (B, H W / 4, 4 C)."""
-    b, c, h, w = x.shape
-    return x.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, 4 * c)
-
-
-def unpacked(tokens: Tensor, like: Tensor) -> Tensor:
-    """The inverse of `packed`, to the shape of `like` (B, C, H, W)."""
-    b, c, h, w = like.shape
-    return tokens.reshape(b, h // 2, w // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, c, h, w)
-
-
-def grid_ids(like: Tensor, height: int, width: int) -> Tensor:
-    """Position ids (height width, 3) of an image: 0, row, column."""
-    rows = torch.arange(height, device=like.device).repeat_interleave(width)
-    columns = torch.arange(width, device=like.device).repeat(height)
-    return torch.stack([torch.zeros_like(rows), rows, columns], 1).to(like.dtype)
-
-
-def standardized(latents: Tensor, vae: Any, scale: float = 1.0) -> Tensor:
-    """Latents with the mean and standard deviation of each channel that the VAE's configuration has."""
-    shape = (1, -1, *[1] * (latents.dim() - 2))
-    mean, std = (torch.tensor(vae.config[name]).to(latents).view(shape) for name in ("latents_mean", "latents_std"))
-    return latents * std / scale + mean
+        if GUIDANCE not in self.takes.tensors:
+            return {}
+        return {GUIDANCE: self.guidance if guidance is None else guidance}

@@ -18,8 +18,7 @@ class SD3Transformer2DModel(Architecture):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        pooled = (config["pooled_projection_dim"],)
-        self.takes = ConditionSpec.text(config["joint_attention_dim"], pooled_projections=pooled)
+        self.takes = ConditionSpec.text(config["joint_attention_dim"], {POOLED: (config["pooled_projection_dim"],)})
         self.patch = (1, config["patch_size"], config["patch_size"])
 
     def call(self, model: Any, x: Tensor, time: Tensor, cond: Mapping[str, Tensor]) -> Tensor:

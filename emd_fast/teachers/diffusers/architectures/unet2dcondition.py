@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -29,7 +29,7 @@ class UNet2DConditionModel(Architecture):
         if self.xl:
             self.pipelines = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline")
             pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
-            self.takes = ConditionSpec.text(width, pooled_projections=(pooled,), time_ids=(6,))
+            self.takes = ConditionSpec.text(width, {POOLED: (pooled,), SIZES: (6,)})
         else:
             self.pipelines = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
             self.takes = ConditionSpec.text(width)
@@ -44,6 +44,6 @@ class UNet2DConditionModel(Architecture):
         tokens, _, *pooled = pipeline.encode_prompt(prompt=prompts, **options)
         return {TOKENS: tokens, POOLED: pooled[0]} if self.xl else tokens
 
-    def constants(self, pixels: tuple[int, int, int], guidance: float | None) -> dict[str, Any]:
-        _, height, width = pixels
+    def constants(self, shape: Sequence[int], vae: Config, guidance: float | None) -> dict[str, Any]:
+        _, height, width = self.pixels(shape, vae)
         return {SIZES: [height, width, 0, 0, height, width]} if self.xl else {}
