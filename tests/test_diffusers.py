@@ -206,7 +206,8 @@ DDPM, EULER = {"_class_name": "DDPMScheduler"}, {"_class_name": "EulerDiscreteSc
     [
         ("nowhere", None, FileNotFoundError, "is no folder"),
         (".", None, ValueError, "is no model of diffusers"),
-        ("flux", None, ValueError, "holds a FluxTransformer2DModel, which is not supported: UNet2DModel"),
+        ("other", None, ValueError, "holds a UNet3DConditionModel, which is not supported: UNet2DConditionModel, "),
+        ("other", None, ValueError, "emd_fast/teachers/diffusers/architectures/unet3dcondition.py would add it"),
         ("bare", None, ValueError, "give load() a scheduler"),
         ("bare", {"_class_name": "KarrasVeScheduler"}, ValueError, "KarrasVeScheduler is not supported: DDPMScheduler"),
         ("bare", {**DDPM, "prediction_type": "flow_prediction"}, ValueError, "'flow_prediction' of DDPMScheduler"),
@@ -214,8 +215,8 @@ DDPM, EULER = {"_class_name": "DDPMScheduler"}, {"_class_name": "EulerDiscreteSc
     ],
 )
 def test_folders_and_schedulers_that_are_no_teacher(tmp_path, folder, scheduler, error, said):
-    (tmp_path / "flux").mkdir()
-    (tmp_path / "flux" / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}')
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"_class_name": "UNet3DConditionModel"}')
     if folder == "bare":
         folders.text_unet().save_pretrained(tmp_path / "bare")
         assert teachers.load(tmp_path / "bare", scheduler=diffusers.DDPMScheduler()).parametrization == "eps"

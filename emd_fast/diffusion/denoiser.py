@@ -107,7 +107,9 @@ class Denoiser(nn.Module):
             are a function that takes an attribute, drops channels, or changes the sign.
         sample_shape: shape of one sample, without the batch.
         null_cond: the unconditional condition for guidance: a pytree like cond, with size 1 or B
-            in dimension 0, or an int for labels.
+            in dimension 0, or an int for labels. Dimension 1 may have another size if a bool tensor
+            of the condition (B, tokens) is a mask; the shorter one is padded with zeros.
+        rescale: changes the guided output: (guided, conditional) -> F, float32 each.
 
     Raises:
         ValueError: an unknown parametrization, one that does not fit the schedule, or sigma_data
@@ -127,6 +129,7 @@ class Denoiser(nn.Module):
         output: Callable[[Any], Tensor] | None = None,
         sample_shape: Sequence[int] | None = None,
         null_cond: Condition = None,
+        rescale: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
         if parametrization not in PARAMETRIZATIONS:
@@ -143,6 +146,7 @@ class Denoiser(nn.Module):
         self.sigma_data = sigma_data
         self.sample_shape = None if sample_shape is None else tuple(sample_shape)
         self.null_cond = null_cond
+        self.rescale = rescale
         # Origin of the weights, a path or a name. Checkpoints record it for messages.
         self.source: str | None = None
         # Dtype of the matmul and convolution weights after cast_weights, None without it.
@@ -244,7 +248,7 @@ class Denoiser(nn.Module):
         return self._form.score(self.schedule.alpha(t), self.schedule.sigma(t))
 
     def guided(self, x_t: Tensor, t: Tensor, cond: Condition, guidance: float | Tensor | None) -> Tensor:
-        """Returns the guided output F_u + guidance (F_c - F_u), (B, ...) float32.
+        """Returns the guided output F_u + guidance (F_c - F_u), (B, ...) float32, rescaled if there is `rescale`.
 
         Args:
             guidance: a number or (B,) float32. None returns F_c, from one pass.
@@ -254,9 +258,14 @@ class Denoiser(nn.Module):
         """
         if guidance is None:
             return self(x_t, t, cond).float()
-        conditional, unconditional = (F.float() for F in conditional_and_unconditional(self, x_t, t, cond, None))
-        w = column(guidance, x_t) if isinstance(guidance, Tensor) else guidance
-        return unconditional + w * (conditional - unconditional)
+        return self.combined(*conditional_and_unconditional(self, x_t, t, cond, None), guidance)
+
+    def combined(self, conditional: Tensor, unconditional: Tensor, guidance: float | Tensor) -> Tensor:
+        """Returns the guided output (B, ...) float32 of F_c and F_u."""
+        conditional, unconditional = conditional.float(), unconditional.float()
+        w = column(guidance, conditional) if isinstance(guidance, Tensor) else guidance
+        guided = unconditional + w * (conditional - unconditional)
+        return guided if self.rescale is None else self.rescale(guided, conditional)
 
     def denoise(self, x_t: Tensor, t: Tensor, cond: Condition = None, guidance: float | Tensor | None = None) -> Tensor:
         """Returns the denoised image D = c_skip x_t + c_out F, (B, ...) float32.
@@ -300,7 +309,7 @@ def null_like(null_cond: Condition, cond: Condition, batch: int) -> Condition:
     """Expands null_cond to a batch, with the structure, dtypes and devices of cond.
 
     Raises:
-        ValueError: cond or null_cond is None, or they have different structures.
+        ValueError: cond or null_cond is None, or they have different structures or shapes.
     """
     if cond is None:
         raise ValueError("guidance needs a condition: give cond, or leave guidance None")
@@ -312,6 +321,11 @@ def null_like(null_cond: Condition, cond: Condition, batch: int) -> Condition:
     null_leaves, null_structure = pytree.tree_flatten(null_cond)
     if structure != null_structure:
         raise ValueError(f"null_cond must have the structure of cond, {structure}, got {null_structure}")
+    tokens = [(len(m[0]), len(n[0])) for m, n in zip(leaves, null_leaves, strict=True) if m.dtype == torch.bool]
+    for null, leaf in zip(null_leaves, leaves, strict=True):
+        ragged = (*leaf.shape[1:2], *null.shape[1:2]) in tokens
+        if null.shape[1 + ragged :] != leaf.shape[1 + ragged :]:
+            raise ValueError(f"null_cond must have the shape of cond, {tuple(leaf.shape)}, got {tuple(null.shape)}")
     matched = [null.to(leaf).expand(batch, *null.shape[1:]) for null, leaf in zip(null_leaves, leaves, strict=True)]
     return pytree.tree_unflatten(matched, structure)
 
@@ -324,4 +338,14 @@ def conditional_and_unconditional(network: Any, x_t: Tensor, t: Tensor, cond: Co
 
 def _twice(t: Tensor, cond: Condition, null_cond: Condition) -> tuple[Tensor, Condition]:
     null = null_like(null_cond, cond, len(t))
-    return torch.cat([t, t]), pytree.tree_map(lambda c, n: torch.cat([c, n]), cond, null)
+    return torch.cat([t, t]), pytree.tree_map(_joined, cond, null)
+
+
+def _joined(first: Tensor, second: Tensor) -> Tensor:
+    """Concatenates two batches. The one with fewer tokens, in dimension 1, is padded with zeros."""
+    if first.shape[1:] == second.shape[1:]:
+        return torch.cat([first, second])
+    longest = max(first.shape[1], second.shape[1])
+    shapes = [(len(each), longest - each.shape[1], *each.shape[2:]) for each in (first, second)]
+    both = zip((first, second), shapes, strict=True)
+    return torch.cat([torch.cat([each, each.new_zeros(shape)], 1) for each, shape in both])

@@ -53,7 +53,12 @@ class ScoreDifference:
         a_fake_score, b_fake_score = inner_fake_score.score_coefficients(t)
         self.needs_x = not inner_teacher.same_form(inner_fake_score)
         k_x = [a_teacher - a_fake_score] if self.needs_x else []
-        k_teacher = [b_teacher] if guidance is None else [b_teacher * guidance, b_teacher * (1 - guidance)]
+        # A rescaled output is no affine combination of the two outputs: it is one term.
+        self.rescaled = guidance if inner_teacher.rescale is not None else None
+        if guidance is None or self.rescaled is not None:
+            k_teacher = [b_teacher]
+        else:
+            k_teacher = [b_teacher * guidance, b_teacher * (1 - guidance)]
         self.coefs = torch.stack([*k_x, *k_teacher, -b_fake_score], dim=1)
 
     def outputs(self, x: Tensor) -> list[Tensor]:
@@ -63,7 +68,8 @@ class ScoreDifference:
 
     def _teacher(self, x: Tensor) -> list[Tensor]:
         if self.guided:
-            return list(conditional_and_unconditional(self.teacher, x, self.t, self.cond, self.null_cond))
+            both = conditional_and_unconditional(self.teacher, x, self.t, self.cond, self.null_cond)
+            return list(both) if self.rescaled is None else [unwrap(self.teacher).combined(*both, self.rescaled)]
         return [self.teacher(x, self.t, self.cond)]
 
     def at(self, x: Tensor) -> Tensor:

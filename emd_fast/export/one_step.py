@@ -94,15 +94,18 @@ class OneStep(nn.Module):
             cond = torch.arange(first_sample, first_sample + n, device=device) % self.metadata.num_classes
         return self(z, cond)
 
-    def encode(self, prompts: Sequence[str]) -> Condition:
+    def encode(self, prompts: Sequence[str], *, embedded_guidance: float | None = None) -> Condition:
         """Encodes prompts with the text encoders in the folder.
+
+        Args:
+            embedded_guidance: for networks that take it as an input; None for the default of their pipeline.
 
         Raises:
             ValueError: there is no text encoder.
         """
         if self.folder is None or not isinstance(self.network, Network):
             raise ValueError("this generator has no text encoder")
-        return self.folder.encode(list(prompts), self.network.model)
+        return self.folder.text_encoder(self.network.model, self.sample_shape, embedded_guidance)(prompts)
 
     def decode(self, samples: Tensor) -> Tensor:
         """Decodes latents with the folder's VAE; returns samples unchanged if there is none."""

@@ -29,7 +29,7 @@ from emd_fast.fusion.fusing import fuse_known
 from emd_fast.io.files import write_atomic
 from emd_fast.io.models import check_config
 from emd_fast.io.reading import read_bytes, reason
-from emd_fast.teachers.diffusers import DiffusersDenoiser
+from emd_fast.teachers.diffusers import DiffusersDenoiser, architectures
 from emd_fast.teachers.diffusers.architectures import ARCHITECTURES, Network
 from emd_fast.teachers.diffusers.folder import EXPORTED, Folder, import_diffusers, read_json
 from emd_fast.teachers.mlp import PointGenerator, TimeMLP
@@ -114,7 +114,7 @@ def _write_folder(out: Path, generator: nn.Module, metadata: Metadata) -> Path:
         raise ValueError(f"{out} exists already and is not empty: choose another folder")
     denoiser = generator.denoiser
     model: Any = denoiser.network.model
-    component = denoiser.folder.architecture.component
+    component = denoiser.folder.component
     source = denoiser.folder
     index = {name: value for name, value in source.index.items() if name != "scheduler"}
     index |= {component: ["diffusers", source.model_class], "_diffusers_version": import_diffusers().__version__}
@@ -140,7 +140,7 @@ def _write_folder(out: Path, generator: nn.Module, metadata: Metadata) -> Path:
         config = {key: value for key, value in config.items() if key != "_name_or_path"}
         # Pipelines of UNets take the size of their samples from here. A DiT has its own size.
         sides = list(metadata.sample_shape[1:])
-        if source.architecture.component == "unet" and config.get("sample_size") not in (sides, sides[0]):
+        if component == "unet" and config.get("sample_size") not in (sides, sides[0]):
             config["sample_size"] = sides[0] if sides[0] == sides[1] else sides
         _write_json(unfinished / component / "config.json", config)
         for name in index:
@@ -259,7 +259,7 @@ def _read_folder(path: Path) -> OneStep:
     metadata = facts.metadata(path / EXPORTED, table["generator"])
     facts.check_files(path, table.get("digests", {}))
     folder = Folder(path)
-    return OneStep(Network(folder.load_model(facts.DTYPES[metadata.dtype])), metadata, folder=folder)
+    return OneStep(folder.load_network(facts.DTYPES[metadata.dtype]), metadata, folder=folder)
 
 
 def _read_file(path: Path) -> OneStep:
@@ -292,7 +292,7 @@ def _built(path: Path, name: str, config: dict[str, Any], weights: Mapping[str, 
     def build() -> nn.Module:
         if name in _OWN:
             return _OWN[name][0](**config)
-        return Network(getattr(import_diffusers(), name).from_config(config))
+        return architectures.network(getattr(import_diffusers(), name).from_config(config))
 
     if name not in _OWN and name not in ARCHITECTURES:
         raise ValueError(f"{path} holds a {name[:100]}, which this release cannot build")

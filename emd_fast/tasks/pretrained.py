@@ -111,7 +111,7 @@ class Pretrained:
 
     def _prompts(self, teacher: Denoiser, folder: Path, on_step: OnStep | None) -> conditions.Table | None:
         name = self.config.pretrained.prompts
-        text = isinstance(teacher, folders.DiffusersDenoiser) and teacher.takes.embedding
+        text = isinstance(teacher, folders.DiffusersDenoiser) and bool(teacher.takes.tensors)
         if not name:
             if text:
                 raise ConfigError("this teacher takes prompts: give --prompts FILE, text or .safetensors")

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from emd_fast.config import ConfigError
 from emd_fast.diffusion.denoiser import Condition, Denoiser
-from emd_fast.io.reading import shown
 from emd_fast.teachers.diffusers.architectures import ConditionSpec, Network
 from emd_fast.teachers.diffusers.encoder import TextEncoder
 from emd_fast.teachers.diffusers.folder import Folder, import_diffusers
@@ -54,6 +53,7 @@ class DiffusersDenoiser(Denoiser):
             output=lambda returned: returned[:, :channels],  # without a learned variance
             sample_shape=sample_shape,
             null_cond=null_cond,
+            rescale=network.architecture.rescale,
         )
         self.channels = channels
         self.folder, self.trained, self.scheduler_config = folder, training, dict(scheduler_config)
@@ -65,7 +65,7 @@ class DiffusersDenoiser(Denoiser):
     @property
     def num_classes(self) -> int:
         # The null label of a DiT must not be drawn.
-        null = self.folder.architecture.null_label(self.network.model.config)  # type: ignore[arg-type]
+        null = self.network.architecture.null_label
         return self.takes.num_classes if null is None else null
 
     def time(self, index: float) -> float:
@@ -87,30 +87,34 @@ class DiffusersDenoiser(Denoiser):
             f"teacher.time({index}), give --t-star {self.time(index)!r} for it"
         )
 
-    def encode(self, prompts: Sequence[str]) -> Condition:
+    def encode(self, prompts: Sequence[str], *, embedded_guidance: float | None = None) -> Condition:
         """Encodes prompts to a condition (B, ...) with the text encoders of the folder.
 
         The encoders are read for this call and then freed.
+
+        Args:
+            embedded_guidance: for networks that take it as an input; None for the default of their pipeline.
 
         Raises:
             ConfigError: the teacher takes no text, or its folder has no text encoder.
         """
         if isinstance(prompts, str):
             raise TypeError("prompts must be a list of strings, got one string")
-        return self.text_encoder()(prompts)
+        return self.text_encoder(embedded_guidance)(prompts)
 
-    def text_encoder(self) -> TextEncoder:
+    def text_encoder(self, embedded_guidance: float | None = None) -> TextEncoder:
         """Reads the text encoders of the folder, for several calls.
 
         Raises:
             ConfigError: the teacher takes no text, or its folder has no text encoder.
         """
-        if not self.takes.embedding:
+        if not self.takes.tensors:
             raise ConfigError(f"this {self.folder.model_class} takes {self.takes}, not prompts")
-        return self.folder.text_encoder(self.network.model)
+        assert self.sample_shape is not None
+        return self.folder.text_encoder(self.network.model, self.sample_shape, embedded_guidance)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Decodes latents to images (B, 3, H, W) float32 with the folder's VAE.
+        """Decodes latents to images (B, 3, H, W) or videos (B, 3, F, H, W) float32 with the folder's VAE.
 
         Without a VAE it returns the latents as float32.
         """
@@ -124,12 +128,14 @@ def load(
     dtype: torch.dtype = torch.float32,
     scheduler: str | Path | Mapping[str, Any] | Any = None,
     sample_shape: Sequence[int] | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    frames: int | None = None,
     null_cond: Condition = None,
 ) -> DiffusersDenoiser:
     """Loads a teacher from a diffusers folder, in eval mode.
 
-    The supported networks are UNet2DModel, UNet2DConditionModel, DiTTransformer2DModel and
-    SD3Transformer2DModel.
+    docs/teachers.md lists the supported networks.
 
     Args:
         folder: folder of a pipeline or a model, or the name of a pipeline on the hub.
@@ -137,7 +143,10 @@ def load(
             so float32 is recommended.
         scheduler: replaces the folder's scheduler: a scheduler, its configuration, or a folder
             with scheduler_config.json.
-        sample_shape: (C, H, W). None takes in_channels and sample_size of the configuration.
+        sample_shape: (C, H, W), or (C, F, H, W) of a video, in latents. None takes it from height,
+            width and frames.
+        height, width, frames: size in pixels. None takes the size of the configuration, or the
+            default of the pipeline.
         null_cond: the unconditional condition for guidance. A DiT has its own. For text it is
             usually `teacher.encode([""])`, which can be assigned to `teacher.null_cond` later.
 
@@ -150,11 +159,17 @@ def load(
     source = Folder(folder)
     config = _scheduler_config(scheduler) if scheduler is not None else source.scheduler_config()
     training = read(config)
-    network = Network(source.load_model(dtype))
-    shape = tuple(sample_shape) if sample_shape is not None else _sample_shape(network.model.config)
-    _check_channels(source.model_class, network.model.config, shape)
+    network = source.load_network(dtype)
+    architecture = network.architecture
+    architecture.check_channels()
+    if sample_shape is None:
+        sample_shape = architecture.sample_shape(source.vae_config(), height, width, frames)
+    elif (height, width, frames) != (None, None, None):
+        raise ConfigError("sample_shape and height, width, frames give the size twice: leave one of them out")
+    shape = tuple(sample_shape)
+    architecture.check_shape(shape)
     if null_cond is None:
-        null_cond = source.architecture.null_label(network.model.config)  # type: ignore[arg-type]
+        null_cond = architecture.null_label
     teacher = DiffusersDenoiser(network, source, training, config, shape, null_cond)
     teacher.source = str(source.root.resolve())
     return teacher.to(device).eval().requires_grad_(False)
@@ -171,26 +186,3 @@ def _scheduler_config(scheduler: Any) -> dict[str, Any]:
     if config is None:
         raise TypeError(f"scheduler must be a scheduler, its configuration or a folder, got {type(scheduler).__name__}")
     return {**config, "_class_name": type(scheduler).__name__}
-
-
-def _sample_shape(config: Any) -> tuple[int, ...]:
-    size = config.get("sample_size")
-    if size is None:
-        raise ConfigError(
-            "the model's config.json has no sample_size: give --sample-shape C,H,W, or load(sample_shape=(C, H, W))"
-        )
-    sides = (size, size) if isinstance(size, int) else size
-    if not isinstance(sides, (list, tuple)) or not all(type(side) is int and 0 < side <= 2**14 for side in sides):
-        raise ConfigError(f"the model's configuration has sample_size = {shown(size)}, not (H, W)")
-    return (config["in_channels"], *sides)
-
-
-def _check_channels(name: str, config: Any, shape: Sequence[int]) -> None:
-    channels, returned = config["in_channels"], config.get("out_channels") or config["in_channels"]
-    if len(shape) != 3 or shape[0] != channels:
-        raise ConfigError(f"sample_shape must be ({channels}, H, W) for this {name}, got {tuple(shape)}")
-    if returned not in (channels, 2 * channels):
-        raise ConfigError(
-            f"this {name} has in_channels {channels} and out_channels {returned}: only as many, or twice as many (a "
-            "learned variance) are supported"
-        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from emd_fast.config import ConfigError
 from emd_fast.diffusion.denoiser import Condition
 from emd_fast.io import reading
 from emd_fast.teachers.diffusers import weights
+from emd_fast.teachers.diffusers.architectures import Architecture
 
 BATCH = 32
 """Prompts that the encoders take at once: about 30 MB of activations of the CLIP of Stable Diffusion 1.5."""
@@ -28,6 +29,8 @@ class TextEncoder:
 
     Args:
         pipeline: a pipeline of diffusers with `encode_prompt`.
+        architecture: how its network is called.
+        constants: tensors of the condition that do not depend on the prompt, by name.
         device: where its encoders run.
         root: its folder, for errors.
 
@@ -37,10 +40,17 @@ class TextEncoder:
 
     batch = BATCH
 
-    def __init__(self, pipeline: Any, device: torch.device, root: Path) -> None:
-        self._pipeline, self._root = pipeline, root
+    def __init__(
+        self,
+        pipeline: Any,
+        architecture: Architecture,
+        constants: Mapping[str, Any],
+        device: torch.device,
+        root: Path,
+    ) -> None:
+        self._pipeline, self._architecture, self._constants, self._root = pipeline, architecture, constants, root
+        self._device = device
         expected = inspect.signature(pipeline.encode_prompt).parameters
-        self._pooled = "prompt_2" in expected  # Stable Diffusion 3
         self._options = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False, "device": device}
         self._tokenizers: list[tuple[Any, int]] = []  # with the number of tokens that a prompt may have
         for name, part in pipeline.components.items():
@@ -59,7 +69,7 @@ class TextEncoder:
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str]) -> Condition:
-        """Returns text embeddings (B, tokens, width), or a dict with pooled ones for Stable Diffusion 3.
+        """Returns the conditions that the network takes, (B, ...).
 
         Raises:
             ConfigError: a prompt that is no text, or an encoder that fails.
@@ -78,10 +88,12 @@ class TextEncoder:
         return pytree.tree_map(lambda *leaves: torch.cat(leaves), *parts) if len(parts) > 1 else parts[0]
 
     def _encoded(self, prompts: list[str]) -> Condition:
-        if self._pooled:
-            tokens, _, pooled, _ = self._pipeline.encode_prompt(prompts, None, None, **self._options)
-            return {"prompt_embeds": tokens, "pooled_projections": pooled}
-        return self._pipeline.encode_prompt(prompt=prompts, **self._options)[0]
+        cond = self._architecture.encode(self._pipeline, prompts, self._options)
+        if not self._constants:
+            return cond
+        rows = {name: torch.tensor(row, dtype=torch.float32) for name, row in self._constants.items()}
+        n, device = len(prompts), self._device
+        return {**cond, **{name: row.to(device).repeat(n, *[1] * row.dim()) for name, row in rows.items()}}
 
     def truncated(self, prompts: Sequence[str]) -> int:
         """The number of prompts that have more tokens than one of the encoders takes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from emd_fast.config import ConfigError
-from emd_fast.diffusion.denoiser import Condition
 from emd_fast.io import paths, reading
-from emd_fast.teachers.diffusers import files, text, weights
-from emd_fast.teachers.diffusers.architectures import ARCHITECTURES, Architecture
+from emd_fast.teachers.diffusers import architectures, files, text, weights
+from emd_fast.teachers.diffusers.architectures import ARCHITECTURES, Architecture, Network, known
 from emd_fast.teachers.diffusers.encoder import TextEncoder
-from emd_fast.teachers.diffusers.index import VAES, checked, class_of
+from emd_fast.teachers.diffusers.index import checked, class_of
 
 EXPORTED = "emd_fast.json"  # written by `emd_fast.export`; it lists the components too
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
@@ -83,23 +83,26 @@ class Folder:
                 f"{self.model} is no model of diffusers: _class_name in its config.json is "
                 f"{reading.shown(name)}, not the name of a class: {', '.join(ARCHITECTURES)} are supported"
             )
-        if self.model_class not in ARCHITECTURES:
-            raise ConfigError(
-                f"{self.model} holds a {self.model_class}, which is not supported: {', '.join(ARCHITECTURES)} are"
-            )
+        try:
+            self.component = known(name).component
+        except ConfigError as error:
+            raise ConfigError(f"{self.model} holds {error}") from None
         if not self.index and (self.root.parent / "model_index.json").exists():
             self.root = self.root.parent
             self.index = _index(self.root / "model_index.json")
         if self.has("vqvae"):
             raise ConfigError(f"{self.root} has a vqvae, which is not supported: a vae, or none, is")
         self._vae: nn.Module | None = None
+        self._architecture: Architecture | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Folder:
         return self  # copies of a teacher share the folder and its VAE
 
     @property
     def architecture(self) -> Architecture:
-        return ARCHITECTURES[self.model_class]
+        """How the network is called, which `load_network` reads."""
+        assert self._architecture is not None
+        return self._architecture
 
     @property
     def pipeline_class(self) -> str | None:
@@ -129,8 +132,21 @@ class Folder:
                 return read_json(path)
         raise ConfigError(f"{self.root} has no scheduler/scheduler_config.json: give load() a scheduler")
 
-    def load_model(self, dtype: torch.dtype) -> nn.Module:
-        return weights.load(getattr(import_diffusers(), self.model_class), self.model, dtype)
+    def load_network(self, dtype: torch.dtype) -> Network:
+        """Reads the network.
+
+        Raises:
+            ConfigError: its weights do not fit, or its configuration is not supported.
+        """
+        model = weights.load(getattr(import_diffusers(), self.model_class), self.model, dtype)
+        network = architectures.network(model)
+        self._architecture = network.architecture
+        return network
+
+    def vae_config(self) -> dict[str, Any]:
+        """Configuration of the VAE; empty without one."""
+        path = self.root / "vae" / "config.json"
+        return read_json(path) if self.has("vae") and path.exists() else {}
 
     def vae(self) -> nn.Module:
         """The float32 VAE of the folder, read once.
@@ -139,7 +155,7 @@ class Folder:
             ConfigError: its class is not supported, or its weights do not fit.
         """
         if self._vae is None:
-            kind = getattr(import_diffusers(), self._class("vae", "diffusers", VAES))
+            kind = getattr(import_diffusers(), self._class("vae", "diffusers", self.architecture.vaes))
             self._vae = weights.load(kind, self.root / "vae").eval().requires_grad_(False)
         return self._vae
 
@@ -155,10 +171,11 @@ class Folder:
         """
         if self.has("vae"):
             config: Any = self.vae().config
-            if config.latent_channels != channels:
+            has = self.architecture.vae_channels(config)
+            if has != channels:
                 raise ConfigError(
-                    f"the VAE in {self.root} has {config.latent_channels} latent channels, the network has {channels}: "
-                    "give the VAE of this network"
+                    f"the VAE in {self.root} has {has} latent channels, the network has {channels}: give the VAE of "
+                    "this network"
                 )
         for name in self.index:
             if name.startswith("text_encoder") and self.has(name):
@@ -168,39 +185,31 @@ class Folder:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Decodes latents to images (B, 3, H, W) float32, about in [-1, 1].
+        """Decodes latents to images (B, 3, H, W) or videos (B, 3, F, H, W) float32, about in [-1, 1].
 
         Without a VAE it returns the latents as float32.
         """
         if not self.has("vae"):
             return latents.float()
         vae: Any = self.vae().to(latents.device)
-        scale = getattr(vae.config, "scaling_factor", None) or 1.0
-        shift = getattr(vae.config, "shift_factor", None) or 0.0
-        return vae.decode(latents.to(vae.dtype) / scale + shift).sample.float()
+        return self.architecture.decode(latents.to(vae.dtype), vae).float()
 
-    def text_encoder(self, model: nn.Module) -> TextEncoder:
+    def text_encoder(
+        self, model: nn.Module, shape: Sequence[int], embedded_guidance: float | None = None
+    ) -> TextEncoder:
         """Reads the text encoders of the folder's pipeline, onto the device of the model.
+
+        Args:
+            shape: shape of a sample.
+            embedded_guidance: for networks that take it; None for the default of their pipeline.
 
         Raises:
             ConfigError: the folder has no text encoder, or one that cannot be read.
         """
         if not self.has("text_encoder"):
             raise ConfigError(f"{self.root} has no text encoder: give embeddings instead of prompts")
-        return text.read(self.root, self.index, self.architecture.component, model)
-
-    def encode(self, prompts: list[str], model: nn.Module) -> Condition:
-        """Encodes prompts with the text encoders of the folder's pipeline.
-
-        The encoders are read for this call and then freed.
-
-        Returns:
-            Text embeddings (B, tokens, width), or a dict with pooled ones for Stable Diffusion 3.
-
-        Raises:
-            ConfigError: the folder has no text encoder.
-        """
-        return self.text_encoder(model)(prompts)
+        constants = self.architecture.constants(shape, self.vae_config(), embedded_guidance)
+        return text.read(self.root, self.index, self.architecture, constants, model)
 
     def _class(self, component: str, library: str, classes: tuple[str, ...]) -> str:
         try:

@@ -1,7 +1,7 @@
 """model_index.json of a pipeline, checked: it is data, and names classes and folders.
 
-The classes that the library loads are in the tables below. diffusers itself would look any name up
-in its modules.
+The classes that the library loads are those that an architecture names. diffusers itself would look
+any name up in its modules.
 """
 
 from __future__ import annotations
@@ -12,19 +12,7 @@ from typing import Any
 from emd_fast.io.paths import is_part
 
 _LIBRARIES = ("diffusers", "transformers", "stable_diffusion")
-VAES = ("AutoencoderKL", "AutoencoderTiny", "AsymmetricAutoencoderKL")
-# Pipelines whose encode_prompt computes the conditions.
-TEXT_PIPELINES = (
-    "StableDiffusionPipeline",
-    "StableDiffusionImg2ImgPipeline",
-    "StableDiffusion3Pipeline",
-    "StableDiffusion3Img2ImgPipeline",
-)
-# By the first word of a component: text_encoder_2, tokenizer.
-TEXT_PARTS = {
-    "text": ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel"),
-    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast", "T5Tokenizer", "T5TokenizerFast"),
-}
+TEXT_PARTS = ("text", "tokenizer")  # first words of components: text_encoder_2, tokenizer
 
 
 def checked(index: object) -> dict[str, Any]:

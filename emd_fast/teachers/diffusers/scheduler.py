@@ -15,6 +15,10 @@ from emd_fast.io import reading
 from emd_fast.io.reading import shown
 
 _FLOW = "FlowMatchEulerDiscreteScheduler"
+# With use_flow_sigmas and "flow_prediction" they sample rectified flows.
+_SOLVERS = ("UniPCMultistepScheduler", "DPMSolverMultistepScheduler")
+# Their chain has a lower signal-to-noise ratio, by snr_shift_scale.
+_SHIFTED = ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")
 _CHAINS = (
     "DDPMScheduler",
     "DDIMScheduler",
@@ -23,6 +27,7 @@ _CHAINS = (
     "EulerDiscreteScheduler",
     "EulerAncestralDiscreteScheduler",
     "DPMSolverMultistepScheduler",
+    *_SHIFTED,
 )
 _BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace")
 _MOST_STEPS = 2**20
@@ -64,7 +69,8 @@ def read(config: Mapping[str, Any]) -> SchedulerInfo:
     name = config.get("_class_name")
     if not isinstance(name, str) or not name.isidentifier() or len(name) > 100:
         raise ConfigError(f"the scheduler {shown(name)} is not supported: {', '.join((*_CHAINS, _FLOW))} are")
-    if name == _FLOW:
+    flows = config.get("use_flow_sigmas") is True and config.get("prediction_type") == "flow_prediction"
+    if name == _FLOW or (name in _SOLVERS and flows):
         return SchedulerInfo(RectifiedFlow(), "flow", float(_steps(config)))
     if name not in _CHAINS:
         raise ConfigError(f"the scheduler {name} is not supported: {', '.join((*_CHAINS, _FLOW))} are")
@@ -79,8 +85,8 @@ def read(config: Mapping[str, Any]) -> SchedulerInfo:
     kind = config.get("beta_schedule", "linear")
     if config.get("trained_betas") is None and kind not in _BETAS:
         raise ConfigError(f"beta_schedule {shown(kind)} of {name} is not supported: {', '.join(_BETAS)} are")
-    # DDPM supports every kind of betas. The other classes differ in the sampling only.
-    asked = (
+    # DDPM supports every kind of betas. The other classes but those of CogVideoX differ in the sampling only.
+    asked: tuple[str, ...] = (
         "num_train_timesteps",
         "beta_start",
         "beta_end",
@@ -88,11 +94,14 @@ def read(config: Mapping[str, Any]) -> SchedulerInfo:
         "trained_betas",
         "rescale_betas_zero_snr",
     )
+    if name in _SHIFTED:
+        asked += ("snr_shift_scale",)
     wanted = {key: config[key] for key in asked if key in config}
     _steps(config)
     try:
-        chain: Any = diffusers.DDPMScheduler(**{"beta_schedule": "linear", **wanted})
-        betas = _with_signal(chain.betas.double())
+        kind = getattr(diffusers, name) if name in _SHIFTED else diffusers.DDPMScheduler
+        chain: Any = kind(**({} if name in _SHIFTED else {"beta_schedule": "linear"}) | wanted)
+        betas = _with_signal(_betas_of(chain.alphas_cumprod) if name in _SHIFTED else chain.betas.double())
         schedule = VP(betas)
     except Exception as error:  # diffusers raises exceptions of many kinds
         raise ConfigError(f"the scheduler {name} has no betas that can be used: {reading.reason(error)}") from None
@@ -107,6 +116,11 @@ def _steps(config: Mapping[str, Any]) -> int:
     if betas is not None and (type(betas) not in (list, tuple) or not 1 < len(betas) <= _MOST_STEPS):
         raise ConfigError(f"trained_betas must be a list of 2 to {_MOST_STEPS:,} numbers")
     return steps
+
+
+def _betas_of(alphas_squared: Tensor) -> Tensor:
+    squared = alphas_squared.double()
+    return 1 - squared / torch.cat([squared.new_ones(1), squared[:-1]])
 
 
 def _with_signal(betas: Tensor) -> Tensor:

@@ -18,15 +18,6 @@ from emd_fast.diffusion.generator import Generator
 from emd_fast.teachers.diffusers import DiffusersDenoiser
 from emd_fast.teachers.diffusers.scheduler import PREDICTIONS
 
-# Stock pipeline of each network, with the schedulers that it supports. A pipeline that does not scale
-# z by the scheduler's init_noise_sigma needs input_scale = 1.
-_PIPELINES = {
-    "UNet2DModel": ("DDIMPipeline", ("DDIMScheduler",)),
-    "DiTTransformer2DModel": ("DiTPipeline", ("DDIMScheduler",)),
-    "UNet2DConditionModel": ("StableDiffusionPipeline", ("DDIMScheduler", "EulerDiscreteScheduler")),
-    "SD3Transformer2DModel": ("StableDiffusion3Pipeline", ("FlowMatchEulerDiscreteScheduler",)),
-}
-
 
 class NoStockPipeline(ValueError):
     """No pipeline of diffusers makes these samples in one step. The message has the reason."""
@@ -39,7 +30,7 @@ def pipeline_class(denoiser: DiffusersDenoiser) -> str:
         NoStockPipeline: there is none for this network.
     """
     model, folder = denoiser.folder.model_class, denoiser.folder
-    name, _ = _PIPELINES[model]
+    name = denoiser.network.architecture.pipelines[0]
     config: Any = denoiser.network.model.config
     if model == "UNet2DModel":
         if denoiser.num_classes:
@@ -61,7 +52,8 @@ def scheduler(generator: Generator) -> Any:
 
     denoiser = generator.denoiser
     assert isinstance(denoiser, DiffusersDenoiser)
-    name, able = _PIPELINES[denoiser.folder.model_class]
+    architecture = denoiser.network.architecture
+    name, able = architecture.pipelines[0], architecture.schedulers
     t_star, scale = generator.t_star, generator.input_scale
     if denoiser.parametrization == "flow":
         if able != ("FlowMatchEulerDiscreteScheduler",):

@@ -12,24 +12,30 @@ from torch import nn
 from emd_fast.config import ConfigError
 from emd_fast.io import reading
 from emd_fast.teachers.diffusers import weights
+from emd_fast.teachers.diffusers.architectures import Architecture
 from emd_fast.teachers.diffusers.encoder import TextEncoder
-from emd_fast.teachers.diffusers.index import TEXT_PARTS, TEXT_PIPELINES, class_of
+from emd_fast.teachers.diffusers.index import TEXT_PARTS, class_of
 
 
-def text_parts(index: Mapping[str, Any]) -> dict[str, str]:
+def text_parts(index: Mapping[str, Any], architecture: Architecture) -> dict[str, str]:
     """The text encoders and tokenizers of an index: component -> class of transformers.
 
     Raises:
         ValueError: a class that is not supported; without the path.
     """
     return {
-        name: class_of(index, name, "transformers", TEXT_PARTS[name.partition("_")[0]])
+        name: class_of(index, name, "transformers", _of(name.partition("_")[0], architecture.text))
         for name, value in index.items()
         if name.partition("_")[0] in TEXT_PARTS and isinstance(value, list) and value[1] is not None
     }
 
 
-def pipeline_class(index: Mapping[str, Any]) -> str:
+def _of(kind: str, classes: tuple[str, ...]) -> tuple[str, ...]:
+    """The classes of tokenizers, or those of text encoders."""
+    return tuple(name for name in classes if ("Tokenizer" in name or "Processor" in name) == (kind == "tokenizer"))
+
+
+def pipeline_class(index: Mapping[str, Any], architecture: Architecture) -> str:
     """The pipeline whose encode_prompt computes the conditions.
 
     Raises:
@@ -38,22 +44,25 @@ def pipeline_class(index: Mapping[str, Any]) -> str:
     import diffusers
 
     name = index.get("_class_name")
-    if name not in TEXT_PIPELINES:
-        raise ValueError(f"its pipeline {name!r} is not supported: {', '.join(TEXT_PIPELINES)} are")
+    if name not in architecture.pipelines:
+        raise ValueError(f"its pipeline {name!r} is not supported: {', '.join(architecture.pipelines)} are")
     scheduler = index.get("scheduler")
     if isinstance(scheduler, list) and scheduler[1] is not None:
         class_of(index, "scheduler", "diffusers", tuple(kind for kind in dir(diffusers) if kind.endswith("Scheduler")))
     return str(name)
 
 
-def read(root: Path, index: Mapping[str, Any], component: str, model: nn.Module) -> TextEncoder:
+def read(
+    root: Path, index: Mapping[str, Any], architecture: Architecture, constants: Mapping[str, Any], model: nn.Module
+) -> TextEncoder:
     """Reads the text encoders of a pipeline folder, onto the device of the network.
 
     The folder needs no model_index.json.
 
     Args:
         root: the folder. index: components of its pipeline.
-        component, model: name of the network in the pipeline, and the network.
+        architecture, model: the network and how it is called.
+        constants: tensors of the condition that do not depend on the prompt, by name.
 
     Raises:
         ConfigError: classes that are not supported, or weights that do not fit.
@@ -61,7 +70,7 @@ def read(root: Path, index: Mapping[str, Any], component: str, model: nn.Module)
     import diffusers
 
     try:
-        name, parts = pipeline_class(index), text_parts(index)
+        name, parts = pipeline_class(index, architecture), text_parts(index, architecture)
     except ValueError as error:
         raise ConfigError(f"cannot use the pipeline in {root}: {error}") from None
     device = next(model.parameters()).device
@@ -72,12 +81,12 @@ def read(root: Path, index: Mapping[str, Any], component: str, model: nn.Module)
     kind = getattr(diffusers, name)
     # Parts that encode no text are left out. Only Stable Diffusion 3 asks its network for sizes.
     expected = {part: None for part in inspect.signature(kind).parameters if part != "requires_safety_checker"}
-    if component == "transformer":
-        loaded[component] = model
+    if architecture.component == "transformer":
+        loaded[architecture.component] = model
     try:
         with weights.silenced():
             pipeline = kind(**{**expected, **loaded})
-        return TextEncoder(pipeline, device, root)
+        return TextEncoder(pipeline, architecture, constants, device, root)
     except ConfigError:
         raise
     except Exception as error:  # diffusers raises exceptions of many kinds

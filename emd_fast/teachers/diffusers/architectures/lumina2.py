@@ -1,0 +1,39 @@
+"""Lumina2Transformer2DModel: Lumina Image 2. Its time runs from noise to data, its output is negated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from emd_fast.diffusion.denoiser import Condition
+from emd_fast.teachers.diffusers.architectures.conditions import MASK, TOKENS, ConditionSpec
+from emd_fast.teachers.diffusers.architectures.form import GEMMA, Architecture, Config
+from emd_fast.teachers.diffusers.architectures.packing import rescaled
+
+
+class Lumina2Transformer2DModel(Architecture):
+    pipelines = ("Lumina2Pipeline",)
+    text = GEMMA
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.patch = (1, config["patch_size"], config["patch_size"])
+        self.takes = ConditionSpec.text(config["cap_feat_dim"], masked=True)
+
+    def call(self, model: Any, x: Tensor, time: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        return -model(
+            x,
+            timestep=1 - time / 1000,
+            encoder_hidden_states=cond[TOKENS].to(x.dtype),
+            encoder_attention_mask=cond[MASK],
+        ).sample
+
+    def rescale(self, guided: Tensor, conditional: Tensor) -> Tensor:
+        """The guided output with the norm of the conditional one in each row of the latents."""
+        return rescaled(guided, conditional)
+
+    def encode(self, pipeline: Any, prompts: list[str], options: Mapping[str, Any]) -> Condition:
+        tokens, mask, *_ = pipeline.encode_prompt(prompts, **options)
+        return {TOKENS: tokens, MASK: mask.bool()}

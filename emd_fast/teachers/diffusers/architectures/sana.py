@@ -1,0 +1,43 @@
+"""SanaTransformer2DModel: Sana, on latents of a deep-compression autoencoder."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from emd_fast.diffusion.denoiser import Condition
+from emd_fast.teachers.diffusers.architectures.conditions import MASK, TOKENS, ConditionSpec
+from emd_fast.teachers.diffusers.architectures.form import GEMMA, Architecture, Config
+
+
+class SanaTransformer2DModel(Architecture):
+    pipelines = ("SanaPipeline",)
+    text = GEMMA
+    vaes = ("AutoencoderDC",)
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        if config.get("guidance_embeds"):
+            raise self.refuse("guidance_embeds", "a network of SanaPipeline is")
+        self.patch = (1, config["patch_size"], config["patch_size"])
+        self.takes = ConditionSpec.text(config["caption_channels"], masked=True)
+
+    def vae_scale(self, vae: Config) -> tuple[int, int]:
+        return 1, 2 ** (len(vae["encoder_block_out_channels"]) - 1) if vae else 32
+
+    def call(self, model: Any, x: Tensor, time: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        return model(
+            x,
+            timestep=time * self.config["timestep_scale"],
+            encoder_hidden_states=cond[TOKENS].to(x.dtype),
+            encoder_attention_mask=cond[MASK],
+        ).sample
+
+    def encode(self, pipeline: Any, prompts: list[str], options: Mapping[str, Any]) -> Condition:
+        # The pipeline's default instruction to the encoder is an argument of its call.
+        instruction = inspect.signature(type(pipeline).__call__).parameters["complex_human_instruction"].default
+        tokens, mask, *_ = pipeline.encode_prompt(prompts, **options, complex_human_instruction=instruction)
+        return {TOKENS: tokens, MASK: mask.bool()}
