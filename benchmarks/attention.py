@@ -5,6 +5,7 @@ An optional fifth size of the shape is the number of keys. It defaults to the nu
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 import math
@@ -113,5 +114,7 @@ BENCH = Bench(
     flops=flops,
     peers=peers,
     implementations=implementations,
+    # The logits of 16 samples of 4096 tokens take 17 GB in float64, and the backward pass five of these.
+    verified=lambda case: dataclasses.replace(case, shape=(min(case.shape[0], 2), *case.shape[1:])),
     layouts=False,
 )

@@ -88,6 +88,7 @@ BENCH = Bench(
     peers=peers,
     implementations=implementations,
     rotates=False,
+    compiled=frozenset({"torch.compile", "max-autotune"}),
     captures=False,  # cuDNN tries engines at the first call, which a capture does not allow
     dtype={"cpu": "fp32", "cuda": "bf16"},
     roundings=64,  # each result is a sum of 9 C terms

@@ -91,6 +91,7 @@ def bench(kind: str) -> Bench:
         rotates=False,
         captures=False,
         compiles=False,
+        compiled=frozenset({"emd_fast fused, compiled"}),
         dtype={"cpu": "fp32", "cuda": "bf16"},
         roundings=100,
     )

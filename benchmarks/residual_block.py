@@ -80,6 +80,7 @@ BENCH = Bench(
     flops=flops,
     implementations=implementations,
     rotates=False,
+    compiled=frozenset({"torch.compile", "emd_fast fused, compiled"}),
     dtype={"cpu": "fp32", "cuda": "bf16"},
     roundings=32,
 )

@@ -42,6 +42,7 @@ def bench(kind: str) -> Bench:
         layouts=False,
         rotates=False,
         compiles=False,
+        compiled=frozenset({"torch.compile", "emd_fast fused, compiled"}),
         dtype={"cpu": "fp32", "cuda": "bf16"},
         roundings=100,
     )

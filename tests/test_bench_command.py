@@ -5,6 +5,7 @@ import functools
 import json
 
 import pytest
+import torch
 
 import benchmarks
 import emd_fast
@@ -286,3 +287,45 @@ def test_the_shapes_are_those_of_the_networks():
     assert {shape[1:] for shape in attention.ADM} == {(1024, 6, 64), (256, 9, 64), (64, 12, 64)}
     own = {(4096, 8, 40), (1024, 8, 80), (256, 8, 160), (64, 8, 160)}
     assert {shape[1:] for shape in attention.SD15} == own | {(*one, 77) for one in own}
+
+
+class Stopped(BaseException):
+    pass
+
+
+def test_whole_networks_are_verified_small_and_leave_what_was_timed_when_a_run_is_stopped(bench, monkeypatch, tmp_path):
+    declared = benchmarks.load("e_step:small")
+    assert not declared.interleaves
+    seen, stops = [], []
+
+    def eager(networks, z, steps, **arguments):
+        seen.append((len(z), steps, z.dtype == torch.float64))
+        if stops and len(z) == 5:
+            raise Stopped
+        return declared.eager(networks, z=z, steps=steps, **arguments)
+
+    changed = dataclasses.replace(declared, eager=eager)
+    monkeypatch.setattr("benchmarks.e_step.bench", lambda kind: changed)
+    monkeypatch.setattr(ceiling, "_SIDE", {"cpu": 32})
+    words = ["e_step:small", "--shape", "5,3", "--device", "cpu", "--rounds", "1", "--no-compile"]
+    code, out, err = bench(*words, "--json", tmp_path / "whole.json")
+    assert code == 0 and "  emd_fast fused: " in out and "  eager: " in out, err
+    assert {(batch, steps) for batch, steps, _ in seen} == {(2, 2), (5, 3)}
+    assert all((batch, steps) == (2, 2) for batch, steps, double in seen if double), "float64 is slow"
+    (result,) = record.read(tmp_path / "whole.json").results
+    assert result.shape == (5, 3) and [row.status for row in result.rows] == ["timed", "timed", "absent", "absent"]
+    stops.append(True)
+    with pytest.raises(Stopped):
+        bench(*words, "--json", tmp_path / "stopped.json")
+    (result,) = record.read(tmp_path / "stopped.json").results
+    rows = {row.contender: row.status for row in result.rows}
+    assert rows["emd_fast fused"] == "timed" and "eager" not in rows
+
+
+@pytest.mark.parametrize(
+    ("shape", "verified"), [((16, 2), (2, 2)), ((4, 1), (4, 1)), ((1, 8), (1, 2)), ((64,), (2, 2))]
+)
+def test_the_float64_reference_of_an_e_step_is_at_most_four_samples_and_steps(shape, verified):
+    from benchmarks.e_step import _verified_shape
+
+    assert _verified_shape(*shape) == verified and verified[0] * verified[1] <= 4

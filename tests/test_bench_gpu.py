@@ -1,8 +1,7 @@
-"""What the bench does on a GPU: the clock on a simulated one, kernels without their noise, and run_gpu.sh."""
+"""What the bench does on a GPU: the clock on a simulated one, and kernels without their noise."""
 
 import contextlib
 import os
-import shutil
 import subprocess
 import sys
 import types
@@ -196,96 +195,3 @@ def test_the_ops_keep_their_noise(monkeypatch):
     noiseless.without_noise(benchmarks.load("langevin_z"))
     philox = philox or sys.modules["emd_fast.backends.triton.philox"]
     assert backends.implementation is chosen and philox.normals.fn.__name__ == "normals"
-
-
-SCRIPT = ROOT / "benchmarks" / "run_gpu.sh"
-needs_bash = pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
-
-
-def run_gpu(*words, script=SCRIPT, **environment):
-    return run(["bash", str(script), *map(str, words)], **{"PYTHON": sys.executable, **environment})
-
-
-@needs_bash
-@pytest.mark.parametrize("words", [[], ["folder"], ["folder", "biuld"], ["folder", "build", "everything"]])
-def test_run_gpu_with_a_wrong_word_is_a_usage_error(words, tmp_path):
-    done = run_gpu(*[tmp_path / word if word == "folder" else word for word in words])
-    assert done.returncode == 2 and "usage: benchmarks/run_gpu.sh FOLDER PART..." in done.stderr
-    assert not list(tmp_path.iterdir())
-
-
-@needs_bash
-def test_run_gpu_says_that_no_gpu_is_here(tmp_path):
-    done = run_gpu(tmp_path / "out", "build", "ops", CUDA_VISIBLE_DEVICES="")
-    assert done.returncode == 1
-    assert done.stderr.startswith("run_gpu.sh: no GPU is here") and "Traceback" not in done.stderr + done.stdout
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["run.log"]
-
-
-@pytest.fixture
-def fake(tmp_path):
-    """A Python that is this script."""
-
-    def of(script):
-        (tmp_path / "python").write_text(script)
-        (tmp_path / "python").chmod(0o755)
-        return str(tmp_path / "python")
-
-    return of
-
-
-@needs_bash
-def test_run_gpu_goes_on_after_a_part_that_fails_and_ends_with_the_results(tmp_path, fake):
-    python = fake(
-        """#!/bin/sh
-        case "$*" in
-            *is_available*) exit 0 ;;
-            *benchmarks.train*) for file; do :; done; echo "{}" > "$file" ;;
-            *digest*) echo "THE TABLE" ;;
-            *) exit 3 ;;
-        esac
-        """,
-    )
-    out = tmp_path / "out"
-    done = run_gpu(out, "build", "train", "unet", PYTHON=python)
-    assert done.returncode == 1
-    assert "THE BUILD WITH CUDA KERNELS FAILED" in done.stdout
-    *_, build, train, unet, table = done.stdout.strip().splitlines()
-    assert table == "THE TABLE"
-    assert [" ".join(line.split()[:2]) for line in (build, train, unet)] == ["build FAILED", "train ok", "unet FAILED"]
-    assert {path.name for path in out.iterdir()} == {"run.log", "train.json"}
-    assert run_gpu(out, "train", PYTHON=python).returncode == 0
-
-
-@needs_bash
-@pytest.mark.slow
-def test_what_is_stopped_can_say_what_it_has(tmp_path, fake):
-    (tmp_path / "benchmarks").mkdir()
-    script = tmp_path / "benchmarks" / "run_gpu.sh"
-    script.write_text(SCRIPT.read_text().replace("seconds_a_part=470", "seconds_a_part=3"))
-    python = fake(
-        """#!/bin/bash
-        [[ "$*" == "-m pytest "* ]] || exit 0
-        trap 'kill $!; echo "1 failed, 2 passed"; exit 2' INT
-        sleep 60 >/dev/null &
-        wait
-        """,
-    )
-    done = run_gpu(tmp_path / "out", "test", script=script, PYTHON=python)
-    assert done.returncode == 1
-    assert "1 failed, 2 passed" in done.stdout and "stopped after " in done.stdout
-    assert "1 failed, 2 passed" in (tmp_path / "out" / "run.log").read_text()
-
-
-@needs_bash
-def test_the_parts_of_whole_networks(tmp_path, fake):
-    python = fake("#!/bin/sh\nexit 0\n")
-    parts = ["unet", "blocks", "unet-sd15", "e_step-sd15"]
-    done = run_gpu(tmp_path / "out", *parts, PYTHON=python, SHAPE="4,1")
-    assert done.returncode == 0
-    asked = [line.split("--device cuda ")[1] for line in done.stdout.splitlines() if line.startswith("+ ")]
-    names = [words.split(" --")[0] for words in asked]
-    assert "; ".join(names) == (
-        "group_norm attention; convolution residual_block; convolution; unet:sd15 loop:sd15; e_step:sd15"
-    )
-    assert "--shape 4,1 " in asked[-1] and all(name in benchmarks.NAMES for words in names for name in words.split())

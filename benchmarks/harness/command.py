@@ -82,11 +82,12 @@ def _measured(
         results=(),
     )
     for bench, case in work:
-        result = _result(options, bench, case, copied / copy.median)
+        finished = done.results
+        for result in _results(options, bench, case, copied / copy.median):
+            clocks = {"before": before, "after": machine.clocks(device)}
+            done = dataclasses.replace(done, results=(*finished, result), clocks=clocks)
+            _save(options, done)  # after every case or contender, so an interrupted run keeps its results
         print(show.terminal(result) + "\n", flush=True)
-        clocks = {"before": before, "after": machine.clocks(device)}
-        done = dataclasses.replace(done, results=(*done.results, result), clocks=clocks)
-        _save(options, done)  # after every case, so an interrupted run keeps its results
     if options.plot and any(row.status == TIMED for result in done.results for row in result.rows):
         show.plot(options.plot, done)  # once at the end, since drawing takes longer than measuring a case
     print("\n".join(show.facts(done)))
@@ -100,59 +101,70 @@ def _save(options: argparse.Namespace, done: Record) -> None:
         write_text(options.markdown, show.markdown(done))
 
 
-def _result(options: argparse.Namespace, bench: Bench, case: Case, bandwidth: float) -> Result:
+def _results(options: argparse.Namespace, bench: Bench, case: Case, bandwidth: float) -> Iterator[Result]:
+    """Yields the result of a case: once, or after each contender if the benchmark does not interleave."""
     torch.compiler.reset()
-    contenders, absent = contenders_of(bench, case, options.backend, options.against, options.skip)
-    verifier = Verifier(bench, case)
-    verifications = {contender.name: verifier.verify(contender) for contender in contenders}
-    del verifier
-    sound = [contender for contender in contenders if verifications[contender.name].problem is None]
-
+    contenders, absent = contenders_of(bench, case, options.backend, options.against, options.skip, options.compile)
     moved = bench.traffic(case).total if bench.traffic else None
-    sets = _sets(bench, case, moved, options.warm)
-    inputs = [with_gradients(bench, case, bench.inputs(RandomTensors(case, seed))) for seed in range(sets)]
-    calls = {c.name: [_call(bench, case, c, one) for one in inputs] for c in sound}
-    again = {c.name + AGAIN: calls[c.name] for c in sound if c.ours}
-    seconds, failed, peaks = clock.measure(calls | again, case.device, options.rounds, options.graph and bench.captures)
-
-    rows = []
     flops = bench.flops(case) if bench.flops else None
     arithmetic = None
     if flops is not None and moved is None:
         arithmetic = ceiling.matmul_rate(case.device, DTYPES[case.dtype], max(5, min(options.rounds, 20)))
-    for contender in contenders:
-        name, verification = contender.name, verifications[contender.name]
-        row = Row(
-            name,
-            contender.ours,
-            WRONG if verification.wrong else ABSENT,
-            verification.problem,
-            verification.error,
-            verification.bound,
+    sets = _sets(bench, case, moved, options.warm)
+    missing = [Row(name, True, ABSENT, reason) for name, reason in absent.items()]
+    verifier = Verifier(bench, bench.verified(case))
+    inputs: list[Inputs] = []
+    rows: list[Row] = []
+    for turn in [contenders] if bench.interleaves else [[contender] for contender in contenders]:
+        verifications = {contender.name: verifier.verify(contender) for contender in turn}
+        if bench.interleaves:
+            del verifier  # frees its tensors before the inputs are made
+        inputs = inputs or [
+            with_gradients(bench, case, bench.inputs(RandomTensors(case, seed))) for seed in range(sets)
+        ]
+        sound = [contender for contender in turn if verifications[contender.name].problem is None]
+        calls = {c.name: [_call(bench, case, c, one) for one in inputs] for c in sound}
+        again = {c.name + AGAIN: calls[c.name] for c in sound if c.ours}
+        graph = options.graph and bench.captures
+        measured = clock.measure(calls | again, case.device, options.rounds, graph)
+        for contender in turn:
+            verification = verifications[contender.name]
+            rows.append(_row(contender, verification, measured, moved, flops, bandwidth, arithmetic))
+        if not bench.interleaves:
+            print(show.line(rows[-1]), flush=True)
+        yield Result(
+            bench.name,
+            case.passes,
+            case.shape,
+            case.dtype,
+            case.layout,
+            moved,
+            flops,
+            sets,
+            moved is not None and sets * moved >= 2 * machine.cache_bytes(case.device),
+            bench.eager_name,
+            (*rows, *missing),
         )
-        if name in seconds:
-            noise = clock.timing_noise(seconds[name], seconds[name + AGAIN]) if name + AGAIN in seconds else None
-            timing = clock.Timing.of(seconds[name])
-            row = _timed(contender.ours, name, verification, timing, noise, moved, flops, bandwidth, arithmetic)
-            row = dataclasses.replace(row, peak_bytes=peaks.get(name))
-        elif name in failed:
-            row = Row(name, contender.ours, ABSENT, failed[name], verification.error, verification.bound)
-        rows.append(row)
-    rows += [Row(name, True, ABSENT, reason) for name, reason in absent.items()]
-    cold = moved is not None and sets * moved >= 2 * machine.cache_bytes(case.device)
-    return Result(
-        bench.name,
-        case.passes,
-        case.shape,
-        case.dtype,
-        case.layout,
-        moved,
-        flops,
-        sets,
-        cold,
-        bench.eager_name,
-        tuple(rows),
-    )
+
+
+def _row(
+    contender: Contender,
+    verification: Verification,
+    measured: clock.Measurements,
+    moved: float | None,
+    flops: float | None,
+    bandwidth: float,
+    arithmetic: float | None,
+) -> Row:
+    name, (seconds, failed, peaks) = contender.name, measured
+    if name in seconds:
+        noise = clock.timing_noise(seconds[name], seconds[name + AGAIN]) if name + AGAIN in seconds else None
+        timing = clock.Timing.of(seconds[name])
+        row = _timed(contender.ours, name, verification, timing, noise, moved, flops, bandwidth, arithmetic)
+        return dataclasses.replace(row, peak_bytes=peaks.get(name))
+    status = WRONG if verification.wrong else ABSENT
+    why = failed.get(name, verification.problem)
+    return Row(name, contender.ours, status, why, verification.error, verification.bound)
 
 
 def _call(bench: Bench, case: Case, contender: Contender, inputs: Inputs) -> clock.Call:

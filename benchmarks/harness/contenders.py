@@ -35,7 +35,12 @@ class Contender:
 
 
 def contenders_of(
-    bench: Bench, case: Case, backends: Sequence[str] = (), against: Sequence[str] = (), skip: Sequence[str] = ()
+    bench: Bench,
+    case: Case,
+    backends: Sequence[str] = (),
+    against: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    compiled: bool = True,
 ) -> tuple[list[Contender], dict[str, str]]:
     """Returns the contenders of a case, and for each absent one the reason.
 
@@ -43,6 +48,7 @@ def contenders_of(
         backends: the emd_fast backends to include; all available ones when empty.
         against: user functions as "module:function".
         skip: names of contenders to leave out.
+        compiled: whether contenders that torch.compile makes take part; they compile for minutes.
 
     Raises:
         ConfigError: a name in `against` cannot be imported.
@@ -53,22 +59,23 @@ def contenders_of(
     for name in backends:
         if isinstance(reason := implementations.get(name, "it does not have this op"), str):
             raise RuntimeError(f"backend {name!r} cannot run {bench.name} on {case.device.type} tensors: {reason}")
-    for name, function in implementations.items():
-        if isinstance(function, str):
-            absent[f"{OURS} {name}"] = function
+    for name, given in implementations.items():
+        if isinstance(given, str):
+            absent[f"{OURS} {name}"] = given
         elif not backends or name in backends:
-            found.append(Contender(f"{OURS} {name}", function, ours=True))
+            found.append(Contender(f"{OURS} {name}", given, ours=True))
     triton = callable(implementations.get("triton")) and (not backends or "triton" in backends)
     if triton and NOISELESS.issuperset(bench.ops or (bench.name,)):
         found.append(Contender(f"{OURS} triton, no noise", without_noise(bench), draws="none"))
     found.append(Contender(bench.eager_name, bench.eager, in_place=False, draws="own"))
     if bench.compiles:
         # dynamic=False compiles for the shape of the case instead of for varying shapes.
-        compiled = torch.compile(bench.eager, dynamic=False)
-        found.append(Contender("torch.compile", compiled, in_place=False, draws="own"))
+        function = torch.compile(bench.eager, dynamic=False)
+        found.append(Contender("torch.compile", function, in_place=False, draws="own"))
     found += [Contender(name, function, draws=bench.peers_draw) for name, function in bench.peers(case).items()]
     found += [Contender(name, imported(name)) for name in against]
-    return [contender for contender in found if contender.name not in skip], absent
+    left_out = {*skip, *(() if compiled else bench.compiled)}
+    return [contender for contender in found if contender.name not in left_out], absent
 
 
 def imported(name: str) -> Function:

@@ -129,7 +129,13 @@ class Bench:
         layouts: whether NCHW and NHWC differ.
         rotates: whether calls rotate over several sets of inputs.
         captures: whether CUDA graphs apply.
+        interleaves: whether the readings of all contenders are interleaved. False times each
+            contender right after its verification and writes it to the file, for contenders that
+            take minutes.
+        verified: the case at which contenders of a case are verified, for cases whose reference in
+            float64 would take minutes.
         compiles: whether torch.compile takes part.
+        compiled: the contenders that torch.compile makes, which `--no-compile` leaves out.
         eager_name: the name of the eager contender.
         dtype: default dtype by device type.
         roundings: allowed error of contenders other than emd_fast, in roundings of the result dtype.
@@ -155,7 +161,10 @@ class Bench:
     layouts: bool = True
     rotates: bool = True
     captures: bool = True
+    interleaves: bool = True
+    verified: Callable[[Case], Case] = field(default=lambda case: case)
     compiles: bool = True
+    compiled: frozenset[str] = frozenset({"torch.compile"})
     eager_name: str = "eager"
     dtype: Mapping[str, str] = field(default_factory=lambda: {"cpu": "bf16", "cuda": "bf16"})
     roundings: float = 8

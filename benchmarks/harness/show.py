@@ -36,6 +36,12 @@ def terminal(result: Result) -> str:
     return "\n".join([*lines, *(f"  {row.contender}: {_why(row)}" for row in result.rows if row.status != TIMED)])
 
 
+def line(row: Row) -> str:
+    """Returns one contender in one line, for benchmarks whose table comes minutes later."""
+    said = f"{_time(row.median)} (median of {row.n})" if row.median is not None else _why(row)
+    return f"  {row.contender}: {said}"
+
+
 def facts(record: Record) -> list[str]:
     """Returns lines about machine, versions and settings."""
     hardware, software, settings = record.hardware, record.software, record.settings

@@ -178,6 +178,9 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--backend", action="append", default=[], help="the only backend of ours to time; repeatable")
     bench.add_argument("--against", action="append", default=[], metavar="MODULE:FUNCTION", help="another contender")
     bench.add_argument("--skip", action="append", default=[], metavar="NAME", help="contender to leave out; repeatable")
+    bench.add_argument(
+        "--no-compile", dest="compile", action="store_false", help="leave out contenders that torch.compile makes"
+    )
     bench.add_argument("--threads", type=_positive, help="CPU threads of PyTorch")
     bench.add_argument("--rounds", type=_positive, default=50, help="timings of each contender (default 50)")
     bench.add_argument("--warm", action="store_true", help="reuse one set of inputs, so that caches are warm")

@@ -15,8 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import tomli_w
-
 from emd_fast import config
 from emd_fast.config import RunConfig, forbidden_change, to_dict
 from emd_fast.io import folders
@@ -88,6 +86,8 @@ def open_folder(folder: Path, settings: RunConfig, held: contextlib.ExitStack) -
 
 def write_config(folder: Path, settings: RunConfig) -> None:
     """Writes config.toml, with the SHA-256 of its lines in the last one."""
+    import tomli_w  # here, since the benchmarks also run where only PyTorch is installed
+
     write_text(folder / "config.toml", text_of(tomli_w.dumps(to_dict(settings))))
 
 
