@@ -67,7 +67,9 @@ def test_a_value_outside_its_range_is_refused_and_named(key):
         ({"gamma_z": [[0.5, 0.0]]}, "above 0 where it is a table"),
         ({"fake_score_updates": 0}, "nothing learns"),
         ({"sampling": "xz"}, "'x_z'"),
-        ({"sampling": "x_z", "cuda_graph": True}, "cuda_graph must be False"),
+        ({"sampling": "x_z", "cuda_graph": True}, 'cuda_graph must be False or "auto"'),
+        ({"cuda_graph": "atuo"}, "cuda_graph must be bool or 'auto', got 'atuo'"),
+        ({"cuda_graph": 1}, "cuda_graph must be bool or 'auto', got 1"),
         ({"weighting": "sgima2"}, "did you mean 'sigma2'"),
         ({"betas": [0.0]}, "betas"),
         ({"compile": True, "fuse": False}, "compile must be False without fuse"),
@@ -107,6 +109,7 @@ def test_keys_of_a_section_are_accepted_flat_and_read_from_it():
     [
         *(({key: 1}, None) for key in ("max_skipped", "micro_batch_size", "shard_group")),
         *(({key: True}, None) for key in ("activation_checkpointing", "compile", "cuda_graph")),
+        ({"cuda_graph": "auto"}, None),
         ({"fuse": False, "parallel": "fsdp", "max_z_rms": 5.0, "steps": 9}, None),
         ({"gamma_z": 0.5}, ("gamma_z", 0.02, 0.5)),
         ({"seed": 1, "steps": 9}, ("seed", 0, 1)),

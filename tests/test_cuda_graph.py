@@ -13,7 +13,7 @@ from streams import Streams
 import emd_fast
 from emd_fast import Denoiser, Generator, Noise, e_step, ops, schedules
 from emd_fast.em import cuda_graph as graphs
-from emd_fast.em.cuda_graph import GraphedEStep
+from emd_fast.em.cuda_graph import GraphedEStep, GraphFacts, obstacle, worth_a_graph
 from emd_fast.em.streams import branches, side_by_side
 from emd_fast.teachers.small_unet import SmallUNet
 
@@ -131,6 +131,56 @@ def test_the_capture_is_on_the_device_of_the_tensors(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, fake)
     graphs._graph(lambda: seen.append(("run", current[0])), True, torch.device("cuda", 1))
     assert seen == [("run", 1)] * 2 + [("capture", 1), ("run", 1)] and current == [0]
+
+
+@pytest.mark.parametrize(
+    ("facts", "captures", "why"),
+    [
+        (GraphFacts("cuda", None, 1), True, "a pass of 1 samples is at most 16"),
+        (GraphFacts("cuda", None, 16), True, "the host would limit it"),
+        (GraphFacts("cuda", None, 17), False, "a pass of 17 samples is more than 16"),
+        (GraphFacts("cuda", "the teacher is sharded", 4), False, "the teacher is sharded"),
+        (GraphFacts("cpu", None, 4), False, "cpu tensors have no graphs"),
+    ],
+)
+def test_when_a_graph_is_worth_it(facts, captures, why):
+    assert (found := worth_a_graph(facts))[0] == captures and why in found[1] and "\n" not in found[1]
+
+
+def test_what_cannot_be_captured(monkeypatch):
+    generator, teacher, fake_score = networks()
+    assert obstacle((generator, teacher, fake_score)) is None
+    assert obstacle((lambda z, cond: z, teacher, fake_score)).startswith("the generator is no module")
+    monkeypatch.setattr(graphs, "is_sharded", lambda network: network is fake_score)
+    assert obstacle((generator, teacher, fake_score)).startswith("the fake_score is sharded")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "change", "captures", "why"),
+    [
+        ("auto", {"batch_size": 16}, True, "auto: on: a pass of 16 samples"),
+        ("auto", {"batch_size": 17}, False, "auto: off: a pass of 17 samples"),
+        ("auto", {"batch_size": 40, "micro_batch_size": 8}, True, "auto: on: a pass of 8 samples"),
+        ("auto", {"batch_size": 4, "micro_batch_size": 80}, True, "auto: on: a pass of 4 samples"),
+        ("auto", {"sampling": "x_z"}, False, 'auto: off: sampling "x_z" has no graph'),
+        (True, {"batch_size": 64}, True, "cuda_graph is true"),
+        (False, {"batch_size": 4}, False, "cuda_graph is false"),
+    ],
+)
+def test_what_a_trainer_captures(monkeypatch, caplog, chosen, change, captures, why):
+    *_, teacher = networks()
+    trainer = emd_fast.EMDTrainer(teacher, emd_fast.EMDConfig(num_classes=4, cuda_graph=chosen, **change))
+    assert chosen == "auto" or trainer.is_graphed == captures
+    trainer.device = torch.device("cuda")  # the networks stay where they are
+    with caplog.at_level(logging.INFO, "emd_fast"):
+        assert trainer._captures(networks()) == (captures, trainer._captures(networks())[1])
+    assert why in trainer._captures(networks())[1]
+    assert (chosen == "auto") == any(why in record.getMessage() for record in caplog.records)
+
+
+def test_auto_is_off_on_a_cpu():
+    trainer = emd_fast.EMDTrainer(networks()[1], emd_fast.EMDConfig(num_classes=4, batch_size=4, cuda_graph="auto"))
+    assert not trainer.is_graphed and trainer.cuda_graph == "cuda_graph is auto: off: cpu tensors have no graphs"
 
 
 def test_step_sizes_must_come_from_somewhere():

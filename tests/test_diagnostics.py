@@ -260,13 +260,18 @@ def test_the_log_has_everything_and_the_line_says_the_most_of_it(tmp_path, monke
         assert word in line, word
 
 
-def test_what_is_not_known_is_not_said(tmp_path, monkeypatch):
+def test_what_is_not_known_is_not_said(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(distill, "evaluate", lambda *_: {})
     distill.distill(settings.load("gmm", TINY), tmp_path / "no_peak")
     assert all("tflops" in row and "mfu" not in row for row in journal.read(tmp_path / "no_peak" / "log.jsonl"))
     graph = {"emd.compute.cuda_graph": True, "peak_tflops": 0.5}
     distill.distill(settings.load("gmm", TINY | graph), tmp_path / "graph")
     assert all("tflops" not in row and "mfu" not in row for row in journal.read(tmp_path / "graph" / "log.jsonl"))
+    auto = {"emd.compute.cuda_graph": "auto", "peak_tflops": 0.5}
+    capsys.readouterr()
+    distill.distill(settings.load("gmm", TINY | auto), tmp_path / "auto")
+    assert "cuda_graph is auto: off: cpu tensors have no graphs" in capsys.readouterr().err.splitlines()
+    assert all("mfu" in row for row in journal.read(tmp_path / "auto" / "log.jsonl"))
 
 
 def test_the_three_networks_denoise_the_same_images():

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from emd_fast.config.emd import EMDConfig
 from emd_fast.config.run import RunConfig
@@ -60,6 +61,8 @@ def _short(key: str) -> str:
 def _values(hint: Any, facts: Setting) -> str:
     if get_origin(hint) is Literal:
         return ", ".join(get_args(hint))
+    if get_origin(hint) in (Union, UnionType) and bool in get_args(hint):
+        return ", ".join(_values(option, facts) for option in get_args(hint))
     if hint is bool:
         return "true, false"
     return f"each {facts.range}" if get_origin(hint) is tuple else facts.range

@@ -101,8 +101,8 @@ class EMDConfig:
         validate(self)
         for name in ("gamma_eps", "gamma_z"):
             _check_step_size(name, getattr(self, name))
-        if self.compute.cuda_graph and self.sampling == "x_z":
-            raise ConfigError('cuda_graph must be False for sampling "x_z", got True')
+        if self.compute.cuda_graph is True and self.sampling == "x_z":
+            raise ConfigError('cuda_graph must be False or "auto" for sampling "x_z", got True')
 
 
 def _check_step_size(name: str, size: StepSize) -> None:

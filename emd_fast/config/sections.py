@@ -99,7 +99,11 @@ class ComputeConfig:
     )
     fuse: bool = setting(True, "run norms, attention and conditioning by the fused ops", resumable=True)
     compile: bool = setting(False, "torch.compile the repeated blocks; needs fuse", resumable=True)
-    cuda_graph: bool = setting(False, "capture the E-step as one CUDA graph; not for sharded networks", resumable=True)
+    cuda_graph: bool | Literal["auto"] = setting(
+        False,
+        "capture the E-step as one CUDA graph; auto where the networks are not sharded and a pass has few samples",
+        resumable=True,
+    )
 
     def __post_init__(self) -> None:
         validate(self)

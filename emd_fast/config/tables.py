@@ -77,6 +77,10 @@ def converted(value: Any, wanted: Any, name: str) -> Any:
 def _spell(wanted: Any) -> str:
     if wanted is type(None):
         return "nothing"
+    if get_origin(wanted) is Literal:
+        return " or ".join(map(repr, get_args(wanted)))
+    if any(get_origin(option) is Literal for option in get_args(wanted)):  # of a union
+        return " or ".join(map(_spell, get_args(wanted)))
     if dataclasses.is_dataclass(wanted):
         return f"a table with the keys {', '.join(item.name for item in dataclasses.fields(wanted))}"
     return getattr(wanted, "__name__", str(wanted)) if get_origin(wanted) is None else str(wanted)

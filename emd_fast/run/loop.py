@@ -155,7 +155,7 @@ def _countable(trainer: EMDTrainer) -> bool:
     """
     warms_up = trainer.steps_done == 0 and trainer.config.fake_score_warmup > 0
     compute = trainer.config.compute
-    return not (warms_up or compute.cuda_graph or compute.compile or trainer.config.optimizer.name == "adamw_8bit")
+    return not (warms_up or trainer.is_graphed or compute.compile or trainer.config.optimizer.name == "adamw_8bit")
 
 
 def _numbers(scalars: dict[str, Tensor]) -> dict[str, float]:

@@ -5,6 +5,7 @@ Reading order: `step`, then the three parts that it calls, in the words of docs/
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from emd_fast import distributed
 from emd_fast.config import EMDConfig, flatten, to_dict
 from emd_fast.diffusion.denoiser import Condition, Denoiser, unwrap
 from emd_fast.distributed import gathered
-from emd_fast.em.cuda_graph import GraphedEStep
+from emd_fast.em.cuda_graph import GraphedEStep, GraphFacts, obstacle, worth_a_graph
 from emd_fast.em.e_step import sample_eps_z
 from emd_fast.em.e_step_xz import sample_x_z
 from emd_fast.em.fake_score_step import fake_score_step
@@ -32,6 +33,8 @@ from emd_fast.train.gradient_variance import gradient_variance
 from emd_fast.train.learner import Learner
 from emd_fast.train.state import State, check_config, check_teacher, read_facts
 from emd_fast.train.throughput import StepTimer
+
+_logger = logging.getLogger("emd_fast")
 
 
 class EMDTrainer:
@@ -91,7 +94,8 @@ class EMDTrainer:
         }
         self._langevin_steps = 1 if config.objective == "vsd" else config.langevin_steps
         self._graphed: GraphedEStep | None = None
-        if config.compute.cuda_graph:
+        captures, self.cuda_graph = self._captures(three)
+        if captures:
             steps, guidance = self._langevin_steps, config.guidance
             self._graphed = GraphedEStep(*three, steps=steps, guidance=guidance, noise=self.noise)
         self.prompts = None if prompts is None else conditions.table(prompts)
@@ -103,6 +107,24 @@ class EMDTrainer:
         self._writer = checkpoint.Writer()
         parts = {"generator": self.generator, "fake_score": self.fake_score, "ema": self.ema.module}
         self._state = State(parts, self.learners)
+
+    def _captures(self, three: Sequence[Any]) -> tuple[bool, str]:
+        """Whether the E-step is captured as a CUDA graph, and why, in one line."""
+        chosen = self.config.compute.cuda_graph
+        if chosen != "auto":
+            return chosen, f"cuda_graph is {str(chosen).lower()}"
+        first, last = distributed.share(self.config.batch_size)
+        samples = min(self.config.compute.micro_batch_size or last - first, last - first)
+        sampled = 'sampling "x_z" has no graph' if self.config.sampling == "x_z" else None
+        captures, why = worth_a_graph(GraphFacts(self.device.type, sampled or obstacle(three), samples))
+        said = f"cuda_graph is auto: {'on' if captures else 'off'}: {why}"
+        _logger.info(said)
+        return captures, said
+
+    @property
+    def is_graphed(self) -> bool:
+        """Whether the E-step runs as a CUDA graph, where it can be captured."""
+        return self._graphed is not None
 
     # One step ---------------------------------------------------------------------------------------------------------
 
