@@ -319,8 +319,12 @@ def test_betas_that_nothing_computes(made):
 @pytest.mark.parametrize(
     ("names", "metadata", "said"),
     [
-        ("model.diffusion_model.out.0.weight", {}, "a single-file checkpoint of Stable Diffusion, which is not read"),
-        ("conv_in.weight", {"format": "pt"}, "give the folder with its config.json"),
+        (
+            "model.diffusion_model.out.0.weight",
+            {},
+            "a single-file checkpoint of Stable Diffusion, which does not describe",
+        ),
+        ("conv_in.weight", {"format": "pt"}, "give --teacher-config FOLDER with its config.json"),
         ("x", {"emd_fast": "{}"}, "a generator that `emd-fast export` wrote"),
     ],
 )
@@ -331,7 +335,10 @@ def test_single_files_that_are_no_teacher(tmp_path, monkeypatch, capsys, names, 
     table = {names: torch.ones(2)}
     safetensors.save_file(table, "x.safetensors", metadata)
     torch.save({"state_dict": table}, "x.ckpt")
-    for name, words in {"x.safetensors": said, "x.ckpt": "from_single_file"}.items():
+    for name, words in {
+        "x.safetensors": said,
+        "x.ckpt": "convert a checkpoint of Stable Diffusion to .safetensors",
+    }.items():
         assert commands.main(["distill", "--teacher", name, "--out", "run"]) == 2
         error = capsys.readouterr().err
         assert words in error and len(error.strip().splitlines()) == 1, error

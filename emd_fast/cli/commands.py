@@ -57,7 +57,7 @@ def _settings(options: argparse.Namespace, rest: Sequence[str]) -> RunConfig:
     from emd_fast.run.distill import shortened
 
     keys = overrides(rest)
-    for key in ("teacher", "prompts", "sample_shape"):
+    for key in ("teacher", "teacher_config", "prompts", "sample_shape"):
         if getattr(options, key) is not None:
             keys |= {"task": "pretrained", f"pretrained.{key}": getattr(options, key)}
     keys |= {f"evaluation.{key}": value for key, value in files_of(options).items()}

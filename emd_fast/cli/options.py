@@ -215,6 +215,8 @@ def _settings(command: argparse.ArgumentParser) -> None:
     """Adds the options that choose a configuration, besides its keys."""
     command.add_argument("recipe", help=f"{', '.join(config.recipes())}, or a .toml file; optional with --teacher")
     command.add_argument("--teacher", metavar="FOLDER", help=keys.help_of("pretrained.teacher"))
+    config_help = keys.help_of("pretrained.teacher_config")
+    command.add_argument("--teacher-config", metavar="FOLDER", help=config_help)
     command.add_argument("--prompts", metavar="FILE", help=keys.help_of("pretrained.prompts"))
     shape = keys.help_of("pretrained.sample_shape")
     command.add_argument("--sample-shape", type=_sizes, metavar="C,H,W", help=shape)

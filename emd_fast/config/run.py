@@ -56,6 +56,7 @@ class PretrainedConfig:
     teacher: str = setting(
         "", "diffusers folder, hub name, EDM checkpoint, or package.module:function if the command line names it"
     )
+    teacher_config: str = setting("", "diffusers folder that describes a teacher in a single .safetensors file")
     prompts: str = setting("", "text file with one prompt a line, or .safetensors of conditions")
     sample_shape: tuple[int, int, int] | None = setting(
         None, "shape C,H,W of a sample; none for that of the folder's config.json", gt=0

@@ -59,7 +59,7 @@ def check_loaded(found: Mapping[str, Any]) -> None:
     missing, unexpected = (_serious(found[f"{kind}_keys"]) for kind in ("missing", "unexpected"))
     shapes = sorted(f"{name} is {_shape(was)}, not {_shape(wanted)}" for name, was, wanted in found["mismatched_keys"])
     parts = [
-        _told(names, kind)
+        told(names, kind)
         for names, kind in ((missing, "missing"), (unexpected, "unexpected"), (shapes, "of another shape"))
         if names
     ]
@@ -76,7 +76,8 @@ def _serious(names: Iterable[str]) -> list[str]:
     return sorted(name for name in names if not _BENIGN.search(name))
 
 
-def _told(names: list[str], kind: str) -> str:
+def told(names: list[str], kind: str) -> str:
+    """How many tensors are missing or do not fit, with the first names."""
     some = ", ".join(name[:120] for name in names[:_SHOWN])
     more = ", ..." if len(names) > _SHOWN else ""
     return f"{len(names):,} tensor{'s are' if len(names) > 1 else ' is'} {kind} ({some}{more})"

@@ -141,6 +141,8 @@ def _file(table: Path) -> dict[str, Any]:
 def _encoder(teacher: Any) -> str:
     """Identity of the text encoders and tokenizers in a teacher's folder: names and sizes, contents of small files."""
     digest, root = hashlib.sha256(), teacher.folder.root
+    if teacher.folder.in_file("text_encoder") is not None:
+        digest.update(f"{teacher.folder.file.sha256}\n".encode())
     for path in sorted(path for kind in ("text_encoder*", "tokenizer*") for path in root.glob(f"{kind}/*")):
         if path.is_file():
             size = path.stat().st_size

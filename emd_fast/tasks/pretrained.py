@@ -55,7 +55,12 @@ class Pretrained:
 
     def _load(self, device: torch.device) -> Denoiser:
         name, shape = self.config.pretrained.teacher, self.config.pretrained.sample_shape
-        if shape is not None and (":" in name or _is_edm(name)):
+        config = self.config.pretrained.teacher_config
+        if config and (":" in name or not Path(name).suffix):
+            raise ConfigError(
+                f"teacher_config is for a teacher in a single file, and {name} is none: leave --teacher-config out"
+            )
+        if shape is not None and (":" in name or self._is_edm):
             raise ConfigError(
                 f"sample_shape is for diffusers folders, and {name} has its own: leave --sample-shape out"
             )
@@ -64,19 +69,25 @@ class Pretrained:
             return custom.load(name).to(device)
         if Path(name).suffix == ".py":
             raise ConfigError(f"{name} is Python code: give --teacher {Path(name).stem}:FUNCTION, a function in it")
-        if _is_edm(name):
+        if self._is_edm:
             try:
                 return edm.load(name, device=device)
             except (PickleError, OSError) as error:
                 raise ConfigError(str(error)) from None
-        teacher = folders.load(name, device=device, sample_shape=shape)
+        teacher = folders.load(name, config=config or None, device=device, sample_shape=shape)
         teacher.check_t_star(self.config.emd.t_star)
         return teacher
+
+    @property
+    def _is_edm(self) -> bool:
+        name = self.config.pretrained.teacher
+        is_file = Path(name).is_file() or Path(name).suffix in (".pkl", ".safetensors")
+        return is_file and not self.config.pretrained.teacher_config
 
     def _check_classes(self, teacher: Denoiser) -> None:
         given = self.config.emd.num_classes
         # EDM's null label is the number of classes.
-        has = teacher.null_cond or 0 if _is_edm(self.config.pretrained.teacher) else given
+        has = teacher.null_cond or 0 if self._is_edm else given
         has = getattr(teacher, "num_classes", has)
         if has != given:
             raise ConfigError(f"num_classes must be {has} for this teacher, got {given}: give --num-classes {has}")
@@ -240,10 +251,6 @@ def _images(trainer: EMDTrainer) -> tuple[evaluation.Images, int]:
         return to_uint8(decoded(trainer.teacher, trainer.generate(n, first_sample=first)))
 
     return images, config.compute.micro_batch_size or -(-config.batch_size // distributed.world_size())
-
-
-def _is_edm(name: str) -> bool:
-    return Path(name).is_file() or Path(name).suffix in (".pkl", ".safetensors")
 
 
 def decoded(teacher: Denoiser, samples: Tensor) -> Tensor:

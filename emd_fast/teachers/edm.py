@@ -257,14 +257,14 @@ def _others(names: Sequence[str], metadata: Mapping[str, str]) -> str:
     """What a safetensors file without a description of an EDM network is, and what to give instead."""
     if any(name.startswith(_LDM) for name in names):
         return (
-            "is a single-file checkpoint of Stable Diffusion, which is not read: make a folder of it with diffusers, "
-            "`StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)`, and give the folder"
+            "is a single-file checkpoint of Stable Diffusion, which does not describe its network: give "
+            "--teacher-config FOLDER, a folder of diffusers with its configuration"
         )
     if "emd_fast" in metadata:
         return "is a generator that `emd-fast export` wrote, not a teacher: give the teacher of its run"
     return (
-        "does not say what network it holds: give the folder with its config.json if it is of diffusers, or a pickle "
-        "of NVlabs"
+        "does not say what network it holds: give --teacher-config FOLDER with its config.json if it is of diffusers, "
+        "or a pickle of NVlabs"
     )
 
 

@@ -77,8 +77,8 @@ def _network(source: mmap.mmap) -> Saved:
     if source[:1] != b"\x80":
         kind = "a zip archive, as torch.save writes it," if source[:2] == b"PK" else "this file"
         raise PickleError(
-            f"{kind} is not a pickle of EDM or EDM2 (protocol 2 or newer): give a folder of diffusers, which "
-            "its from_single_file and save_pretrained make of a checkpoint of Stable Diffusion"
+            f"{kind} is not a pickle of EDM or EDM2 (protocol 2 or newer): convert a checkpoint of Stable Diffusion "
+            "to .safetensors where you trust it, and give that with --teacher-config FOLDER"
         )
     data = read(source, _NAMES)
     if source.tell() != len(source):

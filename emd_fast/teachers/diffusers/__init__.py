@@ -1,4 +1,4 @@
-"""Teachers from diffusers folders: a pipeline, or a model with its scheduler (docs/teachers.md).
+"""Teachers from diffusers folders and single files (docs/teachers.md).
 
 diffusers is imported when a folder is loaded.
 """
@@ -18,6 +18,7 @@ from emd_fast.teachers.diffusers.architectures import ConditionSpec, Network
 from emd_fast.teachers.diffusers.encoder import TextEncoder
 from emd_fast.teachers.diffusers.folder import Folder, import_diffusers
 from emd_fast.teachers.diffusers.scheduler import SchedulerInfo, read
+from emd_fast.teachers.diffusers.single_file import SingleFile
 
 __all__ = ["DiffusersDenoiser", "load"]
 
@@ -124,6 +125,7 @@ class DiffusersDenoiser(Denoiser):
 def load(
     folder: str | Path,
     *,
+    config: str | Path | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     scheduler: str | Path | Mapping[str, Any] | Any = None,
@@ -138,7 +140,10 @@ def load(
     docs/teachers.md lists the supported networks.
 
     Args:
-        folder: folder of a pipeline or a model, or the name of a pipeline on the hub.
+        folder: folder of a pipeline or a model, the name of a pipeline on the hub, or with `config`
+            a .safetensors file with the weights.
+        config: folder of a pipeline or a model that describes the weights in a file. It needs no
+            weights of its own, except those of components that the file does not have.
         device, dtype: device and dtype of the weights. Generator and fake score start as copies,
             so float32 is recommended.
         scheduler: replaces the folder's scheduler: a scheduler, its configuration, or a folder
@@ -156,9 +161,9 @@ def load(
         ConfigError: the folder has no model, or its architecture or scheduler is not supported.
     """
     import_diffusers()
-    source = Folder(folder)
-    config = _scheduler_config(scheduler) if scheduler is not None else source.scheduler_config()
-    training = read(config)
+    source = _source(Path(folder), config) if config is not None else Folder(folder)
+    chain = _scheduler_config(scheduler) if scheduler is not None else source.scheduler_config()
+    training = read(chain)
     network = source.load_network(dtype)
     architecture = network.architecture
     architecture.check_channels()
@@ -170,9 +175,21 @@ def load(
     architecture.check_shape(shape)
     if null_cond is None:
         null_cond = architecture.null_label
-    teacher = DiffusersDenoiser(network, source, training, config, shape, null_cond)
+    teacher = DiffusersDenoiser(network, source, training, chain, shape, null_cond)
     teacher.source = str(source.root.resolve())
+    if source.file is not None:
+        teacher.source = f"{source.file.path.resolve()} of SHA-256 {source.file.sha256}, described by {teacher.source}"
     return teacher.to(device).eval().requires_grad_(False)
+
+
+def _source(file: Path, config: str | Path) -> Folder:
+    if file.is_dir():
+        raise ConfigError(f"{file} is a folder, which has its own configuration: leave --teacher-config out")
+    if not Path(config).is_dir():
+        raise ConfigError(
+            f"{config} is no folder: --teacher-config is a folder of diffusers that describes the weights in {file}"
+        )
+    return Folder(config, SingleFile(file))
 
 
 def _scheduler_config(scheduler: Any) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from emd_fast.teachers.diffusers import architectures, files, text, weights
 from emd_fast.teachers.diffusers.architectures import ARCHITECTURES, Architecture, Network, known
 from emd_fast.teachers.diffusers.encoder import TextEncoder
 from emd_fast.teachers.diffusers.index import checked, class_of
+from emd_fast.teachers.diffusers.single_file import Part, SingleFile
 
 EXPORTED = "emd_fast.json"  # written by `emd_fast.export`; it lists the components too
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
@@ -56,14 +57,16 @@ class Folder:
     Args:
         name: a pipeline folder (with model_index.json), a model folder (with config.json), or the
             name of a pipeline on the hub, which is downloaded to the cache of diffusers.
+        file: has the weights of the network. A VAE and text encoders that it has are used instead of
+            those of the folder.
 
     Raises:
         NoFolder: there is no such folder.
         ConfigError: the folder has no model, or its architecture is not supported.
     """
 
-    def __init__(self, name: str | Path) -> None:
-        self.root = _found(name)
+    def __init__(self, name: str | Path, file: SingleFile | None = None) -> None:
+        self.root, self.file = _found(name), file
         self.index: dict[str, Any] = {}  # contents of model_index.json, for a pipeline
         if (self.root / "model_index.json").exists():
             self.index = _index(self.root / "model_index.json")
@@ -111,14 +114,27 @@ class Folder:
     def has(self, component: str) -> bool:
         return isinstance(self.index.get(component), list) and self.index[component][1] is not None
 
+    def in_file(self, component: str) -> Part | None:
+        """A component besides the network, if the single file has it."""
+        return None if self.file is None else self.file.part(component)
+
     def copy(self, component: str, target: Path) -> None:
         """Copies the folder of a component. Weights of a variant get the plain name, which stock pipelines read.
 
-        Links may lead into this folder, or into the blobs of the hub's cache.
+        A component that the single file has is written from there. Links may lead into this folder,
+        or into the blobs of the hub's cache.
 
         Raises:
             ValueError: a link that leads elsewhere, or what is no file and no folder.
         """
+        if self.in_file(component) is not None:
+            part: Any = (
+                self.vae()
+                if component == "vae"
+                else text.load(self.root, self.index, self.architecture, component, self.in_file)
+            )
+            part.save_pretrained(target)
+            return
         roots = [self.root]
         if self.root.resolve().parent.name == "snapshots":
             roots.append(self.root.resolve().parents[1] / "blobs")
@@ -138,7 +154,8 @@ class Folder:
         Raises:
             ConfigError: its weights do not fit, or its configuration is not supported.
         """
-        model = weights.load(getattr(import_diffusers(), self.model_class), self.model, dtype)
+        part = None if self.file is None else self.file.network()
+        model = weights.load(getattr(import_diffusers(), self.model_class), self.model, dtype, part)
         network = architectures.network(model)
         self._architecture = network.architecture
         return network
@@ -156,7 +173,7 @@ class Folder:
         """
         if self._vae is None:
             kind = getattr(import_diffusers(), self._class("vae", "diffusers", self.architecture.vaes))
-            self._vae = weights.load(kind, self.root / "vae").eval().requires_grad_(False)
+            self._vae = weights.load(kind, self.root / "vae", part=self.in_file("vae")).eval().requires_grad_(False)
         return self._vae
 
     def check(self, channels: int) -> None:
@@ -181,7 +198,8 @@ class Folder:
             if name.startswith("text_encoder") and self.has(name):
                 if not (self.root / name).is_dir():
                     raise ConfigError(f"{self.root} has no folder {name}, which its model_index.json names: add it")
-                files.find(self.root / name, files.TRANSFORMERS)
+                if self.in_file(name) is None:
+                    files.find(self.root / name, files.TRANSFORMERS)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -209,7 +227,7 @@ class Folder:
         if not self.has("text_encoder"):
             raise ConfigError(f"{self.root} has no text encoder: give embeddings instead of prompts")
         constants = self.architecture.constants(shape, self.vae_config(), embedded_guidance)
-        return text.read(self.root, self.index, self.architecture, constants, model)
+        return text.read(self.root, self.index, self.architecture, constants, model, self.in_file)
 
     def _class(self, component: str, library: str, classes: tuple[str, ...]) -> str:
         try:

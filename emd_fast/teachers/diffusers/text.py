@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,10 @@ from emd_fast.teachers.diffusers import weights
 from emd_fast.teachers.diffusers.architectures import Architecture
 from emd_fast.teachers.diffusers.encoder import TextEncoder
 from emd_fast.teachers.diffusers.index import TEXT_PARTS, class_of
+from emd_fast.teachers.diffusers.single_file import Part
+
+_InFile = Callable[[str], Part | None]
+"""component -> its weights in a single file, if they are there."""
 
 
 def text_parts(index: Mapping[str, Any], architecture: Architecture) -> dict[str, str]:
@@ -53,7 +57,12 @@ def pipeline_class(index: Mapping[str, Any], architecture: Architecture) -> str:
 
 
 def read(
-    root: Path, index: Mapping[str, Any], architecture: Architecture, constants: Mapping[str, Any], model: nn.Module
+    root: Path,
+    index: Mapping[str, Any],
+    architecture: Architecture,
+    constants: Mapping[str, Any],
+    model: nn.Module,
+    in_file: _InFile,
 ) -> TextEncoder:
     """Reads the text encoders of a pipeline folder, onto the device of the network.
 
@@ -63,6 +72,7 @@ def read(
         root: the folder. index: components of its pipeline.
         architecture, model: the network and how it is called.
         constants: tensors of the condition that do not depend on the prompt, by name.
+        in_file: component -> its weights in a single file, if they are there.
 
     Raises:
         ConfigError: classes that are not supported, or weights that do not fit.
@@ -74,7 +84,7 @@ def read(
     except ValueError as error:
         raise ConfigError(f"cannot use the pipeline in {root}: {error}") from None
     device = next(model.parameters()).device
-    loaded = {part: _loaded(root / part, kind) for part, kind in parts.items()}
+    loaded = {part: _loaded(root / part, kind, in_file(part)) for part, kind in parts.items()}
     for part in loaded.values():
         if isinstance(part, nn.Module):
             part.to(device)
@@ -93,7 +103,19 @@ def read(
         raise ConfigError(f"cannot encode prompts with the components in {root}: {reading.reason(error)}") from error
 
 
-def _loaded(folder: Path, name: str) -> Any:
+def load(
+    root: Path, index: Mapping[str, Any], architecture: Architecture, component: str, in_file: _InFile
+) -> nn.Module:
+    """Reads one text encoder. Raises as `read` does."""
+    try:
+        kind = text_parts(index, architecture)[component]
+    except ValueError as error:
+        raise ConfigError(f"cannot use the pipeline in {root}: {error}") from None
+    encoder: nn.Module = _loaded(root / component, kind, in_file(component))
+    return encoder
+
+
+def _loaded(folder: Path, name: str, part: Part | None) -> Any:
     try:
         import transformers
     except ModuleNotFoundError as error:
@@ -102,7 +124,7 @@ def _loaded(folder: Path, name: str) -> Any:
         ) from error
     kind = getattr(transformers, name)
     if "Tokenizer" not in name:
-        return weights.load_encoder(kind, folder).requires_grad_(False)
+        return weights.load_encoder(kind, folder, part).requires_grad_(False)
     try:
         reading.check_regular(folder)
         return kind.from_pretrained(folder, trust_remote_code=False)

@@ -1,4 +1,4 @@
-"""A model from a folder of others: sizes are bounded by its files, and every weight fits."""
+"""A model from files of others: sizes are bounded by the files, and every weight fits."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from emd_fast.config import ConfigError
 from emd_fast.io import models, reading
 from emd_fast.io.reading import shown
 from emd_fast.teachers.diffusers import files
+from emd_fast.teachers.diffusers.single_file import Part
 
 # Kind of a default -> kinds of values that may stand in its place. Some defaults are 1 where floats are meant.
 _KINDS: dict[type, tuple[type, ...]] = {
@@ -26,8 +27,8 @@ _KINDS: dict[type, tuple[type, ...]] = {
 }
 
 
-def load(kind: Any, folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The model in a folder with config.json and weights.
+def load(kind: Any, folder: Path, dtype: torch.dtype = torch.float32, part: Part | None = None) -> nn.Module:
+    """The model in a folder with config.json and weights, or with the weights in a single file.
 
     `files.find` says which files are read. A `.bin` is read by torch.load with weights_only=True, which is
     what diffusers does.
@@ -36,6 +37,7 @@ def load(kind: Any, folder: Path, dtype: torch.dtype = torch.float32) -> nn.Modu
         kind: a model class of diffusers.
         folder: its folder.
         dtype: of its weights.
+        part: has the weights instead of the folder.
 
     Raises:
         ConfigError: files of another kind, sizes that the weights do not have, or weights that do not
@@ -47,6 +49,8 @@ def load(kind: Any, folder: Path, dtype: torch.dtype = torch.float32) -> nn.Modu
         model: nn.Module = kind.from_config({key: config[key] for key in config if key != "_class_name"})
         return model
 
+    if part is not None:
+        return _from_file(kind, folder, build, part, dtype)
     return _loaded(kind, folder, build, files.DIFFUSERS, **quietly(), torch_dtype=dtype)
 
 
@@ -71,13 +75,15 @@ def check_kinds(kind: Any, config: dict[str, Any]) -> None:
             )
 
 
-def load_encoder(kind: Any, folder: Path) -> nn.Module:
+def load_encoder(kind: Any, folder: Path, part: Part | None = None) -> nn.Module:
     """The float32 text encoder in a folder, a model class of transformers. Raises as `load` does."""
 
     def build(config: dict[str, Any]) -> nn.Module:
         model: nn.Module = kind(kind.config_class.from_dict(config))
         return model
 
+    if part is not None:
+        return _from_file(kind, folder, build, part, torch.float32).eval()
     return _loaded(kind, folder, build, files.TRANSFORMERS, trust_remote_code=False, dtype=torch.float32).eval()
 
 
@@ -104,6 +110,19 @@ def _loaded(
         raise ConfigError(f"the weights in {folder} do not fit its config.json: {error}") from None
     loaded: nn.Module = model
     return loaded
+
+
+def _from_file(
+    kind: Any, folder: Path, build: Callable[[dict[str, Any]], nn.Module], part: Part, dtype: torch.dtype
+) -> nn.Module:
+    try:
+        config = reading.read_json(folder / "config.json")
+        models.check_config(config)
+        with silenced():
+            return part.load(kind, config, build).to(dtype)
+    except Exception as error:  # diffusers and transformers raise exceptions of many kinds
+        said = " ".join(str(error).split())[:1000] if type(error) is ValueError else reading.reason(error)
+        raise ConfigError(f"the weights in {part.file.path} do not fit {folder / 'config.json'}: {said}") from error
 
 
 def quietly() -> dict[str, bool]:
