@@ -1,9 +1,14 @@
 """Each architecture of diffusers: our teacher returns what the stock pipeline computes, guidance included."""
 
 import inspect
+import warnings
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map
+
+from emd_fast import EMDConfig, EMDTrainer
+from emd_fast.export.pipeline import export, load
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -28,13 +33,13 @@ def pipeline_of(row):
     return made
 
 
-def run(pipeline, row, arguments, output_type="latent"):
+def run(pipeline, row, arguments, output_type="latent", steps=STEPS):
     size = {name if name != "frames" else "num_frames": side for name, side in row.size.items()}
-    options = {"num_inference_steps": STEPS, "output_type": output_type, "return_dict": False}
+    options = {"num_inference_steps": steps, "output_type": output_type, "return_dict": False}
     return pipeline(**arguments, **size, **options, generator=torch.Generator().manual_seed(1))[0]
 
 
-def sampled(pipeline, row, arguments):
+def sampled(pipeline, row, arguments, **options):
     """What the scheduler gets and returns in each step, output, time, latents, next latents; calls of the network."""
     found, calls = [], []
     step = pipeline.scheduler.step
@@ -50,7 +55,7 @@ def sampled(pipeline, row, arguments):
     hook = network.register_forward_hook(lambda _, args, kwargs, output: calls.append(kwargs), with_kwargs=True)
     pipeline.scheduler.step = recorded
     try:
-        run(pipeline, row, arguments)
+        run(pipeline, row, arguments, **options)
     finally:
         hook.remove()
         pipeline.scheduler.step = step
@@ -99,6 +104,44 @@ def test_latents_are_decoded_as_by_the_stock_pipeline(tmp_path, name):
     assert ours.shape[-2:] == (row.size["height"], row.size["width"])
     assert ((ours > 0) & (ours < 1)).double().mean() > 0.2 and ours.std() > 1e-3  # else nothing is compared
     torch.testing.assert_close(ours.clamp(0, 1), theirs, rtol=0, atol=1e-5)
+
+
+def trained(teacher, row, steps=2, **changes):
+    cond = row.cond(architectures.LENGTHS)
+    if row.guidance:
+        teacher.null_cond = {**null} if isinstance(null := row.cond(row.null), dict) else null
+        teacher.null_cond = tree_map(lambda leaf: leaf[:1], teacher.null_cond)
+    options = {"t_star": 1.0, "input_scale": 1.0, "guidance": row.guidance, "generator_lr": 1e-2, **changes}
+    config = EMDConfig(steps=steps, batch_size=2, langevin_steps=2, fake_score_updates=1, **options)
+    trainer = EMDTrainer(teacher, config, prompts=cond)
+    for _ in range(steps):
+        metrics = trainer.step()
+        assert all(value.isfinite() for value in metrics.values()) and metrics["skipped"] == 0
+    return trainer
+
+
+@pytest.mark.parametrize("name", architectures.ROWS)
+def test_a_distilled_generator_is_exported_and_samples_in_the_stock_pipeline(tmp_path, name):
+    row = architectures.ROWS[name]
+    pipeline = pipeline_of(row)
+    pipeline.save_pretrained(tmp_path / "teacher")
+    teacher = teachers.load(tmp_path / "teacher", **row.size)
+    trainer = trained(teacher, row)
+    cond = row.cond(architectures.LENGTHS)
+    before = teacher.guided(z := torch.randn(2, *teacher.sample_shape), torch.ones(2), cond, None)
+    assert not torch.equal(trainer.generator.denoiser.guided(z, torch.ones(2), cond, None), before)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        path = export(trainer, tmp_path / "one-step")
+    loaded = load(path)
+    assert torch.equal(loaded.sample(2, cond), trainer.generate(2, cond))
+    missing = {name: None for name, part in pipeline.components.items() if part is None}
+    stock = type(pipeline).from_pretrained(path, **missing)
+    stock.set_progress_bar_config(disable=True)
+    found, _ = sampled(stock, row, row.call(cond, None), steps=1)
+    ((_, _, noise, x),) = found
+    ours = loaded(row.latents(stock, noise), cond)
+    torch.testing.assert_close(ours, row.latents(stock, x), rtol=0, atol=2e-5 * ours.abs().max().item())
 
 
 def test_every_architecture_has_a_row_and_a_file_of_its_name():

@@ -226,6 +226,14 @@ class Denoiser(nn.Module):
         """Returns c_in, the scale of x_t, and c_noise, the noise-level input: (B,) float32 each."""
         return (torch.ones_like(t) if self._c_in is None else self._c_in(t)), self._c_noise(t)
 
+    def heard(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        """Returns the times (B,) float32 that the network computes with for t, where it computes in `dtype`.
+
+        A network that rounds its time to its dtype is trained at these, so that alpha and sigma are of the time that
+        it is told.
+        """
+        return t
+
     def _products(self, x_t: Tensor) -> contextlib.AbstractContextManager[Any]:
         """Autocast, if matmul weights have a dtype of their own and no autocast is active."""
         if self.weights_dtype is None or autocast_dtype(x_t.device.type) is not None:

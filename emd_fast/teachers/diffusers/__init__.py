@@ -68,6 +68,9 @@ class DiffusersDenoiser(Denoiser):
         null = self.network.architecture.null_label
         return self.takes.num_classes if null is None else null
 
+    def heard(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.network.architecture.heard(t, dtype)
+
     def time(self, index: float) -> float:
         """Returns the t of a training index i: i / (N - 1) for N betas, i / N for a rectified flow."""
         return index / self.trained.index_scale

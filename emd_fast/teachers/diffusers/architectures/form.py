@@ -28,6 +28,7 @@ class Architecture:
         pipelines: pipelines whose `encode_prompt` computes the conditions. The first one samples an
             exported generator.
         schedulers: schedulers with which that pipeline samples in one step.
+        cuts_variance: that pipeline cuts a learned variance off.
         vaes, text: classes of its VAE, of its text encoders and tokenizers.
         null_label: the label that means "no label", or None.
         patch: sides of a patch in latents, (frames, height, width). A sample has whole patches.
@@ -46,6 +47,7 @@ class Architecture:
     component = "transformer"
     pipelines: tuple[str, ...] = ()
     schedulers: tuple[str, ...] = ("FlowMatchEulerDiscreteScheduler",)
+    cuts_variance = False
     vaes: tuple[str, ...] = VAES
     text: tuple[str, ...] = ()
     patch: tuple[int, ...] = (1, 1, 1)

@@ -17,6 +17,7 @@ RESOLUTION, RATIO = "resolution", "aspect_ratio"  # height and width in pixels, 
 class PixArtTransformer2DModel(Architecture):
     text = T5
     schedulers = ("DDIMScheduler", "EulerDiscreteScheduler")
+    cuts_variance = True
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)

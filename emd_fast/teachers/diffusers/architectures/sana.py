@@ -15,6 +15,7 @@ from emd_fast.teachers.diffusers.architectures.form import GEMMA, Architecture, 
 
 class SanaTransformer2DModel(Architecture):
     pipelines = ("SanaPipeline",)
+    cuts_variance = True
     text = GEMMA
     vaes = ("AutoencoderDC",)
 
