@@ -21,10 +21,10 @@ STEPS = 3
 KNOWN_ELSEWHERE = {"UNet2DModel", "DiTTransformer2DModel", "SD3Transformer2DModel"}  # in test_diffusers_export.py
 
 
-def pipeline_of(row):
+def pipeline_of(row, **text):
     kind = getattr(diffusers, row.pipeline)
     parts = {name: None for name in inspect.signature(kind).parameters if name not in ("boundary_ratio",)}
-    parts |= {"scheduler": row.scheduler(), "vae": row.vae(), **row.parts}
+    parts |= {"scheduler": row.scheduler(), "vae": row.vae(), **row.parts, **text}
     component = "unet" if "unet" in parts else "transformer"
     parts[component] = architectures.seeded(row.model)
     plain = {name: p.default for name, p in inspect.signature(kind).parameters.items() if type(p.default) is bool}
@@ -106,13 +106,39 @@ def test_latents_are_decoded_as_by_the_stock_pipeline(tmp_path, name):
     torch.testing.assert_close(ours.clamp(0, 1), theirs, rtol=0, atol=1e-5)
 
 
+WITH_TEXT = [name for name, row in architectures.ROWS.items() if row.text is not None]
+
+
+@pytest.mark.parametrize("name", WITH_TEXT)
+def test_prompts_are_encoded_as_by_the_stock_pipeline(tmp_path, name):
+    row = architectures.ROWS[name]
+    pipeline = pipeline_of(row, **row.text())
+    pipeline.save_pretrained(tmp_path / "teacher")
+    teacher = teachers.load(tmp_path / "teacher", **row.size)
+    prompts = ["a b c d", "e"]
+    asked = {key: value for key, value in row.call(row.cond((5, 3)), None).items() if "prompt" not in key}
+    if "guidance" in teacher.takes.tensors:
+        asked.pop("guidance_scale")  # the default of both
+    ((output, time, latents, _), *_), _ = sampled(pipeline, row, {**asked, "prompt": list(prompts)})
+    encoder = teacher.text_encoder()
+    cond = encoder(prompts)
+    x, theirs = row.latents(pipeline, latents).float(), row.latents(pipeline, output).float()
+    t = time if teacher.parametrization == "flow" else torch.tensor(teacher.time(time.item()))
+    with torch.no_grad():
+        ours = teacher(x, t.float().expand(2), cond)
+        swapped = teacher(x, t.float().expand(2), encoder(prompts[::-1]))
+    torch.testing.assert_close(ours, theirs[:, : x.shape[1]], rtol=0, atol=1e-5 * theirs.abs().max().item())
+    assert not torch.allclose(swapped, ours, rtol=0, atol=1e-4)
+    assert encoder.truncated(["a", "b " * 3000]) == 1
+
+
 def trained(teacher, row, steps=2, **changes):
     cond = row.cond(architectures.LENGTHS)
     if row.guidance:
         teacher.null_cond = {**null} if isinstance(null := row.cond(row.null), dict) else null
         teacher.null_cond = tree_map(lambda leaf: leaf[:1], teacher.null_cond)
     options = {"t_star": 1.0, "input_scale": 1.0, "guidance": row.guidance, "generator_lr": 1e-2, **changes}
-    config = EMDConfig(steps=steps, batch_size=2, langevin_steps=2, fake_score_updates=1, **options)
+    config = EMDConfig(steps=max(steps, 1), batch_size=2, langevin_steps=2, fake_score_updates=1, **options)
     trainer = EMDTrainer(teacher, config, prompts=cond)
     for _ in range(steps):
         metrics = trainer.step()
@@ -142,6 +168,37 @@ def test_a_distilled_generator_is_exported_and_samples_in_the_stock_pipeline(tmp
     ((_, _, noise, x),) = found
     ours = loaded(row.latents(stock, noise), cond)
     torch.testing.assert_close(ours, row.latents(stock, x), rtol=0, atol=2e-5 * ours.abs().max().item())
+
+
+TIMED = {  # where a network gets its time, and by how much that is larger than t
+    "FluxTransformer2DModel": ("time_text_embed.time_proj", 1000),
+    "Flux2Transformer2DModel": ("time_guidance_embed.time_proj", 1000),
+    "ChromaTransformer2DModel": ("time_text_embed.time_proj", 1000),
+    "QwenImageTransformer2DModel": ("time_text_embed.time_proj", 1),
+    "ZImageTransformer2DModel": ("t_embedder", None),
+    "WanTransformer3DModel": ("condition_embedder.timesteps_proj", 1000),
+}
+
+
+@pytest.mark.parametrize("name", TIMED)
+def test_alpha_and_sigma_are_of_the_time_that_the_network_hears_in_bfloat16(tmp_path, name):
+    row, (path, scale) = architectures.ROWS[name], TIMED[name]
+    pipeline_of(row).save_pretrained(tmp_path / "teacher")
+    teacher = teachers.load(tmp_path / "teacher", **row.size)
+    trainer = trained(teacher, row, steps=0, precision="bfloat16", t_star=0.9, guidance=None)
+    heard = []
+    for network in (trainer.teacher, trainer.fake_score, trainer.generator.denoiser):
+        module = network.network.model.get_submodule(path)
+        module.register_forward_hook(lambda module, args, output: heard.append(args[0].float()))
+    posterior = trainer.sample_posterior()
+    times = [trainer.generator.t_star, *posterior.t.tolist()]
+    told = {round(t, 6) for t in torch.cat(heard).div(scale or 1000).tolist() if t != 2500 and t != 2496}  # guidance
+    if scale is None:
+        told = {round(1 - t, 6) for t in told}
+    assert told == {round(t, 6) for t in times}
+    torch.testing.assert_close(posterior.sigma, posterior.t, rtol=0, atol=0)
+    drawn = trained(teacher, row, steps=0, guidance=None).sample_posterior().t
+    assert torch.equal(drawn, posterior.t) == (name[:4] in ("ZIma", "WanT"))  # rounded where the network rounds
 
 
 def test_every_architecture_has_a_row_and_a_file_of_its_name():

@@ -204,12 +204,8 @@ class Architecture:
 
     # Prompts ------------------------------------------------------------------------------------------------------
 
-    def encode(self, pipeline: Any, prompts: list[str], options: Mapping[str, Any]) -> Condition:
-        """Conditions of prompts by a pipeline's text encoders.
-
-        Args:
-            options: num_images_per_prompt, do_classifier_free_guidance and device, as `encode_prompt` takes them.
-        """
+    def condition(self, returned: tuple[Any, ...]) -> Condition:
+        """The tensors of a condition that depend on the prompts, from what `encode_prompt` returns."""
         raise NotImplementedError
 
     def constants(self, shape: Sequence[int], vae: Config, guidance: float | None) -> dict[str, Any]:
