@@ -79,6 +79,11 @@ def masked(lengths, width, **others):
     return {"prompt_embeds": found, "prompt_mask": mask, **others}
 
 
+def names_of(row):
+    cond = row.cond(LENGTHS)
+    return set(cond) if isinstance(cond, dict) else {"prompt_embeds"}
+
+
 # Names of our conditions in the arguments of the pipelines.
 NAMES = {
     "prompt_embeds": "prompt_embeds",

@@ -8,6 +8,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from emd_fast import EMDConfig, EMDTrainer
+from emd_fast.diffusion import ragged
 from emd_fast.export.pipeline import export, load
 
 diffusers = pytest.importorskip("diffusers")
@@ -16,6 +17,7 @@ import architectures  # noqa: E402
 
 from emd_fast.teachers import diffusers as teachers  # noqa: E402
 from emd_fast.teachers.diffusers.architectures import ARCHITECTURES, file_of  # noqa: E402
+from emd_fast.train import conditions  # noqa: E402
 
 STEPS = 3
 KNOWN_ELSEWHERE = {"UNet2DModel", "DiTTransformer2DModel", "SD3Transformer2DModel"}  # in test_diffusers_export.py
@@ -130,6 +132,36 @@ def test_prompts_are_encoded_as_by_the_stock_pipeline(tmp_path, name):
     torch.testing.assert_close(ours, theirs[:, : x.shape[1]], rtol=0, atol=1e-5 * theirs.abs().max().item())
     assert not torch.allclose(swapped, ours, rtol=0, atol=1e-4)
     assert encoder.truncated(["a", "b " * 3000]) == 1
+
+
+OF_TOKENS = ("prompt_embeds", "prompt_mask")
+MASKED = [name for name, row in architectures.ROWS.items() if "prompt_mask" in architectures.names_of(row)]
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_padding_changes_nothing_and_a_table_leaves_it_out(tmp_path, name):
+    row = architectures.ROWS[name]
+    pipeline_of(row).save_pretrained(tmp_path / "teacher")
+    teacher = teachers.load(tmp_path / "teacher", **row.size)
+    cond, null = row.cond(architectures.LENGTHS), tree_map(lambda leaf: leaf[:1], row.cond((2, 2)))
+    longer = {n: ragged.padded(v, 160) if n in OF_TOKENS else v for n, v in cond.items()}
+    x, t = torch.randn(2, *teacher.sample_shape), torch.tensor([0.3, 0.8])
+    ours = teacher(x, t, cond)
+    longer["prompt_embeds"][~longer["prompt_mask"]] = 7.0
+    close = {"rtol": 0, "atol": 2e-5 * ours.abs().max().item()}
+    torch.testing.assert_close(teacher(x, t, longer), ours, **close)
+    padded_null = {n: ragged.padded(v, 160) if n in OF_TOKENS else v for n, v in null.items()}
+    conditions.save(tmp_path / "table", longer, padded_null)
+    table = conditions.Mapped(tmp_path / "table")
+    for rows in (table, conditions.InMemory(longer)):
+        read = rows[torch.tensor([1, 0])]
+        assert read["prompt_embeds"].shape[1] == read["prompt_mask"].shape[1] == 64
+        torch.testing.assert_close(teacher(x.flip(0), t.flip(0), read).flip(0), ours, **close)
+    teacher.null_cond = null
+    guided = teacher.guided(x, t, cond, 3.0)
+    teacher.null_cond = table.null_cond
+    assert table.null_cond["prompt_mask"].shape == (1, 64)
+    torch.testing.assert_close(teacher.guided(x, t, cond, 3.0), guided, rtol=0, atol=1e-4 * guided.abs().max().item())
 
 
 def trained(teacher, row, steps=2, **changes):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from emd_fast.config import ConfigError
+from emd_fast.diffusion import ragged
 from emd_fast.diffusion.denoiser import Condition, Denoiser
 from emd_fast.teachers.diffusers.architectures import ConditionSpec, Network
 from emd_fast.teachers.diffusers.encoder import TextEncoder
@@ -93,7 +94,8 @@ class DiffusersDenoiser(Denoiser):
     def encode(self, prompts: Sequence[str], *, embedded_guidance: float | None = None) -> Condition:
         """Encodes prompts to a condition (B, ...) with the text encoders of the folder.
 
-        The encoders are read for this call and then freed.
+        The encoders are read for this call and then freed. Padding that no prompt needs is cut where
+        the network takes a mask.
 
         Args:
             embedded_guidance: for networks that take it as an input; None for the default of their pipeline.
@@ -103,7 +105,7 @@ class DiffusersDenoiser(Denoiser):
         """
         if isinstance(prompts, str):
             raise TypeError("prompts must be a list of strings, got one string")
-        return self.text_encoder(embedded_guidance)(prompts)
+        return ragged.trimmed(self.text_encoder(embedded_guidance)(prompts))
 
     def text_encoder(self, embedded_guidance: float | None = None) -> TextEncoder:
         """Reads the text encoders of the folder, for several calls.

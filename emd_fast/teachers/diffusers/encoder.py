@@ -11,10 +11,12 @@ import torch
 from torch.utils import _pytree as pytree
 
 from emd_fast.config import ConfigError
+from emd_fast.diffusion import ragged
 from emd_fast.diffusion.denoiser import Condition
 from emd_fast.io import reading
 from emd_fast.teachers.diffusers import weights
 from emd_fast.teachers.diffusers.architectures import Architecture
+from emd_fast.teachers.diffusers.architectures.conditions import LENGTH, MASK
 
 BATCH = 32
 """Prompts that the encoders take at once: about 30 MB of activations of the CLIP of Stable Diffusion 1.5."""
@@ -24,7 +26,7 @@ _LONGEST = 2**14  # tokens of a prompt; the encoders in use take 77 to 512
 class TextEncoder:
     """Encodes prompts with the text encoders of a loaded pipeline.
 
-    The encoders pad each prompt to the same number of tokens, so the embedding of a prompt depends
+    Each prompt is padded to the same number of tokens, so the embedding of a prompt depends
     on the other prompts of a batch by the rounding of matrix products at most.
 
     Args:
@@ -91,6 +93,13 @@ class TextEncoder:
 
     def _encoded(self, prompts: list[str]) -> Condition:
         cond = self._architecture.condition(self._pipeline.encode_prompt(prompt=prompts, **self._options))
+        takes = self._architecture.takes.tensors
+        if MASK in takes:
+            # Of one length for all batches, as the rows of a table are.
+            tokens = self._options["max_sequence_length"]
+            cond = {
+                name: ragged.padded(value, tokens) if LENGTH in takes[name] else value for name, value in cond.items()
+            }
         if not self._constants:
             return cond
         rows = {name: torch.tensor(row, dtype=torch.float32) for name, row in self._constants.items()}
