@@ -6,6 +6,7 @@ from typing import Any
 
 import diffusers
 import diffusers_folders as folders
+import text_encoders as texts
 import torch
 
 B, LENGTHS, NULL_LENGTHS = 2, (5, 3), (2, 2)  # samples; tokens of their prompts, of the null condition
@@ -25,6 +26,7 @@ class Row:
         latents: (pipeline, latents of the pipeline) -> (B, C, H, W) or (B, C, F, H, W).
         scheduler: makes the scheduler.
         vae: makes the VAE. parts: other arguments of the pipeline's class.
+        text: makes text encoders and tokenizers.
         null: lengths of the prompts of the null condition.
     """
 
@@ -39,6 +41,7 @@ class Row:
     vae: Callable[[], Any] = lambda: vae()()
     parts: dict[str, Any] = field(default_factory=dict)
     null: tuple[int, ...] = NULL_LENGTHS
+    text: Callable[[], dict[str, Any]] | None = None
 
 
 def seeded(make):
@@ -76,10 +79,16 @@ def masked(lengths, width, **others):
     return {"prompt_embeds": found, "prompt_mask": mask, **others}
 
 
+def names_of(row):
+    cond = row.cond(LENGTHS)
+    return set(cond) if isinstance(cond, dict) else {"prompt_embeds"}
+
+
 # Names of our conditions in the arguments of the pipelines.
 NAMES = {
     "prompt_embeds": "prompt_embeds",
     "prompt_mask": "prompt_attention_mask",
+    "prompt_bias": "prompt_attention_mask",
     "pooled_projections": "pooled_prompt_embeds",
 }
 
@@ -153,6 +162,11 @@ def chroma():
     return diffusers.ChromaTransformer2DModel(**HEADS, **AXES, **widths, **approximator)
 
 
+def chroma_cond(lengths):
+    found, mask = tokens(lengths, 24)
+    return {"prompt_embeds": found, "prompt_bias": mask.float()}
+
+
 def wan(channels=4):
     widths = {"in_channels": channels, "out_channels": channels, "text_dim": 24, "freq_dim": 32, "ffn_dim": 48}
     return diffusers.WanTransformer3DModel(**HEADS, **widths, num_layers=2, rope_max_seq_len=32)
@@ -191,7 +205,7 @@ def sana():
 
 def lumina2():
     widths = {"in_channels": 4, "hidden_size": 32, "cap_feat_dim": 24, "sample_size": 8, "multiple_of": 16}
-    heads = {"num_attention_heads": 2, "num_kv_heads": 1, "axes_dim_rope": (4, 6, 6), "axes_lens": (32, 32, 32)}
+    heads = {"num_attention_heads": 2, "num_kv_heads": 1, "axes_dim_rope": (4, 6, 6), "axes_lens": (300, 32, 32)}
     return diffusers.Lumina2Transformer2DModel(**widths, **heads, num_layers=2, num_refiner_layers=1)
 
 
@@ -211,7 +225,12 @@ def hunyuan(guidance_embeds=True):
 
 
 def cogvideox(**options):
-    widths = {"in_channels": 4, "out_channels": 4, "text_embed_dim": 24, "time_embed_dim": 16, "max_text_seq_length": 4}
+    widths = {
+        "in_channels": 4,
+        "out_channels": 4,
+        "text_embed_dim": 24,
+        "time_embed_dim": 16,
+    }
     sizes = {"sample_width": 12, "sample_height": 8, "sample_frames": 9}
     return diffusers.CogVideoXTransformer3DModel(**HEADS, **widths, **sizes, num_layers=2, **options)
 
@@ -282,6 +301,7 @@ ROWS = {
         sdxl_cond,
         called("guidance_scale"),
         scheduler=chain,
+        text=lambda: texts.parts(texts.clip(8), texts.clip(8, 16)),
     ),
     "FluxTransformer2DModel": Row(
         flux,
@@ -290,6 +310,7 @@ ROWS = {
         called(**TRUE, guidance_scale=2.5),
         latents=unpacked,
         vae=vae(shift_factor=0.1),
+        text=lambda: texts.parts(texts.clip(16), texts.t5(24)),
     ),
     "FluxTransformer2DModel, schnell": Row(
         lambda: flux(False),
@@ -306,6 +327,7 @@ ROWS = {
         called(**TRUE, mask="prompt_embeds_mask"),
         latents=lambda pipeline, latents: unpacked(pipeline, latents)[:, :, 0],
         vae=vae("AutoencoderKLQwenImage"),
+        text=lambda: texts.parts(texts.qwen_vl(24)),
     ),
     "WanTransformer3DModel": Row(
         wan,
@@ -314,6 +336,7 @@ ROWS = {
         called("guidance_scale"),
         size=VIDEO,
         vae=vae("AutoencoderKLWan"),
+        text=lambda: texts.parts(texts.t5(24, "UMT5EncoderModel")),
     ),
     "WanTransformer3DModel, 2.2 5B": Row(
         wan,
@@ -340,6 +363,7 @@ ROWS = {
         called("guidance_scale"),
         latents=flux2_latents,
         vae=vae("AutoencoderKLFlux2"),
+        text=lambda: texts.parts(texts.qwen3(8, "Qwen3ForCausalLM", 28)),
     ),
     "ZImageTransformer2DModel": Row(
         zimage,
@@ -348,6 +372,7 @@ ROWS = {
         zimage_call,
         guidance=3.0,
         vae=vae(shift_factor=0.1),
+        text=lambda: texts.parts(texts.qwen3(24)),
     ),
     "PixArtTransformer2DModel": Row(
         lambda: pixart(sample_size=8),
@@ -356,6 +381,7 @@ ROWS = {
         called("guidance_scale", **PLAIN),
         scheduler=chain,
         null=EQUAL,
+        text=lambda: texts.parts(texts.t5(24)),
     ),
     "PixArtTransformer2DModel, alpha": Row(
         lambda: pixart(sample_size=128),
@@ -364,6 +390,7 @@ ROWS = {
         called("guidance_scale", **PLAIN),
         scheduler=chain,
         null=EQUAL,
+        text=lambda: texts.parts(texts.t5(24)),
     ),
     "SanaTransformer2DModel": Row(
         sana,
@@ -373,6 +400,7 @@ ROWS = {
         size={"height": 64, "width": 96},
         null=EQUAL,
         vae=vae("AutoencoderDC"),
+        text=lambda: texts.parts(texts.gemma(24)),
     ),
     "Lumina2Transformer2DModel": Row(
         lumina2,
@@ -381,6 +409,7 @@ ROWS = {
         called("guidance_scale"),
         null=EQUAL,
         vae=vae(shift_factor=0.1),
+        text=lambda: texts.parts(texts.gemma(24)),
     ),
     "LTXVideoTransformer3DModel": Row(
         ltx,
@@ -391,6 +420,7 @@ ROWS = {
         latents=ltx_latents,
         null=EQUAL,
         vae=vae("AutoencoderKLLTXVideo"),
+        text=lambda: texts.parts(texts.t5(24)),
     ),
     "HunyuanVideoTransformer3DModel": Row(
         hunyuan,
@@ -399,9 +429,10 @@ ROWS = {
         called(**TRUE, guidance_scale=2.5),
         size=VIDEO,
         vae=vae("AutoencoderKLHunyuanVideo"),
+        text=lambda: texts.parts(texts.llama(24), texts.clip(16)),
     ),
     "CogVideoXTransformer3DModel": Row(
-        lambda: cogvideox(),
+        lambda: cogvideox(max_text_seq_length=4),
         "CogVideoXPipeline",
         lambda lengths: embeds(lengths, 24),
         called("guidance_scale"),
@@ -419,13 +450,16 @@ ROWS = {
         scheduler=cog_chain,
         latents=lambda pipeline, latents: latents.transpose(1, 2),
         vae=vae("AutoencoderKLCogVideoX"),
+        text=lambda: texts.parts(texts.t5(24)),
     ),
     "ChromaTransformer2DModel": Row(
         chroma,
         "ChromaPipeline",
-        lambda lengths: masked(lengths, 24),
+        chroma_cond,
         called("guidance_scale"),
         latents=unpacked,
         vae=vae(shift_factor=0.1),
+        text=lambda: texts.parts(texts.t5(24)),
+        null=EQUAL,
     ),
 }

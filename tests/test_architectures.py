@@ -1,9 +1,15 @@
 """Each architecture of diffusers: our teacher returns what the stock pipeline computes, guidance included."""
 
 import inspect
+import warnings
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map
+
+from emd_fast import EMDConfig, EMDTrainer
+from emd_fast.diffusion import ragged
+from emd_fast.export.pipeline import export, load
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -11,15 +17,16 @@ import architectures  # noqa: E402
 
 from emd_fast.teachers import diffusers as teachers  # noqa: E402
 from emd_fast.teachers.diffusers.architectures import ARCHITECTURES, file_of  # noqa: E402
+from emd_fast.train import conditions  # noqa: E402
 
 STEPS = 3
 KNOWN_ELSEWHERE = {"UNet2DModel", "DiTTransformer2DModel", "SD3Transformer2DModel"}  # in test_diffusers_export.py
 
 
-def pipeline_of(row):
+def pipeline_of(row, **text):
     kind = getattr(diffusers, row.pipeline)
     parts = {name: None for name in inspect.signature(kind).parameters if name not in ("boundary_ratio",)}
-    parts |= {"scheduler": row.scheduler(), "vae": row.vae(), **row.parts}
+    parts |= {"scheduler": row.scheduler(), "vae": row.vae(), **row.parts, **text}
     component = "unet" if "unet" in parts else "transformer"
     parts[component] = architectures.seeded(row.model)
     plain = {name: p.default for name, p in inspect.signature(kind).parameters.items() if type(p.default) is bool}
@@ -28,13 +35,13 @@ def pipeline_of(row):
     return made
 
 
-def run(pipeline, row, arguments, output_type="latent"):
+def run(pipeline, row, arguments, output_type="latent", steps=STEPS):
     size = {name if name != "frames" else "num_frames": side for name, side in row.size.items()}
-    options = {"num_inference_steps": STEPS, "output_type": output_type, "return_dict": False}
+    options = {"num_inference_steps": steps, "output_type": output_type, "return_dict": False}
     return pipeline(**arguments, **size, **options, generator=torch.Generator().manual_seed(1))[0]
 
 
-def sampled(pipeline, row, arguments):
+def sampled(pipeline, row, arguments, **options):
     """What the scheduler gets and returns in each step, output, time, latents, next latents; calls of the network."""
     found, calls = [], []
     step = pipeline.scheduler.step
@@ -50,7 +57,7 @@ def sampled(pipeline, row, arguments):
     hook = network.register_forward_hook(lambda _, args, kwargs, output: calls.append(kwargs), with_kwargs=True)
     pipeline.scheduler.step = recorded
     try:
-        run(pipeline, row, arguments)
+        run(pipeline, row, arguments, **options)
     finally:
         hook.remove()
         pipeline.scheduler.step = step
@@ -99,6 +106,131 @@ def test_latents_are_decoded_as_by_the_stock_pipeline(tmp_path, name):
     assert ours.shape[-2:] == (row.size["height"], row.size["width"])
     assert ((ours > 0) & (ours < 1)).double().mean() > 0.2 and ours.std() > 1e-3  # else nothing is compared
     torch.testing.assert_close(ours.clamp(0, 1), theirs, rtol=0, atol=1e-5)
+
+
+WITH_TEXT = [name for name, row in architectures.ROWS.items() if row.text is not None]
+
+
+@pytest.mark.parametrize("name", WITH_TEXT)
+def test_prompts_are_encoded_as_by_the_stock_pipeline(tmp_path, name):
+    row = architectures.ROWS[name]
+    pipeline = pipeline_of(row, **row.text())
+    pipeline.save_pretrained(tmp_path / "teacher")
+    teacher = teachers.load(tmp_path / "teacher", **row.size)
+    prompts = ["a b c d", "e"]
+    asked = {key: value for key, value in row.call(row.cond((5, 3)), None).items() if "prompt" not in key}
+    if "guidance" in teacher.takes.tensors:
+        asked.pop("guidance_scale")  # the default of both
+    ((output, time, latents, _), *_), _ = sampled(pipeline, row, {**asked, "prompt": list(prompts)})
+    encoder = teacher.text_encoder()
+    cond = encoder(prompts)
+    x, theirs = row.latents(pipeline, latents).float(), row.latents(pipeline, output).float()
+    t = time if teacher.parametrization == "flow" else torch.tensor(teacher.time(time.item()))
+    with torch.no_grad():
+        ours = teacher(x, t.float().expand(2), cond)
+        swapped = teacher(x, t.float().expand(2), encoder(prompts[::-1]))
+    torch.testing.assert_close(ours, theirs[:, : x.shape[1]], rtol=0, atol=1e-5 * theirs.abs().max().item())
+    assert not torch.allclose(swapped, ours, rtol=0, atol=1e-4)
+    assert encoder.truncated(["a", "b " * 3000]) == 1
+
+
+OF_TOKENS = ("prompt_embeds", "prompt_mask")
+MASKED = [name for name, row in architectures.ROWS.items() if "prompt_mask" in architectures.names_of(row)]
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_padding_changes_nothing_and_a_table_leaves_it_out(tmp_path, name):
+    row = architectures.ROWS[name]
+    pipeline_of(row).save_pretrained(tmp_path / "teacher")
+    teacher = teachers.load(tmp_path / "teacher", **row.size)
+    cond, null = row.cond(architectures.LENGTHS), tree_map(lambda leaf: leaf[:1], row.cond((2, 2)))
+    longer = {n: ragged.padded(v, 160) if n in OF_TOKENS else v for n, v in cond.items()}
+    x, t = torch.randn(2, *teacher.sample_shape), torch.tensor([0.3, 0.8])
+    ours = teacher(x, t, cond)
+    longer["prompt_embeds"][~longer["prompt_mask"]] = 7.0
+    close = {"rtol": 0, "atol": 2e-5 * ours.abs().max().item()}
+    torch.testing.assert_close(teacher(x, t, longer), ours, **close)
+    padded_null = {n: ragged.padded(v, 160) if n in OF_TOKENS else v for n, v in null.items()}
+    conditions.save(tmp_path / "table", longer, padded_null)
+    table = conditions.Mapped(tmp_path / "table")
+    for rows in (table, conditions.InMemory(longer)):
+        read = rows[torch.tensor([1, 0])]
+        assert read["prompt_embeds"].shape[1] == read["prompt_mask"].shape[1] == 64
+        torch.testing.assert_close(teacher(x.flip(0), t.flip(0), read).flip(0), ours, **close)
+    teacher.null_cond = null
+    guided = teacher.guided(x, t, cond, 3.0)
+    teacher.null_cond = table.null_cond
+    assert table.null_cond["prompt_mask"].shape == (1, 64)
+    torch.testing.assert_close(teacher.guided(x, t, cond, 3.0), guided, rtol=0, atol=1e-4 * guided.abs().max().item())
+
+
+def trained(teacher, row, steps=2, **changes):
+    cond = row.cond(architectures.LENGTHS)
+    if row.guidance:
+        teacher.null_cond = {**null} if isinstance(null := row.cond(row.null), dict) else null
+        teacher.null_cond = tree_map(lambda leaf: leaf[:1], teacher.null_cond)
+    options = {"t_star": 1.0, "input_scale": 1.0, "guidance": row.guidance, "generator_lr": 1e-2, **changes}
+    config = EMDConfig(steps=max(steps, 1), batch_size=2, langevin_steps=2, fake_score_updates=1, **options)
+    trainer = EMDTrainer(teacher, config, prompts=cond)
+    for _ in range(steps):
+        metrics = trainer.step()
+        assert all(value.isfinite() for value in metrics.values()) and metrics["skipped"] == 0
+    return trainer
+
+
+@pytest.mark.parametrize("name", architectures.ROWS)
+def test_a_distilled_generator_is_exported_and_samples_in_the_stock_pipeline(tmp_path, name):
+    row = architectures.ROWS[name]
+    pipeline = pipeline_of(row)
+    pipeline.save_pretrained(tmp_path / "teacher")
+    teacher = teachers.load(tmp_path / "teacher", **row.size)
+    trainer = trained(teacher, row)
+    cond = row.cond(architectures.LENGTHS)
+    before = teacher.guided(z := torch.randn(2, *teacher.sample_shape), torch.ones(2), cond, None)
+    assert not torch.equal(trainer.generator.denoiser.guided(z, torch.ones(2), cond, None), before)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        path = export(trainer, tmp_path / "one-step")
+    loaded = load(path)
+    assert torch.equal(loaded.sample(2, cond), trainer.generate(2, cond))
+    missing = {name: None for name, part in pipeline.components.items() if part is None}
+    stock = type(pipeline).from_pretrained(path, **missing)
+    stock.set_progress_bar_config(disable=True)
+    found, _ = sampled(stock, row, row.call(cond, None), steps=1)
+    ((_, _, noise, x),) = found
+    ours = loaded(row.latents(stock, noise), cond)
+    torch.testing.assert_close(ours, row.latents(stock, x), rtol=0, atol=2e-5 * ours.abs().max().item())
+
+
+TIMED = {  # where a network gets its time, and by how much that is larger than t
+    "FluxTransformer2DModel": ("time_text_embed.time_proj", 1000),
+    "Flux2Transformer2DModel": ("time_guidance_embed.time_proj", 1000),
+    "ChromaTransformer2DModel": ("time_text_embed.time_proj", 1000),
+    "QwenImageTransformer2DModel": ("time_text_embed.time_proj", 1),
+    "ZImageTransformer2DModel": ("t_embedder", None),
+    "WanTransformer3DModel": ("condition_embedder.timesteps_proj", 1000),
+}
+
+
+@pytest.mark.parametrize("name", TIMED)
+def test_alpha_and_sigma_are_of_the_time_that_the_network_hears_in_bfloat16(tmp_path, name):
+    row, (path, scale) = architectures.ROWS[name], TIMED[name]
+    pipeline_of(row).save_pretrained(tmp_path / "teacher")
+    teacher = teachers.load(tmp_path / "teacher", **row.size)
+    trainer = trained(teacher, row, steps=0, precision="bfloat16", t_star=0.9, guidance=None)
+    heard = []
+    for network in (trainer.teacher, trainer.fake_score, trainer.generator.denoiser):
+        module = network.network.model.get_submodule(path)
+        module.register_forward_hook(lambda module, args, output: heard.append(args[0].float()))
+    posterior = trainer.sample_posterior()
+    times = [trainer.generator.t_star, *posterior.t.tolist()]
+    told = {round(t, 6) for t in torch.cat(heard).div(scale or 1000).tolist() if t < 2}  # guidance is heard there too
+    if scale is None:
+        told = {round(1 - t, 6) for t in told}
+    assert told == {round(t, 6) for t in times}
+    torch.testing.assert_close(posterior.sigma, posterior.t, rtol=0, atol=0)
+    drawn = trained(teacher, row, steps=0, guidance=None).sample_posterior().t
+    assert torch.equal(drawn, posterior.t) == (name[:4] in ("ZIma", "WanT"))  # rounded where the network rounds
 
 
 def test_every_architecture_has_a_row_and_a_file_of_its_name():

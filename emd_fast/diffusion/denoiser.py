@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from emd_fast.cache.conditioning import same
 from emd_fast.cache.weights import autocast_dtype
+from emd_fast.diffusion import ragged
 from emd_fast.diffusion.schedules import Schedule
 
 Pair = tuple[Tensor, Tensor]
@@ -226,6 +227,14 @@ class Denoiser(nn.Module):
         """Returns c_in, the scale of x_t, and c_noise, the noise-level input: (B,) float32 each."""
         return (torch.ones_like(t) if self._c_in is None else self._c_in(t)), self._c_noise(t)
 
+    def heard(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        """Returns the times (B,) float32 that the network computes with for t, where it computes in `dtype`.
+
+        A network that rounds its time to its dtype is trained at these, so that alpha and sigma are of the time that
+        it is told.
+        """
+        return t
+
     def _products(self, x_t: Tensor) -> contextlib.AbstractContextManager[Any]:
         """Autocast, if matmul weights have a dtype of their own and no autocast is active."""
         if self.weights_dtype is None or autocast_dtype(x_t.device.type) is not None:
@@ -317,14 +326,18 @@ def null_like(null_cond: Condition, cond: Condition, batch: int) -> Condition:
         raise ValueError("guidance needs a null condition: give null_cond, here or to the Denoiser")
     if isinstance(null_cond, int) and isinstance(cond, Tensor):
         return torch.full_like(cond, null_cond)
+    if isinstance(cond, dict) and isinstance(null_cond, dict) and cond.keys() == null_cond.keys():
+        null_cond = {name: null_cond[name] for name in cond}  # in one order
     leaves, structure = pytree.tree_flatten(cond)
     null_leaves, null_structure = pytree.tree_flatten(null_cond)
     if structure != null_structure:
         raise ValueError(f"null_cond must have the structure of cond, {structure}, got {null_structure}")
-    tokens = [(len(m[0]), len(n[0])) for m, n in zip(leaves, null_leaves, strict=True) if m.dtype == torch.bool]
+    masks = ragged.mask_of(cond), ragged.mask_of(null_cond)
+    tokens, null_tokens = (-1 if mask is None else mask.shape[1] for mask in masks)
     for null, leaf in zip(null_leaves, leaves, strict=True):
-        ragged = (*leaf.shape[1:2], *null.shape[1:2]) in tokens
-        if null.shape[1 + ragged :] != leaf.shape[1 + ragged :]:
+        # Another number of tokens is padded.
+        longer = ragged.has_tokens(leaf, tokens) and ragged.has_tokens(null, null_tokens)
+        if null.shape[1 + longer :] != leaf.shape[1 + longer :]:
             raise ValueError(f"null_cond must have the shape of cond, {tuple(leaf.shape)}, got {tuple(null.shape)}")
     matched = [null.to(leaf).expand(batch, *null.shape[1:]) for null, leaf in zip(null_leaves, leaves, strict=True)]
     return pytree.tree_unflatten(matched, structure)
@@ -338,14 +351,4 @@ def conditional_and_unconditional(network: Any, x_t: Tensor, t: Tensor, cond: Co
 
 def _twice(t: Tensor, cond: Condition, null_cond: Condition) -> tuple[Tensor, Condition]:
     null = null_like(null_cond, cond, len(t))
-    return torch.cat([t, t]), pytree.tree_map(_joined, cond, null)
-
-
-def _joined(first: Tensor, second: Tensor) -> Tensor:
-    """Concatenates two batches. The one with fewer tokens, in dimension 1, is padded with zeros."""
-    if first.shape[1:] == second.shape[1:]:
-        return torch.cat([first, second])
-    longest = max(first.shape[1], second.shape[1])
-    shapes = [(len(each), longest - each.shape[1], *each.shape[2:]) for each in (first, second)]
-    both = zip((first, second), shapes, strict=True)
-    return torch.cat([torch.cat([each, each.new_zeros(shape)], 1) for each, shape in both])
+    return torch.cat([t, t]), pytree.tree_map(ragged.joined, cond, null)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from emd_fast import ops
+from emd_fast.diffusion import ragged
 from emd_fast.diffusion.denoiser import Condition
 from emd_fast.noise import Noise, NoiseStream
 from emd_fast.teachers.diffusers.architectures import Network
@@ -105,7 +106,9 @@ class OneStep(nn.Module):
         """
         if self.folder is None or not isinstance(self.network, Network):
             raise ValueError("this generator has no text encoder")
-        return self.folder.text_encoder(self.network.model, self.sample_shape, embedded_guidance)(prompts)
+        return ragged.trimmed(
+            self.folder.text_encoder(self.network.model, self.sample_shape, embedded_guidance)(prompts)
+        )
 
     def decode(self, samples: Tensor) -> Tensor:
         """Decodes latents with the folder's VAE; returns samples unchanged if there is none."""

@@ -6,6 +6,7 @@ docs/algorithm.md lists the streams.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +44,7 @@ class BatchSampler:
             moves it to the first sample of its call.
         latent_shape, sample_shape: shape of one z, of one x.
         prompts: conditions to draw from.
+        heard: (t) -> the times that the networks compute with.
     """
 
     def __init__(
@@ -53,10 +55,11 @@ class BatchSampler:
         latent_shape: tuple[int, ...],
         sample_shape: tuple[int, ...],
         prompts: Table | None,
+        heard: Callable[[Tensor], Tensor],
     ) -> None:
         self.config, self.schedule, self.noise = config, schedule, noise
         self.latent_shape, self.sample_shape, self.prompts = latent_shape, sample_shape, prompts
-        self._step = 0
+        self._step, self._heard = 0, heard
         self._tables: dict[tuple[tuple[float, ...], ...], Tensor] = {}
 
     def at(self, step: int) -> None:
@@ -88,7 +91,8 @@ class BatchSampler:
         else:
             normal = ops.normal((size,), self.noise, stream=stream, substep=substep)
             log_ratio = (distribution.mean + distribution.std * normal).clamp(low, high)
-        return self.schedule.t_from_log_snr(-2 * log_ratio).clamp(self.schedule.t_min, self.schedule.t_max)
+        # Rounded to what the network is told before alpha and sigma are computed.
+        return self._heard(self.schedule.t_from_log_snr(-2 * log_ratio).clamp(self.schedule.t_min, self.schedule.t_max))
 
     def step_size(self, size: StepSize, t: Tensor) -> float | Tensor:
         """Evaluates a step size at t (B,): a number as it is, pairs by interpolation to (B,).

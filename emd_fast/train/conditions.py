@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from emd_fast.diffusion import ragged
 from emd_fast.diffusion.denoiser import Condition
 from emd_fast.io.files import write_atomic
 from emd_fast.io.reading import reason
@@ -41,7 +42,10 @@ class Table(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, indices: Tensor) -> Condition:
-        """Returns the conditions (n, ...) at indices (n,) int64 on the CPU."""
+        """Returns the conditions (n, ...) at indices (n,) int64 on the CPU.
+
+        Padding that none of them needs, by their mask, is cut.
+        """
 
 
 class InMemory:
@@ -62,7 +66,7 @@ class InMemory:
         return self._size
 
     def __getitem__(self, indices: Tensor) -> Condition:
-        return pytree.tree_map(lambda leaf: leaf[indices.to(leaf.device)], self._cond)
+        return ragged.trimmed(pytree.tree_map(lambda leaf: leaf[indices.to(leaf.device)], self._cond))
 
 
 class Mapped:
@@ -106,19 +110,34 @@ class Mapped:
         except ValueError as error:
             raise ValueError(f"{path} is no table of conditions: {error}") from None
 
+        masks = [name for name in self._names if forms[name][0] == "BOOL" and len(forms[name][1]) == 2]
+        self._mask = masks[0] if masks else None
+
     def __len__(self) -> int:
         return self._size
 
     def __getitem__(self, indices: Tensor) -> Condition:
-        rows = {name: self._file.get_slice(name) for name in self._names}
-        return _unnamed({name: torch.cat([row[i : i + 1] for i in indices.tolist()]) for name, row in rows.items()})
+        rows, cut, which = {name: self._file.get_slice(name) for name in self._names}, {}, indices.tolist()
+        if self._mask is not None:
+            # Tokens that no prompt of the batch has are not read.
+            mask = torch.cat([rows[self._mask][i : i + 1] for i in which])
+            length = ragged.kept(mask)
+            shapes = {name: row.get_shape() for name, row in rows.items()}
+            whole = [name for name, shape in shapes.items() if len(shape) > 2 or name == self._mask]
+            cut = {name: length for name in whole if shapes[name][1] == mask.shape[1]}
+
+        def read(name: str, i: int) -> Tensor:
+            found: Tensor = rows[name][i : i + 1, : cut[name]] if name in cut else rows[name][i : i + 1]
+            return found
+
+        return _unnamed({name: torch.cat([read(name, i) for i in which]) for name in rows})
 
     @property
     def null_cond(self) -> Condition:
         """Unconditional condition (1, ...) for guidance, or None if the file has none."""
         if not self._nulls:
             return None
-        return _unnamed({name: self._file.get_tensor(null) for name, null in self._nulls.items()})
+        return ragged.trimmed(_unnamed({name: self._file.get_tensor(null) for name, null in self._nulls.items()}))
 
     def extremes(self) -> Tensor:
         """Indices of rows that a network takes if it takes all: the first, the least and the largest labels."""

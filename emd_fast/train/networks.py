@@ -100,7 +100,11 @@ def _make_trainable(
     if (generator is None or fake_score is None) and not any(True for _ in teacher.parameters()):
         raise ValueError("this teacher has no parameters to start from: give EMDTrainer a generator and a fake score")
     if generator is None:
-        generator = Generator(trainable(teacher), config.t_star, input_scale=config.input_scale)
+        dtype = compute_dtype(config.compute.precision, distributed.device_of(teacher))
+        start = torch.tensor([config.t_star], dtype=torch.float32, device="cpu")
+        heard = unwrap(teacher).heard(start, dtype)
+        t_star = config.t_star if torch.equal(start, heard) else heard.item()
+        generator = Generator(trainable(teacher), t_star, input_scale=config.input_scale)
     _check_start(generator)
     if fake_score is None:
         fake_score = trainable(teacher)

@@ -5,6 +5,7 @@ Reading order: `step`, then the three parts that it calls, in the words of docs/
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -100,7 +101,8 @@ class EMDTrainer:
             self._graphed = GraphedEStep(*three, steps=steps, guidance=guidance, noise=self.noise)
         self.prompts = None if prompts is None else conditions.table(prompts)
         shapes = prepared.latent_shape, prepared.sample_shape
-        self.batches = BatchSampler(config, self.schedule, self.noise, *shapes, self.prompts)
+        heard = functools.partial(unwrap(teacher).heard, dtype=self.compute_dtype)
+        self.batches = BatchSampler(config, self.schedule, self.noise, *shapes, self.prompts, heard)
         self.steps_done, self.skipped = 0, torch.zeros((), device=self.device)
         self.timer = StepTimer(self.device)  # seconds of the last step: fake score, e_step, m_step
         self._records: list[StepRecord] = []

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from emd_fast.config import ConfigError
+from emd_fast.diffusion import ragged
 from emd_fast.diffusion.denoiser import Condition, Denoiser
 from emd_fast.teachers.diffusers.architectures import ConditionSpec, Network
 from emd_fast.teachers.diffusers.encoder import TextEncoder
@@ -69,6 +70,9 @@ class DiffusersDenoiser(Denoiser):
         null = self.network.architecture.null_label
         return self.takes.num_classes if null is None else null
 
+    def heard(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.network.architecture.heard(t, dtype)
+
     def time(self, index: float) -> float:
         """Returns the t of a training index i: i / (N - 1) for N betas, i / N for a rectified flow."""
         return index / self.trained.index_scale
@@ -91,7 +95,8 @@ class DiffusersDenoiser(Denoiser):
     def encode(self, prompts: Sequence[str], *, embedded_guidance: float | None = None) -> Condition:
         """Encodes prompts to a condition (B, ...) with the text encoders of the folder.
 
-        The encoders are read for this call and then freed.
+        The encoders are read for this call and then freed. Padding that no prompt needs is cut where
+        the network takes a mask.
 
         Args:
             embedded_guidance: for networks that take it as an input; None for the default of their pipeline.
@@ -101,7 +106,7 @@ class DiffusersDenoiser(Denoiser):
         """
         if isinstance(prompts, str):
             raise TypeError("prompts must be a list of strings, got one string")
-        return self.text_encoder(embedded_guidance)(prompts)
+        return ragged.trimmed(self.text_encoder(embedded_guidance)(prompts))
 
     def text_encoder(self, embedded_guidance: float | None = None) -> TextEncoder:
         """Reads the text encoders of the folder, for several calls.

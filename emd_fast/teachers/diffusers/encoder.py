@@ -11,10 +11,12 @@ import torch
 from torch.utils import _pytree as pytree
 
 from emd_fast.config import ConfigError
+from emd_fast.diffusion import ragged
 from emd_fast.diffusion.denoiser import Condition
 from emd_fast.io import reading
 from emd_fast.teachers.diffusers import weights
 from emd_fast.teachers.diffusers.architectures import Architecture
+from emd_fast.teachers.diffusers.architectures.conditions import LENGTH, MASK
 
 BATCH = 32
 """Prompts that the encoders take at once: about 30 MB of activations of the CLIP of Stable Diffusion 1.5."""
@@ -24,7 +26,7 @@ _LONGEST = 2**14  # tokens of a prompt; the encoders in use take 77 to 512
 class TextEncoder:
     """Encodes prompts with the text encoders of a loaded pipeline.
 
-    The encoders pad each prompt to the same number of tokens, so the embedding of a prompt depends
+    Each prompt is padded to the same number of tokens, so the embedding of a prompt depends
     on the other prompts of a batch by the rounding of matrix products at most.
 
     Args:
@@ -50,22 +52,24 @@ class TextEncoder:
     ) -> None:
         self._pipeline, self._architecture, self._constants, self._root = pipeline, architecture, constants, root
         self._device = device
-        expected = inspect.signature(pipeline.encode_prompt).parameters
-        self._options = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False, "device": device}
+        self._options = _options(pipeline, device)
+        limit = self._options.get("max_sequence_length")
         self._tokenizers: list[tuple[Any, int]] = []  # with the number of tokens that a prompt may have
         for name, part in pipeline.components.items():
             if name.startswith("text_encoder") and part is not None:
                 part.to(device)
                 tokenizer = getattr(pipeline, name.replace("text_encoder", "tokenizer"))
-                t5 = name == "text_encoder_3"
-                limit = expected["max_sequence_length"].default if t5 else pipeline.tokenizer.model_max_length
+                if "CLIP" in type(part).__name__ or limit is None:
+                    makes = getattr(pipeline, "tokenizer_max_length", tokenizer.model_max_length)
+                else:
+                    makes = limit
                 most = getattr(part.config, "max_position_embeddings", _LONGEST)
-                if not 2 <= limit <= most:
+                if not 2 <= makes <= most:
                     raise ConfigError(
-                        f"the tokenizer of {name} in {root} makes {str(limit)[:20]} tokens, the encoder takes {most}: "
+                        f"the tokenizer of {name} in {root} makes {str(makes)[:20]} tokens, the encoder takes {most}: "
                         "correct model_max_length in its tokenizer_config.json"
                     )
-                self._tokenizers.append((tokenizer, int(limit)))
+                self._tokenizers.append((tokenizer, int(makes)))
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str]) -> Condition:
@@ -88,7 +92,14 @@ class TextEncoder:
         return pytree.tree_map(lambda *leaves: torch.cat(leaves), *parts) if len(parts) > 1 else parts[0]
 
     def _encoded(self, prompts: list[str]) -> Condition:
-        cond = self._architecture.encode(self._pipeline, prompts, self._options)
+        cond = self._architecture.condition(self._pipeline.encode_prompt(prompt=prompts, **self._options))
+        takes = self._architecture.takes.tensors
+        if MASK in takes:
+            # Of one length for all batches, as the rows of a table are.
+            tokens = self._options["max_sequence_length"]
+            cond = {
+                name: ragged.padded(value, tokens) if LENGTH in takes[name] else value for name, value in cond.items()
+            }
         if not self._constants:
             return cond
         rows = {name: torch.tensor(row, dtype=torch.float32) for name, row in self._constants.items()}
@@ -103,3 +114,14 @@ class TextEncoder:
                 tokens = tokenizer(list(prompts), truncation=False, padding=False).input_ids
                 longer |= {i for i, each in enumerate(tokens) if len(each) > limit}
         return len(longer)
+
+
+def _options(pipeline: Any, device: torch.device) -> dict[str, Any]:
+    """Arguments of `encode_prompt` beside the prompts: the defaults of the pipeline's call, which may be others."""
+    call = inspect.signature(type(pipeline).__call__).parameters
+    options = {}
+    for name, parameter in inspect.signature(pipeline.encode_prompt).parameters.items():
+        default = call[name].default if name in call else parameter.default
+        options[name] = None if default is inspect.Parameter.empty else default
+    known = {"device": device, "do_classifier_free_guidance": False}
+    return {name: known.get(name, value) for name, value in options.items() if name not in ("prompt", "kwargs")}

@@ -30,14 +30,14 @@ def pipeline_class(denoiser: DiffusersDenoiser) -> str:
         NoStockPipeline: there is none for this network.
     """
     model, folder = denoiser.folder.model_class, denoiser.folder
-    name = denoiser.network.architecture.pipelines[0]
-    config: Any = denoiser.network.model.config
+    architecture = denoiser.network.architecture
+    name = architecture.pipelines[0]
     if model == "UNet2DModel":
         if denoiser.num_classes:
             raise NoStockPipeline("no pipeline of diffusers gives labels to a UNet2DModel")
     elif folder.pipeline_class != name:
         raise NoStockPipeline(f"a {model} needs the other components of a {name}, which the teacher's folder is not")
-    if model != "DiTTransformer2DModel" and config.get("out_channels", config["in_channels"]) != config["in_channels"]:
+    if architecture.returned != architecture.channels and not architecture.cuts_variance:
         raise NoStockPipeline(f"{name} does not cut a learned variance off")
     return name
 
@@ -73,7 +73,10 @@ def scheduler(generator: Generator) -> Any:
         )
     sigma = denoiser.schedule.sigma(torch.tensor([t_star])).item()
     if math.isclose(scale, 1.0, rel_tol=1e-6):
-        chosen, options = "DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": True}
+        chosen = able[0]
+        options: dict[str, Any] = {"clip_sample": False, "set_alpha_to_one": True}
+        if chosen == "CogVideoXDDIMScheduler":
+            options["snr_shift_scale"] = 1.0  # the betas are those of the shifted chain
     elif math.isclose(scale, sigma, rel_tol=1e-6):
         chosen, options = "EulerDiscreteScheduler", {}
     else:

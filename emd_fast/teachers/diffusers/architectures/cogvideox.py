@@ -54,5 +54,5 @@ class CogVideoXTransformer3DModel(Architecture):
     def to_vae(self, latents: Tensor, vae: Any) -> Tensor:
         return latents / vae.config.scaling_factor
 
-    def encode(self, pipeline: Any, prompts: list[str], options: Mapping[str, Any]) -> Condition:
-        return pipeline.encode_prompt(prompts, None, False, device=options["device"])[0]
+    def condition(self, returned: tuple[Any, ...]) -> Condition:
+        return returned[0]

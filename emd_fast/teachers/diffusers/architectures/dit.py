@@ -13,6 +13,7 @@ from emd_fast.teachers.diffusers.architectures.form import Architecture, Config
 
 class DiTTransformer2DModel(Architecture):
     pipelines, schedulers = ("DiTPipeline",), ("DDIMScheduler",)
+    cuts_variance = True
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)

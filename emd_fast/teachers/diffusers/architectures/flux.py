@@ -39,6 +39,5 @@ class FluxTransformer2DModel(PackedImage):
         ).sample
         return unpacked(output, x)
 
-    def encode(self, pipeline: Any, prompts: list[str], options: Mapping[str, Any]) -> Condition:
-        tokens, pooled, _ = pipeline.encode_prompt(prompts, device=options["device"])
-        return {TOKENS: tokens, POOLED: pooled}
+    def condition(self, returned: tuple[Any, ...]) -> Condition:
+        return {TOKENS: returned[0], POOLED: returned[1]}

@@ -61,6 +61,5 @@ class Flux2Transformer2DModel(PackedImage):
         b, c, h, w = patches.shape
         return patches.reshape(b, c // 4, 2, 2, h, w).permute(0, 1, 4, 2, 5, 3).reshape(b, c // 4, 2 * h, 2 * w)
 
-    def encode(self, pipeline: Any, prompts: list[str], options: Mapping[str, Any]) -> Condition:
-        tokens, _ = pipeline.encode_prompt(prompts, device=options["device"])
-        return {TOKENS: tokens} if GUIDANCE in self.takes.tensors else tokens
+    def condition(self, returned: tuple[Any, ...]) -> Condition:
+        return {TOKENS: returned[0]} if GUIDANCE in self.takes.tensors else returned[0]

@@ -28,6 +28,7 @@ class Architecture:
         pipelines: pipelines whose `encode_prompt` computes the conditions. The first one samples an
             exported generator.
         schedulers: schedulers with which that pipeline samples in one step.
+        cuts_variance: that pipeline cuts a learned variance off.
         vaes, text: classes of its VAE, of its text encoders and tokenizers.
         null_label: the label that means "no label", or None.
         patch: sides of a patch in latents, (frames, height, width). A sample has whole patches.
@@ -46,6 +47,7 @@ class Architecture:
     component = "transformer"
     pipelines: tuple[str, ...] = ()
     schedulers: tuple[str, ...] = ("FlowMatchEulerDiscreteScheduler",)
+    cuts_variance = False
     vaes: tuple[str, ...] = VAES
     text: tuple[str, ...] = ()
     patch: tuple[int, ...] = (1, 1, 1)
@@ -202,12 +204,8 @@ class Architecture:
 
     # Prompts ------------------------------------------------------------------------------------------------------
 
-    def encode(self, pipeline: Any, prompts: list[str], options: Mapping[str, Any]) -> Condition:
-        """Conditions of prompts by a pipeline's text encoders.
-
-        Args:
-            options: num_images_per_prompt, do_classifier_free_guidance and device, as `encode_prompt` takes them.
-        """
+    def condition(self, returned: tuple[Any, ...]) -> Condition:
+        """The tensors of a condition that depend on the prompts, from what `encode_prompt` returns."""
         raise NotImplementedError
 
     def constants(self, shape: Sequence[int], vae: Config, guidance: float | None) -> dict[str, Any]:

@@ -44,6 +44,5 @@ class HunyuanVideoTransformer3DModel(Architecture):
             guidance=1000 * cond[GUIDANCE] if GUIDANCE in cond else None,
         ).sample
 
-    def encode(self, pipeline: Any, prompts: list[str], options: Mapping[str, Any]) -> Condition:
-        tokens, pooled, mask = pipeline.encode_prompt(prompts, device=options["device"])
-        return {TOKENS: tokens, POOLED: pooled, MASK: mask.bool()}
+    def condition(self, returned: tuple[Any, ...]) -> Condition:
+        return {TOKENS: returned[0], POOLED: returned[1], MASK: returned[2].bool()}

@@ -59,6 +59,5 @@ class LTXVideoTransformer3DModel(Architecture):
         ).sample
         return video
 
-    def encode(self, pipeline: Any, prompts: list[str], options: Mapping[str, Any]) -> Condition:
-        tokens, mask, *_ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, device=options["device"])
-        return {TOKENS: tokens, MASK: mask.bool()}
+    def condition(self, returned: tuple[Any, ...]) -> Condition:
+        return {TOKENS: returned[0], MASK: returned[1].bool()}

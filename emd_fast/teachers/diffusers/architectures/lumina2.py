@@ -34,6 +34,5 @@ class Lumina2Transformer2DModel(Architecture):
         """The guided output with the norm of the conditional one in each row of the latents."""
         return rescaled(guided, conditional)
 
-    def encode(self, pipeline: Any, prompts: list[str], options: Mapping[str, Any]) -> Condition:
-        tokens, mask, *_ = pipeline.encode_prompt(prompts, **options)
-        return {TOKENS: tokens, MASK: mask.bool()}
+    def condition(self, returned: tuple[Any, ...]) -> Condition:
+        return {TOKENS: returned[0], MASK: returned[1].bool()}

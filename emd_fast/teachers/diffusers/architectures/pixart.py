@@ -17,6 +17,7 @@ RESOLUTION, RATIO = "resolution", "aspect_ratio"  # height and width in pixels, 
 class PixArtTransformer2DModel(Architecture):
     text = T5
     schedulers = ("DDIMScheduler", "EulerDiscreteScheduler")
+    cuts_variance = True
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -40,6 +41,5 @@ class PixArtTransformer2DModel(Architecture):
         _, height, width = self.pixels(shape, vae)
         return {RESOLUTION: [height, width], RATIO: [height / width]} if RATIO in self.takes.tensors else {}
 
-    def encode(self, pipeline: Any, prompts: list[str], options: Mapping[str, Any]) -> Condition:
-        tokens, mask, *_ = pipeline.encode_prompt(prompts, **options)
-        return {TOKENS: tokens, MASK: mask.bool()}
+    def condition(self, returned: tuple[Any, ...]) -> Condition:
+        return {TOKENS: returned[0], MASK: returned[1].bool()}

@@ -61,7 +61,7 @@ class QwenImageTransformer2DModel(PackedImage):
         image: Tensor = vae.decode(scaled[:, :, None]).sample[:, :, 0]
         return image
 
-    def encode(self, pipeline: Any, prompts: list[str], options: Mapping[str, Any]) -> Condition:
-        tokens, mask = pipeline.encode_prompt(prompts, device=options["device"])
+    def condition(self, returned: tuple[Any, ...]) -> Condition:
+        tokens, mask = returned  # without a mask all tokens count
         every = tokens.new_ones(tokens.shape[:2]) if mask is None else mask
         return {TOKENS: tokens, MASK: every.bool()}

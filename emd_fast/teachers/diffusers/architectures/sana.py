@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +14,7 @@ from emd_fast.teachers.diffusers.architectures.form import GEMMA, Architecture, 
 
 class SanaTransformer2DModel(Architecture):
     pipelines = ("SanaPipeline",)
+    cuts_variance = True
     text = GEMMA
     vaes = ("AutoencoderDC",)
 
@@ -36,8 +36,5 @@ class SanaTransformer2DModel(Architecture):
             encoder_attention_mask=cond[MASK],
         ).sample
 
-    def encode(self, pipeline: Any, prompts: list[str], options: Mapping[str, Any]) -> Condition:
-        # The pipeline's default instruction to the encoder is an argument of its call.
-        instruction = inspect.signature(type(pipeline).__call__).parameters["complex_human_instruction"].default
-        tokens, mask, *_ = pipeline.encode_prompt(prompts, **options, complex_human_instruction=instruction)
-        return {TOKENS: tokens, MASK: mask.bool()}
+    def condition(self, returned: tuple[Any, ...]) -> Condition:
+        return {TOKENS: returned[0], MASK: returned[1].bool()}

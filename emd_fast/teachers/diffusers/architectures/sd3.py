@@ -25,6 +25,5 @@ class SD3Transformer2DModel(Architecture):
         tokens, pooled = cond[TOKENS].to(x.dtype), cond[POOLED].to(x.dtype)
         return model(x, timestep=time, encoder_hidden_states=tokens, pooled_projections=pooled).sample
 
-    def encode(self, pipeline: Any, prompts: list[str], options: Mapping[str, Any]) -> Condition:
-        tokens, _, pooled, _ = pipeline.encode_prompt(prompts, None, None, **options)
-        return {TOKENS: tokens, POOLED: pooled}
+    def condition(self, returned: tuple[Any, ...]) -> Condition:
+        return {TOKENS: returned[0], POOLED: returned[2]}

@@ -40,9 +40,8 @@ class UNet2DConditionModel(Architecture):
             added["added_cond_kwargs"] = {"text_embeds": cond[POOLED].to(x.dtype), "time_ids": cond[SIZES].to(x.dtype)}
         return model(x, timestep=time, encoder_hidden_states=cond[TOKENS].to(x.dtype), **added).sample
 
-    def encode(self, pipeline: Any, prompts: list[str], options: Mapping[str, Any]) -> Condition:
-        tokens, _, *pooled = pipeline.encode_prompt(prompt=prompts, **options)
-        return {TOKENS: tokens, POOLED: pooled[0]} if self.xl else tokens
+    def condition(self, returned: tuple[Any, ...]) -> Condition:
+        return {TOKENS: returned[0], POOLED: returned[2]} if self.xl else returned[0]
 
     def constants(self, shape: Sequence[int], vae: Config, guidance: float | None) -> dict[str, Any]:
         _, height, width = self.pixels(shape, vae)

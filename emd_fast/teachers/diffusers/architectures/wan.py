@@ -41,8 +41,5 @@ class WanTransformer3DModel(Architecture):
     def to_vae(self, latents: Tensor, vae: Any) -> Tensor:
         return standardized(latents, vae.config.latents_mean, vae.config.latents_std)
 
-    def encode(self, pipeline: Any, prompts: list[str], options: Mapping[str, Any]) -> Condition:
-        # The default of encode_prompt is 226 tokens, the pipeline asks for 512.
-        return pipeline.encode_prompt(
-            prompts, do_classifier_free_guidance=False, max_sequence_length=512, device=options["device"]
-        )[0]
+    def condition(self, returned: tuple[Any, ...]) -> Condition:
+        return returned[0]

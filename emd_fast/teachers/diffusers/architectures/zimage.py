@@ -30,7 +30,7 @@ class ZImageTransformer2DModel(Architecture):
         output = model(list(x[:, :, None]), (1000 - time) / 1000, [row[:length] for row, length in rows]).sample
         return -torch.stack(output)[:, :, 0]
 
-    def encode(self, pipeline: Any, prompts: list[str], options: Mapping[str, Any]) -> Condition:
-        found, _ = pipeline.encode_prompt(list(prompts), options["device"], do_classifier_free_guidance=False)
+    def condition(self, returned: tuple[Any, ...]) -> Condition:
+        found, _ = returned
         mask = [torch.ones(len(row), dtype=torch.bool, device=row.device) for row in found]
         return {TOKENS: pad_sequence(found, True), MASK: pad_sequence(mask, True)}
