@@ -68,7 +68,7 @@ def exact(
     noise: Noise,
 ) -> tuple[Tensor, ...]:
     cotangent = reference.langevin_eps(
-        eps, drift, x, list(outputs), coefs, alpha, sigma, step_size, None, noise.state, 0, eps.dtype
+        eps, drift, x, list(outputs), coefs, alpha, sigma, step_size, None, False, noise.state, 0, eps.dtype
     )
     return eps, drift, cotangent
 

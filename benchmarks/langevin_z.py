@@ -22,7 +22,7 @@ def eager(z: Tensor, z_grad: Tensor, *, step_size: float, noise: Noise, m: Tenso
 
 
 def exact(z: Tensor, z_grad: Tensor, *, step_size: float, noise: Noise) -> Tensor:
-    reference.langevin_z(z, z_grad, step_size, None, noise.state, 0)
+    reference.langevin_z(z, z_grad, step_size, None, False, noise.state, 0)
     return z
 
 

@@ -141,6 +141,7 @@ def shapes(draw):
 LAYOUTS = ["contiguous", "transposed", "sliced", "expanded", "batch_last"]
 dtypes = st.sampled_from(DTYPES)
 layouts = st.sampled_from(LAYOUTS)
+integrators = st.sampled_from(["euler", "exact"])
 seeds = st.integers(0, 2**31)
 
 

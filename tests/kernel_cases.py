@@ -35,14 +35,15 @@ def calls(shape, layout, dtypes=DTYPES, terms=(1, 2, 3, 4, 5)):
         yield "perturb", [output, a, b, wide, None, 0, 0, dtype]
         yield "perturb", [output, a, b, None, noise, 5, 0, torch.float32 if i % 2 else dtype]
         for sizes in (None, per_sample(batch, g, 0.0, 1.0)):
-            yield "langevin_z", [state, output, 0.01, sizes, noise, 7]
+            yield "langevin_z", [state, output, 0.01, sizes, i == 2, noise, 7]
         for count in terms:
             x = wide if count == 5 else None
             outputs = [draw(shape, g, dtype, layout) for _ in range(count - (x is not None))]
             if count == 3:  # not all of one layout and dtype
                 outputs[1] = draw(shape, g)
             coefs, sizes = torch.randn(count, batch, generator=g).T, None if i % 2 else per_sample(batch, g, 0.0, 1.0)
-            yield "langevin_eps", [state, draw(shape, g), x, outputs, coefs, a, b, 0.3, sizes, noise, 7, dtype]
+            exact = i == 2
+            yield "langevin_eps", [state, draw(shape, g), x, outputs, coefs, a, b, 0.3, sizes, exact, noise, 7, dtype]
         yield "m_step_loss", [output, state, a, b, c]
         yield "m_step_loss_backward", [torch.ones(()).expand(batch) if i % 2 else d, state, a, b, c, dtype]
         yield "score_matching_loss", [output, wide, dense, a, b, c]

@@ -75,18 +75,21 @@ def test_2_equal_networks_leave_exactly_nothing(backend, form, schedule, dtype):
 
 @pytest.mark.parametrize("gamma_z", [0.0, 0.02])
 @pytest.mark.parametrize("by_sample", [False, True])
-def test_3_eps_minus_drift_is_the_accumulated_noise(backend, gamma_z, by_sample):
-    """a_{k+1} = (1 - gamma) a_k + sqrt(2 gamma) n_k from a_0 = eps_0, the noises regenerated from the contract."""
+@pytest.mark.parametrize("integrator", ["euler", "exact"])
+def test_3_eps_minus_drift_is_the_accumulated_noise(backend, gamma_z, by_sample, integrator):
+    """a_{k+1} = (1 - gamma) a_k + scale n_k from a_0 = eps_0, the noises regenerated from the contract."""
     schedule, steps = Cosine(), 6
     z, eps, t = inputs(7, schedule=schedule)
     gamma = 0.05 + 0.3 * torch.rand(7, generator=seeded(1)) if by_sample else 0.16
     nets = Generator(denoiser("v", schedule, 3), 0.8), denoiser("v", schedule, 1), denoiser("x0", schedule, 2)
     where = {"seed": 2**40 + 3, "step": 12, "first_sample": 1000}
-    result = e_step(*nets, z, eps, t, steps=steps, gamma_eps=gamma, gamma_z=gamma_z, noise=Noise(**where))
+    sizes = {"gamma_eps": gamma, "gamma_z": gamma_z, "integrator": integrator}
+    result = e_step(*nets, z, eps, t, steps=steps, noise=Noise(**where), **sizes)
     a = eps.double()
     gamma = column(gamma.double(), z) if by_sample else gamma
+    scale = (gamma * (2 - gamma if integrator == "exact" else 2)) ** 0.5
     for k in range(steps):
-        a = (1 - gamma) * a + math.sqrt(2) * gamma**0.5 * normals((7, 3), stream=2, substep=k, **where)
+        a = (1 - gamma) * a + scale * normals((7, 3), stream=2, substep=k, **where)
     # Six steps of float32, and of normals within 5e-6: both decay with the chain.
     size = 1 + float(result.drift.abs().max())
     assert result.drift.abs().max() > 1e-2
@@ -106,12 +109,13 @@ def stiffest(A, schedule, t):
     return float(torch.linalg.eigvals(p @ torch.linalg.inv(q)).real.max()), q
 
 
-def chain(A, schedule, n, log_snr, gamma, steps, seed=0):
+def chain(A, schedule, n, log_snr, gamma, steps, seed=0, gamma_z=None, integrator="euler"):
     g = seeded(seed)
     t = schedule.t_from_log_snr(torch.tensor([log_snr])).expand(n).contiguous()
     z, eps, generator = torch.randn(n, 2, generator=g), torch.randn(n, 2, generator=g), Linear(A)
     nets = generator, gaussian(MEAN, SIGMA, schedule), generator.score(schedule)
-    result = e_step(*nets, z, eps, t, steps=steps, gamma_eps=gamma, gamma_z=gamma, noise=Noise(seed))
+    sizes = {"gamma_eps": gamma, "gamma_z": gamma if gamma_z is None else gamma_z, "integrator": integrator}
+    result = e_step(*nets, z, eps, t, steps=steps, noise=Noise(seed), **sizes)
     alpha, sigma = result.alpha[:1], result.sigma[:1]
     return t, alpha * result.z @ A.T + sigma * result.eps
 
@@ -150,6 +154,34 @@ def test_4_the_bias_is_of_order_gamma():
         assert abs(exact / (v @ q @ v) - 1) > 0.1 * gamma
         along = (x.double() - alpha * MEAN) @ v
         assert abs(float(along.var()) / float(exact) - 1) < 5 * math.sqrt(2 / n)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gamma", [0.16, 0.36])
+def test_4_the_exact_integrator_halves_the_bias(gamma):
+    """Error of the covariance of x_t after a long chain with a small gamma_z, beside Euler's."""
+    A, schedule, errors = GENERATORS["turned"], Cosine(), {}
+    for integrator in ("euler", "exact"):
+        t, x = chain(A, schedule, 40_000, 0.5, gamma, 600, gamma_z=0.01, integrator=integrator)
+        _, q = stiffest(A, schedule, t)
+        whiten = torch.linalg.inv(torch.linalg.cholesky(q))
+        covariance = torch.cov((x.double() @ whiten.T).T)
+        errors[integrator] = float((covariance - torch.eye(2)).norm())
+    assert errors["exact"] < 0.5 * errors["euler"]
+
+
+@pytest.mark.slow
+def test_4_the_exact_integrator_keeps_the_prior():
+    """Equal networks: delta is 0, and the variance of eps and z stays 1, where Euler's grows to 1 / (1 - gamma / 2)."""
+    net, schedule, n, gamma = denoiser("v", Cosine(), 1), Cosine(), 2**20, 0.16
+    g = seeded(0)
+    z, eps = torch.randn(n, 3, generator=g), torch.randn(n, 3, generator=g)
+    t = schedule.t_from_log_snr(torch.zeros(n))
+    for integrator, variance in (("exact", 1.0), ("euler", 1 / (1 - gamma / 2))):
+        sizes = {"gamma_eps": gamma, "gamma_z": gamma, "integrator": integrator}
+        found = e_step(lambda z, cond: z, net, net, z, eps, t, steps=40, noise=Noise(1), **sizes)
+        for state in (found.eps, found.z):
+            assert abs(float(state.double().var()) / variance - 1) < 2e-3
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)

@@ -38,6 +38,7 @@ DRAWN = {
     "substep": SUBSTEP,
 }
 DTYPE = [(TypeError, torch.float64, torch.int64, "float32")]
+INTEGRATOR = [(ValueError, "Euler", "", None, True)]
 INTEGER = [(TypeError, 2.0, True, None, "3")]
 
 # op -> a good call, and what each argument may not be.
@@ -59,12 +60,12 @@ OPS = {
          "x": OTHER[1:], "outputs": [(ValueError, [], [X] * 5), ((TypeError, ValueError), torch.ones(2, 2, 3), None)],
          "coefs": [(ValueError, torch.ones(2, 2), torch.full((2, 3), NAN)), (TypeError, torch.ones(2, 3).half())],
          "alpha": PER_SAMPLE, "sigma": POSITIVE, "step_size": STEP_SIZE, "noise": [*NOISE, (ValueError, META)],
-         "substep": SUBSTEP, "cotangent_dtype": DTYPE[:1]},
+         "substep": SUBSTEP, "integrator": INTEGRATOR, "cotangent_dtype": DTYPE[:1]},
     ),
     "langevin_z": (
         {"z": X, "z_grad": X + 1, "step_size": 0.1, "noise": Noise(0)},
         {"z": [*LEADING, *STATE], "z_grad": OTHER, "step_size": STEP_SIZE, "noise": [*NOISE, (ValueError, META)],
-         "substep": SUBSTEP},
+         "substep": SUBSTEP, "integrator": INTEGRATOR},
     ),
     "m_step_loss": (
         {"generated": X, "drift": X, "alpha": ONE, "sigma": ONE, "weight": ONE},

@@ -10,6 +10,7 @@ from helpers import (
     column,
     draw,
     dtypes,
+    integrators,
     laid_out,
     layouts,
     normals,
@@ -25,12 +26,13 @@ import emd_fast
 from emd_fast import Noise, ops
 
 
-def formula(eps, drift, terms, coefs, alpha, sigma, gamma, n):
+def formula(eps, drift, terms, coefs, alpha, sigma, gamma, integrator, n):
     """The formulas of docs/algorithm.md, in the dtypes of the arguments. Returns eps, drift, alpha delta."""
     delta = sum(column(coefs[:, i], eps) * term for i, term in enumerate(terms))
     pull = column(sigma, eps) * delta
+    scale = (gamma * (2 - gamma) if integrator == "exact" else 2 * gamma) ** 0.5
     return (
-        eps + gamma * (pull - eps) + (2 * gamma) ** 0.5 * n,
+        eps + gamma * (pull - eps) + scale * n,
         (1 - gamma) * drift + gamma * pull,
         column(alpha, eps) * delta,
     )
@@ -48,11 +50,16 @@ def case(shape, g, outputs=2, with_x=True, dtype=torch.float32, layout="contiguo
     }
 
 
-def check(arguments, step_size, where, substep=0, cotangent_dtype=None):
+def check(arguments, step_size, where, substep=0, cotangent_dtype=None, integrator="euler"):
     """Runs the op in place and compares all three results with float64."""
     a = {name: (value.clone() if name in ("eps", "drift") else value) for name, value in arguments.items()}
     cotangent = ops.langevin_eps(
-        *a.values(), step_size=step_size, noise=Noise(**where), substep=substep, cotangent_dtype=cotangent_dtype
+        *a.values(),
+        step_size=step_size,
+        integrator=integrator,
+        noise=Noise(**where),
+        substep=substep,
+        cotangent_dtype=cotangent_dtype,
     )
     n = normals(tuple(a["eps"].shape), stream=2, substep=substep, **where)
     terms = [*([] if a["x"] is None else [a["x"]]), *a["outputs"]]
@@ -65,7 +72,7 @@ def check(arguments, step_size, where, substep=0, cotangent_dtype=None):
         results.append(
             formula(
                 wide[0], wide[1], [t if to is None else t.to(to) for t in terms], *wide[2:],
-                gamma if to is None else gamma.to(to), n if to is not None else n.float(),
+                gamma if to is None else gamma.to(to), integrator, n if to is not None else n.float(),
             )
         )  # fmt: skip
     exact, eager = results
@@ -85,13 +92,16 @@ def check(arguments, step_size, where, substep=0, cotangent_dtype=None):
     cotangent_dtype=st.one_of(st.none(), dtypes),
     by_sample=st.booleans(),
     substep=st.sampled_from([0, 1, 65535]),
+    integrator=integrators,
     seed=seeds,
 )
-def test_against_float64(backend, shape, outputs, with_x, dtype, layout, cotangent_dtype, by_sample, substep, seed):
+def test_against_float64(
+    backend, shape, outputs, with_x, dtype, layout, cotangent_dtype, by_sample, substep, integrator, seed
+):
     g = seeded(seed)
     step_size = per_sample(shape[0], g, 0.0, 1.0) if by_sample else torch.rand((), generator=g).item()
     where = {"seed": seed, "step": 5, "first_sample": 9}
-    check(case(shape, g, outputs, with_x, dtype, layout), step_size, where, substep, cotangent_dtype)
+    check(case(shape, g, outputs, with_x, dtype, layout), step_size, where, substep, cotangent_dtype, integrator)
 
 
 @pytest.mark.parametrize("step_size", [0, 0.0, 1, 1.0, 1e-6])
@@ -180,3 +190,27 @@ def test_backends_agree_on_drift_and_cotangent_bit_for_bit_where_two_terms_meet(
             results.append((ops.langevin_eps(*a.values(), step_size=0.1, noise=Noise(0)), a["drift"]))
     for ours, expected in zip(*results, strict=True):
         assert_same(ours, expected)
+
+
+@pytest.mark.parametrize("op", ["langevin_eps", "langevin_z"])
+@pytest.mark.parametrize("step_size", [1e-3, 0.02, 0.16, 0.36, 0.9])
+def test_the_exact_integrator_leaves_the_prior_stationary(backend, op, step_size):
+    """state = decay state + scale n is stationary at a variance of scale^2 / (1 - decay^2)."""
+
+    def step(state, integrator):
+        options = {"step_size": step_size, "integrator": integrator, "noise": Noise(3)}
+        if op == "langevin_z":
+            ops.langevin_z(state, torch.zeros_like(state), **options)
+            return
+        ones, output = torch.ones(len(state)), torch.randn_like(state)
+        coefs = torch.tensor([[1.0, -1.0]]).repeat(len(state), 1)
+        ops.langevin_eps(state, torch.zeros_like(state), None, [output, output], coefs, ones, ones, **options)
+
+    n = normals((2, 64), seed=3, step=0, first_sample=0, stream=2 if op == "langevin_eps" else 3, substep=0)
+    for integrator, variance in (("exact", 1.0), ("euler", 1 / (1 - step_size / 2))):
+        from_one, from_zero = torch.ones(2, 64), torch.zeros(2, 64)
+        step(from_one, integrator)
+        step(from_zero, integrator)
+        scale = (from_zero.double() * n).sum() / n.square().sum()
+        decay = (from_one.double() - from_zero.double()).mean()
+        assert scale**2 / (1 - decay**2) == pytest.approx(variance, rel=2e-3)

@@ -7,6 +7,7 @@ from helpers import (
     column,
     draw,
     dtypes,
+    integrators,
     layouts,
     normals,
     per_sample,
@@ -20,31 +21,33 @@ from hypothesis import strategies as st
 from emd_fast import Noise, ops
 
 
-def formula(z, z_grad, gamma, m):
-    return z + gamma * (z_grad - z) + (2 * gamma) ** 0.5 * m
+def formula(z, z_grad, gamma, integrator, m):
+    scale = (gamma * (2 - gamma) if integrator == "exact" else 2 * gamma) ** 0.5
+    return z + gamma * (z_grad - z) + scale * m
 
 
-def check(z, z_grad, step_size, where, substep=0):
+def check(z, z_grad, step_size, where, substep=0, integrator="euler"):
     result = z.clone()
     before = z_grad.clone()
-    assert ops.langevin_z(result, z_grad, step_size=step_size, noise=Noise(**where), substep=substep) is None
+    options = {"step_size": step_size, "integrator": integrator, "noise": Noise(**where), "substep": substep}
+    assert ops.langevin_z(result, z_grad, **options) is None
     m = normals(tuple(z.shape), stream=3, substep=substep, **where)
     gamma = column(step_size, z) if isinstance(step_size, torch.Tensor) else torch.tensor(step_size).float()
-    exact = formula(z.double(), z_grad.double(), gamma.double(), m)
-    # sqrt(2 gamma) is at most 1.42
-    assert_as_good_as_eager(result, exact, formula(z, z_grad, gamma, m.float()), more=1.42 * NOISE_ERROR)
+    exact = formula(z.double(), z_grad.double(), gamma.double(), integrator, m)
+    # the noise scale is at most 1.42
+    assert_as_good_as_eager(result, exact, formula(z, z_grad, gamma, integrator, m.float()), more=1.42 * NOISE_ERROR)
     assert_same(z_grad, before)
 
 
 @given(
     shape=shapes(), dtype=dtypes, layout=layouts, by_sample=st.booleans(), substep=st.sampled_from([0, 3, 65535]),
-    seed=seeds,
+    seed=seeds, integrator=integrators,
 )  # fmt: skip
-def test_against_float64(backend, shape, dtype, layout, by_sample, substep, seed):
+def test_against_float64(backend, shape, dtype, layout, by_sample, substep, seed, integrator):
     g = seeded(seed)
     step_size = per_sample(shape[0], g, 0.0, 1.0) if by_sample else torch.rand((), generator=g).item()
     z_grad = draw(shape, g, dtype, layout, scale=10)
-    check(draw(shape, g), z_grad, step_size, {"seed": seed, "step": 2, "first_sample": 4}, substep)
+    check(draw(shape, g), z_grad, step_size, {"seed": seed, "step": 2, "first_sample": 4}, substep, integrator)
 
 
 @pytest.mark.parametrize("step_size", [0, 1, 0.0, 1.0])

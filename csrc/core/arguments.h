@@ -98,6 +98,7 @@ struct LangevinEps {
   Source term[kMaxTerms];
   PerSample coef[kMaxTerms];
   PerSample alpha, sigma, step_size;
+  bool exact;  // integrator
   NoiseSource noise;
   Target out;
 };
@@ -107,6 +108,7 @@ struct LangevinZ {
   float* z;
   Source gradient;
   PerSample step_size;
+  bool exact;  // integrator
   NoiseSource noise;
 };
 

@@ -8,7 +8,7 @@
 
 namespace emd {
 
-// state + step_size (gradient - state) + noise_scale noise, with noise_scale = sqrt(2 step_size).
+// state + step_size (gradient - state) + noise_scale noise.
 EMD_HD float langevin_step(float state, float gradient, float step_size, float noise_scale, float noise) {
   return (state + product(step_size, gradient - state)) + product(noise_scale, noise);
 }
@@ -18,6 +18,10 @@ EMD_HD float langevin_drift(float drift, float gradient, float step_size) {
   return product(1.0f - step_size, drift) + product(step_size, gradient);
 }
 
-EMD_HD float langevin_noise_scale(float step_size) { return sqrtf(2.0f * step_size); }
+// sqrt(2 step_size) by Euler's method. The exact solution of the linear part has
+// sqrt(step_size (2 - step_size)), with which the prior is stationary.
+EMD_HD float langevin_noise_scale(float step_size, bool exact) {
+  return sqrtf(step_size * (exact ? 2.0f - step_size : 2.0f));
+}
 
 }  // namespace emd

@@ -44,7 +44,7 @@ struct Body {
     const RawElements eps_words = fetch<kVector>(op.eps, range), drift_words = fetch<kVector>(op.drift, range);
     const Float8 noise = normals(op.noise, range), delta = delta_of(range, terms);
     const float alpha = number_of(op.alpha, range.sample), sigma = number_of(op.sigma, range.sample);
-    const float step_size = number_of(op.step_size, range.sample), noise_scale = langevin_noise_scale(step_size);
+    const float step_size = number_of(op.step_size, range.sample), noise_scale = langevin_noise_scale(step_size, op.exact);
     Float8 eps = as_floats(eps_words), drift = as_floats(drift_words), cotangent;
 #pragma unroll
     for (int i = 0; i < kRun; i++) {

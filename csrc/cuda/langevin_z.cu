@@ -11,7 +11,7 @@ struct Body {
   __device__ void operator()(const ElementRange& range) const {
     const RawElements z_words = fetch<kVector>(op.z, range), gradient_words = fetch<kVector>(op.gradient, range);
     const Float8 noise = normals(op.noise, range), gradient = floats<kVector>(gradient_words, op.gradient);
-    const float step_size = number_of(op.step_size, range.sample), noise_scale = langevin_noise_scale(step_size);
+    const float step_size = number_of(op.step_size, range.sample), noise_scale = langevin_noise_scale(step_size, op.exact);
     Float8 z = as_floats(z_words);
 #pragma unroll
     for (int i = 0; i < kRun; i++) {

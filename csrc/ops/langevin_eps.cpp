@@ -8,7 +8,7 @@ constexpr int64_t kEpsStream = 2;
 template <class Device>
 at::Tensor langevin_eps(at::Tensor& eps, at::Tensor& drift, const std::optional<at::Tensor>& x, at::TensorList outputs,
                         const at::Tensor& coefs, const at::Tensor& alpha, const at::Tensor& sigma, double step_size,
-                        const std::optional<at::Tensor>& step_size_per_sample, const at::Tensor& noise, int64_t substep,
+                        const std::optional<at::Tensor>& step_size_per_sample, bool exact, const at::Tensor& noise, int64_t substep,
                         at::ScalarType cotangent_dtype) {
   const Call call(eps);
   LangevinEps op = {};
@@ -28,6 +28,7 @@ at::Tensor langevin_eps(at::Tensor& eps, at::Tensor& drift, const std::optional<
   op.alpha = call.per_sample(alpha);
   op.sigma = call.per_sample(sigma);
   op.step_size = call.per_sample(step_size_per_sample, step_size);
+  op.exact = exact;
   op.noise = call.noise(noise, kEpsStream, substep);
   const at::Tensor cotangent = Device::empty(eps.sizes(), cotangent_dtype, call);
   op.out = call.target(cotangent);

@@ -51,6 +51,9 @@ class EMDConfig:
     langevin_steps: int = setting(4, "K, the Langevin steps of an E-step", unit="steps", ge=1, lt=2**16)
     gamma_eps: StepSize = setting(0.16, "Langevin step size of eps, or pairs [sigma / alpha, step size]", gt=0, lt=1)
     gamma_z: StepSize = setting(0.02, "Langevin step size of z, or pairs [sigma / alpha, step size]", ge=0, lt=1)
+    integrator: Literal["euler", "exact"] = setting(
+        "euler", "Langevin step: as published, or with the noise that leaves N(0, I) stationary where delta is 0"
+    )
     noise_cancellation: bool = setting(True, "regress the generator on drift (true) or on eps_K (false)")
     sampling: Literal["eps_z", "x_z"] = setting("eps_z", "variables of the Langevin chain; x_z is the ablation")
     objective: Literal["emd", "vsd"] = setting(

@@ -25,6 +25,7 @@ def e_step(teacher: Any, z: Tensor, eps: Tensor, t: Tensor, cond: Condition, set
     _steps(settings, z)
     _check.step_size(settings.gamma_eps, z, name="gamma_eps", within=_check.GAMMA_EPS, synchronize=True)
     _check.step_size(settings.gamma_z, z, name="gamma_z", within=_check.GAMMA_Z, synchronize=True)
+    _check.exact(settings.integrator)
     guidance = settings.guidance
     if isinstance(guidance, Tensor):
         _check.per_sample("guidance", guidance, z, synchronize=True)

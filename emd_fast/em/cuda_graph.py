@@ -93,7 +93,8 @@ class GraphedEStep:
     a network that is not a module, or a network that makes the host wait for the device.
 
     Args:
-        generator, teacher, fake_score, guidance, null_cond, steps, noise: as for e_step.
+        generator, teacher, fake_score, guidance, null_cond, integrator, steps, noise: as for
+            e_step.
         gamma_eps, gamma_z: as for e_step, or None if they are given with every call.
         parallel: whether teacher and fake score run on two streams. None: for batches up to
             SMALL_BATCH.
@@ -111,12 +112,19 @@ class GraphedEStep:
         gamma_z: float | Tensor | None = None,
         guidance: float | Tensor | None = None,
         null_cond: Condition = None,
+        integrator: str = "euler",
         parallel: bool | None = None,
     ) -> None:
         self.networks: tuple[Any, Any, Any] = (generator, teacher, fake_score)
         self.noise = noise
         self._step_sizes = (gamma_eps, gamma_z)
-        self._settings: dict[str, Any] = {"steps": steps, "noise": noise, "guidance": guidance, "null_cond": null_cond}
+        self._settings: dict[str, Any] = {
+            "steps": steps,
+            "noise": noise,
+            "guidance": guidance,
+            "null_cond": null_cond,
+            "integrator": integrator,
+        }
         self._parallel = parallel
         self._captured: dict[Hashable, _Captured] = {}
         self._refused: dict[Hashable, str] = {}

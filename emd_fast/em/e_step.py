@@ -62,13 +62,21 @@ def sample_eps_z(
                     alpha,
                     sigma,
                     step_size=settings.gamma_eps,
+                    integrator=settings.integrator,
                     noise=settings.noise,
                     substep=k,
                     cotangent_dtype=x0.dtype,
                 )
             if settings.moves_z:
                 (z_grad,) = torch.autograd.grad(x0, latent, alpha_delta)
-                ops.langevin_z(z, z_grad, step_size=settings.gamma_z, noise=settings.noise, substep=k)
+                ops.langevin_z(
+                    z,
+                    z_grad,
+                    step_size=settings.gamma_z,
+                    integrator=settings.integrator,
+                    noise=settings.noise,
+                    substep=k,
+                )
             if watch is not None:
                 delta = alpha_delta.float() / column(alpha, alpha_delta)
                 watch(LangevinStep(k, x0.detach(), delta, z, eps, drift))
@@ -94,6 +102,7 @@ def e_step(
     steps: int,
     gamma_eps: float | Tensor,
     gamma_z: float | Tensor,
+    integrator: str = "euler",
     noise: Noise,
 ) -> EStep:
     """Langevin steps on the density proportional to q(x_t) / p(x_t) N(eps) N(z).
@@ -114,6 +123,8 @@ def e_step(
         guidance: None, a number or (B,) float32: F = F_u + guidance (F_c - F_u) for the teacher.
         steps: K >= 1.
         gamma_eps, gamma_z: step sizes, a number or (B,) float32, in (0, 1) and [0, 1).
+        integrator: "euler", the step as published, or "exact", which solves its linear part: where
+            delta is 0 the prior N(0, I) is stationary.
         noise: Langevin noise, streams 2 and 3 at substeps 0 .. K - 1.
 
     Raises:
@@ -122,6 +133,6 @@ def e_step(
 
     Source: Xie et al., arXiv 2405.16852, algorithm 1; docs/algorithm.md.
     """
-    settings = LangevinSettings(steps, gamma_eps, gamma_z, noise, guidance, null_cond)
+    settings = LangevinSettings(steps, gamma_eps, gamma_z, noise, guidance, null_cond, integrator)
     _check.e_step(teacher, z, eps, t, cond, settings)
     return sample_eps_z((generator, teacher, fake_score), z, eps, t, cond, settings)

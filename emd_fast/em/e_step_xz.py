@@ -43,6 +43,7 @@ def sample_x_z(
     difference = ScoreDifference(teacher, fake_score, t, cond, settings.null_cond, settings.guidance)
     z, noises = z.detach().float(), eps.detach().float()
     alpha_x, sigma_x = column(alpha, eps), column(sigma, eps)
+    exact = settings.integrator == "exact"
     step_x, step_z = _column(settings.gamma_eps, eps), _column(settings.gamma_z, z)
     with (
         gathered(*networks),
@@ -61,14 +62,18 @@ def sample_x_z(
             n = ops.normal(x.shape, noise, stream=NoiseStream.LANGEVIN_EPS, substep=k)
             m = ops.normal(z.shape, noise, stream=NoiseStream.LANGEVIN_Z, substep=k)
             delta = difference.at(x)
-            x = x + step_x * sigma_x**2 * (delta - residual) + torch.sqrt(2 * step_x) * sigma_x * n
-            noises = (1 - step_x) * noises + torch.sqrt(2 * step_x) * n
-            z = z + step_z * (z_grad - z) + torch.sqrt(2 * step_z) * m
+            x = x + step_x * sigma_x**2 * (delta - residual) + _noise_scale(step_x, exact) * sigma_x * n
+            noises = (1 - step_x) * noises + _noise_scale(step_x, exact) * n
+            z = z + step_z * (z_grad - z) + _noise_scale(step_z, exact) * m
             if watch is not None:
                 eps = (x - alpha_x * g(z, cond).float()) / sigma_x
                 watch(LangevinStep(k, mean.detach() / alpha_x, delta, z, eps, eps - noises))
         eps = (x - alpha_x * g(z, cond).float()) / sigma_x
     return EStep(z, eps, eps - noises, alpha, sigma, t, cond)
+
+
+def _noise_scale(step: Tensor, exact: bool) -> Tensor:
+    return torch.sqrt(step * (2 - step) if exact else 2 * step)
 
 
 def _column(gamma: float | Tensor, like: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ class LangevinSettings:
         noise: the Langevin noise: streams 2 and 3, substeps 0 .. K - 1.
         guidance: classifier-free guidance weight of the teacher: None, a number or (B,) float32.
         null_cond: the unconditional condition for guidance; the teacher's own when None.
+        integrator: "euler" or "exact": the scale of the noise, as for `ops.langevin_eps`.
     """
 
     steps: int
@@ -35,6 +36,7 @@ class LangevinSettings:
     noise: Noise
     guidance: float | Tensor | None = None
     null_cond: Condition = None
+    integrator: str = "euler"
 
     @property
     def moves_z(self) -> bool:

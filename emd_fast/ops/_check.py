@@ -141,6 +141,13 @@ def finite(name: str, value: Tensor) -> None:
     _values(name, value, FINITE)
 
 
+def exact(integrator: str) -> bool:
+    """Checks an integrator, "euler" or "exact". Returns the argument `exact` of the op schemas."""
+    if integrator not in ("euler", "exact"):
+        raise ValueError(f'integrator must be "euler" or "exact", got {integrator!r}')
+    return integrator == "exact"
+
+
 def step_size(
     value: float | Tensor,
     like: Tensor,

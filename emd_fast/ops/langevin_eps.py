@@ -13,7 +13,8 @@ from emd_fast.ops._define import define
 _op = define(
     "langevin_eps",
     "Tensor(a!) eps, Tensor(b!) drift, Tensor? x, Tensor[] outputs, Tensor coefs, Tensor alpha, Tensor sigma, "
-    "float step_size, Tensor? step_size_per_sample, Tensor noise, SymInt substep, ScalarType cotangent_dtype",
+    "float step_size, Tensor? step_size_per_sample, bool exact, Tensor noise, SymInt substep, "
+    "ScalarType cotangent_dtype",
     "Tensor",
     fake=lambda eps, *args: eps.new_empty(eps.shape, dtype=args[-1]),
 )
@@ -29,6 +30,7 @@ def langevin_eps(
     sigma: Tensor,
     *,
     step_size: float | Tensor,
+    integrator: str = "euler",
     noise: Noise,
     substep: int = 0,
     cotangent_dtype: torch.dtype | None = None,
@@ -37,7 +39,7 @@ def langevin_eps(
 
         delta = coefs[:, 0] x + coefs[:, 1] outputs[0] + ...        teacher score minus fake score
         drift = (1 - step_size) drift + step_size sigma delta
-        eps   = eps + step_size (sigma delta - eps) + sqrt(2 step_size) n
+        eps   = eps + step_size (sigma delta - eps) + noise_scale n
 
     Args:
         eps, drift: (B, ...) float32, contiguous. Both are updated in place.
@@ -47,6 +49,8 @@ def langevin_eps(
         coefs: (B, 1 + len(outputs)) float32, column 0 for x; (B, len(outputs)) when x is None.
         alpha, sigma: (B,) float32.
         step_size: gamma_eps in [0, 1], a number or (B,) float32.
+        integrator: "euler", with noise_scale = sqrt(2 step_size), or "exact", with
+            noise_scale = sqrt(step_size (2 - step_size)).
         noise, substep: n is drawn from stream 2 at this substep.
         cotangent_dtype: dtype of the result; that of outputs[0] when None.
 
@@ -60,8 +64,7 @@ def langevin_eps(
     Each product is rounded before it is added, so that equal outputs give a delta of exactly 0.
 
     Source: Xie et al., "EM Distillation for One-step Diffusion Models" (arXiv 2405.16852), in the
-        form
-    of docs/algorithm.md.
+    form of docs/algorithm.md.
     """
     _check.state("eps", eps)
     _check.state("drift", drift, like=eps)
@@ -79,6 +82,7 @@ def langevin_eps(
     _check.per_sample("alpha", alpha, eps)
     _check.per_sample("sigma", sigma, eps, positive=True)
     step_size, step_size_per_sample = _check.step_size(step_size, eps)
+    exact = _check.exact(integrator)
     state = _check.noise(noise, NoiseStream.LANGEVIN_EPS, substep, len(eps), eps.device)
     cotangent_dtype = _check.dtype("cotangent_dtype", outputs[0].dtype if cotangent_dtype is None else cotangent_dtype)
     others = {
@@ -98,6 +102,7 @@ def langevin_eps(
         sigma,
         step_size,
         step_size_per_sample,
+        exact,
         state,
         substep,
         cotangent_dtype,

@@ -98,7 +98,9 @@ class EMDTrainer:
         captures, self.cuda_graph = self._captures(three)
         if captures:
             steps, guidance = self._langevin_steps, config.guidance
-            self._graphed = GraphedEStep(*three, steps=steps, guidance=guidance, noise=self.noise)
+            self._graphed = GraphedEStep(
+                *three, steps=steps, guidance=guidance, integrator=config.integrator, noise=self.noise
+            )
         self.prompts = None if prompts is None else conditions.table(prompts)
         shapes = prepared.latent_shape, prepared.sample_shape
         heard = functools.partial(unwrap(teacher).heard, dtype=self.compute_dtype)
@@ -232,7 +234,9 @@ class EMDTrainer:
             if self._graphed is not None and watch is None:
                 return self._graphed(z, eps, t, batch.cond, gamma_eps=gamma_eps, gamma_z=gamma_z)
             sample = sample_x_z if config.sampling == "x_z" else sample_eps_z
-            settings = LangevinSettings(self._langevin_steps, gamma_eps, gamma_z, self.noise, config.guidance)
+            settings = LangevinSettings(
+                self._langevin_steps, gamma_eps, gamma_z, self.noise, config.guidance, integrator=config.integrator
+            )
             three = (self.generator, self.teacher, self.fake_score)
             return sample(three, z, eps, t, batch.cond, settings, watch)
 

@@ -31,6 +31,7 @@ void langevin_eps(const LangevinEps& op, int64_t first, int64_t last) {
           },
           op.coef[t]);
     }
+    const bool exact = op.exact;
     const float* noise = drawn.data;
     float *eps = op.eps + tile.flat, *drift = op.drift + tile.flat, *out = begin(op.out, tile, buffer);
     with_numbers(
@@ -40,7 +41,7 @@ void langevin_eps(const LangevinEps& op, int64_t first, int64_t last) {
           for (int64_t i = 0; i < n; i++) {
             const float step = at(step_size, i), gradient = product(at(sigma, i), delta[i]);
             drift[i] = langevin_drift(drift[i], gradient, step);
-            eps[i] = langevin_step(eps[i], gradient, step, langevin_noise_scale(step), noise[i]);
+            eps[i] = langevin_step(eps[i], gradient, step, langevin_noise_scale(step, exact), noise[i]);
             out[i] = product(at(alpha, i), delta[i]);
           }
         },

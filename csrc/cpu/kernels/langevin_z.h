@@ -16,13 +16,14 @@ void langevin_z(const LangevinZ& op, int64_t first, int64_t last) {
     const float *noise = drawn.data, *gradient = read(op.gradient, tile, op.shape.elements, buffer);
     float* z = op.z + tile.flat;
     const int64_t n = tile.size();
+    const bool exact = op.exact;
     with_numbers(
         tile,
         [=](auto step_size) {
 #pragma omp simd
           for (int64_t i = 0; i < n; i++) {
             const float step = at(step_size, i);
-            z[i] = langevin_step(z[i], gradient[i], step, langevin_noise_scale(step), noise[i]);
+            z[i] = langevin_step(z[i], gradient[i], step, langevin_noise_scale(step, exact), noise[i]);
           }
         },
         op.step_size);

@@ -18,6 +18,7 @@ def langevin_eps(
     sigma: Tensor,
     step_size: float,
     step_size_per_sample: Tensor | None,
+    exact: bool,
     noise: Tensor,
     substep: int,
     cotangent_dtype: torch.dtype,
@@ -27,7 +28,7 @@ def langevin_eps(
     for k, term in zip(coefs.unbind(1), terms, strict=True):
         # Two roundings and no fused multiply-add: equal outputs must cancel to exactly 0.
         delta = delta + per_sample(k, eps) * wide(term)
-    step, noise_scale = resolve_step_size(step_size, step_size_per_sample, eps)
+    step, noise_scale = resolve_step_size(step_size, step_size_per_sample, exact, eps)
     pull = per_sample(sigma, eps) * delta
     drift.copy_((1 - step) * drift + step * pull)
     n = normal(list(eps.shape), noise, NoiseStream.LANGEVIN_EPS, substep, torch.float32)
@@ -35,8 +36,13 @@ def langevin_eps(
     return (per_sample(alpha, eps) * delta).to(cotangent_dtype).contiguous()
 
 
-def resolve_step_size(step_size: float, step_size_per_sample: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the step size, broadcastable to `like`, and the noise scale sqrt(2 step_size).
+def resolve_step_size(
+    step_size: float, step_size_per_sample: Tensor | None, exact: bool, like: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Returns the step size, broadcastable to `like`, and the noise scale.
+
+    The scale is sqrt(2 step_size) by Euler's method. The exact solution of the linear part has
+    sqrt(step_size (2 - step_size)), with which the prior is stationary.
 
     A number is converted to the dtype of `like` first: the kernels compute the scale in float32.
     """
@@ -44,4 +50,4 @@ def resolve_step_size(step_size: float, step_size_per_sample: Tensor | None, lik
         step = torch.full((), step_size, dtype=like.dtype, device=like.device)
     else:
         step = per_sample(step_size_per_sample, like)
-    return step, torch.sqrt(2 * step)
+    return step, torch.sqrt(step * (2 - step) if exact else 2 * step)

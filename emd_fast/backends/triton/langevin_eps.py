@@ -36,6 +36,7 @@ def langevin_eps_kernel(
     COLUMNS: tl.constexpr,
     PLANES: tl.constexpr,
     WIDE: tl.constexpr,
+    EXACT: tl.constexpr,
     RUN: tl.constexpr,
 ):
     sample, row, column, block, inside = tile(batch, sizes, down, across, ROWS, COLUMNS, PLANES, WIDE)
@@ -46,7 +47,7 @@ def langevin_eps_kernel(
         delta = delta + _coefficient(coefs, sample, i) * term
     store(cotangent, of_sample(alpha, sample) * delta, sizes, sample, row, column, inside, PLANES)
 
-    step_size, noise_scale = resolve_step_size(step_size, step_size_per_sample, sample)
+    step_size, noise_scale = resolve_step_size(step_size, step_size_per_sample, EXACT, sample)
     pull = of_sample(sigma, sample) * delta
     d = load(drift, sizes, sample, row, column, inside, PLANES)
     store(drift, (1 - step_size) * d + step_size * pull, sizes, sample, row, column, inside, PLANES)
@@ -65,6 +66,7 @@ def langevin_eps(
     sigma: Tensor,
     step_size: float,
     step_size_per_sample: Tensor | None,
+    exact: bool,
     noise: Tensor,
     substep: int,
     cotangent_dtype: torch.dtype,
@@ -90,6 +92,7 @@ def langevin_eps(
         substep,
         like=eps,
         sizes=sizes,
+        EXACT=exact,
         RUN=launch.neighbours(cotangent, *terms),
     )
     return cotangent

@@ -25,10 +25,11 @@ def langevin_z_kernel(
     COLUMNS: tl.constexpr,
     PLANES: tl.constexpr,
     WIDE: tl.constexpr,
+    EXACT: tl.constexpr,
     RUN: tl.constexpr,
 ):
     sample, row, column, block, inside = tile(batch, sizes, down, across, ROWS, COLUMNS, PLANES, WIDE)
-    step_size, noise_scale = resolve_step_size(step_size, step_size_per_sample, sample)
+    step_size, noise_scale = resolve_step_size(step_size, step_size_per_sample, EXACT, sample)
     old = load(z, sizes, sample, row, column, inside, PLANES)
     pull = load(z_grad, sizes, sample, row, column, inside, PLANES)
     m = normals(noise, stream, substep, sample, block, ROWS, COLUMNS, RUN)
@@ -36,7 +37,13 @@ def langevin_z_kernel(
 
 
 def langevin_z(
-    z: Tensor, z_grad: Tensor, step_size: float, step_size_per_sample: Tensor | None, noise: Tensor, substep: int
+    z: Tensor,
+    z_grad: Tensor,
+    step_size: float,
+    step_size_per_sample: Tensor | None,
+    exact: bool,
+    noise: Tensor,
+    substep: int,
 ) -> None:
     if not z.numel():
         return
@@ -52,5 +59,6 @@ def langevin_z(
         substep,
         like=z,
         sizes=sizes,
+        EXACT=exact,
         RUN=launch.neighbours(z_grad),
     )

@@ -83,8 +83,8 @@ def of_sample(values, sample):
 
 
 @triton.jit
-def resolve_step_size(step_size, step_size_per_sample, sample):
-    """Step size (one number, or one per sample) and noise scale sqrt(2 step_size) of a tile."""
+def resolve_step_size(step_size, step_size_per_sample, EXACT: tl.constexpr, sample):
+    """Step size (one number, or one per sample) and noise scale of a tile."""
     if step_size_per_sample is not None:
         step_size = of_sample(step_size_per_sample, sample)
-    return step_size, tl.sqrt_rn(2 * step_size)
+    return step_size, tl.sqrt_rn(step_size * (2 - step_size) if EXACT else 2 * step_size)
