@@ -16,6 +16,7 @@ from emd_fast.em import cuda_graph as graphs
 from emd_fast.em.cuda_graph import GraphedEStep, GraphFacts, obstacle, worth_a_graph
 from emd_fast.em.streams import branches, side_by_side
 from emd_fast.teachers.small_unet import SmallUNet
+from emd_fast.train.posterior import captures
 
 SETTINGS = {"steps": 3, "gamma_eps": 0.2, "gamma_z": 0.05}
 
@@ -156,7 +157,7 @@ def test_what_cannot_be_captured(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("chosen", "change", "captures", "why"),
+    ("chosen", "change", "captured", "why"),
     [
         ("auto", {"batch_size": 16}, True, "auto: on: a pass of 16 samples"),
         ("auto", {"batch_size": 17}, False, "auto: off: a pass of 17 samples"),
@@ -167,20 +168,20 @@ def test_what_cannot_be_captured(monkeypatch):
         (False, {"batch_size": 4}, False, "cuda_graph is false"),
     ],
 )
-def test_what_a_trainer_captures(monkeypatch, caplog, chosen, change, captures, why):
-    *_, teacher = networks()
-    trainer = emd_fast.EMDTrainer(teacher, emd_fast.EMDConfig(num_classes=4, cuda_graph=chosen, **change))
-    assert chosen == "auto" or trainer.is_graphed == captures
-    trainer.device = torch.device("cuda")  # the networks stay where they are
+def test_what_a_trainer_captures(caplog, chosen, change, captured, why):
+    config = emd_fast.EMDConfig(num_classes=4, cuda_graph=chosen, **change)
     with caplog.at_level(logging.INFO, "emd_fast"):
-        assert trainer._captures(networks()) == (captures, trainer._captures(networks())[1])
-    assert why in trainer._captures(networks())[1]
+        found, reason = captures(config, networks(), "cuda")
+    assert found == captured and why in reason
     assert (chosen == "auto") == any(why in record.getMessage() for record in caplog.records)
 
 
 def test_auto_is_off_on_a_cpu():
     trainer = emd_fast.EMDTrainer(networks()[1], emd_fast.EMDConfig(num_classes=4, batch_size=4, cuda_graph="auto"))
-    assert not trainer.is_graphed and trainer.cuda_graph == "cuda_graph is auto: off: cpu tensors have no graphs"
+    assert (
+        not trainer.posterior.captured
+        and trainer.posterior.why == "cuda_graph is auto: off: cpu tensors have no graphs"
+    )
 
 
 def test_step_sizes_must_come_from_somewhere():

@@ -48,7 +48,7 @@ def test_a_sample_alone_is_that_sample_of_the_whole_batch(changes):
     assert torch.equal(alone.t[0], whole.t[5]) and torch.equal(alone.cond[0], whole.cond[5])
     if changes.get("gamma_z") == 0.0:  # z stays what was drawn
         assert torch.equal(alone.z[0], whole.z[5])
-    assert [now.k for now in steps] == list(range(trainer._langevin_steps))
+    assert [now.k for now in steps] == list(range(trainer.posterior.steps))
     torch.testing.assert_close(steps[-1].drift, alone.drift)
     torch.testing.assert_close(steps[-1].eps, alone.eps)
 

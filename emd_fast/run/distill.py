@@ -85,7 +85,7 @@ def _distill(settings: RunConfig, folder: Path, sinks: tuple[str, ...], held: co
     if distributed.world_size() > 1:
         say(f"{distributed.world_size()} ranks, {trainer.parallel}")
     if settings.emd.compute.cuda_graph == "auto":
-        say(trainer.cuda_graph)
+        say(trainer.posterior.why)
     if trainer.steps_done:
         say(f"resuming {folder} at step {trainer.steps_done} of {settings.emd.steps}")
     seconds["distil"] = train(trainer, settings, folder, sinks, task, writes)

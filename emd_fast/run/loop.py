@@ -154,8 +154,9 @@ def _countable(trainer: EMDTrainer) -> bool:
     work under a counter; torchao's optimizer compiles its step.
     """
     warms_up = trainer.steps_done == 0 and trainer.config.fake_score_warmup > 0
-    compute = trainer.config.compute
-    return not (warms_up or trainer.is_graphed or compute.compile or trainer.config.optimizer.name == "adamw_8bit")
+    config = trainer.config
+    compiles = trainer.posterior.captured or config.compute.compile
+    return not (warms_up or compiles or config.optimizer.name == "adamw_8bit")
 
 
 def _numbers(scalars: dict[str, Tensor]) -> dict[str, float]:

@@ -6,7 +6,6 @@ Reading order: `step`, then the three parts that it calls, in the words of docs/
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,23 +18,19 @@ from emd_fast import distributed
 from emd_fast.config import EMDConfig, flatten, to_dict
 from emd_fast.diffusion.denoiser import Condition, Denoiser, unwrap
 from emd_fast.distributed import gathered
-from emd_fast.em.cuda_graph import GraphedEStep, GraphFacts, obstacle, worth_a_graph
-from emd_fast.em.e_step import sample_eps_z
-from emd_fast.em.e_step_xz import sample_x_z
 from emd_fast.em.fake_score_step import fake_score_step
 from emd_fast.em.frozen import frozen
 from emd_fast.em.m_step import WEIGHTINGS, m_step
-from emd_fast.em.types import EStep, LangevinSettings, Watch
+from emd_fast.em.types import EStep, Watch
 from emd_fast.noise import Noise, NoiseStream
 from emd_fast.train import checkpoint, conditions, diagnostics, networks, precision
 from emd_fast.train.batches import BatchSampler, MicroBatch
 from emd_fast.train.diagnostics import StepRecord
 from emd_fast.train.gradient_variance import gradient_variance
 from emd_fast.train.learner import Learner
+from emd_fast.train.posterior import PosteriorSampler
 from emd_fast.train.state import State, check_config, check_teacher, read_facts
 from emd_fast.train.throughput import StepTimer
-
-_logger = logging.getLogger("emd_fast")
 
 
 class EMDTrainer:
@@ -93,42 +88,17 @@ class EMDTrainer:
             "generator": Learner(self.generator, config.optimizer.generator_lr, self.compute_dtype, config),
             "fake_score": Learner(self.fake_score, config.optimizer.fake_score_lr, self.compute_dtype, config),
         }
-        self._langevin_steps = 1 if config.objective == "vsd" else config.langevin_steps
-        self._graphed: GraphedEStep | None = None
-        captures, self.cuda_graph = self._captures(three)
-        if captures:
-            steps, guidance = self._langevin_steps, config.guidance
-            self._graphed = GraphedEStep(
-                *three, steps=steps, guidance=guidance, integrator=config.integrator, noise=self.noise
-            )
         self.prompts = None if prompts is None else conditions.table(prompts)
         shapes = prepared.latent_shape, prepared.sample_shape
         heard = functools.partial(unwrap(teacher).heard, dtype=self.compute_dtype)
         self.batches = BatchSampler(config, self.schedule, self.noise, *shapes, self.prompts, heard)
+        self.posterior = PosteriorSampler(config, three, self.noise, self.batches, self.device.type)
         self.steps_done, self.skipped = 0, torch.zeros((), device=self.device)
         self.timer = StepTimer(self.device)  # seconds of the last step: fake score, e_step, m_step
         self._records: list[StepRecord] = []
         self._writer = checkpoint.Writer()
         parts = {"generator": self.generator, "fake_score": self.fake_score, "ema": self.ema.module}
         self._state = State(parts, self.learners)
-
-    def _captures(self, three: Sequence[Any]) -> tuple[bool, str]:
-        """Whether the E-step is captured as a CUDA graph, and why, in one line."""
-        chosen = self.config.compute.cuda_graph
-        if chosen != "auto":
-            return chosen, f"cuda_graph is {str(chosen).lower()}"
-        first, last = distributed.share(self.config.batch_size)
-        samples = min(self.config.compute.micro_batch_size or last - first, last - first)
-        sampled = 'sampling "x_z" has no graph' if self.config.sampling == "x_z" else None
-        captures, why = worth_a_graph(GraphFacts(self.device.type, sampled or obstacle(three), samples))
-        said = f"cuda_graph is auto: {'on' if captures else 'off'}: {why}"
-        _logger.info(said)
-        return captures, said
-
-    @property
-    def is_graphed(self) -> bool:
-        """Whether the E-step runs as a CUDA graph, where it can be captured."""
-        return self._graphed is not None
 
     # One step ---------------------------------------------------------------------------------------------------------
 
@@ -225,20 +195,8 @@ class EMDTrainer:
             return [self._e_step(batch) for batch in self.batches.micro_batches(cond, 0)]
 
     def _e_step(self, batch: MicroBatch, watch: Watch | None = None) -> EStep:
-        config = self.config
-        z, eps = self.batches.e_step(batch.first, batch.size)
-        t = self.batches.times(config.time_distribution, batch.size, stream=NoiseStream.E_STEP_TIME)
-        gamma_eps = self.batches.step_size(config.gamma_eps, t)
-        gamma_z = 0.0 if config.objective == "vsd" else self.batches.step_size(config.gamma_z, t)
         with self.autocast():
-            if self._graphed is not None and watch is None:
-                return self._graphed(z, eps, t, batch.cond, gamma_eps=gamma_eps, gamma_z=gamma_z)
-            sample = sample_x_z if config.sampling == "x_z" else sample_eps_z
-            settings = LangevinSettings(
-                self._langevin_steps, gamma_eps, gamma_z, self.noise, config.guidance, integrator=config.integrator
-            )
-            three = (self.generator, self.teacher, self.fake_score)
-            return sample(three, z, eps, t, batch.cond, settings, watch)
+            return self.posterior(batch, watch)
 
     def _generator_loss(self, posteriors: Sequence[EStep]) -> Tensor:
         """Returns this rank's part of the M-step's loss; leaves the gradient and the step's records."""

@@ -1,0 +1,71 @@
+"""The E-step of a run, as its configuration asks for it: which chain, and whether as a CUDA graph."""
+
+from __future__ import annotations
+
+import logging
+
+from emd_fast import distributed
+from emd_fast.config import EMDConfig
+from emd_fast.em.cuda_graph import GraphedEStep, GraphFacts, obstacle, worth_a_graph
+from emd_fast.em.e_step import sample_eps_z
+from emd_fast.em.e_step_xz import sample_x_z
+from emd_fast.em.types import EStep, LangevinSettings, Networks, Watch
+from emd_fast.noise import Noise, NoiseStream
+from emd_fast.train.batches import BatchSampler, MicroBatch
+
+_logger = logging.getLogger("emd_fast")
+
+
+class PosteriorSampler:
+    """Samples (eps, z) of micro-batches by the chain of a configuration.
+
+    Attributes:
+        captured: whether the E-step runs as a CUDA graph, where it can be captured.
+        why: the reason, in one line.
+
+    Args:
+        networks: generator, teacher and fake score.
+        batches: gives noise, times and step sizes.
+        device_type: of the networks.
+    """
+
+    def __init__(
+        self, config: EMDConfig, networks: Networks, noise: Noise, batches: BatchSampler, device_type: str
+    ) -> None:
+        self._config, self._networks, self._noise, self._batches = config, networks, noise, batches
+        self.steps = 1 if config.objective == "vsd" else config.langevin_steps
+        self.captured, self.why = captures(config, networks, device_type)
+        self._graphed: GraphedEStep | None = None
+        if self.captured:
+            self._graphed = GraphedEStep(
+                *networks, steps=self.steps, noise=noise, guidance=config.guidance, integrator=config.integrator
+            )
+
+    def __call__(self, batch: MicroBatch, watch: Watch | None = None) -> EStep:
+        """Makes the E-step of a micro-batch. `watch` is called after each Langevin step."""
+        config, batches = self._config, self._batches
+        z, eps = batches.e_step(batch.first, batch.size)
+        t = batches.times(config.time_distribution, batch.size, stream=NoiseStream.E_STEP_TIME)
+        gamma_eps = batches.step_size(config.gamma_eps, t)
+        gamma_z = 0.0 if config.objective == "vsd" else batches.step_size(config.gamma_z, t)
+        if self._graphed is not None and watch is None:
+            return self._graphed(z, eps, t, batch.cond, gamma_eps=gamma_eps, gamma_z=gamma_z)
+        sample = sample_x_z if config.sampling == "x_z" else sample_eps_z
+        settings = LangevinSettings(
+            self.steps, gamma_eps, gamma_z, self._noise, config.guidance, integrator=config.integrator
+        )
+        return sample(self._networks, z, eps, t, batch.cond, settings, watch)
+
+
+def captures(config: EMDConfig, networks: Networks, device_type: str) -> tuple[bool, str]:
+    """Whether the E-step is captured as a CUDA graph, and why, in one line."""
+    chosen = config.compute.cuda_graph
+    if chosen != "auto":
+        return chosen, f"cuda_graph is {str(chosen).lower()}"
+    first, last = distributed.share(config.batch_size)
+    samples = min(config.compute.micro_batch_size or last - first, last - first)
+    sampled = 'sampling "x_z" has no graph' if config.sampling == "x_z" else None
+    pays, reason = worth_a_graph(GraphFacts(device_type, sampled or obstacle(networks), samples))
+    said = f"cuda_graph is auto: {'on' if pays else 'off'}: {reason}"
+    _logger.info(said)
+    return pays, said
