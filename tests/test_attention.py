@@ -1,3 +1,4 @@
+import itertools
 import math
 import sys
 import types
@@ -10,10 +11,11 @@ from helpers import DTYPES, assert_as_good_as_eager, assert_same, dtypes, seeded
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.flop_counter import FlopCounterMode
 
 import emd_fast
 from emd_fast import backends, ops
-from emd_fast.backends import attention_table, xformers
+from emd_fast.backends import attention_table, cudnn, xformers
 from emd_fast.backends.attention_table import Row
 
 BACKENDS = ["triton"] if conftest.INTERPRETED else [None, "sdpa", "reference"]
@@ -88,7 +90,12 @@ def test_no_queries_or_no_keys_or_no_samples(chosen, dtype, batch, tokens, keys)
 
 
 @pytest.mark.parametrize(
-    ("name", "reason"), [("triton", "CPU tensors need TRITON_INTERPRET=1"), ("xformers", "it serves cuda tensors only")]
+    ("name", "reason"),
+    [
+        ("triton", "CPU tensors need TRITON_INTERPRET=1"),
+        ("xformers", "it serves cuda tensors only"),
+        ("cudnn", "it serves cuda tensors only"),
+    ],
 )
 def test_a_named_backend_wins_over_the_block_and_raises_with_the_reason_if_it_cannot_run(name, reason):
     q = torch.randn(1, 2, 1, 4)
@@ -142,12 +149,95 @@ def table(monkeypatch):
     return replace
 
 
-def test_the_shipped_table_leaves_everything_to_pytorch():
-    for architecture in (80, 86, 89, 90, 100, 120):
+def test_the_shipped_table():
+    for architecture in (80, 86, 89, 100, 120):
         assert attention_table.choose(architecture, **CALL) == "sdpa"
-    assert attention_table.backends() == ["sdpa"]
-    row = emd_fast.backend_report()["attention"]["cuda"]
-    assert row["backend"] == "sdpa" and "triton: " in row["reason"] and "xformers: " in row["reason"]
+    for dtype, head_dim in itertools.product((torch.bfloat16, torch.float16), (40, 64, 80, 160)):
+        for gradient, keys in itertools.product((False, True), (77, 4096, 64)):
+            chosen = attention_table.choose(90, head_dim, dtype, 4096, keys, gradient)
+            assert chosen == ("sdpa" if head_dim == 160 and gradient else "cudnn")
+    for other in ({"dtype": torch.float32}, {"head_dim": 72}, {"keys": 1}, {"keys": 0}):
+        assert attention_table.choose(90, **CALL | other) == "sdpa"
+    assert attention_table.backends(80) == ["sdpa"] and attention_table.backends(90) == ["cudnn", "sdpa"]
+
+
+def test_the_shipped_table_serves_the_shapes_of_the_benchmarks():
+    from benchmarks.attention import ADM, SD15
+
+    for _, tokens, _, head_dim, *keys in ADM + SD15:
+        row = attention_table.choose(90, head_dim, torch.bfloat16, tokens, keys[0] if keys else tokens, True)
+        assert row == ("sdpa" if head_dim == 160 else "cudnn")
+
+
+@pytest.fixture
+def cudnn_here(monkeypatch):
+    """cuDNN on the CPU: the same call by PyTorch's attention. Yields what was asked of the op."""
+    asked = []
+
+    def op(q, k, v, bias, log_sum_exp, *, scale):
+        asked.append((bias, log_sum_exp, scale))
+        return scaled_dot_product_attention(q, k, v, scale=scale), None
+
+    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_cudnn_attention", op)
+    monkeypatch.setattr(cudnn, "why_not", lambda device_type: None)
+    return asked
+
+
+def test_cudnn_computes_the_same_and_saves_for_the_backward_pass_where_there_is_one(cudnn_here):
+    q, k, v = (torch.randn(2, n, 3, 8, generator=seeded(n)).bfloat16() for n in (5, 7, 7))
+    expected = ops.attention(q, k, v, scale=0.3, backend="sdpa")
+    assert torch.equal(ops.attention(q, k, v, scale=0.3, backend="cudnn"), expected)
+    ops.attention(q, k, v.clone().requires_grad_(), backend="cudnn")
+    with torch.no_grad():
+        ops.attention(q, k, v.clone().requires_grad_(), backend="cudnn")
+    assert cudnn_here == [(None, False, 0.3), (None, True, 1 / math.sqrt(8)), (None, False, 1 / math.sqrt(8))]
+    for sizes in ((0, 5, 7), (2, 0, 7), (2, 5, 0)):  # cuDNN takes no empty tensors
+        empty = (torch.ones(sizes[0], n, 3, 8).bfloat16() for n in (sizes[1], sizes[2], sizes[2]))
+        assert not ops.attention(*empty, backend="cudnn").any()
+    assert len(cudnn_here) == 3
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "keys", "reason"),
+    [
+        (torch.float32, 8, 3, "it takes bfloat16 and float16"),
+        (torch.bfloat16, 12, 3, "the head dim is no multiple of 8"),
+        (torch.bfloat16, 8, 1, "it has no kernel for one key"),
+    ],
+)
+def test_what_cudnn_has_no_kernel_for(cudnn_here, dtype, head_dim, keys, reason):
+    q, k = (torch.ones(1, n, 2, head_dim, dtype=dtype) for n in (3, keys))
+    with pytest.raises(RuntimeError, match=rf"'cudnn' cannot run attention on .* {dtype}: {reason}"):
+        ops.attention(q, k, k, backend="cudnn")
+    assert not cudnn_here
+
+
+def test_why_cudnn_cannot_serve(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cuda, "cudnn_sdp_enabled", lambda: True)
+    for version, reason in ((91900, None), (8907, "it needs cuDNN 9, and PyTorch has 8907")):
+        monkeypatch.setattr(torch.backends.cudnn, "version", lambda version=version: version)
+        assert cudnn.why_not("cuda") == reason
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
+    assert cudnn.why_not("cpu") == "it serves cuda tensors only"
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert "use_deterministic_algorithms" in cudnn.why_not("cuda")
+    monkeypatch.setattr(torch.backends.cuda, "cudnn_sdp_enabled", lambda: False)
+    assert "enable_cudnn_sdp(False)" in cudnn.why_not("cuda")
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: False)
+    assert cudnn.why_not("cuda") == "it needs cuDNN 9, and PyTorch has none"
+
+
+def test_the_op_of_cudnn_is_there_with_a_derivative():
+    """On the meta device, where PyTorch checks the arguments and computes nothing."""
+    shape = torch.Size((2, 16, 3, 40))
+    q, k, v = (torch.empty(shape, device="meta", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    y = cudnn.attention(q, k, v, 0.3)
+    assert y.shape == shape and y.dtype == torch.bfloat16
+    assert [g.shape for g in torch.autograd.grad(y, (q, k, v), torch.empty_like(y))] == [shape] * 3
+    with FlopCounterMode(display=False) as counter:
+        cudnn.attention(q, k, v, 0.3)
+    assert counter.get_total_flops() == 2 * 2 * 2 * 3 * 16 * 16 * 40
 
 
 @pytest.mark.parametrize(
@@ -199,7 +289,7 @@ def test_report(table, monkeypatch):
     table(Row("triton", (90,)), Row("xformers", (80,)), Row("sdpa"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     row = emd_fast.backend_report()["attention"]["cuda"]
-    assert row["backend"] == "triton or sdpa" and "triton" not in row["reason"]
+    assert row["backend"] == "triton or sdpa" and "triton" not in row["reason"] and "cudnn: " in row["reason"]
 
 
 @pytest.fixture

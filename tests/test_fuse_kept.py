@@ -14,6 +14,7 @@ import emd_fast
 from emd_fast.backends import native
 from emd_fast.fusion import geglu, layer_norm
 from emd_fast.ops.convolution import convolution
+from emd_fast.ops.layers import attention
 from emd_fast.teachers.edm_networks import DhariwalUNet
 from emd_fast.teachers.edm_networks.arguments import DhariwalArguments
 
@@ -212,3 +213,21 @@ def test_what_the_gates_cost_at_full_size():
         with FlopCount(attention) as backward:
             torch.autograd.grad(out, x, torch.ones_like(out))
     assert 33e9 < backward.total - 0.9956 * forward.total < 34e9 and backward.total <= 1.06 * forward.total
+
+
+def test_packed_queries_keys_and_values_are_kept_once():
+    """As the projection wrote them: the block of ADM unpacks them as views, and attention copies none."""
+    heads, channels, tokens = 2, 16, 9
+    x = torch.randn(3, tokens, channels, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    weight = torch.randn(3 * channels, channels, generator=torch.Generator().manual_seed(1))
+
+    def attended():
+        q, k, v = nn.functional.linear(x, weight).unflatten(2, (3, heads, -1)).unbind(2)
+        return attention(q, k, v)
+
+    with emd_fast.use_backend("reference"):
+        held, y = kept(attended, ignored=[weight])
+    once = 4 * x.numel()
+    per_query = 2 * 4 * 3 * heads * tokens  # two numbers of the softmax
+    assert held == 3 * once + once + per_query  # q, k, v and the output
+    torch.autograd.grad(y.sum(), x)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from emd_fast.backends import attention_table, native, reference, triton, xformers
+from emd_fast.backends import attention_table, cudnn, native, reference, triton, xformers
 
 NAMES = ("reference", "cpu", "triton", "cuda", "auto")
 # Backends that "auto" tries for each device, fastest first.
@@ -68,6 +68,8 @@ def why_not(op: str, backend: str, device_type: str) -> str | None:
         return None
     if backend == "triton":
         return triton.why_not(op, device_type)
+    if backend == "cudnn":
+        return cudnn.why_not(device_type)
     if backend == "xformers":
         return xformers.why_not(device_type)
     if backend != device_type:
@@ -138,7 +140,7 @@ def _or_sdpa(chosen: str) -> str:
 def _attention_report() -> dict[str, dict[str, str | None]]:
     here = attention_table.architecture(torch.device("cuda")) if torch.cuda.is_available() else None
     chosen = attention_table.backends(here)
-    others = [backend for backend in ("triton", "xformers") if backend not in chosen]
+    others = [backend for backend in ("cudnn", "triton", "xformers") if backend not in chosen]
     reasons = [
         f"{backend}: {why_not('attention', backend, 'cuda') or 'serves by name; no row of attention_table.py has it'}"
         for backend in others

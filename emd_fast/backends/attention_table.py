@@ -1,9 +1,10 @@
 """Backend of attention on a GPU under "auto": the first row of TABLE that matches the call.
 
-A row states a measurement: the fastest backend for these calls. For calls with a gradient, it
-counts forward and backward together, since one backend cannot read what another has saved. **No
-attention was measured on a GPU so far**, so the only row selects PyTorch's. The tile sizes of the
-Triton kernels have a table of their own, triton/attention_tiles.py.
+A row states the fastest backend for these calls. For calls with a gradient, it counts forward and
+backward together, since one backend cannot read what another has saved. **No attention was
+measured on a GPU so far.** The rows for Hopper are an expectation: PyTorch tries flash-attention 2
+first, which has no Hopper instructions, and cuDNN last, which has. The tile sizes of the Triton
+kernels have a table of their own, triton/attention_tiles.py.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class Row:
     """A row of the table: a backend and the calls it serves. A field left out matches every call.
 
     Args:
-        backend: "sdpa", "triton", "xformers" or "reference".
+        backend: "sdpa", "cudnn", "triton", "xformers" or "reference".
         architectures: compute capabilities, 90 for 9.0.
         head_dims, dtypes: the measured ones.
         tokens, keys: smallest and largest length of queries and keys.
@@ -52,9 +53,14 @@ class Row:
         )
 
 
+_HALF = (torch.bfloat16, torch.float16)
+_MORE_THAN_ONE = (2, 2**63 - 1)  # cuDNN has no kernel for one key
+
 TABLE = (
-    # For example
-    # Row("triton", (90,), (40, 80), (torch.bfloat16,), tokens=(1024, 4096), gradient=False).
+    # Not measured. Head dims of ADM (64) and Stable Diffusion 1.5 (40, 80, 160).
+    Row("cudnn", (90,), (40, 64, 80), _HALF, keys=_MORE_THAN_ONE),
+    # With a gradient, head dim 160 stays with flash-attention 2, which PyTorch takes first.
+    Row("cudnn", (90,), (160,), _HALF, keys=_MORE_THAN_ONE, gradient=False),
     Row("sdpa"),
 )
 

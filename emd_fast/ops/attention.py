@@ -10,11 +10,11 @@ from emd_fast import backends
 from emd_fast.ops import _check
 from emd_fast.ops._define import define, differentiable
 
-BACKENDS = ("triton", "sdpa", "xformers", "reference")
+BACKENDS = ("triton", "sdpa", "cudnn", "xformers", "reference")
 _MAX_HEAD_DIM = 256
 
-# Only our backends, "triton" and "reference", use these two ops. "sdpa" and "xformers" have their
-# own autograd.
+# Only our backends, "triton" and "reference", use these two ops. "sdpa", "cudnn" and "xformers" have
+# their own autograd.
 _op = define(
     "attention",
     "Tensor q, Tensor k, Tensor v, float scale",
@@ -64,10 +64,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, ba
         k, v: (B, keys, heads, head_dim), dtype of q. There may be fewer or more keys than tokens.
             Without keys the result is 0, as in PyTorch.
         scale: 1 / sqrt(head_dim) when None.
-        backend: "sdpa" (torch.nn.functional.scaled_dot_product_attention), "triton" (the kernel of
-            this library), "xformers" (memory_efficient_attention) or "reference" (float32
-            arithmetic). None takes the backend of `use_backend`. Under "auto" that is "sdpa" on
-            the CPU, and on a GPU the backend in the table of backends/attention_table.py.
+        backend: "sdpa" (torch.nn.functional.scaled_dot_product_attention), "cudnn" (cuDNN's kernel,
+            16-bit tensors on a GPU), "triton" (the kernel of this library), "xformers"
+            (memory_efficient_attention) or "reference" (float32 arithmetic). None takes the backend
+            of `use_backend`. Under "auto" that is "sdpa" on the CPU, and on a GPU the backend in the
+            table of backends/attention_table.py.
 
     Returns:
         (B, tokens, heads, head_dim), dtype of q.
@@ -86,7 +87,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, ba
     if scale is None:
         scale = 1 / math.sqrt(q.shape[3])
     chosen = backend or _by_default(q, k, v)
-    if chosen == "sdpa":
+    if backend == "cudnn":  # a row of the table was checked already
+        backends.require("attention", backend, q.device.type)
+    if chosen == "cudnn" and q.shape[0] and q.shape[1] and k.shape[1]:
+        return backends.cudnn.attention(q, k, v, float(scale))
+    if chosen in ("sdpa", "cudnn"):  # cuDNN takes no empty tensors
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         return scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
     if chosen == "xformers":
