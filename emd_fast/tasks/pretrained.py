@@ -54,11 +54,13 @@ class Pretrained:
         return self._load(torch.device("cpu"))
 
     def _load(self, device: torch.device) -> Denoiser:
-        name, shape = self.config.pretrained.teacher, self.config.pretrained.sample_shape
-        if shape is not None and (":" in name or _is_edm(name)):
-            raise ConfigError(
-                f"sample_shape is for diffusers folders, and {name} has its own: leave --sample-shape out"
-            )
+        settings = self.config.pretrained
+        name = settings.teacher
+        size = {key: getattr(settings, key) for key in ("sample_shape", "height", "width", "frames")}
+        for key, value in size.items():
+            if value is not None and (":" in name or _is_edm(name)):
+                option = key.replace("_", "-")
+                raise ConfigError(f"{key} is for diffusers folders, and {name} has its own: leave --{option} out")
         if ":" in name and not Path(name).exists():
             code.require(name, "gets its teacher from the Python code", "--teacher")
             return custom.load(name).to(device)
@@ -69,7 +71,7 @@ class Pretrained:
                 return edm.load(name, device=device)
             except (PickleError, OSError) as error:
                 raise ConfigError(str(error)) from None
-        teacher = folders.load(name, device=device, sample_shape=shape)
+        teacher = folders.load(name, device=device, embedded_guidance=settings.embedded_guidance, **size)
         teacher.check_t_star(self.config.emd.t_star)
         return teacher
 
@@ -184,7 +186,7 @@ class Pretrained:
         def draw() -> None:
             for name, x in samples.items():
                 images = decoded(trainer.teacher, x)
-                if images.dim() == 4 and images.shape[1] in (1, 3) and images.isfinite().all():
+                if images.dim() in (4, 5) and images.shape[1] in (1, 3) and images.isfinite().all():
                     pictures.save_grid(folder / "samples" / f"{name}.png", images)
 
         distributed.on_main(draw)
