@@ -202,6 +202,39 @@ def test_a_distilled_generator_is_exported_and_samples_in_the_stock_pipeline(tmp
     torch.testing.assert_close(ours, row.latents(stock, x), rtol=0, atol=2e-5 * ours.abs().max().item())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["FluxTransformer2DModel", "QwenImageTransformer2DModel", "WanTransformer3DModel"])
+def test_from_the_command_line(tmp_path, monkeypatch, capsys, name):
+    from PIL import Image
+
+    from emd_fast.cli import commands
+
+    monkeypatch.chdir(tmp_path)
+    row = architectures.ROWS[name]
+    pipeline_of(row, **row.text()).save_pretrained("teacher")
+    (tmp_path / "prompts.txt").write_text("a b\nc\n")
+    words = ["distill", "--teacher", "teacher", "--prompts", "prompts.txt", "--out", "run", "--guidance", "3"]
+    words += ["--steps=2", "--batch-size=2", "--langevin-steps=2", "--t-star=1", "--input-scale=1", "--lr-warmup=0"]
+    size = [f"--{key}={value}" for key, value in row.size.items()]
+    assert commands.main([*words, *size]) == 0, capsys.readouterr().err
+    for source in ("run", "one-step"):
+        assert commands.main(["sample", source, "-n", "2", "--prompt", "a b", "--out", f"{source}.png"]) == 0
+        assert commands.main(["sample", source, "-n", "2", "--prompt", "a b", "--out", f"{source}-each"]) == 0
+        if source == "run":
+            assert commands.main(["export", "run", "one-step"]) == 0
+    assert (tmp_path / "run.png").read_bytes() == (tmp_path / "one-step.png").read_bytes()
+    (tmp_path / "run" / "samples" / "generator.png").stat()
+    one = Image.open(next((tmp_path / "run-each").iterdir()))
+    assert one.size == (96, 64) and getattr(one, "n_frames", 1) == row.size.get("frames", 1)
+    capsys.readouterr()
+    wrong = {"--height=60": "height must be a multiple of 16", "--width=1": "width must be a multiple of 16"}
+    wrong |= {"--frames=7": "frames must be 1 + a multiple of 4" if "frames" in row.size else "leave frames out"}
+    for option, said in wrong.items():
+        assert commands.main([*words, *size, option, "--out", "other"]) == 2
+        error = capsys.readouterr().err
+        assert said in error and len(error.strip().splitlines()) == 1, error
+
+
 TIMED = {  # where a network gets its time, and by how much that is larger than t
     "FluxTransformer2DModel": ("time_text_embed.time_proj", 1000),
     "Flux2Transformer2DModel": ("time_guidance_embed.time_proj", 1000),

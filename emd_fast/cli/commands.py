@@ -57,7 +57,16 @@ def _settings(options: argparse.Namespace, rest: Sequence[str]) -> RunConfig:
     from emd_fast.run.distill import shortened
 
     keys = overrides(rest)
-    for key in ("teacher", "teacher_config", "prompts", "sample_shape"):
+    for key in (
+        "teacher",
+        "teacher_config",
+        "prompts",
+        "sample_shape",
+        "height",
+        "width",
+        "frames",
+        "embedded_guidance",
+    ):
         if getattr(options, key) is not None:
             keys |= {"task": "pretrained", f"pretrained.{key}": getattr(options, key)}
     keys |= {f"evaluation.{key}": value for key, value in files_of(options).items()}
@@ -141,7 +150,7 @@ def _sample(options: argparse.Namespace, rest: Sequence[str]) -> int:
     samples = samples_of(0, options.n)
     if options.out.suffix == ".pt":
         write_atomic(options.out, lambda file: torch.save(samples.cpu(), file))
-    elif samples.dim() == 4:
+    elif samples.dim() in (4, 5):
         pictures.save_grid(options.out, decode(samples).cpu())
     else:
         pictures.scatter(options.out, {"generator": samples.cpu()})

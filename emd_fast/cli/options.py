@@ -220,6 +220,14 @@ def _settings(command: argparse.ArgumentParser) -> None:
     command.add_argument("--prompts", metavar="FILE", help=keys.help_of("pretrained.prompts"))
     shape = keys.help_of("pretrained.sample_shape")
     command.add_argument("--sample-shape", type=_sizes, metavar="C,H,W", help=shape)
+    for name, metavar, kind in (
+        ("height", "PIXELS", int),
+        ("width", "PIXELS", int),
+        ("frames", "N", int),
+        ("embedded-guidance", "W", float),
+    ):
+        text = keys.help_of(f"pretrained.{name.replace('-', '_')}")
+        command.add_argument(f"--{name}", type=kind, metavar=metavar, help=text)
     _judged_by(command)
     command.add_argument("--short", action="store_true", help="run a tenth of all steps, as a smoke test")
 

@@ -61,6 +61,12 @@ class PretrainedConfig:
     sample_shape: tuple[int, int, int] | None = setting(
         None, "shape C,H,W of a sample; none for that of the folder's config.json", gt=0
     )
+    height: int | None = setting(None, "height of a sample; none for the folder's", unit="pixels", gt=0)
+    width: int | None = setting(None, "width of a sample; none for the folder's", unit="pixels", gt=0)
+    frames: int | None = setting(None, "frames of a video; none for the usual number", unit="frames", gt=0)
+    embedded_guidance: float | None = setting(
+        None, "guidance that the network takes as an input; none for its pipeline's default", ge=0
+    )
 
     def __post_init__(self) -> None:
         validate(self)

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _CELL = 32  # pixels: smaller images are enlarged to at least this side
+_FRAMES = 8  # of a video that are shown
+_RATE = 16  # frames per second of a video in a file
 _GAP, _BACKGROUND = 2, 255
 _COLOURS = ("#1f5fa8", "#d9722b", "#3a8f5c", "#8a4fa3")
 
@@ -31,7 +33,8 @@ def grid(images: Tensor, columns: int | None = None, scale: int | None = None) -
     """Arranges images in rows on white, from left to right.
 
     Args:
-        images: (N, 1 or 3, H, W) in [-1, 1], N at least 1; values outside are clipped.
+        images: (N, 1 or 3, H, W) in [-1, 1], N at least 1; values outside are clipped. Of videos
+            (N, 1 or 3, F, H, W) each is a row of at most 8 frames.
         columns: images per row; about the square root of N when None.
         scale: integer factor of enlargement by pixel repetition. None picks one that gives a side
             of at least 32 pixels.
@@ -40,6 +43,10 @@ def grid(images: Tensor, columns: int | None = None, scale: int | None = None) -
         ValueError: another shape, no image, values that are not finite, or columns or scale below
             1.
     """
+    if images.dim() == 5 and images.numel():
+        shown = torch.linspace(0, images.shape[2] - 1, min(images.shape[2], _FRAMES)).round().long()
+        columns = len(shown) if columns is None else columns
+        images = images.detach().cpu()[:, :, shown].transpose(1, 2).flatten(0, 1)
     if images.dim() != 4 or images.shape[1] not in (1, 3) or not images.numel():
         raise ValueError(f"images must have shape (N, 1 or 3, H, W) and not be empty, got {tuple(images.shape)}")
     if not images.isfinite().all():
@@ -74,11 +81,12 @@ def save_grid(
 def save_each(
     folder: str | os.PathLike[str], images: Callable[[int, int], Tensor], n: int, first: int = 0, batch: int = 64
 ) -> None:
-    """Writes n images as PNG files 000000.png, 000001.png, ..., the layout that EDM's fid.py reads.
+    """Writes n images as PNG files 000000.png, 000001.png, ..., the layout that EDM's fid.py reads; videos as GIF.
 
     Args:
         folder: where the files go; created if missing.
-        images: (index, n) -> images (n, 1 or 3, H, W) in [-1, 1]; index starts at 0.
+        images: (index, n) -> images (n, 1 or 3, H, W) or videos (n, 1 or 3, F, H, W) in [-1, 1]; index
+            starts at 0.
         n: number of images.
         first: number of the first file.
         batch: images per call of `images`.
@@ -88,10 +96,24 @@ def save_each(
     """
     folder = Path(folder)
     for index in range(0, n, batch):
-        for number, image in enumerate(to_uint8(images(index, min(batch, n - index))).cpu(), first + index):
-            pixels = image[0] if len(image) == 1 else image.permute(1, 2, 0)
-            picture = _import("PIL.Image").fromarray(pixels.contiguous().numpy())
-            _write(folder / f"{number:06d}.png", functools.partial(picture.save, format="PNG"))
+        made = images(index, min(batch, n - index))
+        is_video = made.dim() == 5
+        as_bytes = to_uint8(made.transpose(1, 2).flatten(0, 1) if is_video else made).cpu()
+        if is_video:
+            as_bytes = as_bytes.unflatten(0, (len(made), -1)).transpose(1, 2)
+        for number, image in enumerate(as_bytes, first + index):
+            frames = image.unbind(1) if image.dim() == 4 else (image,)
+            first_frame, *others = [_picture(frame) for frame in frames]
+            if image.dim() == 3:
+                _write(folder / f"{number:06d}.png", functools.partial(first_frame.save, format="PNG"))
+                continue
+            options = {"save_all": True, "append_images": others, "duration": 1000 // _RATE, "loop": 0}
+            _write(folder / f"{number:06d}.gif", functools.partial(first_frame.save, format="GIF", **options))
+
+
+def _picture(image: Tensor) -> Any:
+    pixels = image[0] if len(image) == 1 else image.permute(1, 2, 0)
+    return _import("PIL.Image").fromarray(pixels.contiguous().numpy())
 
 
 def scatter(path: str | os.PathLike[str], samples: Mapping[str, Tensor]) -> None:

@@ -54,16 +54,17 @@ class Pretrained:
         return self._load(torch.device("cpu"))
 
     def _load(self, device: torch.device) -> Denoiser:
-        name, shape = self.config.pretrained.teacher, self.config.pretrained.sample_shape
-        config = self.config.pretrained.teacher_config
+        settings = self.config.pretrained
+        name, config = settings.teacher, settings.teacher_config
         if config and (":" in name or not Path(name).suffix):
             raise ConfigError(
                 f"teacher_config is for a teacher in a single file, and {name} is none: leave --teacher-config out"
             )
-        if shape is not None and (":" in name or self._is_edm):
-            raise ConfigError(
-                f"sample_shape is for diffusers folders, and {name} has its own: leave --sample-shape out"
-            )
+        size = {key: getattr(settings, key) for key in ("sample_shape", "height", "width", "frames")}
+        for key, value in size.items():
+            if value is not None and (":" in name or self._is_edm):
+                option = key.replace("_", "-")
+                raise ConfigError(f"{key} is for diffusers folders, and {name} has its own: leave --{option} out")
         if ":" in name and not Path(name).exists():
             code.require(name, "gets its teacher from the Python code", "--teacher")
             return custom.load(name).to(device)
@@ -74,7 +75,9 @@ class Pretrained:
                 return edm.load(name, device=device)
             except (PickleError, OSError) as error:
                 raise ConfigError(str(error)) from None
-        teacher = folders.load(name, config=config or None, device=device, sample_shape=shape)
+        teacher = folders.load(
+            name, config=config or None, device=device, embedded_guidance=settings.embedded_guidance, **size
+        )
         teacher.check_t_star(self.config.emd.t_star)
         return teacher
 
@@ -195,7 +198,7 @@ class Pretrained:
         def draw() -> None:
             for name, x in samples.items():
                 images = decoded(trainer.teacher, x)
-                if images.dim() == 4 and images.shape[1] in (1, 3) and images.isfinite().all():
+                if images.dim() in (4, 5) and images.shape[1] in (1, 3) and images.isfinite().all():
                     pictures.save_grid(folder / "samples" / f"{name}.png", images)
 
         distributed.on_main(draw)

@@ -16,6 +16,7 @@ from emd_fast.config import ConfigError
 from emd_fast.diffusion import ragged
 from emd_fast.diffusion.denoiser import Condition, Denoiser
 from emd_fast.teachers.diffusers.architectures import ConditionSpec, Network
+from emd_fast.teachers.diffusers.architectures.conditions import GUIDANCE
 from emd_fast.teachers.diffusers.encoder import TextEncoder
 from emd_fast.teachers.diffusers.folder import Folder, import_diffusers
 from emd_fast.teachers.diffusers.scheduler import SchedulerInfo, read
@@ -32,6 +33,7 @@ class DiffusersDenoiser(Denoiser):
         trained: schedule, parametrization and times, from the scheduler's configuration.
         takes: the conditions that the network takes.
         channels: channels of a sample.
+        embedded_guidance: guidance that `encode` adds to the conditions; None for the default of the pipeline.
         num_classes: number of labels that may be drawn; 0 without labels.
     """
 
@@ -45,6 +47,7 @@ class DiffusersDenoiser(Denoiser):
         scheduler_config: Mapping[str, Any],
         sample_shape: Sequence[int],
         null_cond: Condition,
+        embedded_guidance: float | None,
     ) -> None:
         channels = sample_shape[0]
         super().__init__(
@@ -57,7 +60,7 @@ class DiffusersDenoiser(Denoiser):
             null_cond=null_cond,
             rescale=network.architecture.rescale,
         )
-        self.channels = channels
+        self.channels, self.embedded_guidance = channels, embedded_guidance
         self.folder, self.trained, self.scheduler_config = folder, training, dict(scheduler_config)
 
     @property
@@ -92,23 +95,20 @@ class DiffusersDenoiser(Denoiser):
             f"teacher.time({index}), give --t-star {self.time(index)!r} for it"
         )
 
-    def encode(self, prompts: Sequence[str], *, embedded_guidance: float | None = None) -> Condition:
+    def encode(self, prompts: Sequence[str]) -> Condition:
         """Encodes prompts to a condition (B, ...) with the text encoders of the folder.
 
         The encoders are read for this call and then freed. Padding that no prompt needs is cut where
         the network takes a mask.
-
-        Args:
-            embedded_guidance: for networks that take it as an input; None for the default of their pipeline.
 
         Raises:
             ConfigError: the teacher takes no text, or its folder has no text encoder.
         """
         if isinstance(prompts, str):
             raise TypeError("prompts must be a list of strings, got one string")
-        return ragged.trimmed(self.text_encoder(embedded_guidance)(prompts))
+        return ragged.trimmed(self.text_encoder()(prompts))
 
-    def text_encoder(self, embedded_guidance: float | None = None) -> TextEncoder:
+    def text_encoder(self) -> TextEncoder:
         """Reads the text encoders of the folder, for several calls.
 
         Raises:
@@ -117,7 +117,7 @@ class DiffusersDenoiser(Denoiser):
         if not self.takes.tensors:
             raise ConfigError(f"this {self.folder.model_class} takes {self.takes}, not prompts")
         assert self.sample_shape is not None
-        return self.folder.text_encoder(self.network.model, self.sample_shape, embedded_guidance)
+        return self.folder.text_encoder(self.network.model, self.sample_shape, self.embedded_guidance)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decodes latents to images (B, 3, H, W) or videos (B, 3, F, H, W) float32 with the folder's VAE.
@@ -138,6 +138,7 @@ def load(
     height: int | None = None,
     width: int | None = None,
     frames: int | None = None,
+    embedded_guidance: float | None = None,
     null_cond: Condition = None,
 ) -> DiffusersDenoiser:
     """Loads a teacher from a diffusers folder, in eval mode.
@@ -157,6 +158,8 @@ def load(
             width and frames.
         height, width, frames: size in pixels. None takes the size of the configuration, or the
             default of the pipeline.
+        embedded_guidance: guidance that the network takes as an input, which `encode` adds to the
+            conditions. None takes the default of the pipeline.
         null_cond: the unconditional condition for guidance. A DiT has its own. For text it is
             usually `teacher.encode([""])`, which can be assigned to `teacher.null_cond` later.
 
@@ -178,9 +181,11 @@ def load(
         raise ConfigError("sample_shape and height, width, frames give the size twice: leave one of them out")
     shape = tuple(sample_shape)
     architecture.check_shape(shape)
+    if embedded_guidance is not None and GUIDANCE not in network.takes.tensors:
+        raise ConfigError(f"this {source.model_class} has no embedded guidance: leave embedded_guidance out")
     if null_cond is None:
         null_cond = architecture.null_label
-    teacher = DiffusersDenoiser(network, source, training, chain, shape, null_cond)
+    teacher = DiffusersDenoiser(network, source, training, chain, shape, null_cond, embedded_guidance)
     teacher.source = str(source.root.resolve())
     if source.file is not None:
         teacher.source = f"{source.file.path.resolve()} of SHA-256 {source.file.sha256}, described by {teacher.source}"
