@@ -46,7 +46,7 @@ def bench(kind: str) -> Bench:
 
     def work(case: Case) -> float:
         # Three forward passes and one backward pass to the input, which costs as much as a forward pass.
-        return 4 * (case.shape[1] if len(case.shape) > 1 else STEPS) * case.shape[0] * flops(kind, case.device)
+        return 4 * (case.shape[1] if len(case.shape) > 1 else STEPS) * case.shape[0] * flops(kind)
 
     return Bench(
         name=f"e_step:{kind}",

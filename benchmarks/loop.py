@@ -85,7 +85,7 @@ def bench(kind: str) -> Bench:
         shapes={"cpu": ((32,),), "cuda": ((8,),)},
         axes=("B",),
         # Two forward passes without gradient, and two with; a backward pass counts as two passes.
-        flops=lambda case: 8 * case.shape[0] * flops(kind, case.device),
+        flops=lambda case: 8 * case.shape[0] * flops(kind),
         implementations=implementations,
         layouts=False,
         rotates=False,

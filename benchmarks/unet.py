@@ -36,7 +36,7 @@ def bench(kind: str) -> Bench:
         traffic=None,
         shapes={"cpu": ((32,),), "cuda": ((4,), (64,))},
         axes=("B",),
-        flops=lambda case: case.shape[0] * flops(kind, case.device),
+        flops=lambda case: case.shape[0] * flops(kind),
         peers=peers,
         implementations=implementations,
         layouts=False,

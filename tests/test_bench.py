@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import benchmarks
 from benchmarks.harness import clock
@@ -256,3 +258,16 @@ def test_pytest_runs_every_op(tmp_path):
     for name in benchmarks.OPS:
         assert re.search(rf"\[{name}-forward-eager\] PASSED", done.stdout), name
     assert "[group_norm-forward+backward-emd_fast_reference] PASSED" in done.stdout
+
+
+def test_the_operations_of_a_network_are_counted_without_it():
+    from benchmarks import networks
+
+    kind, cpu = networks.NETWORKS["small"], torch.device("cpu")
+    network = networks.denoiser(kind, 0, cpu)
+    # By the plain path: the counter does not know PyTorch's attention kernel for CPUs.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        network(torch.zeros(1, *kind.sample_shape), torch.ones(1), kind.condition(1, cpu))
+    assert networks.flops("small") == counter.get_total_flops() > 0
+    # A Langevin step is three passes and a backward pass to the input: 14.0 TFLOP for 16 samples.
+    assert networks.flops("adm") == pytest.approx(219.3e9, rel=1e-3)

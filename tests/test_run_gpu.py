@@ -192,8 +192,8 @@ for name in ("tomli_w", "diffusers", "tensorboard", "wandb", "liger_kernel", "ap
 """
 
 
-def on_a_bare_machine(tmp_path, *words):
-    (tmp_path / "sitecustomize.py").write_text(BARE)
+def on_a_bare_machine(tmp_path, *words, more=""):
+    (tmp_path / "sitecustomize.py").write_text(BARE + more)
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
     return subprocess.run(
         [sys.executable, *words], capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}
@@ -206,6 +206,13 @@ def test_a_benchmark_runs_on_a_bare_machine(tmp_path):
     assert done.returncode == 0 and "emd_fast reference" in done.stdout, done.stderr
     done = on_a_bare_machine(tmp_path, "-m", "emd_fast", "bench", "unet:sd15", "--device", "cpu", "--shape", "1")
     assert done.returncode == 2 and done.stderr == "emd-fast: sd15 needs diffusers (pip install diffusers)\n"
+
+
+def test_everything_that_a_part_imports_is_importable_on_a_bare_machine(tmp_path):
+    own = {name for names in preflight.MODULES.values() for name in names if name.startswith(("benchmarks.", "emd_"))}
+    modules = ", ".join(sorted(own | {"emd_fast.run.distill"}))
+    done = on_a_bare_machine(tmp_path, "-c", f"import {modules}")
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_preflight_names_what_is_missing(tmp_path, monkeypatch, capsys):
@@ -247,9 +254,12 @@ def test_the_preflight_reports_an_import_that_fails(monkeypatch, capsys, tmp_pat
 
 def test_the_preflight_knows_all_parts_and_keeps_the_profile_of_the_standard_library(tmp_path):
     assert set(preflight.MODULES) == set(usage_parts())
-    done = on_a_bare_machine(tmp_path, str(ROOT / "benchmarks" / "preflight.py"), "info", "smoke")
-    # PyTorch imports cProfile, and that imports `profile`.
+    # PyTorch's profiler and others import `profile` through cProfile.
+    more = "import atexit\natexit.register(lambda: print('PROFILE', __import__('profile').__file__))"
+    done = on_a_bare_machine(tmp_path, str(ROOT / "benchmarks" / "preflight.py"), "info", more=more)
     assert "Traceback" not in done.stdout + done.stderr and "cannot import" not in done.stdout
+    (found,) = re.findall("^PROFILE (.*)$", done.stdout, re.MULTILINE)
+    assert not Path(found).is_relative_to(ROOT / "benchmarks")
 
 
 def test_the_files_that_need_a_gpu_are_found():
