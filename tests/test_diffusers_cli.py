@@ -63,6 +63,15 @@ def test_prompts_that_were_encoded_before(call, refused, tmp_path):
     done(call(*words, "--prompts", "p.safetensors"))
     assert samples(call, "run").shape == (3, 4, 8, 8)
     refused(2, "has no text encoder", "sample", "run", "--prompt", "a", "--out", "x.pt")
+    conditions.save(tmp_path / "p.safetensors", torch.randn(5, 3, 8), torch.zeros(1, 3, 8))
+    said = "p.safetensors is not the table of conditions that run began with"
+    refused(2, said, *words, "--prompts", "p.safetensors", "--steps=3")
+    refused(2, said, "sample", "run", "--out", "x.pt")
+    (tmp_path / "run" / "conditions.json").write_text("{}")
+    refused(2, "conditions.json is damaged", "sample", "run", "--out", "x.pt")
+    conditions.save(tmp_path / "large.safetensors", torch.full((5, 3, 8), 1e38), torch.zeros(1, 3, 8))
+    said = "does not take the conditions in large.safetensors: it returns NaN or infinite values for them"
+    refused(2, said, *words, "--prompts", "large.safetensors", "--out", "large")
     conditions.save(tmp_path / "without.safetensors", torch.randn(5, 3, 8))
     words += ["--prompts", "without.safetensors", "--out", "none"]
     refused(2, "needs a null condition, and without.safetensors has none", *words)
@@ -113,6 +122,7 @@ def test_a_function_is_a_teacher(call, refused, tmp_path):
     said = "made with a teacher of other weights (test_diffusers_cli:small, SHA-256 "
     refused(2, said, "distill", *named, "--out", "run", *TINY, "--steps=3")
     refused(2, said, *REPLAY, *named)
+    refused(2, said, "evaluate", "run", *named)
 
 
 @pytest.mark.parametrize(
@@ -195,6 +205,19 @@ BROKEN = {
         "has no folder text_encoder, which its model_index.json names",
     ),
 }
+
+
+@pytest.mark.parametrize("change", [{"beta_end": 0.021}, {"prediction_type": "v_prediction"}])
+def test_a_run_does_not_go_on_with_another_scheduler(call, tmp_path, change):
+    pytest.importorskip("diffusers")
+    folders.unet(tmp_path / "teacher")
+    words = ["distill", "--teacher", "teacher", "--out", "run", *TINY]
+    done(call(*words))
+    changed(tmp_path / "teacher" / "scheduler" / "scheduler_config.json", **change)
+    for command in ([*words, "--steps=3"], ["sample", "run", "--out", "x.pt"], ["export", "run", "x"], REPLAY):
+        code, _, err = call(*command)
+        assert code and "another noise schedule or parametrization of the teacher" in err and err.count("\n") == 1, err
+    assert not (tmp_path / "x").exists() and not (tmp_path / "x.pt").exists()
 
 
 @pytest.mark.parametrize("name", BROKEN)
