@@ -11,6 +11,7 @@ import fcntl
 import os
 import re
 import socket
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,10 +43,14 @@ def locked(folder: Path) -> Iterator[None]:
         RunError: another run holds the lock.
         OSError: the folder cannot be written.
     """
-    # A link in the place of the lock would lead to a file of somebody else.
-    with open(
-        os.open(folder / ".lock", os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666), "a+"
-    ) as file:
+    # A link in the place of the lock would lead to a file of somebody else, and so may a second name of it.
+    path = folder / ".lock"
+    handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    found = os.fstat(handle)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+        os.close(handle)
+        raise RunError(f"{path} is no regular file of its own: remove it")
+    with open(handle, "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
