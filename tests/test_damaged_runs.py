@@ -175,11 +175,26 @@ def test_the_next_leg_removes_what_killed_legs_left(folder):
     for name in left:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("half")
-    kept = [folder / "notes.tmp", folder / ".hidden"]
+    kept = [folder / "notes.tmp", folder / ".hidden", folder / "mine" / ".x.tmp"]
     for path in kept:
+        path.parent.mkdir(exist_ok=True)
         path.write_text("mine")
     run.distill(settings(steps=6), folder)
-    assert not list(folder.rglob(".*.tmp")) and all(path.exists() for path in kept)
+    assert list(folder.rglob(".*.tmp")) == kept[2:] and all(path.exists() for path in kept)
+
+
+def test_a_first_run_removes_nothing_of_others(tmp_path):
+    (tmp_path / ".x.tmp").touch()
+    run.distill(settings(), tmp_path)
+    assert (tmp_path / ".x.tmp").exists()
+
+
+@pytest.mark.parametrize("name", ["model_index.json", "config.json", "emd_fast.json"])
+def test_a_run_is_not_made_in_the_folder_of_a_model(tmp_path, name):
+    (tmp_path / name).touch()
+    with pytest.raises(RunError, match="is the folder of a model: choose another --out"):
+        run.distill(settings(), tmp_path)
+    assert os.listdir(tmp_path) == [name]
 
 
 def test_a_picture_that_a_kill_took_is_drawn_by_the_next_leg(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """The command line with a teacher from a folder, or from a function: distill, sample, export, sample again."""
 
+import io
 import json
 import shutil
 
@@ -7,6 +8,7 @@ import detector_files
 import diffusers_folders as folders
 import pytest
 import torch
+from PIL import Image
 
 from emd_fast import Denoiser, EMDTrainer, schedules
 from emd_fast.export import pipeline
@@ -229,7 +231,7 @@ def test_what_a_run_reads_last_is_checked_before_its_first_step(refused, tmp_pat
     refused(2, said, "distill", "--teacher", "teacher", "--out", "run", "--num-classes=10", *TINY)
 
 
-def test_images_of_another_size_or_number_are_refused_before_the_first_step(refused, tmp_path, monkeypatch):
+def test_images_of_another_size_or_number_are_refused_before_the_first_step(call, refused, tmp_path, monkeypatch):
     pytest.importorskip("diffusers")
     monkeypatch.setattr(EMDTrainer, "step", lambda *_: pytest.fail("it trains"))
     folders.dit(tmp_path / "teacher")  # its images are 16x16
@@ -239,6 +241,17 @@ def test_images_of_another_size_or_number_are_refused_before_the_first_step(refu
     for folder, n, side, said in (("few", 3, 16, "has 3 images, 4 are generated"), ("small", 4, 8, "these are of")):
         detector_files.folder(tmp_path / folder, detector_files.pictures(n, size=side))
         refused(2, said, *words, folder)
+    last = sorted(detector_files.folder(tmp_path / "damaged", detector_files.pictures(4, size=16)).rglob("*.png"))[-1]
+    for content, said in ((b"no image", "cannot read the image"), (one_picture(8), "images must have one size")):
+        last.write_bytes(content)
+        code, _, err = call(*words, "damaged")
+        assert code and said in err.splitlines()[-1] and last.name in err, err
+
+
+def one_picture(side):
+    content = io.BytesIO()
+    Image.fromarray(detector_files.pictures(1, size=side)[0].permute(1, 2, 0).numpy()).save(content, "png")
+    return content.getvalue()
 
 
 def test_guidance_that_a_teacher_cannot_give(refused, tmp_path):

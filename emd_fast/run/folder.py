@@ -26,6 +26,8 @@ from emd_fast.reporting.progress import say
 
 # Folders that a run writes into.
 _FOLDERS = ("checkpoints", "samples", "samples/networks", "teacher", "replay", "tensorboard", "wandb")
+# Files of a pipeline and of a model, which a run does not write.
+_MODELS = ("model_index.json", "config.json", "emd_fast.json")
 _TEMPORARY = re.compile(r"\..+\.tmp")
 
 
@@ -76,6 +78,8 @@ def open_folder(folder: Path, settings: RunConfig, held: contextlib.ExitStack) -
     try:
         folder.mkdir(parents=True, exist_ok=True)
         check_links(folder)
+        if any((folder / name).exists() for name in _MODELS):
+            raise RunError(f"{folder} is the folder of a model: choose another --out")
         held.enter_context(locked(folder))
         clear_temporaries(folder)
         (folder / "checkpoints").mkdir(exist_ok=True)
@@ -108,11 +112,16 @@ def check_links(folder: Path) -> None:
 
 
 def clear_temporaries(folder: Path) -> None:
-    """Removes what killed processes left half-written. The caller holds the lock."""
-    for parent, names, files in os.walk(folder):  # follows no links
-        for name in filter(_TEMPORARY.fullmatch, [*names, *files]):
-            folders.remove(Path(parent) / name)
-        names[:] = [name for name in names if not _TEMPORARY.fullmatch(name)]
+    """Removes what killed processes left half-written, in the places that a run writes. The caller holds the lock.
+
+    Other folders may lie in it, with hidden files of others.
+    """
+    if not (folder / "config.toml").exists():
+        return
+    for parent in (folder, *(folder / name for name in _FOLDERS)):
+        for path in parent.iterdir() if parent.is_dir() else ():
+            if _TEMPORARY.fullmatch(path.name):
+                folders.remove(path)
 
 
 def _begun(folder: Path) -> bool:

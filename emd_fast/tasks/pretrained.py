@@ -161,6 +161,7 @@ class Pretrained:
         self.evaluator.check()
         if self.evaluator.compare_with is not None:
             say(self.evaluator.compare_with.summary)
+            distributed.on_main(self.evaluator.compare_with.check)
         if self.evaluator.clip is not None and not self._has_texts():
             raise ConfigError("the CLIP score needs prompts as text: give --prompts FILE, a prompt in each line")
 
