@@ -186,8 +186,8 @@ def check_files(folder: Path, digests: Mapping[str, Any], without: str) -> None:
             if hashlib.file_digest(file, "sha256").hexdigest() != wanted:
                 raise ValueError(f"{path} is damaged: it does not have the SHA-256 that the export stated")
     for path in folder.rglob("*") if digests else ():
-        name = path.relative_to(folder)
-        is_read = len(name.parts) > 1 or name.suffix == ".json"
-        hidden = any(part.startswith(".") for part in name.parts)
-        if is_read and not hidden and not path.is_dir() and name.as_posix() not in {*digests, without}:
+        parts = path.relative_to(folder).parts
+        is_read = len(parts) > 1 or path.suffix == ".json"
+        hidden = any(part.startswith(".") for part in parts)
+        if is_read and not hidden and not path.is_dir() and "/".join(parts) not in {*digests, without}:
             raise ValueError(f"{path} is not of the export, and would be read with it: remove it")
