@@ -17,7 +17,7 @@ from emd_fast.reporting import journal, pictures, report
 from emd_fast.run import distill as run
 from emd_fast.run import folder as folders
 from emd_fast.run.folder import RunError
-from emd_fast.tasks import encoded
+from emd_fast.tasks import encoded, encoding
 from emd_fast.train import checkpoint, conditions, run_checkpoints
 
 TINY = {"steps": 4, "batch_size": 4, "langevin_steps": 1, "fake_score_updates": 1}
@@ -103,6 +103,15 @@ def test_rows_of_another_form(folder):
     assert [row["step"] for row in journal.read(path, pytest.fail)] == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_log_that_is_no_file_is_named(folder):
+    path = folder / "log.jsonl"
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match="it is not a regular file; move it away") as error:
+        run.distill(settings(steps=6), folder)
+    one_line(error, path)
+
+
 METRICS = [{"seconds": {"distil": "x"}}, {"seconds": 3}, {"best": 3}, {"best": {"step": 1}}, {"detector": {"file": 1}}]
 
 
@@ -149,6 +158,12 @@ def test_links_in_the_place_of_files_are_replaced_or_refused(folder, tmp_path):
     with pytest.raises(RunError, match="lock"):
         run.distill(settings(steps=8), folder)
     assert victim.read_text() == "whole"
+    for make in (lambda path: path.hardlink_to(victim), os.mkfifo):
+        (folder / ".lock").unlink()
+        make(folder / ".lock")
+        with pytest.raises(RunError, match="is no regular file of its own"):
+            run.distill(settings(steps=8), folder)
+    assert victim.read_text() == "whole"
     os.symlink(victim, tmp_path / f".x.{os.getpid()}.tmp")
     write_atomic(tmp_path / "x", lambda file: file.write(b"new"))
     assert victim.read_text() == "whole" and (tmp_path / "x").read_text() == "new"
@@ -160,11 +175,26 @@ def test_the_next_leg_removes_what_killed_legs_left(folder):
     for name in left:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("half")
-    kept = [folder / "notes.tmp", folder / ".hidden"]
+    kept = [folder / "notes.tmp", folder / ".hidden", folder / "mine" / ".x.tmp"]
     for path in kept:
+        path.parent.mkdir(exist_ok=True)
         path.write_text("mine")
     run.distill(settings(steps=6), folder)
-    assert not list(folder.rglob(".*.tmp")) and all(path.exists() for path in kept)
+    assert list(folder.rglob(".*.tmp")) == kept[2:] and all(path.exists() for path in kept)
+
+
+def test_a_first_run_removes_nothing_of_others(tmp_path):
+    (tmp_path / ".x.tmp").touch()
+    run.distill(settings(), tmp_path)
+    assert (tmp_path / ".x.tmp").exists()
+
+
+@pytest.mark.parametrize("name", ["model_index.json", "config.json", "emd_fast.json"])
+def test_a_run_is_not_made_in_the_folder_of_a_model(tmp_path, name):
+    (tmp_path / name).touch()
+    with pytest.raises(RunError, match="is the folder of a model: choose another --out"):
+        run.distill(settings(), tmp_path)
+    assert os.listdir(tmp_path) == [name]
 
 
 def test_a_picture_that_a_kill_took_is_drawn_by_the_next_leg(tmp_path, monkeypatch):
@@ -288,6 +318,17 @@ def test_bits_of_encoded_prompts(prompts, name):
     text.unlink()
     encoded.encoded(teacher, text, folder)  # a table stands without its text
     assert teacher.calls == 4
+
+
+def test_an_unfinished_table_is_not_written_through_a_link(tmp_path):
+    victim, folder = tmp_path / "victim", tmp_path / "run"
+    victim.write_text("whole")
+    folder.mkdir()
+    (tmp_path / "p.txt").write_text("a\n")
+    (folder / encoding.PART).hardlink_to(victim)
+    (folder / encoding.ROWS).symlink_to(victim)
+    encoded.encoded(Teacher(tmp_path / "teacher"), tmp_path / "p.txt", folder)
+    assert victim.read_text() == "whole"
 
 
 @pytest.mark.parametrize("content", [b"{}", b"[]", json.dumps({"format": 1, "sha256": "x"}).encode(), b"[" * 10**5])

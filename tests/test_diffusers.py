@@ -199,6 +199,7 @@ def test_a_table_of_prompts_on_disk(tmp_path):
 
 
 DDPM, EULER = {"_class_name": "DDPMScheduler"}, {"_class_name": "EulerDiscreteScheduler"}
+FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
 
 
 @pytest.mark.parametrize(
@@ -212,6 +213,10 @@ DDPM, EULER = {"_class_name": "DDPMScheduler"}, {"_class_name": "EulerDiscreteSc
         ("bare", {"_class_name": "KarrasVeScheduler"}, ValueError, "KarrasVeScheduler is not supported: DDPMScheduler"),
         ("bare", {**DDPM, "prediction_type": "flow_prediction"}, ValueError, "'flow_prediction' of DDPMScheduler"),
         ("bare", {**EULER, "timestep_type": "continuous"}, ValueError, "timestep_type = 'continuous'"),
+        ("bare", {**FLOW, "invert_sigmas": True}, ValueError, "invert_sigmas = True"),
+        ("bare", {**DDPM, "beta_end": "0.02"}, ValueError, "beta_end = '0.02' where one like 0.02 is expected"),
+        ("bare", {**DDPM, "rescale_betas_zero_snr": "false"}, ValueError, "rescale_betas_zero_snr = 'false' where"),
+        ("bare", {**DDPM, "trained_betas": ["0.1", "0.2"]}, ValueError, "trained_betas must be a list of 2 to"),
     ],
 )
 def test_folders_and_schedulers_that_are_no_teacher(tmp_path, folder, scheduler, error, said):

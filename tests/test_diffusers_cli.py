@@ -1,5 +1,6 @@
 """The command line with a teacher from a folder, or from a function: distill, sample, export, sample again."""
 
+import io
 import json
 import shutil
 
@@ -7,6 +8,7 @@ import detector_files
 import diffusers_folders as folders
 import pytest
 import torch
+from PIL import Image
 
 from emd_fast import Denoiser, EMDTrainer, schedules
 from emd_fast.export import pipeline
@@ -63,6 +65,15 @@ def test_prompts_that_were_encoded_before(call, refused, tmp_path):
     done(call(*words, "--prompts", "p.safetensors"))
     assert samples(call, "run").shape == (3, 4, 8, 8)
     refused(2, "has no text encoder", "sample", "run", "--prompt", "a", "--out", "x.pt")
+    conditions.save(tmp_path / "p.safetensors", torch.randn(5, 3, 8), torch.zeros(1, 3, 8))
+    said = "p.safetensors is not the table of conditions that run began with"
+    refused(2, said, *words, "--prompts", "p.safetensors", "--steps=3")
+    refused(2, said, "sample", "run", "--out", "x.pt")
+    (tmp_path / "run" / "conditions.json").write_text("{}")
+    refused(2, "conditions.json is damaged", "sample", "run", "--out", "x.pt")
+    conditions.save(tmp_path / "large.safetensors", torch.full((5, 3, 8), 1e38), torch.zeros(1, 3, 8))
+    said = "does not take the conditions in large.safetensors: it returns NaN or infinite values for them"
+    refused(2, said, *words, "--prompts", "large.safetensors", "--out", "large")
     conditions.save(tmp_path / "without.safetensors", torch.randn(5, 3, 8))
     words += ["--prompts", "without.safetensors", "--out", "none"]
     refused(2, "needs a null condition, and without.safetensors has none", *words)
@@ -113,6 +124,7 @@ def test_a_function_is_a_teacher(call, refused, tmp_path):
     said = "made with a teacher of other weights (test_diffusers_cli:small, SHA-256 "
     refused(2, said, "distill", *named, "--out", "run", *TINY, "--steps=3")
     refused(2, said, *REPLAY, *named)
+    refused(2, said, "evaluate", "run", *named)
 
 
 @pytest.mark.parametrize(
@@ -197,6 +209,19 @@ BROKEN = {
 }
 
 
+@pytest.mark.parametrize("change", [{"beta_end": 0.021}, {"prediction_type": "v_prediction"}])
+def test_a_run_does_not_go_on_with_another_scheduler(call, tmp_path, change):
+    pytest.importorskip("diffusers")
+    folders.unet(tmp_path / "teacher")
+    words = ["distill", "--teacher", "teacher", "--out", "run", *TINY]
+    done(call(*words))
+    changed(tmp_path / "teacher" / "scheduler" / "scheduler_config.json", **change)
+    for command in ([*words, "--steps=3"], ["sample", "run", "--out", "x.pt"], ["export", "run", "x"], REPLAY):
+        code, _, err = call(*command)
+        assert code and "another noise schedule or parametrization of the teacher" in err and err.count("\n") == 1, err
+    assert not (tmp_path / "x").exists() and not (tmp_path / "x.pt").exists()
+
+
 @pytest.mark.parametrize("name", BROKEN)
 def test_what_a_run_reads_last_is_checked_before_its_first_step(refused, tmp_path, monkeypatch, name):
     pytest.importorskip("diffusers")
@@ -206,7 +231,7 @@ def test_what_a_run_reads_last_is_checked_before_its_first_step(refused, tmp_pat
     refused(2, said, "distill", "--teacher", "teacher", "--out", "run", "--num-classes=10", *TINY)
 
 
-def test_images_of_another_size_or_number_are_refused_before_the_first_step(refused, tmp_path, monkeypatch):
+def test_images_of_another_size_or_number_are_refused_before_the_first_step(call, refused, tmp_path, monkeypatch):
     pytest.importorskip("diffusers")
     monkeypatch.setattr(EMDTrainer, "step", lambda *_: pytest.fail("it trains"))
     folders.dit(tmp_path / "teacher")  # its images are 16x16
@@ -216,6 +241,17 @@ def test_images_of_another_size_or_number_are_refused_before_the_first_step(refu
     for folder, n, side, said in (("few", 3, 16, "has 3 images, 4 are generated"), ("small", 4, 8, "these are of")):
         detector_files.folder(tmp_path / folder, detector_files.pictures(n, size=side))
         refused(2, said, *words, folder)
+    last = sorted(detector_files.folder(tmp_path / "damaged", detector_files.pictures(4, size=16)).rglob("*.png"))[-1]
+    for content, said in ((b"no image", "cannot read the image"), (one_picture(8), "images must have one size")):
+        last.write_bytes(content)
+        code, _, err = call(*words, "damaged")
+        assert code and said in err.splitlines()[-1] and last.name in err, err
+
+
+def one_picture(side):
+    content = io.BytesIO()
+    Image.fromarray(detector_files.pictures(1, size=side)[0].permute(1, 2, 0).numpy()).save(content, "png")
+    return content.getvalue()
 
 
 def test_guidance_that_a_teacher_cannot_give(refused, tmp_path):

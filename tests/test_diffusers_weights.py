@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 
+import detector_files
 import diffusers_folders as folders
 import pytest
 import torch
+from watch import PROCESSES, Runs, one_line, watched
 
 from emd_fast.config import ConfigError
+from emd_fast.metrics.clip import ClipScore
 from emd_fast.teachers import diffusers as teachers
 from emd_fast.teachers.diffusers import weights
 
@@ -111,6 +115,97 @@ def test_weights_that_do_not_fit_are_named(made, accelerate, tmp_path, capfd, ki
     assert all(words in text for words in said), text
     assert "\n" not in text and len(text) < 900 + len(str(folder))
     assert "newly initialized" not in "".join(capfd.readouterr())
+
+
+def as_dtype(dtype, save=None):
+    """Weights times ten in another dtype, in a file of safetensors or of torch."""
+
+    def rewrite(folder):
+        path = file_of(folder)
+        table = {name: (value * 10).to(dtype) for name, value in safetensors.load_file(path).items()}
+        if save is None:
+            return safetensors.save_file(table, path, {"format": "pt"})
+        path.unlink()
+        return torch.save(
+            save(table), folder / (path.stem.replace("model", "pytorch_model", path.stem == "model") + ".bin")
+        )
+
+    return rewrite
+
+
+def as_index(change):
+    """Two shards and an index with something changed."""
+
+    def rewrite(folder):
+        saved_again(sharded("safetensors"))(folder)
+        (path,) = folder.glob("*.index.json")
+        table = change(folder, json.loads(path.read_text()))
+        path.write_text(json.dumps(table)) if table is not None else os.truncate(path, 2**40)
+
+    return rewrite
+
+
+def twice(folder, index):
+    one, other = sorted(folder.glob("*.safetensors"))
+    name = min(safetensors.load_file(one))
+    safetensors.save_file({**safetensors.load_file(other), name: torch.ones(1)}, other, {"format": "pt"})
+    return index
+
+
+def outside(folder, index):
+    return {"metadata": {}, "weight_map": dict.fromkeys(index["weight_map"], "../model.safetensors")}
+
+
+def without_a_shard(folder, index):
+    min(folder.glob("*.safetensors")).unlink()
+    return index
+
+
+def infinite(folder):
+    rewritten(folder, lambda table: table | {first(table): table[first(table)] / 0})
+
+
+# What is done to the files -> what the refusal says.
+FILES = {
+    "int8": (as_dtype(torch.int8), "is of I8: give weights of floating-point numbers"),
+    "bool": (as_dtype(torch.bool), "is of BOOL: give weights"),
+    "complex": (as_dtype(torch.complex64), "is of C64: give weights"),
+    "int8 of torch": (as_dtype(torch.int8, dict), "is of int8: give weights"),
+    "a list of torch": (as_dtype(torch.float32, lambda table: [table]), "holds a list, no table of tensors"),
+    "a number of torch": (as_dtype(torch.float32, lambda table: {**table, "a": 3}), "holds 'a', a int and no tensor"),
+    "code of torch": (as_dtype(torch.float32, lambda table: {**table, "a": Runs()}), "asks for posix.system: refused"),
+    "not finite": (infinite, r"1 tensor is not finite \("),
+    "twice": (as_index(twice), r" is in \S*-00001-of-00002.safetensors and in \S*-00002-of-00002.safetensors: remove"),
+    "a shard outside": (as_index(outside), "names the file '../model.safetensors', which is none in its folder"),
+    "a shard that is missing": (as_index(without_a_shard), "there is no file .*, which its index names"),
+    "an index of 1 TiB": (as_index(lambda *_: None), "it has 1,099,511,627,776 bytes, at most"),
+    "an index that is a list": (as_index(lambda *_: [1]), "it is no index of shards"),
+    "an index without a table": (as_index(lambda *_: {"metadata": {}}), "it is no index of shards"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", FILES)
+@pytest.mark.parametrize("part", ["vae", pytest.param("text_encoder", marks=needs_text)])
+def test_files_that_hold_no_weights_are_named(made, tmp_path, capfd, part, change):
+    folder = shutil.copytree(made("stable_diffusion" if part == "text_encoder" else "dit"), tmp_path / "copy")
+    rewrite, said = FILES[change]
+    rewrite(folder / part)
+    capfd.readouterr()
+    with watched(PROCESSES), pytest.raises(ConfigError, match=said) as error:
+        read(part, folder)
+    one_line(error, folder / part)
+    assert not any(capfd.readouterr())  # no bar of progress either
+
+
+@needs_text
+@pytest.mark.parametrize("change", [name for name in FILES if name != "a shard outside"])
+def test_files_of_clip_that_hold_no_weights_are_named(tmp_path, change):
+    folder = detector_files.clip(tmp_path / "clip")
+    rewrite, said = FILES[change]
+    rewrite(folder)
+    with watched(PROCESSES), pytest.raises(ValueError, match=said) as error:
+        ClipScore(folder)
+    one_line(error, folder)
 
 
 def old_attention(table):

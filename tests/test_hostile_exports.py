@@ -125,6 +125,21 @@ def test_bits_of_a_folder_are_named(folder, tmp_path):
         shutil.rmtree(path)
 
 
+ADDED = ["model.fp16.safetensors", "diffusion_pytorch_model.safetensors.index.json", "x.py"]
+
+
+@pytest.mark.parametrize("name", [*(f"transformer/{name}" for name in ADDED), "vae/more/x.bin", "config.json"])
+def test_a_file_that_is_not_of_the_export_is_not_read(folder, tmp_path, name):
+    path = shutil.copytree(folder, tmp_path / "one")
+    for harmless in ("README.md", ".gitattributes", ".cache/huggingface/vae/config.json.metadata"):
+        (path / harmless).parent.mkdir(parents=True, exist_ok=True)
+        (path / harmless).touch()
+    load(path)
+    (path / name).parent.mkdir(exist_ok=True)
+    (path / name).write_text("{}")
+    assert f"{path / name} is not of the export" in refused(path)
+
+
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "vae/../../x", "", "a\0b"])
 def test_a_folder_states_digests_of_its_own_files_alone(folder, tmp_path, name):
     path = shutil.copytree(folder, tmp_path / "one")

@@ -161,7 +161,16 @@ def pickled(name, weights):
     return change
 
 
+def adapter(folder):
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "/", "peft_type": "LORA"}')
+
+
+KERNEL = "kernels-community/of-an-attacker"  # transformers would download and import it
 CLIPS = {
+    **wrong("config.json", {"attn_implementation": [KERNEL, {"text_config": KERNEL}]}),
+    **wrong("config.json", {"_attn_implementation": [KERNEL], "auto_map": [{"AutoModel": "x.Y"}]}, "text_config"),
+    "weights of another name": changed("config.json", "transformers_weights", value="../model.safetensors"),
+    "an adapter of another model": adapter,
     "a model with code": auto_map("config.json"),
     "a tokenizer with code": auto_map("tokenizer_config.json"),
     "an image processor with code": auto_map("preprocessor_config.json"),
@@ -178,6 +187,10 @@ CLIPS = {
     "weights that are missing": lambda folder: renamed(folder / "model.safetensors", "text_projection.weight"),
 }  # fmt: skip
 ENCODERS = {
+    **wrong(
+        "text_encoder/config.json", {"_attn_implementation": [KERNEL], "attn_implementation": ["flash_attention_2"]}
+    ),
+    "an adapter of another model": lambda folder: adapter(folder / "text_encoder"),
     **wrong("text_encoder/config.json", {"num_hidden_layers": [10**7], "hidden_size": [2**19, "8"]}),
     "a configuration of a list": lambda folder: (folder / "text_encoder" / "config.json").write_text("[]"),
     "an encoder with code": lambda folder: auto_map("config.json")(folder / "text_encoder"),

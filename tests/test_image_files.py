@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import struct
 import zipfile
 import zlib
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from watch import PROCESSES, watched
 
 from emd_fast.metrics.images import ImageFiles
 
@@ -104,3 +106,34 @@ def test_a_damaged_archive_is_named_in_one_line(tmp_path):
     (tmp_path / "bad.zip").write_bytes(damaged)
     with pytest.raises(ValueError, match=r"bad\.zip is a damaged archive: Bad magic number"):
         ImageFiles(tmp_path / "bad.zip")
+
+
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.eps", "x.jpg"])
+@pytest.mark.parametrize("zipped", [False, True])
+def test_an_image_that_is_a_program_starts_nothing(tmp_path, name, zipped):
+    path = files.folder(tmp_path / "images", files.pictures(1))
+    (path / name).write_bytes(POSTSCRIPT)
+    if zipped:
+        shutil.make_archive(tmp_path / "images", "zip", path)
+        path = tmp_path / "images.zip"
+    with watched(PROCESSES):
+        if name == "x.eps":
+            assert ImageFiles(path).summary.endswith("left out: 1 of another kind")
+        else:
+            images = ImageFiles(path)
+            for read in (images.check, lambda: images(0, 2)):
+                with pytest.raises(ValueError, match=rf"cannot read the image .*{name}: it is none of PNG, JPEG"):
+                    read()
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_an_archive_with_a_name_twice_is_refused(tmp_path):
+    archive = files.zipped(tmp_path / "images.zip", files.folder(tmp_path / "images", files.pictures(2)))
+    with zipfile.ZipFile(archive, "a") as file:
+        name = file.namelist()[0]
+        file.writestr(name, file.read(name))
+    with pytest.raises(ValueError, match=rf"images.zip has 2 files of the name {name}: leave one of them there"):
+        ImageFiles(archive)

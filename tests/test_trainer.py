@@ -15,7 +15,7 @@ from emd_fast.teachers.small_unet import SmallUNet
 from emd_fast.train import checkpoint
 from emd_fast.train.checkpoint import CheckpointError
 from emd_fast.train.divergence import cause
-from emd_fast.train.fingerprint import fingerprint
+from emd_fast.train.fingerprint import fingerprint, process_of
 from emd_fast.train.health import Diverged, HealthCheck, culprit
 
 
@@ -326,7 +326,11 @@ def test_a_checkpoint_names_its_teacher_and_refuses_another(tmp_path, precision)
     path = tmp_path / "x"
     EMDTrainer(teacher, config(precision=precision)).save(path)
     kept = checkpoint.facts(path)["teacher"]
-    assert kept == {"path": "/somewhere/teacher", "sha256": fingerprint(points_teacher())}
+    assert kept == {
+        "path": "/somewhere/teacher",
+        "sha256": fingerprint(points_teacher()),
+        "process": process_of(points_teacher()),
+    }
     moved = points_teacher()  # the same weights from another place
     moved.source = "/elsewhere/teacher"
     EMDTrainer.resume(path, moved)
@@ -335,3 +339,30 @@ def test_a_checkpoint_names_its_teacher_and_refuses_another(tmp_path, precision)
     with pytest.raises(CheckpointError, match=said):
         EMDTrainer.resume(path, moved)
     EMDTrainer.resume(path, moved, trains=False)
+
+
+@pytest.mark.parametrize("changed", ["schedule", "sigma_data", "c_noise", "what it states"])
+def test_a_teacher_with_another_noise_process_is_refused(tmp_path, changed):
+    def teacher(schedule=None, sigma_data=0.5, c_noise=None):
+        options = {"sigma_data": sigma_data} if schedule is None else {}
+        kind = "edm" if schedule is None else "eps"
+        network = TimeMLP(2, 16, 1, seed=1)
+        return Denoiser(network, schedule or schedules.EDM(), kind, c_noise=c_noise, sample_shape=(2,), **options)
+
+    chain = [schedules.VP(torch.linspace(1e-4, end, 1000)) for end in (0.02, 0.021)]
+    was, now = {
+        "schedule": (teacher(chain[0]), teacher(chain[1])),
+        "sigma_data": (teacher(), teacher(sigma_data=0.501)),
+        "c_noise": (teacher(), teacher(c_noise=lambda t: 1.001 * torch.log(t) / 4)),
+        "what it states": (teacher(), teacher()),
+    }[changed]
+    trainer = EMDTrainer(was, config(t_star=0.6))
+    if changed == "what it states":
+        trainer._teacher_facts["process"] = [[1.0] * 7, ["x"]]
+    trainer.save(tmp_path / "x")
+    if changed != "what it states":
+        EMDTrainer.resume(tmp_path / "x", was, trains=False)
+    for trains in (False, True):
+        with pytest.raises(CheckpointError, match="made with another noise schedule or parametrization") as error:
+            EMDTrainer.resume(tmp_path / "x", now, trains=trains)
+        assert "\n" not in str(error.value)

@@ -48,7 +48,8 @@ def _evaluate_run(options: argparse.Namespace) -> dict[str, Any]:
             raise ConfigError("--samples is not for digits: it is the number of held-out images")
         changes["samples"] = options.samples
     settings = dataclasses.replace(settings, **changes)
-    _, task, trainer = distill.open_run(folder, best=options.best, settings=settings)
+    # Evaluation samples the teacher too, so its weights must be those of the run.
+    _, task, trainer = distill.open_run(folder, best=options.best, settings=settings, trains=True)
     task.open_references()
     return distill.evaluate(settings, folder, task, trainer, seconds_of(folder))
 

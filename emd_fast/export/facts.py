@@ -167,11 +167,14 @@ def digests_of(folder: Path, without: str) -> dict[str, str]:
     return found
 
 
-def check_files(folder: Path, digests: Mapping[str, Any]) -> None:
+def check_files(folder: Path, digests: Mapping[str, Any], without: str) -> None:
     """Whether the files of an exported folder are those that were written.
 
+    Another file in a component, such as an index of shards, would be read in the place of one of
+    them. Hidden files, and at the top those that are not JSON (README.md), are nobody's input.
+
     Raises:
-        ValueError: one that is missing, damaged or no regular file.
+        ValueError: one that is missing, damaged, no regular file, or not of the export.
     """
     for name, wanted in digests.items():
         if not all(map(is_part, name.split("/"))):
@@ -182,3 +185,9 @@ def check_files(folder: Path, digests: Mapping[str, Any]) -> None:
         with open(path, "rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != wanted:
                 raise ValueError(f"{path} is damaged: it does not have the SHA-256 that the export stated")
+    for path in folder.rglob("*") if digests else ():
+        parts = path.relative_to(folder).parts
+        is_read = len(parts) > 1 or path.suffix == ".json"
+        hidden = any(part.startswith(".") for part in parts)
+        if is_read and not hidden and not path.is_dir() and "/".join(parts) not in {*digests, without}:
+            raise ValueError(f"{path} is not of the export, and would be read with it: remove it")

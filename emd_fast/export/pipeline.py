@@ -257,7 +257,7 @@ def _read_folder(path: Path) -> OneStep:
         raise ValueError(f"cannot read {path / EXPORTED}: {reason(error)}") from None
     table = facts.decoded(path / EXPORTED, content, {"pipeline"}, indent=2)
     metadata = facts.metadata(path / EXPORTED, table["generator"])
-    facts.check_files(path, table.get("digests", {}))
+    facts.check_files(path, table.get("digests", {}), EXPORTED)
     folder = Folder(path)
     return OneStep(folder.load_network(facts.DTYPES[metadata.dtype]), metadata, folder=folder)
 

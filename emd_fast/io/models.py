@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from emd_fast.io import reading
+from emd_fast.io import reading, tensors
 
-_CODE = ("auto_map", "quantization_config")  # keys that make loaders look for other code
+# Keys that make loaders look for other code or files, at any depth; "org/name" as an attention is code of the hub.
+_CODE = ("auto_map", "quantization_config", "transformers_weights")
+_IMPLEMENTATION, _PLAIN = "_implementation", (None, "eager", "sdpa")
+_ADAPTER = "adapter_config.json"  # it names another folder or hub, from which transformers would load the weights
 _LARGEST, _LONGEST, _DEEPEST = 2**20, 64, 256  # a size; a list of blocks; layers in a block
 _DEPTHS = ("layer", "depth", "block", "num_heads")
 _SHOWN = 3  # names in a message
-# Buffers that older versions of transformers saved and newer ones compute.
-_BENIGN = re.compile(r"(^|\.)position_ids$")
 _PREFIXES = {
     "module.": "DataParallel and DistributedDataParallel add it",
     "_orig_mod.": "torch.compile adds it",
@@ -37,6 +39,8 @@ def check_folder(folder: Path, build: Callable[[dict[str, Any]], nn.Module]) -> 
             parameters than the files have bytes. OSError: a file cannot be read.
     """
     reading.check_regular(folder)
+    if (folder / _ADAPTER).exists():
+        raise ValueError(f"it has {_ADAPTER}: merge the adapter into the weights (merge_and_unload) and remove it")
     config = reading.read_json(folder / "config.json")
     check_config(config)
     size = sum(path.stat().st_size for path in folder.iterdir() if path.suffix in (".safetensors", ".bin"))
@@ -46,23 +50,22 @@ def check_folder(folder: Path, build: Callable[[dict[str, Any]], nn.Module]) -> 
         raise ValueError(f"its configuration is of {needed:,} parameters, the files have {size:,} bytes")
 
 
-def check_loaded(found: Mapping[str, Any]) -> None:
-    """Checks the loading info of `from_pretrained(..., output_loading_info=True)`.
+def check_loaded(model: nn.Module, found: Mapping[str, Any]) -> None:
+    """Checks what `from_pretrained(..., output_loading_info=True)` returned.
 
     diffusers and transformers load what fits, initialise the rest, and go on with a warning. They
     leave out what the class lists in `_keys_to_ignore_on_load_*`.
 
     Raises:
-        ValueError: a tensor that is missing, unexpected or of another shape. The message has the
-            first names, their number, and a known prefix of all names.
+        ValueError: a tensor that is missing, unexpected, of another shape or not finite. The message
+            has the first names, their number, and a known prefix of all names.
     """
     missing, unexpected = (_serious(found[f"{kind}_keys"]) for kind in ("missing", "unexpected"))
     shapes = sorted(f"{name} is {_shape(was)}, not {_shape(wanted)}" for name, was, wanted in found["mismatched_keys"])
-    parts = [
-        told(names, kind)
-        for names, kind in ((missing, "missing"), (unexpected, "unexpected"), (shapes, "of another shape"))
-        if names
-    ]
+    kinds = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
+    if not any(kinds.values()):
+        kinds["not finite"] = [name for name, value in model.named_parameters() if not bool(value.isfinite().all())]
+    parts = [told(names, kind) for kind, names in kinds.items() if names]
     if not parts:
         return
     prefix = next((p for p in _PREFIXES if unexpected and all(name.startswith(p) for name in unexpected)), None)
@@ -72,8 +75,28 @@ def check_loaded(found: Mapping[str, Any]) -> None:
     raise ValueError(f"{'; '.join(parts)}; {helps}")
 
 
+@contextlib.contextmanager
+def silenced() -> Iterator[None]:
+    """Context manager: diffusers and transformers log errors only, and show no progress.
+
+    Their warnings list every name that does not fit; `check_loaded` says it in one line.
+    """
+    logs: list[Any] = [sys.modules[name].utils.logging for name in ("diffusers", "transformers") if name in sys.modules]
+    before = [(log.get_verbosity(), log.is_progress_bar_enabled()) for log in logs]
+    try:
+        for log in logs:
+            log.set_verbosity_error()
+            log.disable_progress_bar()
+        yield
+    finally:
+        for log, (level, shows) in zip(logs, before, strict=True):
+            log.set_verbosity(level)
+            if shows:
+                log.enable_progress_bar()
+
+
 def _serious(names: Iterable[str]) -> list[str]:
-    return sorted(name for name in names if not _BENIGN.search(name))
+    return sorted(name for name in names if not tensors.COMPUTED.search(name))
 
 
 def told(names: list[str], kind: str) -> str:
@@ -95,14 +118,15 @@ def check_config(config: object) -> None:
     """
     if not isinstance(config, Mapping):
         raise ValueError("config.json must hold a table")
-    for key in _CODE:
-        if config.get(key) is not None:
-            raise ValueError(f"its configuration has {key}, which is not supported")
     for key, value in config.items():
         _check_value(str(key)[:100], value)
 
 
 def _check_value(key: str, value: Any) -> None:
+    if key in _CODE and value is not None:
+        raise ValueError(f"its configuration has {key}, which is not supported")
+    if key.endswith(_IMPLEMENTATION) and value not in _PLAIN:
+        raise ValueError(f"its configuration has {key} = {reading.shown(value)}: 'eager' and 'sdpa' are supported")
     if isinstance(value, (list, tuple)):
         if len(value) > _LONGEST and not all(type(item) is float for item in value):
             raise ValueError(f"its configuration has {len(value):,} values for {key}, at most {_LONGEST} are supported")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emd_fast.io import models, reading
+from emd_fast.io import models, reading, tensors
 from emd_fast.metrics.images import rgb
 
 
@@ -41,10 +41,16 @@ class ClipScore:
         try:
             if Path(name).is_dir():
                 models.check_folder(Path(name), lambda config: CLIPModel(CLIPConfig.from_dict(config)))
-            loaded: Any = CLIPModel.from_pretrained(str(name), trust_remote_code=False, output_loading_info=True)
-            model, found = loaded
-            models.check_loaded(found)
-            self._processor: Any = CLIPProcessor.from_pretrained(str(name), trust_remote_code=False)
+                tensors.check(tensors.of_transformers(Path(name)))
+            else:
+                models.check_config(CLIPConfig.get_config_dict(str(name), trust_remote_code=False)[0])
+            with models.silenced():
+                loaded: Any = CLIPModel.from_pretrained(
+                    str(name), trust_remote_code=False, output_loading_info=True, dtype=torch.float32
+                )
+                model, found = loaded
+                self._processor: Any = CLIPProcessor.from_pretrained(str(name), trust_remote_code=False)
+            models.check_loaded(model, found)
         except Exception as error:  # transformers raises exceptions of many kinds
             raise ValueError(f"{name} holds no CLIP model: {reading.reason(error)}") from None
         self._model, self._device = model.to(device).eval(), torch.device(device)

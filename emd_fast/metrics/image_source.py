@@ -118,6 +118,9 @@ class _Zip:
             else:
                 self.names.append(info.filename)
         self.names.sort()
+        for name, count in collections.Counter(self.names).items():
+            if count > 1:  # only the last could be read
+                raise ValueError(f"{path} has {count} files of the name {name}: leave one of them there")
 
     def read(self, name: str) -> bytes:
         if self._archive.getinfo(name).file_size > LARGEST:

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from emd_fast.metrics.image_source import open_source, summary
 
+# Pillow's readers that decode pixels and start nothing: that of EPS runs Ghostscript on the file, which is a program.
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO")
 _MOST_PIXELS = 2**26  # 8,192 x 8,192
 
 
@@ -57,7 +59,9 @@ class ImageFiles:
         from PIL import Image
 
         self.path = Path(path)
-        known = {ending for ending, format in Image.registered_extensions().items() if format in Image.OPEN}
+        endings = Image.registered_extensions()  # which loads all readers
+        self._formats = [format for format in _FORMATS if format in Image.OPEN]
+        known = {ending for ending, format in endings.items() if format in self._formats}
         self._source = open_source(self.path, known)
         self.summary = summary(self.path, self._source)
         self._names = self._source.names
@@ -77,6 +81,24 @@ class ImageFiles:
         images = [self._read(name, self.shape) for name in self._names[first : first + n]]
         return torch.stack([image.expand(self.shape) for image in images])
 
+    def check(self) -> None:
+        """Looks at the header of every image. A training should not end at a file that could be seen before it.
+
+        Raises:
+            ValueError: an image that cannot be opened, or whose size differs from the first image's.
+        """
+        for name in self._names:
+            with self._opened(name) as image:
+                self._check_size(name, image, self.shape)
+
+    def _check_size(self, name: str, image: Any, shape: Sequence[int]) -> None:
+        here = (image.height, image.width)
+        if here != tuple(shape[1:]):
+            raise _Refused(
+                f"images must have one size: {self.path / name} is {size(here)}, "
+                f"{self._names[0]} is {size(shape[1:])}; nothing is resized here"
+            )
+
     @functools.cached_property
     def sha256(self) -> str:
         """sha256 of the contents of the files, in order; names do not count."""
@@ -91,23 +113,19 @@ class ImageFiles:
 
     def _read(self, name: str, shape: Sequence[int] | None = None) -> Tensor:
         with self._opened(name) as image:
-            here = (image.height, image.width)
-            if shape is not None and here != tuple(shape[1:]):
-                raise _Refused(
-                    f"images must have one size: {self.path / name} is {size(here)}, "
-                    f"{self._names[0]} is {size(shape[1:])}; nothing is resized here"
-                )
+            if shape is not None:
+                self._check_size(name, image, shape)
             pixels = np.array(image)
         return torch.from_numpy(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1).copy())
 
     @contextlib.contextmanager
     def _opened(self, name: str) -> Iterator[Any]:
         """Opens an image and checks its header. Decoding errors inside the block are one ValueError."""
-        from PIL import Image
+        from PIL import Image, UnidentifiedImageError
 
         file = self.path / name
         try:
-            with Image.open(io.BytesIO(self._source.read(name))) as image:
+            with Image.open(io.BytesIO(self._source.read(name)), formats=self._formats) as image:
                 if image.mode not in ("L", "RGB"):
                     raise _Refused(f"images must be grey or RGB of 8 bits: {file} has mode {image.mode}")
                 if image.width * image.height > _MOST_PIXELS:
@@ -117,6 +135,8 @@ class ImageFiles:
                 yield image
         except (_Refused, KeyboardInterrupt):
             raise
+        except UnidentifiedImageError:  # its message has the address of the buffer
+            raise ValueError(f"cannot read the image {file}: it is none of {', '.join(self._formats)}") from None
         except Exception as error:  # the decoders of damaged files raise errors of many classes
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(f"cannot read the image {file}: {reason}") from None

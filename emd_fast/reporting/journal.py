@@ -25,7 +25,10 @@ def read(path: Path, damaged: Callable[[str], object] | None = None) -> list[dic
             all that are no table of numbers with a step.
     """
     rows, wrong = [], []
-    content = read_bytes(path, _LARGEST).decode(errors="replace") if path.exists() else ""
+    try:
+        content = read_bytes(path, _LARGEST).decode(errors="replace") if path.exists() else ""
+    except ValueError as error:
+        raise ValueError(f"cannot read {path}: {error}; move it away to go on without its rows") from None
     lines = content.splitlines()
     for number, line in enumerate(lines, 1):
         try:

@@ -11,6 +11,7 @@ import fcntl
 import os
 import re
 import socket
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from emd_fast.reporting.progress import say
 
 # Folders that a run writes into.
 _FOLDERS = ("checkpoints", "samples", "samples/networks", "teacher", "replay", "tensorboard", "wandb")
+# Files of a pipeline and of a model, which a run does not write.
+_MODELS = ("model_index.json", "config.json", "emd_fast.json")
 _TEMPORARY = re.compile(r"\..+\.tmp")
 
 
@@ -42,10 +45,14 @@ def locked(folder: Path) -> Iterator[None]:
         RunError: another run holds the lock.
         OSError: the folder cannot be written.
     """
-    # A link in the place of the lock would lead to a file of somebody else.
-    with open(
-        os.open(folder / ".lock", os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666), "a+"
-    ) as file:
+    # A link in the place of the lock would lead to a file of somebody else, and so may a second name of it.
+    path = folder / ".lock"
+    handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    found = os.fstat(handle)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+        os.close(handle)
+        raise RunError(f"{path} is no regular file of its own: remove it")
+    with open(handle, "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -71,6 +78,8 @@ def open_folder(folder: Path, settings: RunConfig, held: contextlib.ExitStack) -
     try:
         folder.mkdir(parents=True, exist_ok=True)
         check_links(folder)
+        if any((folder / name).exists() for name in _MODELS):
+            raise RunError(f"{folder} is the folder of a model: choose another --out")
         held.enter_context(locked(folder))
         clear_temporaries(folder)
         (folder / "checkpoints").mkdir(exist_ok=True)
@@ -103,11 +112,16 @@ def check_links(folder: Path) -> None:
 
 
 def clear_temporaries(folder: Path) -> None:
-    """Removes what killed processes left half-written. The caller holds the lock."""
-    for parent, names, files in os.walk(folder):  # follows no links
-        for name in filter(_TEMPORARY.fullmatch, [*names, *files]):
-            folders.remove(Path(parent) / name)
-        names[:] = [name for name in names if not _TEMPORARY.fullmatch(name)]
+    """Removes what killed processes left half-written, in the places that a run writes. The caller holds the lock.
+
+    Other folders may lie in it, with hidden files of others.
+    """
+    if not (folder / "config.toml").exists():
+        return
+    for parent in (folder, *(folder / name for name in _FOLDERS)):
+        for path in parent.iterdir() if parent.is_dir() else ():
+            if _TEMPORARY.fullmatch(path.name):
+                folders.remove(path)
 
 
 def _begun(folder: Path) -> bool:

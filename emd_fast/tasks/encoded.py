@@ -16,6 +16,7 @@ from emd_fast.tasks import OnStep, encoding
 from emd_fast.train import run_checkpoints
 
 TABLE, RECORD = "prompts.safetensors", "prompts.json"
+CONDITIONS = "conditions.json"  # hash of a table that the user gave
 _LARGEST, _LONGEST = 2**28, 2**16  # bytes of a file of prompts; characters of a line: text encoders take some hundred
 _SMALL = 2**20  # bytes: the contents of such files of an encoder count, of larger ones the size
 
@@ -102,6 +103,28 @@ def check_texts(folder: Path, lines: Sequence[str], prompts: Path) -> None:
     """
     if (made_of := _record(folder)) is not None and made_of["text"] != hash_of(lines):
         raise ConfigError(f"{prompts} is not the text that {folder / TABLE} was made with: restore it")
+
+
+def check_table(path: Path, folder: Path) -> None:
+    """Whether a user's table of conditions is the one that the run in a folder began with.
+
+    A run that has no checkpoint notes the hash of its table.
+
+    Raises:
+        ConfigError: it is another one, or the note is damaged.
+    """
+    record, now = folder / CONDITIONS, _file(path)
+    if not run_checkpoints.found(folder / "checkpoints"):
+        write_text(record, json_of(now))
+    elif record.exists():
+        try:
+            same = table_of(read_bytes(record)) == now
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{record} is damaged ({reason(error)}): restore it, or choose another --out") from None
+        if not same:
+            raise ConfigError(
+                f"{path} is not the table of conditions that {folder} began with: restore it, or choose another --out"
+            )
 
 
 def hash_of(lines: Sequence[str]) -> str:

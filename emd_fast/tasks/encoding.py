@@ -101,7 +101,7 @@ def _rows(path: Path, head: Mapping[str, Any]) -> dict[int, tuple[int, int]]:
 
 
 def _opened(path: Path) -> BinaryIO:
-    """Opens a file to read and write, kept as it is. What is no regular file is replaced."""
-    if path.is_symlink() or (path.exists() and not path.is_file()):
+    """Opens a file to read and write, kept as it is. What is no regular file of its own is replaced."""
+    if path.is_symlink() or (path.exists() and (not path.is_file() or path.stat().st_nlink > 1)):
         path.unlink()
     return open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666), "r+b", buffering=0)

@@ -133,6 +133,7 @@ class Pretrained:
         if name.endswith(".safetensors"):
             try:
                 table = conditions.Mapped(name)
+                encoded.check_table(Path(name), folder)
             except ValueError as error:
                 raise ConfigError(str(error)) from None
         elif not text:
@@ -160,6 +161,7 @@ class Pretrained:
         self.evaluator.check()
         if self.evaluator.compare_with is not None:
             say(self.evaluator.compare_with.summary)
+            distributed.on_main(self.evaluator.compare_with.check)
         if self.evaluator.clip is not None and not self._has_texts():
             raise ConfigError("the CLIP score needs prompts as text: give --prompts FILE, a prompt in each line")
 
@@ -228,7 +230,8 @@ def _check_taken(teacher: Denoiser, cond: Condition, what: str) -> None:
     cond = pytree.tree_map(lambda leaf: leaf.to(device), cond)
     n = len(pytree.tree_leaves(cond)[0])
     try:
-        teacher(torch.zeros(n, *teacher.sample_shape, device=device), _times(teacher, n).to(device), cond)
+        output = teacher(torch.zeros(n, *teacher.sample_shape, device=device), _times(teacher, n).to(device), cond)
+        conditions.check_finite(output, "it returns NaN or infinite values for them")
     except torch.OutOfMemoryError:
         raise
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:

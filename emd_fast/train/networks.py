@@ -18,7 +18,7 @@ from emd_fast.diffusion.generator import Generator
 from emd_fast.fusion.fusing import fuse_known, fusion_report, unfuse
 from emd_fast.train import average
 from emd_fast.train.cast_weights import cast_weights, trainable
-from emd_fast.train.fingerprint import fingerprint
+from emd_fast.train.fingerprint import fingerprint, process_of
 from emd_fast.train.precision import compute_dtype
 
 # Of alpha at t_star where noise is predicted. The rounding of an output in float16 or TF32, 2^-11, times
@@ -34,7 +34,8 @@ class Prepared:
         three: generator, teacher and fake score; in eval mode, fused and spread as configured. Only
             the teacher's parameters require no gradient.
         ema: average of the generator's weights.
-        teacher_facts: {"path": origin or None, "sha256": fingerprint}, of the teacher as passed in.
+        teacher_facts: {"path": origin or None, "sha256": fingerprint, "process": `process_of`}, of the
+            teacher as passed in.
         device, compute_dtype: where and in which dtype the networks run.
         parallel: "replicate" or "fsdp", and why, in one line.
         sample_shape, latent_shape: shapes of one x and one z.
@@ -64,7 +65,11 @@ def prepare(teacher: Denoiser, config: EMDConfig, generator: nn.Module | None, f
     generator, fake_score = _make_trainable(teacher, generator, fake_score, config)
     # Rank 0 computes the fingerprint; the other ranks may hold a teacher on the meta device.
     facts: dict[str, Any] = distributed.on_main(
-        lambda: {"path": unwrap(teacher).source, "sha256": fingerprint(unwrap(teacher))}
+        lambda: {
+            "path": unwrap(teacher).source,
+            "sha256": fingerprint(unwrap(teacher)),
+            "process": process_of(unwrap(teacher)),
+        }
     )
     device = distributed.device_of(generator)
     dtype = compute_dtype(config.compute.precision, device)

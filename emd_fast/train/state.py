@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from emd_fast.config import ConfigError, EMDConfig, forbidden_change, from_dict
 from emd_fast.train import checkpoint, optimizers
 from emd_fast.train.checkpoint import CheckpointError
+from emd_fast.train.fingerprint import other_process
 from emd_fast.train.learner import Learner
 
 
@@ -136,7 +137,7 @@ class SavedFacts:
     Attributes:
         config: configuration of the run.
         step, skipped: number of steps done, number of updates skipped.
-        teacher: {"path": str or None, "sha256": fingerprint}.
+        teacher: {"path": str or None, "sha256": fingerprint}; "process" too, if this release wrote it.
         counters: as returned by `State.counters`.
     """
 
@@ -188,6 +189,21 @@ def check_config(path: str | Path, saved: EMDConfig, now: EMDConfig) -> None:
     if change is not None:
         raise CheckpointError(
             f"{path} was made with {change.key} = {change.was!r}, not {change.now!r}; another run needs another folder"
+        )
+
+
+def check_process(path: str | Path, saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Checks that the teacher of a checkpoint has the noise process of the one given now.
+
+    The coefficients of the generator follow from it, so samples and exports depend on it too.
+
+    Raises:
+        CheckpointError: another schedule or parametrization, or other times of the network.
+    """
+    if "process" in saved and (said := other_process(saved["process"], here["process"])):
+        raise CheckpointError(
+            f"{path} was made with another noise schedule or parametrization of the teacher ({said}): restore "
+            "the teacher's scheduler, or distil into another folder"
         )
 
 

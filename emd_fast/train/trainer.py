@@ -29,7 +29,7 @@ from emd_fast.train.diagnostics import StepRecord
 from emd_fast.train.gradient_variance import gradient_variance
 from emd_fast.train.learner import Learner
 from emd_fast.train.posterior import PosteriorSampler
-from emd_fast.train.state import State, check_config, check_teacher, read_facts
+from emd_fast.train.state import State, check_config, check_process, check_teacher, read_facts
 from emd_fast.train.throughput import StepTimer
 
 
@@ -317,11 +317,12 @@ class EMDTrainer:
             config: replaces the saved one; only keys that may change at a resume may differ.
             generator, fake_score: as for the constructor, if they are not copies of the teacher.
             prompts: as for the constructor; a checkpoint does not hold them.
-            trains: False for sampling and export, for which the teacher's architecture is enough.
+            trains: False for sampling and export, for which the teacher's architecture and schedule are
+                enough.
 
         Raises:
-            CheckpointError: a missing, damaged or foreign folder; another architecture or
-                configuration; a teacher of other weights than the run began with, if `trains`.
+            CheckpointError: a missing, damaged or foreign folder; another architecture, configuration
+                or noise schedule; a teacher of other weights than the run began with, if `trains`.
             CheckpointGone: the folder was removed or replaced meanwhile.
         """
         with checkpoint.reading(path):
@@ -331,6 +332,7 @@ class EMDTrainer:
             trainer._state.restore(Path(path), saved.counters)
             trainer.skipped.fill_(saved.skipped)
             trainer.steps_done = saved.step
+            check_process(path, saved.teacher, trainer._teacher_facts)
             if trains:
                 check_teacher(path, saved.teacher, trainer._teacher_facts)
         return trainer

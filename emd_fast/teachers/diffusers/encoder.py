@@ -13,8 +13,7 @@ from torch.utils import _pytree as pytree
 from emd_fast.config import ConfigError
 from emd_fast.diffusion import ragged
 from emd_fast.diffusion.denoiser import Condition
-from emd_fast.io import reading
-from emd_fast.teachers.diffusers import weights
+from emd_fast.io import models, reading
 from emd_fast.teachers.diffusers.architectures import Architecture
 from emd_fast.teachers.diffusers.architectures.conditions import LENGTH, MASK
 
@@ -84,7 +83,7 @@ class TextEncoder:
             if any("\ud800" <= letter <= "\udfff" for letter in prompt):
                 raise ConfigError(f"prompt {i} holds a lone surrogate: give it in UTF-8")
         try:
-            with weights.silenced():
+            with models.silenced():
                 starts = range(0, len(prompts), BATCH)
                 parts = [self._encoded(list(prompts[start : start + BATCH])) for start in starts]
         except Exception as error:  # tokenizers and encoders raise exceptions of many kinds
@@ -109,7 +108,7 @@ class TextEncoder:
     def truncated(self, prompts: Sequence[str]) -> int:
         """The number of prompts that have more tokens than one of the encoders takes."""
         longer: set[int] = set()
-        with weights.silenced():
+        with models.silenced():
             for tokenizer, limit in self._tokenizers:
                 tokens = tokenizer(list(prompts), truncation=False, padding=False).input_ids
                 longer |= {i for i, each in enumerate(tokens) if len(each) > limit}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from emd_fast.config import ConfigError
-from emd_fast.io import paths, reading
+from emd_fast.io import models, paths, reading
 from emd_fast.teachers.diffusers import architectures, files, text, weights
 from emd_fast.teachers.diffusers.architectures import ARCHITECTURES, Architecture, Network, known
 from emd_fast.teachers.diffusers.encoder import TextEncoder
@@ -251,7 +251,9 @@ def _found(name: str | Path) -> Path:
     if path.exists() or not _HUB_NAME.fullmatch(str(name)):
         raise NoFolder(f"{name} is no folder, and not the name of a pipeline on the hub either")
     try:
-        return Path(import_diffusers().DiffusionPipeline.download(str(name), trust_remote_code=False))
+        pipeline = import_diffusers().DiffusionPipeline
+        with models.silenced():
+            return Path(pipeline.download(str(name), trust_remote_code=False))
     except (OSError, ValueError, RuntimeError) as error:
         raise NoFolder(
             f"{name} is no folder here, and the hub did not give it: {str(error).splitlines()[0].partition(' (')[0]}"

@@ -13,6 +13,7 @@ from emd_fast.config import ConfigError
 from emd_fast.diffusion.schedules import VP, RectifiedFlow, Schedule
 from emd_fast.io import reading
 from emd_fast.io.reading import shown
+from emd_fast.teachers.diffusers.weights import check_kinds
 
 _FLOW = "FlowMatchEulerDiscreteScheduler"
 # With use_flow_sigmas and "flow_prediction" they sample rectified flows.
@@ -31,6 +32,7 @@ _CHAINS = (
 )
 _BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace")
 _MOST_STEPS = 2**20
+_PLAIN = {"timestep_type": "discrete", "use_flow_sigmas": False, "invert_sigmas": False}
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 # The value that diffusers uses as the last alpha^2 of a chain with zero terminal signal.
 _LAST_ALPHA_SQUARED = 2.0**-24
@@ -69,14 +71,13 @@ def read(config: Mapping[str, Any]) -> SchedulerInfo:
     name = config.get("_class_name")
     if not isinstance(name, str) or not name.isidentifier() or len(name) > 100:
         raise ConfigError(f"the scheduler {shown(name)} is not supported: {', '.join((*_CHAINS, _FLOW))} are")
-    flows = config.get("use_flow_sigmas") is True and config.get("prediction_type") == "flow_prediction"
-    if name == _FLOW or (name in _SOLVERS and flows):
+    is_flow = config.get("use_flow_sigmas") is True and config.get("prediction_type") == "flow_prediction"
+    flows = name in _SOLVERS and is_flow
+    _check_plain(name, {**config, "use_flow_sigmas": False} if flows else config)
+    if name == _FLOW or flows:
         return SchedulerInfo(RectifiedFlow(), "flow", float(_steps(config)))
     if name not in _CHAINS:
         raise ConfigError(f"the scheduler {name} is not supported: {', '.join((*_CHAINS, _FLOW))} are")
-    for key, plain in (("timestep_type", "discrete"), ("use_flow_sigmas", False)):
-        if config.get(key, plain) != plain:
-            raise ConfigError(f"a {name} with {key} = {shown(config[key])} is not supported: {plain!r} is")
     prediction = config.get("prediction_type", "epsilon")
     if not isinstance(prediction, str) or prediction not in PREDICTIONS:
         raise ConfigError(
@@ -100,6 +101,7 @@ def read(config: Mapping[str, Any]) -> SchedulerInfo:
     _steps(config)
     try:
         kind = getattr(diffusers, name) if name in _SHIFTED else diffusers.DDPMScheduler
+        check_kinds(kind, wanted)
         chain: Any = kind(**({} if name in _SHIFTED else {"beta_schedule": "linear"}) | wanted)
         betas = _with_signal(_betas_of(chain.alphas_cumprod) if name in _SHIFTED else chain.betas.double())
         schedule = VP(betas)
@@ -108,13 +110,26 @@ def read(config: Mapping[str, Any]) -> SchedulerInfo:
     return SchedulerInfo(schedule, PREDICTIONS[prediction], float(len(betas) - 1), tuple(betas.tolist()))
 
 
+def _check_plain(name: str, config: Mapping[str, Any]) -> None:
+    """Refuses settings that give the network other times or other inputs.
+
+    Raises:
+        ConfigError: one of them.
+    """
+    for key, plain in _PLAIN.items():
+        if config.get(key, plain) != plain:
+            raise ConfigError(f"a {name} with {key} = {shown(config[key])} is not supported: {plain!r} is")
+
+
 def _steps(config: Mapping[str, Any]) -> int:
     """The number of training steps of a scheduler, which bounds its table of betas."""
     steps, betas = config.get("num_train_timesteps", 1000), config.get("trained_betas")
     if type(steps) is not int or not 1 < steps <= _MOST_STEPS:
         raise ConfigError(f"num_train_timesteps must be a number from 2 to {_MOST_STEPS:,}, got {shown(steps)}")
-    if betas is not None and (type(betas) not in (list, tuple) or not 1 < len(betas) <= _MOST_STEPS):
-        raise ConfigError(f"trained_betas must be a list of 2 to {_MOST_STEPS:,} numbers")
+    if betas is not None:
+        is_list = type(betas) in (list, tuple) and 1 < len(betas) <= _MOST_STEPS
+        if not is_list or not all(type(beta) in (int, float) for beta in betas):
+            raise ConfigError(f"trained_betas must be a list of 2 to {_MOST_STEPS:,} numbers")
     return steps
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from emd_fast.config import ConfigError
-from emd_fast.io import reading
+from emd_fast.io import models, reading
 from emd_fast.teachers.diffusers import weights
 from emd_fast.teachers.diffusers.architectures import Architecture
 from emd_fast.teachers.diffusers.encoder import TextEncoder
@@ -94,7 +94,7 @@ def read(
     if architecture.component == "transformer":
         loaded[architecture.component] = model
     try:
-        with weights.silenced():
+        with models.silenced():
             pipeline = kind(**{**expected, **loaded})
         return TextEncoder(pipeline, architecture, constants, device, root)
     except ConfigError:

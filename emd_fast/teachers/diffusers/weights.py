@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from torch import nn
 
 from emd_fast.config import ConfigError
-from emd_fast.io import models, reading
+from emd_fast.io import models, reading, tensors
 from emd_fast.io.reading import shown
 from emd_fast.teachers.diffusers import files
 from emd_fast.teachers.diffusers.single_file import Part
@@ -91,9 +90,11 @@ def _loaded(
     kind: Any, folder: Path, build: Callable[[dict[str, Any]], nn.Module], stems: tuple[str, str], **options: Any
 ) -> nn.Module:
     try:
-        options |= files.find(folder, stems).options
+        found_files = files.find(folder, stems)
+        options |= found_files.options
         models.check_folder(folder, build)
-        with silenced():
+        tensors.check(tensors.shards(found_files.file))
+        with models.silenced():
             # Shapes are checked below, where all of them are known.
             model, found = kind.from_pretrained(
                 folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
@@ -105,7 +106,7 @@ def _loaded(
         said = reading.reason(error).partition(" If you want to")[0].replace("Cannot load  because ", "")
         raise ConfigError(f"cannot read the weights in {folder}: {said}") from error
     try:
-        models.check_loaded(found)
+        models.check_loaded(model, found)
     except ValueError as error:
         raise ConfigError(f"the weights in {folder} do not fit its config.json: {error}") from None
     loaded: nn.Module = model
@@ -128,26 +129,3 @@ def _from_file(
 def quietly() -> dict[str, bool]:
     """diffusers reads without a second copy where accelerate is there, and says so at length where it is not."""
     return {"low_cpu_mem_usage": importlib.util.find_spec("accelerate") is not None}
-
-
-@contextlib.contextmanager
-def silenced() -> Iterator[None]:
-    """Context manager: diffusers and transformers log errors only.
-
-    Their warnings list every name that does not fit; `models.check_loaded` says it in one line.
-    """
-    import diffusers
-
-    logs: list[Any] = [diffusers.utils.logging]
-    with contextlib.suppress(ModuleNotFoundError):
-        import transformers
-
-        logs.append(transformers.utils.logging)
-    before = [log.get_verbosity() for log in logs]
-    try:
-        for log in logs:
-            log.set_verbosity_error()
-        yield
-    finally:
-        for log, level in zip(logs, before, strict=True):
-            log.set_verbosity(level)
