@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from emd_fast.io import reading, tensors
 
@@ -20,6 +20,7 @@ _ADAPTER = "adapter_config.json"  # it names another folder or hub, from which t
 _LARGEST, _LONGEST, _DEEPEST = 2**20, 64, 256  # a size; a list of blocks; layers in a block
 _DEPTHS = ("layer", "depth", "block", "num_heads")
 _SHOWN = 3  # names in a message
+_REMEDY = "give the weights that belong to its config.json"
 _PREFIXES = {
     "module.": "DataParallel and DistributedDataParallel add it",
     "_orig_mod.": "torch.compile adds it",
@@ -53,23 +54,41 @@ def check_folder(folder: Path, build: Callable[[dict[str, Any]], nn.Module]) -> 
 def check_loaded(model: nn.Module, found: Mapping[str, Any]) -> None:
     """Checks what `from_pretrained(..., output_loading_info=True)` returned.
 
-    diffusers and transformers load what fits, initialise the rest, and go on with a warning. They
-    leave out what the class lists in `_keys_to_ignore_on_load_*`.
+    Raises:
+        ValueError: `check_fits` raises it, or a parameter is not finite.
+    """
+    check_fits(found)
+    check_finite(model.named_parameters())
+
+
+def check_finite(named: Iterable[tuple[str, Tensor]]) -> None:
+    """Checks that tensors are finite.
 
     Raises:
-        ValueError: a tensor that is missing, unexpected, of another shape or not finite. The message
-            has the first names, their number, and a known prefix of all names.
+        ValueError: some are not. The message has the first names and their number.
+    """
+    if names := [name for name, value in named if not bool(value.isfinite().all())]:
+        raise ValueError(f"{told(names, 'not finite')}; {_REMEDY}")
+
+
+def check_fits(found: Mapping[str, Any]) -> None:
+    """Checks loading info that diffusers and transformers return.
+
+    They load what fits, initialise the rest, and go on with a warning. They leave out what the class
+    lists in `_keys_to_ignore_on_load_*`.
+
+    Raises:
+        ValueError: a tensor that is missing, unexpected or of another shape. The message has the
+            first names, their number, and a known prefix of all names.
     """
     missing, unexpected = (_serious(found[f"{kind}_keys"]) for kind in ("missing", "unexpected"))
     shapes = sorted(f"{name} is {_shape(was)}, not {_shape(wanted)}" for name, was, wanted in found["mismatched_keys"])
     kinds = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
-    if not any(kinds.values()):
-        kinds["not finite"] = [name for name, value in model.named_parameters() if not bool(value.isfinite().all())]
     parts = [told(names, kind) for kind, names in kinds.items() if names]
     if not parts:
         return
     prefix = next((p for p in _PREFIXES if unexpected and all(name.startswith(p) for name in unexpected)), None)
-    helps = "give the weights that belong to its config.json"
+    helps = _REMEDY
     if prefix is not None:
         helps = f"all of these names begin with {prefix!r} ({_PREFIXES[prefix]}): save the weights without it"
     raise ValueError(f"{'; '.join(parts)}; {helps}")

@@ -144,7 +144,8 @@ class Part:
                 if name in tensors and tensors[name].shape != value.shape
             ],
         }
-        models.check_loaded(found)
+        models.check_fits(found)
+        models.check_finite((name, tensors[name]) for name in expected)
         if whole := [
             name for name in expected if expected[name].is_floating_point() > tensors[name].is_floating_point()
         ]:

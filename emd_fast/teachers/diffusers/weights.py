@@ -119,7 +119,7 @@ def _from_file(
     try:
         config = reading.read_json(folder / "config.json")
         models.check_config(config)
-        with silenced():
+        with models.silenced():
             return part.load(kind, config, build).to(dtype)
     except Exception as error:  # diffusers and transformers raise exceptions of many kinds
         said = " ".join(str(error).split())[:1000] if type(error) is ValueError else reading.reason(error)
