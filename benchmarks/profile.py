@@ -53,7 +53,7 @@ _PATTERNS = tuple(
         ("convolution", r"conv|fprop|dgrad|wgrad|winograd|implicit_gemm|im2col"),
         ("GEMM", r"gemm|gemv|nvjet|cublas|cutlass|splitk|xmma|aten::(add)?b?mm$"),
         ("elementwise", r"elementwise|reduce_kernel|multi_tensor|upsample|pool2d|aten::"),
-        ("elementwise", r"langevin|perturb|normal|uniform|_loss|squares|mean|elements_kernel|geglu|bias|sums_kernel"),
+        ("elementwise", r"emd::|langevin|perturb|normal|uniform|_loss|squares|mean|geglu|residual"),
     )
 )
 
