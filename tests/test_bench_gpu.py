@@ -181,7 +181,7 @@ def test_kernels_without_noise_hold_no_philox(monkeypatch):
     from ahead_of_time import compiled, launches
 
     z, noise = torch.zeros(4, 3, 64, 64), Noise(0).state
-    arguments = (z, z, 0.1, None, noise, 0)
+    arguments = (z, z, 0.1, None, False, noise, 0)
     (drawing,) = launches("langevin_z", *arguments)
     noiseless_module = noiseless._noiseless_module("langevin_z")
     monkeypatch.setattr("emd_fast.backends.triton.implementation", lambda op: getattr(noiseless_module, op))
