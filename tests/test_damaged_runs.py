@@ -4,6 +4,8 @@ import json
 import os
 import random
 import shutil
+import sys
+import types
 
 import pytest
 import torch
@@ -230,7 +232,7 @@ class Teacher:
     """A teacher and its text encoder: encodes the length of each prompt, and counts its calls."""
 
     def __init__(self, root):
-        self.folder, self.calls = type("Folder", (), {"root": root}), 0
+        self.folder, self.calls = type("Folder", (), {"root": root, "file": None}), 0
         (root / "text_encoder").mkdir(parents=True)
         (root / "text_encoder" / "config.json").write_text("{}")
 
@@ -337,3 +339,23 @@ def test_a_damaged_record_of_a_new_run_is_encoded_again(prompts, content):
     (folder / encoded.RECORD).write_bytes(content)
     encoded.encoded(teacher, text, folder)
     assert teacher.calls == 4
+
+
+def test_bits_of_the_id_of_weights_and_biases(tmp_path, monkeypatch):
+    given, draw = [], random.Random(5)
+
+    def init(**options):
+        given.append(options["id"])
+        return types.SimpleNamespace(id="a1b2c3", log=lambda *_, **__: None, finish=lambda: None)
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    for _ in range(2):
+        journal.Journal(tmp_path, 0, ("wandb",)).close()
+    assert given == [None, "a1b2c3"]
+    content = (tmp_path / "wandb.id").read_bytes()
+    for damaged in [turned(content, draw) for _ in range(20)] + [b"a1b2c3", b"", b"../x\n", b"x" * 400]:
+        (tmp_path / "wandb.id").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"wandb\.id is damaged .*: remove it to log to a new run") as error:
+            journal.Journal(tmp_path, 0, ("wandb",))
+        assert "\n" not in str(error.value)
+    assert len(given) == 2

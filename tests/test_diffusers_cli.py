@@ -12,6 +12,7 @@ from PIL import Image
 
 from emd_fast import Denoiser, EMDTrainer, schedules
 from emd_fast.export import pipeline
+from emd_fast.tasks import encoded
 from emd_fast.teachers.small_unet import SmallUNet
 from emd_fast.train import conditions, run_checkpoints
 
@@ -77,6 +78,44 @@ def test_prompts_that_were_encoded_before(call, refused, tmp_path):
     conditions.save(tmp_path / "without.safetensors", torch.randn(5, 3, 8))
     words += ["--prompts", "without.safetensors", "--out", "none"]
     refused(2, "needs a null condition, and without.safetensors has none", *words)
+
+
+@pytest.mark.skipif(folders.transformers_missing() is not None, reason=str(folders.transformers_missing()))
+def test_a_run_that_was_killed_while_it_encoded_can_be_corrected(call, monkeypatch, tmp_path):
+    folders.stable_diffusion(tmp_path / "teacher")
+    (tmp_path / "p.txt").write_text("a\n" * 40)
+    (tmp_path / "q.txt").write_text("b\n")
+    words = ["distill", "--teacher", "teacher", "--out", "run", *TINY]
+    write, calls = conditions.Writer.write, []
+
+    def killed(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return write(*arguments)
+
+    monkeypatch.setattr(conditions.Writer, "write", killed)
+    assert call(*words, "--prompts", "p.txt")[0] == 130
+    assert {"prompts.part", "prompts.part.jsonl"} <= {path.name for path in (tmp_path / "run").iterdir()}
+    done(call(*words, "--prompts", "q.txt", "--seed=1", "--guidance=2"))
+    assert len(calls) == 3 and not list((tmp_path / "run").glob("prompts.part*"))
+    code, _, err = call(*words, "--prompts", "p.txt", "--seed=1", "--guidance=2", "--steps=3")
+    assert code == 2 and "holds a run with" in err
+
+
+@pytest.mark.skipif(folders.transformers_missing() is not None, reason=str(folders.transformers_missing()))
+def test_a_text_encoder_of_another_class_is_refused_before_anything_is_encoded(call, monkeypatch, tmp_path):
+    folders.stable_diffusion(tmp_path / "teacher")
+    path = tmp_path / "teacher" / "model_index.json"
+    path.write_text(path.read_text().replace("CLIPTextModel", "BertModel"))
+    (tmp_path / "p.txt").write_text("a\n")
+    monkeypatch.setattr(encoded, "encoded", None)
+    words = ["--teacher", "teacher", *TINY, "--prompts"]
+    for command in ("distill", "plan"):
+        code, _, err = call(command, *words, "p.txt")
+        assert code == 2 and "cannot use the pipeline in teacher: its text_encoder is" in err.splitlines()[-1]
+    conditions.save(tmp_path / "p.safetensors", torch.zeros(5, 3, 8))
+    done(call("distill", *words, "p.safetensors", "--out", "run"))  # embeddings need no encoder
 
 
 @pytest.mark.skipif(folders.transformers_missing() is not None, reason=str(folders.transformers_missing()))
@@ -303,3 +342,32 @@ def test_the_recipe_of_stable_diffusion_runs(call, tmp_path):
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "one-step")
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline("a b", num_inference_steps=1, guidance_scale=1.0).images[0].size == (16, 16)
+
+
+HOSTILE = {
+    "unet": ("unet", {"attention_head_dim": -1, "downsample_padding": 7, "freq_shift": [1], "norm_eps": -1}),
+    "dit": ("transformer", {"norm_eps": -1.5, "num_embeds_ada_norm": 10**9, "dropout": None, "patch_size": 0}),
+    "bare_text_unet": (".", {"attention_head_dim": -1, "norm_eps": None, "cross_attention_dim": 1.5}),
+    "bare text": (".", {"mid_block_scale_factor": 0, "downsample_padding": [], "norm_eps": -1}),
+    "bare_sd3": (".", {"num_layers": 10**18, "pos_embed_max_size": float("nan"), "qk_norm": 3}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("make", HOSTILE)
+def test_hostile_values_of_a_configuration_end_in_one_line_before_the_training(call, tmp_path, make):
+    pytest.importorskip("diffusers")
+    getattr(folders, "bare_text_unet" if make == "bare text" else make)(tmp_path / "teacher")
+    part, changes = HOSTILE[make]
+    path = tmp_path / "teacher" / part / "config.json"
+    config = json.loads(path.read_text())
+    cond = torch.zeros(3, 2, 8)
+    if make == "bare_sd3":
+        cond = {"prompt_embeds": torch.zeros(3, 2, 16), "pooled_projections": torch.zeros(3, 16)}
+    conditions.save(tmp_path / "p.safetensors", cond)
+    words = {"unet": [], "dit": ["--num-classes=10"]}.get(make, ["--prompts", "p.safetensors"])
+    done(call("distill", "--teacher", "teacher", *words, "--out", "run", *TINY))
+    for key, value in (changes | {"sample_size": -1, "in_channels": 0, "_class_name": None}).items():
+        path.write_text(json.dumps({**config, key: value}))
+        code, _, err = call("distill", "--teacher", "teacher", *words, "--out", "other", *TINY)
+        assert code == 2 and len(err.strip().splitlines()) == 1, (key, value, err)
+        assert not list((tmp_path / "other").glob("checkpoints/*"))

@@ -17,6 +17,7 @@ from emd_fast.reporting import journal
 from emd_fast.run import distill, watch
 from emd_fast.run.folder import RunError
 from emd_fast.run.writes import RunStopped
+from emd_fast.tasks import gmm
 from emd_fast.train import checkpoint, checkpoint_format, run_checkpoints
 from emd_fast.train.checkpoint import CheckpointGone
 from emd_fast.train.trainer import EMDTrainer
@@ -109,6 +110,29 @@ def test_a_folder_that_is_lost_while_the_run_is_evaluated(tmp_path, monkeypatch)
     monkeypatch.setattr(distill, "evaluate", and_renamed)
     with pytest.raises(RunStopped, match="was renamed to"):
         distill.distill(settings(), tmp_path / "run")
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_nothing_is_written_under_the_old_name_of_a_folder_that_is_moved_while_the_run_is_evaluated(
+    tmp_path, monkeypatch, without_pictures, when
+):
+    evaluate = gmm.Mixture.evaluate
+
+    def renamed(*arguments):
+        if when == "before":  # it draws pictures
+            (tmp_path / "run").rename(tmp_path / "moved")
+        metrics = evaluate(*arguments)
+        if when == "after":
+            (tmp_path / "run").rename(tmp_path / "moved")
+        return metrics
+
+    without_pictures.undo()
+    monkeypatch.setattr(gmm.Mixture, "evaluate", renamed)
+    with pytest.raises(RunStopped, match=r"was renamed to .*moved during the run"):
+        distill.distill(settings(), tmp_path / "run")
+    assert os.listdir(tmp_path) == ["moved"]
+    monkeypatch.undo()
+    assert distill.distill(settings(), tmp_path / "moved")["steps"] == 8
 
 
 def test_a_folder_that_cannot_be_written_any_more(tmp_path, monkeypatch):

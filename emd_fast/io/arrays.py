@@ -1,4 +1,4 @@
-"""Arrays of numpy as data: in pickles, as names for `pickles.read`, and in .npz archives."""
+"""Reads numpy arrays as data, without unpickling: from .npz archives, and in pickles (`NAMES`)."""
 
 from __future__ import annotations
 
@@ -22,18 +22,19 @@ _HEADER = re.compile(
 
 
 def read_npz(path: Path, names: Collection[str], largest: int) -> dict[str, np.ndarray]:
-    """Reads arrays of an .npz by name, without pickle. The others are not read, whatever their size.
+    """Reads arrays of an .npz by name, without pickle. Other arrays in the file are not read.
 
     Args:
-        names: of the wanted arrays.
-        largest: bytes that an array may have.
+        names: names of the arrays to read.
+        largest: the largest size of an array, in bytes.
 
     Returns:
-        Those of the wanted arrays that are there.
+        The arrays by name. Names that the file does not have are left out.
 
     Raises:
-        ValueError: an array that is larger, has objects in it, or another size than its header says.
-        OSError, zipfile.BadZipFile: a file that cannot be read.
+        ValueError: the file has none of the names, or an array is larger than `largest`, has
+            objects as elements, or does not have the size that its header states.
+        OSError, zipfile.BadZipFile: the file cannot be read.
     """
     with zipfile.ZipFile(path) as archive:
         members = {member.filename: member for member in archive.infolist()}
@@ -70,21 +71,21 @@ class _Type(Built):
         self.code = code
 
     def is_one_of(self, codes: tuple[str, ...]) -> bool:
-        """Whether it is one of these types, in the byte order of this machine's files."""
+        """Whether the type is one of these, little-endian or of one byte."""
         return self.code in codes and type(self.state) is tuple and self.state[1:2] in (("<",), ("|",))
 
 
 class PlainArray(Built):
-    """An array: made empty, then given (version, shape, type, column-major, bytes)."""
+    """An array in a pickle, built from (version, shape, type, is column-major, bytes)."""
 
     def __init__(self, *_: Any) -> None:
         pass
 
     def value(self) -> np.ndarray:
-        """The array, of float32 or float64, sharing the memory of the bytes.
+        """Returns the array in float32 or float64. It shares the memory of the bytes.
 
         Raises:
-            PickleError: another type, or a shape that is not that of the bytes.
+            PickleError: another type, or a shape that does not fit the number of bytes.
         """
         match self.state:
             case (int(), tuple() as shape, _Type() as kind, bool() as columns, bytes() | bytearray() as content):

@@ -1,4 +1,4 @@
-"""Folders that appear, and are replaced, whole or not at all."""
+"""Replaces and removes folders; a reader finds a whole folder at every moment."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from pathlib import Path
 
 
 def replace(temporary: Path, path: Path) -> None:
-    """Renames a folder that was written under a temporary name.
+    """Renames a folder that was written under a temporary name to `path`.
 
-    Where something is at `path`, it is moved aside first: two renames, between which `standing` still finds it.
+    An old folder at `path` is renamed first, and removed at the end. Between the two renames
+    `standing` finds the old folder.
     """
     sync(temporary)
     aside = _aside(path)
@@ -23,13 +24,13 @@ def replace(temporary: Path, path: Path) -> None:
 
 
 def standing(path: str | Path) -> Path:
-    """Where the folder is: at `path`, or aside if the process died while it was replaced."""
+    """Returns `path`, or the path of the old folder if a `replace` was killed in between."""
     path = Path(path)
     return _aside(path) if not path.exists() and _aside(path).exists() else path
 
 
 def remove(path: Path) -> None:
-    """Removes a folder or a file, as far as that is possible."""
+    """Removes a folder or a file. What cannot be removed from a folder stays, without an error."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -37,7 +38,7 @@ def remove(path: Path) -> None:
 
 
 def sync(folder: Path) -> None:
-    """Waits until the names in a folder are on the disk."""
+    """Writes the entries of a folder to the disk (fsync)."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

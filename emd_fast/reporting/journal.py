@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from emd_fast.io.files import naming, write_text
-from emd_fast.io.reading import parse_json, read_bytes
-from emd_fast.io.signed import checked_row, row_of
+from emd_fast.io.reading import parse_json, read_bytes, reason
+from emd_fast.io.signed import check_text, checked_row, row_of, text_of
 
 _LARGEST = 2**30  # bytes of a log
 _WANDB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -140,14 +140,12 @@ class _WandB:
         that are made again after a crash.
         """
         path, module = folder / "wandb.id", self.module()
-        own = read_bytes(path, 200).decode(errors="replace").strip() if path.exists() else None
-        if own is not None and not _WANDB_ID.fullmatch(own):
-            raise ValueError(f"{path} holds no id of Weights & Biases: remove it to log to a new run there")
+        own = _wandb_id(path) if path.exists() else None
         try:
             self._run = module.init(dir=str(folder), config=config, id=own, resume="allow", allow_val_change=True)
         except Exception as error:  # wandb has its own kinds: no key, no project, no network
             raise RuntimeError(f"Weights & Biases cannot be used: {error}") from error
-        write_text(path, self._run.id)
+        write_text(path, text_of(f"{self._run.id}\n"))
 
     @staticmethod
     def module() -> Any:
@@ -158,6 +156,23 @@ class _WandB:
 
     def close(self) -> None:
         self._run.finish()
+
+
+def _wandb_id(path: Path) -> str:
+    """The id of a run of Weights & Biases that a file holds, with its SHA-256.
+
+    Raises:
+        ValueError: a damaged file, or another one.
+    """
+    try:
+        content = read_bytes(path, 300)
+        check_text(content)
+        own = content.decode().split("\n", 1)[0]
+        if not _WANDB_ID.fullmatch(own):
+            raise ValueError("it holds no id")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({reason(error)}): remove it to log to a new run there") from None
+    return own
 
 
 _SINKS: dict[str, type[_TensorBoard | _WandB]] = {"tensorboard": _TensorBoard, "wandb": _WandB}

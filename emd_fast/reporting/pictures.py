@@ -216,7 +216,7 @@ def _running_mean(values: Sequence[float]) -> list[float]:
 
 def _write(path: str | os.PathLike[str], fill: Callable[[BinaryIO], Any]) -> None:
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(exist_ok=True)  # without those above: a run folder that was moved is not made again
     write_atomic(path, fill)
 
 

@@ -90,7 +90,11 @@ def _distill(settings: RunConfig, folder: Path, sinks: tuple[str, ...], held: co
         say(f"resuming {folder} at step {trainer.steps_done} of {settings.emd.steps}")
     seconds["distil"] = train(trainer, settings, folder, sinks, task, writes)
     writes.check()
-    metrics = evaluate(settings, folder, task, trainer, seconds)
+    try:
+        metrics = evaluate(settings, folder, task, trainer, seconds, writes.check)
+    except (FileNotFoundError, distributed.FailedOnMain):
+        writes.check()  # says whether the folder was moved
+        raise
     writes.check()  # what was written may be in another folder by now
     return metrics
 
@@ -188,7 +192,12 @@ def _retried(read: Callable[[], T]) -> T:
 
 
 def evaluate(
-    settings: RunConfig, folder: Path, task: Task, trainer: EMDTrainer, seconds: dict[str, float]
+    settings: RunConfig,
+    folder: Path,
+    task: Task,
+    trainer: EMDTrainer,
+    seconds: dict[str, float],
+    check: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Evaluates a run and writes samples/, metrics.json and report.md. Returns the metrics.
 
@@ -197,6 +206,7 @@ def evaluate(
     Args:
         trainer: its generator is evaluated, and its state stays unchanged.
         seconds: time of the phases so far, by name.
+        check: called before metrics and report are written; raises if the folder was moved meanwhile.
     """
     say("evaluating")
     began = time.monotonic()
@@ -221,6 +231,7 @@ def evaluate(
         write_metrics(folder, metrics)
         report.write(folder)
 
+    check()
     distributed.on_main(write)
     return metrics
 

@@ -23,6 +23,7 @@ from emd_fast.io.files import write_text
 from emd_fast.io.reading import read_bytes, reason
 from emd_fast.io.signed import check_text, json_of, table_of, text_of
 from emd_fast.reporting.progress import say
+from emd_fast.tasks import encoded
 
 # Folders that a run writes into.
 _FOLDERS = ("checkpoints", "samples", "samples/networks", "teacher", "replay", "tensorboard", "wandb")
@@ -126,7 +127,8 @@ def clear_temporaries(folder: Path) -> None:
 
 def _begun(folder: Path) -> bool:
     """Whether the folder holds results. Until then, its configuration may still be corrected."""
-    return any(path.is_file() and path.name not in ("config.toml", ".lock") for path in folder.rglob("*"))
+    no_results = {folder / name for name in ("config.toml", ".lock", *encoded.FILES)}
+    return any(path.is_file() and path not in no_results for path in folder.rglob("*"))
 
 
 def _check_same_run(folder: Path, was: RunConfig, now: RunConfig) -> None:

@@ -17,6 +17,8 @@ from emd_fast.train import run_checkpoints
 
 TABLE, RECORD = "prompts.safetensors", "prompts.json"
 CONDITIONS = "conditions.json"  # hash of a table that the user gave
+FILES = (TABLE, RECORD, CONDITIONS, encoding.PART, encoding.ROWS)
+"""What a run writes about its prompts. Until it has a checkpoint, all of it is made again for other prompts."""
 _LARGEST, _LONGEST = 2**28, 2**16  # bytes of a file of prompts; characters of a line: text encoders take some hundred
 _SMALL = 2**20  # bytes: the contents of such files of an encoder count, of larger ones the size
 
@@ -164,7 +166,7 @@ def _file(table: Path) -> dict[str, Any]:
 def _encoder(teacher: Any) -> str:
     """Identity of the text encoders and tokenizers in a teacher's folder: names and sizes, contents of small files."""
     digest, root = hashlib.sha256(), teacher.folder.root
-    if teacher.folder.in_file("text_encoder") is not None:
+    if teacher.folder.file is not None:
         digest.update(f"{teacher.folder.file.sha256}\n".encode())
     for path in sorted(path for kind in ("text_encoder*", "tokenizer*") for path in root.glob(f"{kind}/*")):
         if path.is_file():

@@ -47,6 +47,8 @@ class Pretrained:
         if self._is_judged:
             self._check_what_is_read_later(teacher)
         self.prompts = self._prompts(teacher, folder, on_step)
+        if self.prompts is None and isinstance(teacher, folders.DiffusersDenoiser):
+            _check_pass(teacher)
         self._check_guidance(teacher)
         return teacher
 
@@ -79,6 +81,8 @@ class Pretrained:
             name, config=config or None, device=device, embedded_guidance=settings.embedded_guidance, **size
         )
         teacher.check_t_star(self.config.emd.t_star)
+        if self._has_texts() and teacher.takes.tensors:
+            teacher.folder.check_text()
         return teacher
 
     @property
@@ -237,6 +241,27 @@ def _check_taken(teacher: Denoiser, cond: Condition, what: str) -> None:
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(
             f"this teacher does not take {what}: {reason(error)}; write them with emd_fast.train.conditions.save"
+        ) from error
+
+
+@torch.no_grad()
+def _check_pass(teacher: folders.DiffusersDenoiser) -> None:
+    """Tries one pass. A configuration may build a network that cannot compute.
+
+    Raises:
+        ConfigError: the pass fails, or returns values that are not finite.
+    """
+    device, shape = next(teacher.parameters()).device, teacher.sample_shape or ()
+    cond = torch.zeros(1, dtype=torch.int64, device=device) if teacher.num_classes else None
+    try:
+        output = teacher(torch.zeros(1, *shape, device=device), _times(teacher, 1).to(device), cond)
+        if not output.isfinite().all():
+            raise ValueError("it returns values that are not finite")
+    except torch.OutOfMemoryError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"the network in {teacher.folder.model} fails in its first pass: {reason(error)}; correct its config.json"
         ) from error
 
 

@@ -201,6 +201,16 @@ class Folder:
                 if self.in_file(name) is None:
                     files.find(self.root / name, files.TRANSFORMERS)
 
+    def check_text(self) -> None:
+        """Whether the folder has text encoders of supported classes, which are read when prompts are encoded.
+
+        Raises:
+            ConfigError: it has not.
+        """
+        if not self.has("text_encoder"):
+            raise ConfigError(f"{self.root} has no text encoder: give embeddings instead of prompts")
+        text.classes(self.root, self.index, self.architecture)
+
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Decodes latents to images (B, 3, H, W) or videos (B, 3, F, H, W) float32, about in [-1, 1].
@@ -224,8 +234,7 @@ class Folder:
         Raises:
             ConfigError: the folder has no text encoder, or one that cannot be read.
         """
-        if not self.has("text_encoder"):
-            raise ConfigError(f"{self.root} has no text encoder: give embeddings instead of prompts")
+        self.check_text()
         constants = self.architecture.constants(shape, self.vae_config(), embedded_guidance)
         return text.read(self.root, self.index, self.architecture, constants, model, self.in_file)
 

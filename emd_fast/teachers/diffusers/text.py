@@ -56,6 +56,18 @@ def pipeline_class(index: Mapping[str, Any], architecture: Architecture) -> str:
     return str(name)
 
 
+def classes(root: Path, index: Mapping[str, Any], architecture: Architecture) -> tuple[str, dict[str, str]]:
+    """The class of the pipeline, and those of its text encoders and tokenizers.
+
+    Raises:
+        ConfigError: one is not supported.
+    """
+    try:
+        return pipeline_class(index, architecture), text_parts(index, architecture)
+    except ValueError as error:
+        raise ConfigError(f"cannot use the pipeline in {root}: {error}") from None
+
+
 def read(
     root: Path,
     index: Mapping[str, Any],
@@ -79,10 +91,7 @@ def read(
     """
     import diffusers
 
-    try:
-        name, parts = pipeline_class(index, architecture), text_parts(index, architecture)
-    except ValueError as error:
-        raise ConfigError(f"cannot use the pipeline in {root}: {error}") from None
+    name, parts = classes(root, index, architecture)
     device = next(model.parameters()).device
     loaded = {part: _loaded(root / part, kind, in_file(part)) for part, kind in parts.items()}
     for part in loaded.values():
@@ -107,10 +116,7 @@ def load(
     root: Path, index: Mapping[str, Any], architecture: Architecture, component: str, in_file: _InFile
 ) -> nn.Module:
     """Reads one text encoder. Raises as `read` does."""
-    try:
-        kind = text_parts(index, architecture)[component]
-    except ValueError as error:
-        raise ConfigError(f"cannot use the pipeline in {root}: {error}") from None
+    kind = classes(root, index, architecture)[1][component]
     encoder: nn.Module = _loaded(root / component, kind, in_file(component))
     return encoder
 
