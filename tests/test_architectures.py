@@ -1,13 +1,17 @@
 """Each architecture of diffusers: our teacher returns what the stock pipeline computes, guidance included."""
 
 import inspect
+import json
+import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from torch.utils._pytree import tree_map
 
 from emd_fast import EMDConfig, EMDTrainer
+from emd_fast.config import ConfigError
 from emd_fast.diffusion import ragged
 from emd_fast.export.pipeline import export, load
 
@@ -20,6 +24,7 @@ from emd_fast.teachers.diffusers.architectures import ARCHITECTURES, file_of  # 
 from emd_fast.train import conditions  # noqa: E402
 
 STEPS = 3
+TEACHERS = Path(__file__).resolve().parents[1] / "docs" / "teachers.md"
 KNOWN_ELSEWHERE = {"UNet2DModel", "DiTTransformer2DModel", "SD3Transformer2DModel"}  # in test_diffusers_export.py
 
 
@@ -178,13 +183,16 @@ def trained(teacher, row, steps=2, **changes):
     return trainer
 
 
-@pytest.mark.parametrize("name", architectures.ROWS)
-def test_a_distilled_generator_is_exported_and_samples_in_the_stock_pipeline(tmp_path, name):
+EXPORTED = [(name, 1.0) for name in architectures.ROWS] + [("UNet2DConditionModel, XL", None)]
+
+
+@pytest.mark.parametrize(("name", "scale"), EXPORTED)
+def test_a_distilled_generator_is_exported_and_samples_in_the_stock_pipeline(tmp_path, name, scale):
     row = architectures.ROWS[name]
     pipeline = pipeline_of(row)
     pipeline.save_pretrained(tmp_path / "teacher")
     teacher = teachers.load(tmp_path / "teacher", **row.size)
-    trainer = trained(teacher, row)
+    trainer = trained(teacher, row, input_scale=scale)
     cond = row.cond(architectures.LENGTHS)
     before = teacher.guided(z := torch.randn(2, *teacher.sample_shape), torch.ones(2), cond, None)
     assert not torch.equal(trainer.generator.denoiser.guided(z, torch.ones(2), cond, None), before)
@@ -198,7 +206,7 @@ def test_a_distilled_generator_is_exported_and_samples_in_the_stock_pipeline(tmp
     stock.set_progress_bar_config(disable=True)
     found, _ = sampled(stock, row, row.call(cond, None), steps=1)
     ((_, _, noise, x),) = found
-    ours = loaded(row.latents(stock, noise), cond)
+    ours = loaded(row.latents(stock, noise) / getattr(stock.scheduler, "init_noise_sigma", 1.0), cond)
     torch.testing.assert_close(ours, row.latents(stock, x), rtol=0, atol=2e-5 * ours.abs().max().item())
 
 
@@ -266,6 +274,56 @@ def test_alpha_and_sigma_are_of_the_time_that_the_network_hears_in_bfloat16(tmp_
     assert torch.equal(drawn, posterior.t) == (name[:4] in ("ZIma", "WanT"))  # rounded where the network rounds
 
 
+@pytest.mark.parametrize(
+    ("name", "changes", "said"),
+    [
+        ("FluxTransformer2DModel", {"in_channels": 32, "out_channels": 16}, "not inpainting or image to video"),
+        ("WanTransformer3DModel", {"image_dim": 8}, "image_dim = 8 is not supported: a text-to-video network is"),
+        ("QwenImageTransformer2DModel", {"use_additional_t_cond": True}, "a text-to-image network is"),
+        ("CogVideoXTransformer3DModel", {"ofs_embed_dim": 8}, "a text-to-video network is"),
+        ("SanaTransformer2DModel", {"guidance_embeds": True}, "a network of SanaPipeline is"),
+    ],
+)
+def test_networks_with_other_inputs_are_refused(name, changes, said):
+    config = {**architectures.ROWS[name].model().config, **changes}
+    with pytest.raises(ConfigError, match=said) as error:
+        ARCHITECTURES[name](config).check_channels()
+    assert "\n" not in str(error.value)
+
+
+def test_sizes_and_conditions_that_do_not_fit(tmp_path):
+    flux, wan = (architectures.ROWS[name] for name in ("FluxTransformer2DModel", "WanTransformer3DModel, 2.2 5B"))
+    for name, row in (("flux", flux), ("wan", wan)):
+        pipeline_of(row).save_pretrained(tmp_path / name)
+    for name, size, said in [
+        (
+            "flux",
+            {"height": 100, "width": 96},
+            "height must be a multiple of 16 for this FluxTransformer2DModel, got 100",
+        ),
+        ("flux", {"frames": 5}, "makes images: leave frames out"),
+        ("flux", {"sample_shape": (4, 8, 9)}, "in whole patches"),
+        ("flux", {"sample_shape": (4, 8, 8), "height": 64}, "leave one of them out"),
+        ("wan", {"frames": 8}, "frames must be 1 + a multiple of 4 for this WanTransformer3DModel, got 8: give 9"),
+        ("wan", {"embedded_guidance": 3.0}, "has no embedded guidance"),
+    ]:
+        with pytest.raises(ConfigError, match=re.escape(said)):
+            teachers.load(tmp_path / name, **size)
+    assert teachers.load(tmp_path / "flux").sample_shape == (4, 128, 128)  # the default of the pipeline
+    assert teachers.load(tmp_path / "wan").sample_shape == (4, 21, 60, 104)
+    teacher = teachers.load(tmp_path / "flux", **flux.size)
+    cond = flux.cond((5, 3))
+    x, t = torch.randn(2, *teacher.sample_shape), torch.ones(2)
+    for wrong in ({**cond, "guidance": cond["guidance"][:1]}, {n: v for n, v in cond.items() if n != "guidance"}):
+        with pytest.raises(ValueError, match="takes a dict of prompt_embeds, pooled_projections, guidance"):
+            teacher(x, t, wrong)
+    index = json.loads((tmp_path / "wan" / "model_index.json").read_text())
+    index["transformer_2"] = index["transformer"]
+    (tmp_path / "wan" / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ConfigError, match="has two networks"):
+        teachers.load(tmp_path / "wan")
+
+
 def test_every_architecture_has_a_row_and_a_file_of_its_name():
     assert {name.partition(",")[0] for name in architectures.ROWS} | KNOWN_ELSEWHERE == set(ARCHITECTURES)
     for name, kind in ARCHITECTURES.items():
@@ -273,3 +331,4 @@ def test_every_architecture_has_a_row_and_a_file_of_its_name():
         assert path.endswith(f"/{file_of(name)}")
         with open(path) as file:
             assert len(file.readlines()) < 80
+        assert f"\n| `{name}` |" in TEACHERS.read_text()

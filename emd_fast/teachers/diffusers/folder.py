@@ -95,6 +95,8 @@ class Folder:
             self.index = _index(self.root / "model_index.json")
         if self.has("vqvae"):
             raise ConfigError(f"{self.root} has a vqvae, which is not supported: a vae, or none, is")
+        if self.has("transformer_2"):
+            raise ConfigError(f"{self.root} has two networks, transformer and transformer_2: one alone is supported")
         self._vae: nn.Module | None = None
         self._architecture: Architecture | None = None
 
