@@ -324,6 +324,54 @@ def test_sizes_and_conditions_that_do_not_fit(tmp_path):
         teachers.load(tmp_path / "wan")
 
 
+XL = {
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "attention_head_dim": [5, 10, 20],
+    "block_out_channels": [320, 640, 1280],
+    "cross_attention_dim": 2048,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "projection_class_embeddings_input_dim": 2816,
+    "sample_size": 128,
+    "transformer_layers_per_block": [1, 2, 10],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "use_linear_projection": True,
+}
+BASE = {"attention_head_dim": 128, "num_attention_heads": 24}
+PUBLISHED = {  # class, what its published config.json has, parameters in thousand millions
+    "SDXL": ("UNet2DConditionModel", XL, 2.567),
+    "Flux.1 dev": ("FluxTransformer2DModel", {**BASE, "num_layers": 19, "guidance_embeds": True}, 11.9),
+    "Qwen-Image": ("QwenImageTransformer2DModel", {**BASE, "num_layers": 60, "joint_attention_dim": 3584}, 20.4),
+    "Wan 2.1 14B": ("WanTransformer3DModel", {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40}, 14.3),
+    "Wan 2.1 1.3B": ("WanTransformer3DModel", {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}, 1.42),
+    "Flux.2 dev": ("Flux2Transformer2DModel", {"num_layers": 8, "num_single_layers": 48}, 32.2),
+    "Z-Image": ("ZImageTransformer2DModel", {"dim": 3840, "n_layers": 30}, 6.15),
+    "HunyuanVideo": ("HunyuanVideoTransformer3DModel", {**BASE, "num_single_layers": 40}, 12.8),
+    "CogVideoX 5B": ("CogVideoXTransformer3DModel", {"num_attention_heads": 48, "num_layers": 42}, 5.57),
+    "LTX-Video": ("LTXVideoTransformer3DModel", {"num_layers": 28}, 1.92),
+    "Sana 1.6B": ("SanaTransformer2DModel", {"num_layers": 20}, 1.60),
+    "Lumina 2": ("Lumina2Transformer2DModel", {"cap_feat_dim": 2304}, 2.61),
+    "Chroma": ("ChromaTransformer2DModel", {"num_layers": 19, "num_single_layers": 38}, 8.9),
+}
+
+
+@pytest.mark.slow  # building the modules of the largest takes seconds
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_plan_of_a_published_configuration_has_its_parameters(tmp_path, capsys, name):
+    from emd_fast.cli import commands
+
+    kind, config, published = PUBLISHED[name]
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": kind, **config}))
+    words = ["plan", "--teacher", str(tmp_path), "--t-star=1", "--lr-warmup=0", "--batch-size=8", "--devices=8"]
+    words += ["--optimizer-name=adamw", "--parallel=fsdp", *(["--t-star=0.5"] if kind.startswith("UNet") else [])]
+    assert commands.main(words) == 0, capsys.readouterr().err
+    out = capsys.readouterr().out
+    (row,) = (line.split() for line in out.splitlines() if line.startswith("average"))
+    # A float32 average of the generator, over eight devices.
+    parameters = float(row[1]) * 2**30 * 8 / 4 if "GiB" in out else float(row[1]) * 2**20 * 8 / 4
+    assert parameters == pytest.approx(published * 1e9, rel=0.01)
+
+
 def test_every_architecture_has_a_row_and_a_file_of_its_name():
     assert {name.partition(",")[0] for name in architectures.ROWS} | KNOWN_ELSEWHERE == set(ARCHITECTURES)
     for name, kind in ARCHITECTURES.items():
