@@ -1,5 +1,6 @@
 """Each architecture of diffusers: our teacher returns what the stock pipeline computes, guidance included."""
 
+import functools
 import inspect
 import json
 import re
@@ -8,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch.utils._pytree import tree_map
 
-from emd_fast import EMDConfig, EMDTrainer
+from emd_fast import EMDConfig, EMDTrainer, distributed, fuse
 from emd_fast.config import ConfigError
 from emd_fast.diffusion import ragged
 from emd_fast.export.pipeline import export, load
@@ -322,6 +324,49 @@ def test_sizes_and_conditions_that_do_not_fit(tmp_path):
     (tmp_path / "wan" / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(ConfigError, match="has two networks"):
         teachers.load(tmp_path / "wan")
+
+
+@pytest.mark.parametrize("name", architectures.ROWS)
+def test_repeated_blocks_are_compiled_without_a_graph_break_or_a_recompilation(tmp_path, name):
+    row = architectures.ROWS[name]
+    pipeline_of(row).save_pretrained(tmp_path / "teacher")
+    teacher = teachers.load(tmp_path / "teacher", **row.size)
+    cond, x, t = row.cond(architectures.LENGTHS), torch.randn(2, *teacher.sample_shape), torch.tensor([0.3, 0.7])
+    with torch.no_grad():
+        plain = teacher(x, t, cond)
+        torch._dynamo.reset()  # rows of one class share what is compiled
+        counters.clear()
+        fuse(teacher, compile={"backend": "eager", "fullgraph": True})
+        ours = teacher(x, t, cond)
+        assert counters["stats"]["unique_graphs"] > 0
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            teacher(x + 1, t * 0.9, cond)
+    torch.testing.assert_close(ours, plain, rtol=0, atol=1e-5 * plain.abs().max().item())
+    inside = {type(part).__name__ for block in distributed.blocks_of(teacher) for part in block.modules()}
+    assert inside >= {kind for kind in teacher.network.model._repeated_blocks or () if "Block" in kind}
+
+
+def a_step(folder, name, **changes):
+    """A training step on this rank's share; the same numbers on every rank."""
+    row = architectures.ROWS[name]
+    trainer = trained(teachers.load(folder, **row.size), row, steps=0, **changes)
+    metrics = {key: value.item() for key, value in trainer.step().items()}
+    return metrics, trainer.generate(2, row.cond(architectures.LENGTHS))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["QwenImageTransformer2DModel", "WanTransformer3DModel"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_two_ranks_that_shard_the_networks_do_what_one_does(tmp_path, ranks, name, precision):
+    pipeline_of(architectures.ROWS[name]).save_pretrained(tmp_path / "teacher")
+    options = {"precision": precision, "micro_batch_size": 1}
+    metrics, samples = a_step(tmp_path / "teacher", name, **options)
+    # Rounding of bfloat16 goes through a Langevin step and an update.
+    bound = 1e-4 if precision == "float32" else 0.05
+    for theirs, drawn in ranks(2, functools.partial(a_step, parallel="fsdp", **options), tmp_path / "teacher", name):
+        for key, value in metrics.items():
+            assert theirs[key] == pytest.approx(value, rel=bound, abs=1e-7), key
+        torch.testing.assert_close(drawn, samples, rtol=0, atol=bound * samples.abs().max().item())
 
 
 XL = {
