@@ -59,7 +59,7 @@ def on_meta(kind: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
     try:
         config = reading.read_json(folder / "config.json")
         models.check_config(config)
-        with torch.device("meta"), silenced():
+        with torch.device("meta"), models.silenced():
             return _built(kind, config).to(dtype)
     except Exception as error:  # constructors raise exceptions of many kinds
         raise ConfigError(f"cannot read {folder / 'config.json'}: {reading.reason(error)}") from error
