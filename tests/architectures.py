@@ -220,7 +220,7 @@ def ltx_latents(pipeline, latents):
 
 def hunyuan(guidance_embeds=True):
     widths = {"in_channels": 4, "out_channels": 4, "text_embed_dim": 24, "pooled_projection_dim": 16}
-    layers = {"num_layers": 1, "num_single_layers": 1, "num_refiner_layers": 1, "rope_axes_dim": (4, 6, 6)}
+    layers = {"num_layers": 2, "num_single_layers": 2, "num_refiner_layers": 1, "rope_axes_dim": (4, 6, 6)}
     return diffusers.HunyuanVideoTransformer3DModel(**HEADS, **widths, **layers, guidance_embeds=guidance_embeds)
 
 

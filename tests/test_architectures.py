@@ -1,13 +1,19 @@
 """Each architecture of diffusers: our teacher returns what the stock pipeline computes, guidance included."""
 
+import functools
 import inspect
+import json
+import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch.utils._pytree import tree_map
 
-from emd_fast import EMDConfig, EMDTrainer
+from emd_fast import EMDConfig, EMDTrainer, distributed, fuse
+from emd_fast.config import ConfigError
 from emd_fast.diffusion import ragged
 from emd_fast.export.pipeline import export, load
 
@@ -20,6 +26,7 @@ from emd_fast.teachers.diffusers.architectures import ARCHITECTURES, file_of  # 
 from emd_fast.train import conditions  # noqa: E402
 
 STEPS = 3
+TEACHERS = Path(__file__).resolve().parents[1] / "docs" / "teachers.md"
 KNOWN_ELSEWHERE = {"UNet2DModel", "DiTTransformer2DModel", "SD3Transformer2DModel"}  # in test_diffusers_export.py
 
 
@@ -178,13 +185,16 @@ def trained(teacher, row, steps=2, **changes):
     return trainer
 
 
-@pytest.mark.parametrize("name", architectures.ROWS)
-def test_a_distilled_generator_is_exported_and_samples_in_the_stock_pipeline(tmp_path, name):
+EXPORTED = [(name, 1.0) for name in architectures.ROWS] + [("UNet2DConditionModel, XL", None)]
+
+
+@pytest.mark.parametrize(("name", "scale"), EXPORTED)
+def test_a_distilled_generator_is_exported_and_samples_in_the_stock_pipeline(tmp_path, name, scale):
     row = architectures.ROWS[name]
     pipeline = pipeline_of(row)
     pipeline.save_pretrained(tmp_path / "teacher")
     teacher = teachers.load(tmp_path / "teacher", **row.size)
-    trainer = trained(teacher, row)
+    trainer = trained(teacher, row, input_scale=scale)
     cond = row.cond(architectures.LENGTHS)
     before = teacher.guided(z := torch.randn(2, *teacher.sample_shape), torch.ones(2), cond, None)
     assert not torch.equal(trainer.generator.denoiser.guided(z, torch.ones(2), cond, None), before)
@@ -198,7 +208,7 @@ def test_a_distilled_generator_is_exported_and_samples_in_the_stock_pipeline(tmp
     stock.set_progress_bar_config(disable=True)
     found, _ = sampled(stock, row, row.call(cond, None), steps=1)
     ((_, _, noise, x),) = found
-    ours = loaded(row.latents(stock, noise), cond)
+    ours = loaded(row.latents(stock, noise) / getattr(stock.scheduler, "init_noise_sigma", 1.0), cond)
     torch.testing.assert_close(ours, row.latents(stock, x), rtol=0, atol=2e-5 * ours.abs().max().item())
 
 
@@ -266,6 +276,147 @@ def test_alpha_and_sigma_are_of_the_time_that_the_network_hears_in_bfloat16(tmp_
     assert torch.equal(drawn, posterior.t) == (name[:4] in ("ZIma", "WanT"))  # rounded where the network rounds
 
 
+@pytest.mark.parametrize(
+    ("name", "changes", "said"),
+    [
+        ("FluxTransformer2DModel", {"in_channels": 32, "out_channels": 16}, "not inpainting or image to video"),
+        ("WanTransformer3DModel", {"image_dim": 8}, "image_dim = 8 is not supported: a text-to-video network is"),
+        ("QwenImageTransformer2DModel", {"use_additional_t_cond": True}, "a text-to-image network is"),
+        ("CogVideoXTransformer3DModel", {"ofs_embed_dim": 8}, "a text-to-video network is"),
+        ("SanaTransformer2DModel", {"guidance_embeds": True}, "a network of SanaPipeline is"),
+    ],
+)
+def test_networks_with_other_inputs_are_refused(name, changes, said):
+    config = {**architectures.ROWS[name].model().config, **changes}
+    with pytest.raises(ConfigError, match=said) as error:
+        ARCHITECTURES[name](config).check_channels()
+    assert "\n" not in str(error.value)
+
+
+def test_sizes_and_conditions_that_do_not_fit(tmp_path):
+    flux, wan = (architectures.ROWS[name] for name in ("FluxTransformer2DModel", "WanTransformer3DModel, 2.2 5B"))
+    for name, row in (("flux", flux), ("wan", wan)):
+        pipeline_of(row).save_pretrained(tmp_path / name)
+    for name, size, said in [
+        (
+            "flux",
+            {"height": 100, "width": 96},
+            "height must be a multiple of 16 for this FluxTransformer2DModel, got 100",
+        ),
+        ("flux", {"frames": 5}, "makes images: leave frames out"),
+        ("flux", {"sample_shape": (4, 8, 9)}, "in whole patches"),
+        ("flux", {"sample_shape": (4, 8, 8), "height": 64}, "leave one of them out"),
+        ("wan", {"frames": 8}, "frames must be 1 + a multiple of 4 for this WanTransformer3DModel, got 8: give 9"),
+        ("wan", {"embedded_guidance": 3.0}, "has no embedded guidance"),
+    ]:
+        with pytest.raises(ConfigError, match=re.escape(said)):
+            teachers.load(tmp_path / name, **size)
+    assert teachers.load(tmp_path / "flux").sample_shape == (4, 128, 128)  # the default of the pipeline
+    assert teachers.load(tmp_path / "wan").sample_shape == (4, 21, 60, 104)
+    teacher = teachers.load(tmp_path / "flux", **flux.size)
+    cond = flux.cond((5, 3))
+    x, t = torch.randn(2, *teacher.sample_shape), torch.ones(2)
+    for wrong in ({**cond, "guidance": cond["guidance"][:1]}, {n: v for n, v in cond.items() if n != "guidance"}):
+        with pytest.raises(ValueError, match="takes a dict of prompt_embeds, pooled_projections, guidance"):
+            teacher(x, t, wrong)
+    index = json.loads((tmp_path / "wan" / "model_index.json").read_text())
+    index["transformer_2"] = index["transformer"]
+    (tmp_path / "wan" / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ConfigError, match="has two networks"):
+        teachers.load(tmp_path / "wan")
+
+
+@pytest.mark.parametrize("name", architectures.ROWS)
+def test_repeated_blocks_are_compiled_without_a_graph_break_or_a_recompilation(tmp_path, name):
+    row = architectures.ROWS[name]
+    pipeline_of(row).save_pretrained(tmp_path / "teacher")
+    teacher = teachers.load(tmp_path / "teacher", **row.size)
+    cond, x, t = row.cond(architectures.LENGTHS), torch.randn(2, *teacher.sample_shape), torch.tensor([0.3, 0.7])
+    with torch.no_grad():
+        plain = teacher(x, t, cond)
+        torch._dynamo.reset()  # rows of one class share what is compiled
+        counters.clear()
+        fuse(teacher, compile={"backend": "eager", "fullgraph": True})
+        ours = teacher(x, t, cond)
+        assert counters["stats"]["unique_graphs"] > 0
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            teacher(x + 1, t * 0.9, cond)
+    torch.testing.assert_close(ours, plain, rtol=0, atol=1e-5 * plain.abs().max().item())
+    inside = {type(part).__name__ for block in distributed.blocks_of(teacher) for part in block.modules()}
+    assert inside >= {kind for kind in teacher.network.model._repeated_blocks or () if "Block" in kind}
+
+
+def a_step(folder, name, **changes):
+    """A training step on this rank's share; the same numbers on every rank."""
+    row = architectures.ROWS[name]
+    trainer = trained(teachers.load(folder, **row.size), row, steps=0, **changes)
+    metrics = {key: value.item() for key, value in trainer.step().items()}
+    return metrics, trainer.generate(2, row.cond(architectures.LENGTHS))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["QwenImageTransformer2DModel", "WanTransformer3DModel"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_two_ranks_that_shard_the_networks_do_what_one_does(tmp_path, ranks, name, precision):
+    pipeline_of(architectures.ROWS[name]).save_pretrained(tmp_path / "teacher")
+    options = {"precision": precision, "micro_batch_size": 1}
+    metrics, samples = a_step(tmp_path / "teacher", name, **options)
+    # Rounding of bfloat16 goes through a Langevin step and an update.
+    bound = 1e-4 if precision == "float32" else 0.05
+    for theirs, drawn in ranks(2, functools.partial(a_step, parallel="fsdp", **options), tmp_path / "teacher", name):
+        for key, value in metrics.items():
+            assert theirs[key] == pytest.approx(value, rel=bound, abs=1e-7), key
+        torch.testing.assert_close(drawn, samples, rtol=0, atol=bound * samples.abs().max().item())
+
+
+XL = {
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "attention_head_dim": [5, 10, 20],
+    "block_out_channels": [320, 640, 1280],
+    "cross_attention_dim": 2048,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "projection_class_embeddings_input_dim": 2816,
+    "sample_size": 128,
+    "transformer_layers_per_block": [1, 2, 10],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "use_linear_projection": True,
+}
+BASE = {"attention_head_dim": 128, "num_attention_heads": 24}
+PUBLISHED = {  # class, what its published config.json has, parameters in thousand millions
+    "SDXL": ("UNet2DConditionModel", XL, 2.567),
+    "Flux.1 dev": ("FluxTransformer2DModel", {**BASE, "num_layers": 19, "guidance_embeds": True}, 11.9),
+    "Qwen-Image": ("QwenImageTransformer2DModel", {**BASE, "num_layers": 60, "joint_attention_dim": 3584}, 20.4),
+    "Wan 2.1 14B": ("WanTransformer3DModel", {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40}, 14.3),
+    "Wan 2.1 1.3B": ("WanTransformer3DModel", {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}, 1.42),
+    "Flux.2 dev": ("Flux2Transformer2DModel", {"num_layers": 8, "num_single_layers": 48}, 32.2),
+    "Z-Image": ("ZImageTransformer2DModel", {"dim": 3840, "n_layers": 30}, 6.15),
+    "HunyuanVideo": ("HunyuanVideoTransformer3DModel", {**BASE, "num_single_layers": 40}, 12.8),
+    "CogVideoX 5B": ("CogVideoXTransformer3DModel", {"num_attention_heads": 48, "num_layers": 42}, 5.57),
+    "LTX-Video": ("LTXVideoTransformer3DModel", {"num_layers": 28}, 1.92),
+    "Sana 1.6B": ("SanaTransformer2DModel", {"num_layers": 20}, 1.60),
+    "Lumina 2": ("Lumina2Transformer2DModel", {"cap_feat_dim": 2304}, 2.61),
+    "Chroma": ("ChromaTransformer2DModel", {"num_layers": 19, "num_single_layers": 38}, 8.9),
+}
+
+
+@pytest.mark.slow  # building the modules of the largest takes seconds
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_plan_of_a_published_configuration_has_its_parameters(tmp_path, capsys, name):
+    from emd_fast.cli import commands
+
+    kind, config, published = PUBLISHED[name]
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": kind, **config}))
+    words = ["plan", "--teacher", str(tmp_path), "--t-star=1", "--lr-warmup=0", "--batch-size=8", "--devices=8"]
+    words += ["--optimizer-name=adamw", "--parallel=fsdp", *(["--t-star=0.5"] if kind.startswith("UNet") else [])]
+    assert commands.main(words) == 0, capsys.readouterr().err
+    out = capsys.readouterr().out
+    (row,) = (line.split() for line in out.splitlines() if line.startswith("average"))
+    # A float32 average of the generator, over eight devices.
+    parameters = float(row[1]) * 2**30 * 8 / 4 if "GiB" in out else float(row[1]) * 2**20 * 8 / 4
+    assert parameters == pytest.approx(published * 1e9, rel=0.01)
+
+
 def test_every_architecture_has_a_row_and_a_file_of_its_name():
     assert {name.partition(",")[0] for name in architectures.ROWS} | KNOWN_ELSEWHERE == set(ARCHITECTURES)
     for name, kind in ARCHITECTURES.items():
@@ -273,3 +424,4 @@ def test_every_architecture_has_a_row_and_a_file_of_its_name():
         assert path.endswith(f"/{file_of(name)}")
         with open(path) as file:
             assert len(file.readlines()) < 80
+        assert f"\n| `{name}` |" in TEACHERS.read_text()

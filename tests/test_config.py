@@ -27,12 +27,13 @@ ABOVE_0 = (
     "mixture.fake_score_width mixture.fake_score_layers emd.steps emd.batch_size emd.input_scale emd.max_z_rms "
     "emd.time_distribution.low emd.time_distribution.high emd.time_distribution.std "
     "emd.fake_score_time_distribution.low emd.fake_score_time_distribution.high emd.fake_score_time_distribution.std "
-    "emd.optimizer.generator_lr emd.optimizer.fake_score_lr emd.average.ema_power emd.average.ema_half_life"
+    "emd.optimizer.generator_lr emd.optimizer.fake_score_lr emd.average.ema_power emd.average.ema_half_life "
+    "pretrained.height pretrained.width pretrained.frames"
 )
 AT_LEAST_0 = (
     "peak_tflops teacher.warmup emd.num_classes emd.fake_score_warmup emd.max_skipped emd.optimizer.weight_decay "
     "emd.optimizer.lr_warmup emd.optimizer.grad_clip emd.parallelism.shard_group emd.compute.micro_batch_size "
-    "evaluation.every"
+    "evaluation.every pretrained.embedded_guidance"
 )
 OUTSIDE = {
     **dict.fromkeys(ABOVE_0.split(), (0, -1)),

@@ -53,9 +53,10 @@ class Pretrained:
         return teacher
 
     def untrained_teacher(self) -> Denoiser:
-        return self._load(torch.device("cpu"))
+        # Of a folder of diffusers only the configuration is read.
+        return self._load(torch.device("cpu"), torch.device("meta"))
 
-    def _load(self, device: torch.device) -> Denoiser:
+    def _load(self, device: torch.device, of_folders: torch.device | None = None) -> Denoiser:
         settings = self.config.pretrained
         name, config = settings.teacher, settings.teacher_config
         if config and (":" in name or not Path(name).suffix):
@@ -77,9 +78,9 @@ class Pretrained:
                 return edm.load(name, device=device)
             except (PickleError, OSError) as error:
                 raise ConfigError(str(error)) from None
-        teacher = folders.load(
-            name, config=config or None, device=device, embedded_guidance=settings.embedded_guidance, **size
-        )
+        where = of_folders or device
+        guidance = settings.embedded_guidance
+        teacher = folders.load(name, config=config or None, device=where, embedded_guidance=guidance, **size)
         teacher.check_t_star(self.config.emd.t_star)
         if self._has_texts() and teacher.takes.tensors:
             teacher.folder.check_text()

@@ -151,7 +151,7 @@ def load(
         config: folder of a pipeline or a model that describes the weights in a file. It needs no
             weights of its own, except those of components that the file does not have.
         device, dtype: device and dtype of the weights. Generator and fake score start as copies,
-            so float32 is recommended.
+            so float32 is recommended. On "meta" no weights are read: config.json is enough.
         scheduler: replaces the folder's scheduler: a scheduler, its configuration, or a folder
             with scheduler_config.json.
         sample_shape: (C, H, W), or (C, F, H, W) of a video, in latents. None takes it from height,
@@ -170,9 +170,12 @@ def load(
     """
     import_diffusers()
     source = _source(Path(folder), config) if config is not None else Folder(folder)
+    on_meta = torch.device(device).type == "meta"
+    if scheduler is None and on_meta and not source.has_scheduler:
+        scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler"}  # sizes do not depend on it
     chain = _scheduler_config(scheduler) if scheduler is not None else source.scheduler_config()
     training = read(chain)
-    network = source.load_network(dtype)
+    network = source.load_network(dtype, on_meta=on_meta)
     architecture = network.architecture
     architecture.check_channels()
     if sample_shape is None:

@@ -95,6 +95,8 @@ class Folder:
             self.index = _index(self.root / "model_index.json")
         if self.has("vqvae"):
             raise ConfigError(f"{self.root} has a vqvae, which is not supported: a vae, or none, is")
+        if self.has("transformer_2"):
+            raise ConfigError(f"{self.root} has two networks, transformer and transformer_2: one alone is supported")
         self._vae: nn.Module | None = None
         self._architecture: Architecture | None = None
 
@@ -142,20 +144,33 @@ class Folder:
         if stems := {"vae": files.DIFFUSERS, "text": files.TRANSFORMERS}.get(component.partition("_")[0]):
             files.drop_variant(target, stems)
 
+    @property
+    def has_scheduler(self) -> bool:
+        return any(path.exists() for path in self._schedulers())
+
+    def _schedulers(self) -> tuple[Path, Path]:
+        return self.root / "scheduler" / "scheduler_config.json", self.model / "scheduler_config.json"
+
     def scheduler_config(self) -> dict[str, Any]:
-        for path in (self.root / "scheduler" / "scheduler_config.json", self.model / "scheduler_config.json"):
+        for path in self._schedulers():
             if path.exists():
                 return read_json(path)
         raise ConfigError(f"{self.root} has no scheduler/scheduler_config.json: give load() a scheduler")
 
-    def load_network(self, dtype: torch.dtype) -> Network:
+    def load_network(self, dtype: torch.dtype, *, on_meta: bool = False) -> Network:
         """Reads the network.
+
+        Args:
+            on_meta: only its configuration is read, and it has the sizes of weights without memory.
 
         Raises:
             ConfigError: its weights do not fit, or its configuration is not supported.
         """
-        part = None if self.file is None else self.file.network()
-        model = weights.load(getattr(import_diffusers(), self.model_class), self.model, dtype, part)
+        kind = getattr(import_diffusers(), self.model_class)
+        if on_meta:
+            model = weights.on_meta(kind, self.model, dtype)
+        else:
+            model = weights.load(kind, self.model, dtype, None if self.file is None else self.file.network())
         network = architectures.network(model)
         self._architecture = network.architecture
         return network

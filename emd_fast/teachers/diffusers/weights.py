@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import inspect
 from collections.abc import Callable
@@ -43,14 +44,31 @@ def load(kind: Any, folder: Path, dtype: torch.dtype = torch.float32, part: Part
             fit the configuration.
     """
 
-    def build(config: dict[str, Any]) -> nn.Module:
-        check_kinds(kind, config)
-        model: nn.Module = kind.from_config({key: config[key] for key in config if key != "_class_name"})
-        return model
-
+    build = functools.partial(_built, kind)
     if part is not None:
         return _from_file(kind, folder, build, part, dtype)
     return _loaded(kind, folder, build, files.DIFFUSERS, **quietly(), torch_dtype=dtype)
+
+
+def on_meta(kind: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
+    """The model that the config.json in a folder describes, on the meta device. No weights are read.
+
+    Raises:
+        ConfigError: a configuration that is not supported.
+    """
+    try:
+        config = reading.read_json(folder / "config.json")
+        models.check_config(config)
+        with torch.device("meta"), models.silenced():
+            return _built(kind, config).to(dtype)
+    except Exception as error:  # constructors raise exceptions of many kinds
+        raise ConfigError(f"cannot read {folder / 'config.json'}: {reading.reason(error)}") from error
+
+
+def _built(kind: Any, config: dict[str, Any]) -> nn.Module:
+    check_kinds(kind, config)
+    model: nn.Module = kind.from_config({key: config[key] for key in config if key != "_class_name"})
+    return model
 
 
 def check_kinds(kind: Any, config: dict[str, Any]) -> None:
