@@ -130,7 +130,9 @@ def _cast_or_copy(call: Call) -> tuple[Kernels, ...]:
     return call.all("copy")
 
 
-_VIEWS = "view _unsafe_view transpose t permute split unbind slice select detach expand alias unsqueeze squeeze as_strided"
+_VIEWS = (
+    "view _unsafe_view transpose t permute split unbind slice select detach expand alias unsqueeze squeeze as_strided"
+)
 _WITHOUT_KERNEL = "empty empty_like empty_strided new_empty device _to_copy_none"
 
 RULES: dict[str, tuple[Rule, str]] = {
@@ -148,8 +150,14 @@ RULES: dict[str, tuple[Rule, str]] = {
         _of("attention", 3),
         "FlashAttention-2: the sums of gradient times output, the main kernel, the queries' gradient to its dtype",
     ),
-    "emd_fast::group_norm": (_group_norm, "one kernel where a group fits into a program, sums and a second pass if not"),
+    "emd_fast::group_norm": (
+        _group_norm,
+        "one kernel where a group fits into a program, otherwise sums and a second pass",
+    ),
     "emd_fast::group_norm_backward": (_group_norm, "the same"),
+    "emd_fast::residual": (_of("residual"), "one kernel"),
+    "emd_fast::geglu": (_of("GEGLU"), "one kernel"),
+    "emd_fast::geglu_backward": (_of("GEGLU"), "one kernel"),
     "aten::native_layer_norm": (_of("layer norm of PyTorch"), "one kernel"),
     "aten::native_layer_norm_backward": (_of("layer norm of PyTorch"), "to the input: one kernel"),
     "aten::mul": (_product, "one kernel, whatever the factor is"),
@@ -167,10 +175,7 @@ RULES: dict[str, tuple[Rule, str]] = {
         f"aten::{name}": (_of("resampling"), "one kernel")
         for name in "avg_pool2d avg_pool2d_backward upsample_nearest2d upsample_nearest2d_backward".split()
     },
-    **{
-        f"emd_fast::{name}": (_of("Langevin step"), "one kernel")
-        for name in ("perturb", "langevin_eps", "langevin_z")
-    },
+    **{f"emd_fast::{name}": (_of("Langevin step"), "one kernel") for name in ("perturb", "langevin_eps", "langevin_z")},
 }
 """By name of the op: the kernels that it launches on a GPU, and why so many."""
 
@@ -204,15 +209,17 @@ class Counting(TorchDispatchMode):
 @contextlib.contextmanager
 def _like_cuda() -> Iterator[None]:
     """Tensors without memory say that they are on a GPU, and autocast is active on both devices."""
-    before = torch.is_autocast_enabled("cuda")
-    setattr(FakeTensor, "is_cuda", property(lambda tensor: True))
+    before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    FakeTensor.is_cuda = property(lambda tensor: True)  # type: ignore[assignment]
     torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
     try:
         with torch.autocast("cpu", torch.bfloat16):
             yield
     finally:
         delattr(FakeTensor, "is_cuda")
-        torch.set_autocast_enabled("cuda", before)
+        torch.set_autocast_enabled("cuda", before[0])
+        torch.set_autocast_dtype("cuda", before[1])
 
 
 def langevin_step(network: str, batch: int) -> list[Kernels]:
@@ -225,7 +232,7 @@ def langevin_step(network: str, batch: int) -> list[Kernels]:
             built = spec.build().requires_grad_(False)
         denoisers.append(Denoiser(built, schedules.EDM(), "edm", sigma_data=0.5, sample_shape=spec.sample_shape).eval())
     generator = Generator(denoisers[0], 2.0).eval()
-    networks = (generator, *denoisers[1:])
+    networks = generator, denoisers[1], denoisers[2]
     for one in networks:
         emd_fast.fuse(one, memory_format=torch.channels_last)
     counting = Counting()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from emd_fast.cache.qkv_rows import by_part
 from emd_fast.cache.weights import WEIGHT_CACHE, autocast_dtype, has_memory, is_plain

@@ -60,7 +60,7 @@ def _reads_weights(module: Any) -> bool:
 
 
 def has_memory(parameter: Tensor | None) -> bool:
-    """Whether this is a tensor with its own memory, or stands in for one in a trace: no shard, no quantised subclass."""
+    """Whether this is a tensor with its own memory (or its stand-in in a trace): no shard, no subclass."""
     return type(parameter) in (Tensor, nn.Parameter, FakeTensor)
 
 
