@@ -160,8 +160,7 @@ RULES: dict[str, tuple[Rule, str]] = {
     "emd_fast::geglu_backward": (_of("GEGLU"), "one kernel"),
     "aten::native_layer_norm": (_of("layer norm of PyTorch"), "one kernel"),
     "aten::native_layer_norm_backward": (_of("layer norm of PyTorch"), "to the input: one kernel"),
-    "aten::mul": (_product, "one kernel, whatever the factor is"),
-    "aten::div": (_product, "one kernel, whatever the divisor is"),
+    **{f"aten::{name}": (_product, "one kernel, whatever the factor is") for name in ("mul", "mul_", "div", "div_")},
     "aten::cat": (_of("copy"), "one kernel for up to some hundred tensors"),
     "aten::stack": (_of("copy"), "one kernel"),
     "aten::clone": (_of("copy"), "one kernel"),
@@ -169,7 +168,7 @@ RULES: dict[str, tuple[Rule, str]] = {
     "aten::_to_copy": (_of("copy"), "a cast"),
     **{
         f"aten::{name}": (_of("elementwise"), "one kernel")
-        for name in "add sub neg pow rsqrt sqrt silu gelu gelu_backward zeros ones full fill_ zero_ sum".split()
+        for name in "add add_ sub neg pow rsqrt sqrt silu gelu gelu_backward zeros ones full fill_ zero_ sum".split()
     },
     **{
         f"aten::{name}": (_of("resampling"), "one kernel")
