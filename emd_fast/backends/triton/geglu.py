@@ -55,6 +55,7 @@ def _submit(kernel, out, *tensors):  # type: ignore[no-untyped-def]
             {"HALF": packed.shape[-1] // 2, "TILE": launch.TILE, "WIDE": 2 * (elements + launch.TILE) >= 2**31},
             4,
             packed.device,
+            {"enable_fp_fusion": True},
         )
     return out
 
