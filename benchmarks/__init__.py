@@ -20,6 +20,8 @@ OPS = (
     "m_step_loss",
     "score_matching_loss",
     "group_norm",
+    "residual",
+    "geglu",
     "attention",
 )
 """Benchmarks that run when the command line names none."""

@@ -85,6 +85,14 @@ OPS = {
          "add": [(ValueError, torch.ones(2, 4, 1), torch.ones(1, 4))], "scale": [(ValueError, torch.ones(4, 2))],
          "shift": [(TypeError, torch.ones(2, 4).long())], "activation": [(ValueError, "relu", True)]},
     ),
+    "residual": (
+        {"x": X, "skip": X},
+        {"x": [*FLOATING, (ValueError, torch.ones(3))], "skip": OTHER,
+         "bias": [(ValueError, ONE, torch.ones(1, 3), X[0].to("meta")), (TypeError, 0.0, torch.ones(3).long())],
+         "skip_bias": [(ValueError, ONE, torch.ones(())), (TypeError, torch.ones(3).double())],
+         "scale": [(ValueError, NAN, math.inf), (TypeError, "1", True, None, ONE)]},
+    ),
+    "geglu": ({"packed": Q}, {"packed": [*LEADING, (ValueError, torch.ones(2, 3), torch.ones(3))]}),
     "attention": (
         {"q": Q, "k": Q, "v": Q},
         {"q": [(TypeError, Q.double(), None), (ValueError, Q[0], STRIDED)],

@@ -62,6 +62,8 @@ OTHERS = {
     "m_step_loss": lambda x: ops.m_step_loss(x, Y, ONE, ONE, ONE),
     "score_matching_loss": lambda x: ops.score_matching_loss(x, Y, 1 - Y, ONE, ONE, ONE),
     "group_norm": lambda x: ops.group_norm(x, 3, ONE.new_ones(6), None, **BY_CHANNEL),
+    "residual": lambda x: ops.residual(x, Y, ONE.new_ones(6), Y[0, :, 0], scale=0.5),
+    "geglu": lambda x: ops.geglu(x.transpose(1, 2)),
     "attention": attention,
     "attention, reference": lambda x: attention(x, "reference"),
 }
@@ -219,6 +221,12 @@ def samples():
         yield "score_matching_loss_backward", (ONE, half, X, X, ONE, ONE, ONE, b)
         yield "group_norm", (x, 3, weight.clone().requires_grad_(), bias, 1e-5, vectors, vectors, vectors, True, b)
         yield "group_norm", (last, 2, None, None, 1e-5, None, None, None, False, b)
+        yield "residual", (x, half, weight.clone().requires_grad_(), bias, 0.5, b)
+        yield "residual", (last, last.contiguous(), None, None, 1.0, b)
+        yield "geglu", (weight.clone().requires_grad_(), b)
+        yield "geglu", (half.transpose(1, 2), b)
+        yield "geglu_backward", (weight[:3].clone().requires_grad_(), bias.clone().requires_grad_(), b)
+        yield "geglu_backward", (half[:, :3, 0], half[:, :, 1], b)
         q, k = torch.randn(2, 5, 3, 8), torch.randn(2, 7, 3, 8, dtype=torch.bfloat16)
         yield "attention", (q.requires_grad_(), q.detach() + 1, q, 0.3, b)
         yield "attention", (k[:, :4], k, k, -0.3, b)

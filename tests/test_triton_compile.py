@@ -27,6 +27,9 @@ def call(op, dtype, layout=torch.contiguous_format, by_sample=False):
         "m_step_loss_backward": (v, state, v, v, v, dtype),
         "score_matching_loss": (output, output, output, v, v, v),
         "score_matching_loss_backward": (v, output, output, output, v, v, v),
+        "residual": (output, output, torch.zeros(3, dtype=dtype), torch.zeros(3), 0.5),
+        "geglu": (output,),
+        "geglu_backward": (output[..., :32].contiguous(), output),
     }[op]
 
 
@@ -41,6 +44,7 @@ VECTORS = {
     "score_matching_loss": {BF16: (3, 0), F32: (3, 0)},
     "m_step_loss_backward": {BF16: (2, 1), F32: (1, 1)},
     "score_matching_loss_backward": {BF16: (3, 1), F32: (3, 1)},
+    "residual": {BF16: (2, 1), F32: (2, 1)},
 }
 CASES = [(op, dtype, target) for op in VECTORS for dtype in VECTORS[op] for target in TARGETS]
 
@@ -70,6 +74,29 @@ def test_vectors_registers_and_the_rounding_of_products(op, dtype, target):
         # Without .rn, ptxas may contract a product into a sum.
         loose = re.findall(r"(?:mul|add|sub)(?:\.ftz)?\.f32", code.ptx)
         assert not loose, f"{kernel}: {loose[:3]}"
+
+
+@pytest.mark.parametrize(("op", "reads", "writes"), [("geglu", 2, 1), ("geglu_backward", 3, 2)])
+@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.exhaustive
+def test_geglu(op, reads, writes, dtype, target):
+    """Its products may fuse: nothing cancels in them."""
+    (found,) = launches(op, *call(op, dtype))
+    code = compiled(found, target)
+    code.check(registers=64)
+    assert code.count(r"ld\.global\S*\.v4\.b32") + 2 * code.count(r"ld\.global\S*\.v8\.b32") >= reads
+    assert code.count(r"st\.global\S*\.v4\.b32") + 2 * code.count(r"st\.global\S*\.v8\.b32") >= writes
+
+
+@pytest.mark.parametrize("target", [80, 90])
+@pytest.mark.exhaustive
+def test_the_bias_of_channels_last_images_is_read_as_a_vector(target):
+    x = torch.zeros(2, 320, 8, 8, dtype=BF16).contiguous(memory_format=torch.channels_last)
+    (found,) = launches("residual", x, x, torch.zeros(320, dtype=BF16), None, 1.0)
+    code = compiled(found, target)
+    code.check(registers=64)
+    assert code.count(r"ld\.global") == code.count(r"ld\.global\S*\.v4\.b32") == 3
 
 
 @pytest.mark.exhaustive

@@ -69,6 +69,18 @@ def test_every_size_of_the_networks(channels, positions):
         check(submitted, 90)
 
 
+@pytest.mark.parametrize("channels", [320, 640, 1280])
+@pytest.mark.exhaustive
+def test_tokens_of_a_layer_norm(channels):
+    """One group of all channels of a token, with weights in float32 (emd_fast/fusion/layer_norm.py)."""
+    x, w, m = torch.zeros(64, channels, dtype=BF16), torch.ones(channels), torch.zeros(64, 1)
+    found = launches("group_norm", x, 1, w, w, 1e-5, None, None, None, False)
+    found += launches("group_norm_backward", x, x, m, m, 1, w, w, None, None, None, False, X_ONLY)
+    assert len(found) == 2
+    for submitted in found:
+        check(submitted, 90)
+
+
 @pytest.mark.parametrize("tensors", [1, 2])
 @pytest.mark.parametrize("last", [True, False])
 @pytest.mark.parametrize(("channels", "positions"), [*ADM, *SD, (6, 1), (6, 37 * 19), (24, 1), (4096, 7), (128, 2**18)])

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from emd_fast.cache.qkv_rows import by_part
-from emd_fast.cache.weights import WEIGHT_CACHE, autocast_dtype, is_plain
+from emd_fast.cache.weights import WEIGHT_CACHE, autocast_dtype, has_memory, is_plain
 
 
 def cast_parameter(name: str) -> Any:
@@ -77,7 +77,7 @@ class QKVWeight(CastWeight):
         return {
             f"packed {name}": by_part(made.pop(name, parameter.detach()), self.heads)
             for name, parameter in own.items()
-            if type(parameter) in (Tensor, nn.Parameter)
+            if has_memory(parameter)
         }
 
     def packed(self: Any, name: str) -> Tensor | None:

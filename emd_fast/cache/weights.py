@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 # The attribute of a layer that holds its cached weights, None outside the block. It always exists,
 # since compiled code can be guarded by an existing attribute but not by a missing one. Copies and
@@ -58,9 +59,14 @@ def _reads_weights(module: Any) -> bool:
     return hasattr(module, "base_layer") and (bool(variant) or not hasattr(module, "lora_A"))
 
 
+def has_memory(parameter: Tensor | None) -> bool:
+    """Whether this is a tensor with its own memory (or its stand-in in a trace): no shard, no subclass."""
+    return type(parameter) in (Tensor, nn.Parameter, FakeTensor)
+
+
 def is_plain(parameter: Tensor | None) -> bool:
-    """Whether this is a float32 tensor with its own memory: no shard, no quantised subclass."""
-    return parameter is not None and type(parameter) in (Tensor, nn.Parameter) and parameter.dtype == torch.float32
+    """Whether this is a float32 tensor with its own memory."""
+    return parameter is not None and has_memory(parameter) and parameter.dtype == torch.float32
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:

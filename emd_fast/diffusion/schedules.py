@@ -46,7 +46,7 @@ def check_times(schedule: Schedule, t: Tensor) -> Tensor:
     """
     if not isinstance(t, Tensor) or not t.is_floating_point():
         raise TypeError(f"t must be a floating-point tensor, got {getattr(t, 'dtype', type(t).__name__)}")
-    if t.device.type == "cpu" and not torch.compiler.is_compiling() and t.numel():
+    if t.device.type == "cpu" and not torch.compiler.is_compiling() and type(t) is Tensor and t.numel():
         low, high = (end.item() for end in torch.aminmax(t))
         first, last = getattr(schedule, "domain", (schedule.t_min, schedule.t_max))
         if not (first <= low and high <= last and high < math.inf):  # also false for a NaN

@@ -11,7 +11,9 @@ from emd_fast.cache.conditioning import remember
 from emd_fast.fusion.compiled_blocks import run
 from emd_fast.fusion.fused_class import OVERRIDDEN, Fused, check_head_dim, has, is_a, kind_of, named, unknown_attributes
 from emd_fast.fusion.norm import Norm
+from emd_fast.ops.biases import convolved, convolved_and_added, remember_added, without_bias
 from emd_fast.ops.layers import SERVED, attention
+from emd_fast.ops.layers import residual as residual_sum
 
 DIFFUSERS = "diffusers."
 # The attributes of these classes in diffusers 0.42. An option of a later version has a name that
@@ -63,7 +65,11 @@ class ResnetBlock(Fused):
         projection: nn.Module | None = self.time_emb_proj
         if (projection is None) != (temb is None) or kind_of(self.norm1) is not Norm or kind_of(self.norm2) is not Norm:
             return super().forward(input_tensor, temb, *args, **kwargs)
-        embedded = None if projection is None else remember(projection, self._embed, temb)
+        embedded = None
+        if projection is not None and self.time_embedding_norm == "scale_shift":
+            embedded = remember(projection, self._embed, temb)
+        elif projection is not None:
+            embedded = remember_added(projection, self.conv1, self._embed, temb)
         return run(self, _residual_block, input_tensor, embedded)
 
     def _embed(self, temb: Tensor) -> Tensor:
@@ -76,16 +82,15 @@ def _residual_block(block: Any, x: Tensor, embedded: Tensor | None) -> Tensor:
     resample = block.upsample if block.upsample is not None else block.downsample
     if resample is not None:
         x, h = resample(x), resample(h)
-    h = block.conv1(h)
-    if block.time_embedding_norm == "scale_shift" and embedded is not None:
-        scale, shift = embedded.chunk(2, dim=1)
-        h = block.norm2(h, scale=scale, shift=shift, activation="silu")
+    if embedded is not None and block.time_embedding_norm == "default":
+        h = block.norm2(without_bias(block.conv1, h), add=embedded, activation="silu")
     else:
-        h = block.norm2(h, add=embedded, activation="silu")
-    h = block.conv2(block.dropout(h))
-    if block.conv_shortcut is not None:
-        x = block.conv_shortcut(x)
-    return (x + h) / block.output_scale_factor
+        scale, shift = (None, None) if embedded is None else embedded.chunk(2, dim=1)
+        h, add = convolved_and_added(block.conv1, h)
+        h = block.norm2(h, add=add, scale=scale, shift=shift, activation="silu")
+    h, bias = convolved(block.conv2, block.dropout(h))
+    x, skip_bias = (x, None) if block.conv_shortcut is None else convolved(block.conv_shortcut, x)
+    return residual_sum(x, h, skip_bias, bias, 1 / block.output_scale_factor)
 
 
 class Processor:
@@ -141,9 +146,10 @@ class AttentionProcessor(Processor):
         out = attn.to_out[1](attn.to_out[0](mixed.flatten(2)))
         if hidden_states.ndim == 4:
             out = out.transpose(1, 2).reshape(hidden_states.shape)
+        scale = 1 / attn.rescale_output_factor
         if attn.residual_connection:
-            out = out + hidden_states
-        return out / attn.rescale_output_factor
+            return residual_sum(out, hidden_states, scale=scale)
+        return out if scale == 1 else out * scale
 
 
 class JointAttentionProcessor(Processor):
@@ -264,8 +270,10 @@ class Transformer(Fused):
             return tokens.transpose(1, 2).unflatten(2, (height, width))
 
         project = self.proj_out
-        linear = self.use_linear_projection
-        return (image(project(hidden_states)) if linear else project(image(hidden_states))) + residual
+        if self.use_linear_projection:
+            return image(project(hidden_states)) + residual
+        projected, bias = convolved(project, image(hidden_states))
+        return residual_sum(projected, residual, bias)
 
 
 class TransformerBlock(Fused):

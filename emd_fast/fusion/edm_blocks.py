@@ -11,15 +11,16 @@ from torch import Tensor
 from torch.nn.functional import dropout, linear
 
 from emd_fast.cache.conditioning import remember
-from emd_fast.cache.layers import QKVWeight, can_pack
+from emd_fast.cache.layers import QKVWeight, can_pack, cast_parameter
 from emd_fast.cache.weights import autocast_dtype
 from emd_fast.fusion.compiled_blocks import run
 from emd_fast.fusion.fused_class import STATE, Fused, check_head_dim, has, named
 from emd_fast.fusion.layers import Convolution, Rounded
 from emd_fast.fusion.norm import Norm, channels_of
 from emd_fast.fusion.published import is_published, unpublished
+from emd_fast.ops.biases import convolved, convolved_and_added, remember_added, without_bias
 from emd_fast.ops.convolution import convolution
-from emd_fast.ops.layers import attention
+from emd_fast.ops.layers import attention, residual
 
 
 class Block(Fused):
@@ -45,24 +46,29 @@ class Block(Fused):
             check_head_dim(channels_of(module.norm2) // module.num_heads)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        embedded = remember(self.affine, self.affine, emb)
-        return run(self, _block, x, embedded)
+        affine: Any = self.affine
+        if self.adaptive_scale:
+            return run(self, _block, x, remember(affine, affine, emb))
+        return run(self, _block, x, remember_added(affine, self.conv0, affine, emb))
 
 
 def _block(block: Any, x: Tensor, embedded: Tensor) -> Tensor:
-    h = block.conv0(block.norm0(x, activation="silu"))
+    h = block.norm0(x, activation="silu")
     if block.adaptive_scale:
         scale, shift = embedded.chunk(2, dim=1)
-        h = block.norm1(h, scale=scale, shift=shift, activation="silu")
+        h, add = convolved_and_added(block.conv0, h)
+        h = block.norm1(h, add=add, scale=scale, shift=shift, activation="silu")
     else:
-        h = block.norm1(h, add=embedded, activation="silu")
-    h = block.conv1(dropout(h, p=block.dropout, training=block.training))
-    x = (h + (x if block.skip is None else block.skip(x))) * block.skip_scale
+        h = block.norm1(without_bias(block.conv0, h), add=embedded, activation="silu")
+    h, bias = convolved(block.conv1, dropout(h, p=block.dropout, training=block.training))
+    x, skip_bias = (x, None) if block.skip is None else convolved(block.skip, x)
+    x = residual(h, x, bias, skip_bias, block.skip_scale)
     if not block.num_heads:
         return x
     q, k, v = _projected(block, block.norm2(x))
     mixed = attention(q, k, v)
-    return (block.proj(as_image(mixed, x)) + x) * block.skip_scale
+    y, bias = convolved(block.proj, as_image(mixed, x))
+    return residual(y, x, bias, None, block.skip_scale)
 
 
 def _projected(block: Any, x: Tensor) -> tuple[Tensor, ...]:
@@ -87,17 +93,30 @@ class Conv(Rounded):
     """A convolution, with resampling before or after it if `up` or `down` is set."""
 
     spares = Convolution.spares
+    rounds = ("weight", "bias")
+    bias = cast_parameter("bias")
 
     @classmethod
     def recognises(cls, module: Any) -> bool:
         return is_published(module, "Conv2d") and _weight_of(module, dim=4)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.up or self.down:
+        if self.adds_bias():
             resampled: Tensor = super().forward(x)
             return resampled
+        return self._convolved(x, self.bias)
+
+    def adds_bias(self) -> bool:
+        """Whether the bias must be added inside: see emd_fast.ops.biases."""
+        return bool(self.up or self.down)
+
+    def without_bias(self, x: Tensor) -> Tensor:
+        """As the module itself, without the bias."""
+        return self._convolved(x, None)
+
+    def _convolved(self, x: Tensor, bias: Tensor | None) -> Tensor:
         dtype = autocast_dtype(x.device.type) or x.dtype
-        weight, bias = self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
+        weight, bias = self.weight.to(dtype), None if bias is None else bias.to(dtype)
         height, width = weight.shape[2:]
         return convolution(x, weight, bias, padding=(height // 2, width // 2))
 

@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu
 from torch.utils.checkpoint import checkpoint
 
+from emd_fast import backends
 from emd_fast.cache.weights import autocast_dtype
 from emd_fast.fusion.fused_class import OVERRIDDEN, Fused, is_a, named, unknown_attributes
 from emd_fast.fusion.layer_norm import source
+from emd_fast.ops.layers import geglu
 
 FEW_CHANNELS = 320
 
@@ -27,7 +28,7 @@ class GEGLU(Fused):
     """diffusers' GEGLU: one product gives values and gates, which are gated by GELU."""
 
     does = (
-        "the GELU of the gates computed again in the backward pass instead of being kept, "
+        "gated by one kernel, the GELU of the gates computed again in the backward pass instead of being kept, "
         f"and up to {FEW_CHANNELS} channels their product where it is frozen"
     )
 
@@ -53,7 +54,7 @@ class GEGLU(Fused):
         elif again:
             result = _Again.apply(hidden_states, self.proj)
         else:
-            result = _Gated.apply(self.proj(hidden_states))
+            result = geglu(self.proj(hidden_states))
         return result
 
 
@@ -62,37 +63,18 @@ def _to_input_alone(module: Any, x: Tensor) -> bool:
     return torch.is_grad_enabled() and x.requires_grad and not any(p.requires_grad for p in module.parameters())
 
 
-class _Gated(torch.autograd.Function):
-    """values * gelu(gates) of both, of which it keeps these."""
-
-    @staticmethod
-    def forward(packed: Tensor) -> Tensor:
-        values, gates = packed.chunk(2, dim=-1)
-        return values * gelu(gates)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        values, gates = ctx.saved_tensors[0].chunk(2, dim=-1)
-        of_gates = torch.ops.aten.gelu_backward(grad * values, gates)
-        return torch.cat([grad * gelu(gates), of_gates], dim=-1)
-
-
 class _Again(torch.autograd.Function):
-    """`_Gated` of projection(x) that keeps x alone, or the input of the norm that gave x."""
+    """geglu(projection(x)) that keeps x alone, or the input of the norm that gave x."""
 
     @staticmethod
     def forward(x: Tensor, projection: nn.Module) -> Tensor:
-        return _Gated.forward(projection(x))
+        return geglu(projection(x))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, nn.Module], output: Tensor) -> None:
         x, ctx.projection = inputs
         ctx.norm, kept = source(x) or (None, x)
-        ctx.autocast = autocast_dtype(x.device.type)
+        ctx.autocast, ctx.backend = autocast_dtype(x.device.type), backends.active()
         ctx.save_for_backward(kept)
 
     @staticmethod
@@ -100,11 +82,11 @@ class _Again(torch.autograd.Function):
         differentiable = torch.is_grad_enabled()  # for a second derivative
         (x,) = ctx.saved_tensors
         # This may run in another thread, after the end of autocast. The products must be the same.
-        with _autocast(x.device.type, ctx.autocast):
+        with _autocast(x.device.type, ctx.autocast), backends.use_backend(ctx.backend):
             x = x if ctx.norm is None else ctx.norm(x)
             x = x if differentiable else x.detach().requires_grad_()
             with torch.enable_grad():
-                gated = _Gated.apply(ctx.projection(x))
+                gated = geglu(ctx.projection(x))
         return torch.autograd.grad(gated, x, grad, create_graph=differentiable)[0], None
 
 

@@ -1,7 +1,8 @@
-"""Group norm and attention as layers of networks call them.
+"""The ops as layers of networks call them.
 
 The kernels take float32, bfloat16 and float16 and heads of at most 256 dimensions. PyTorch computes
-everything else.
+everything else. In compiled code it also computes what the compiler fuses by itself: the end of a
+residual block, and GEGLU.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention, silu
+from torch.nn.functional import gelu, scaled_dot_product_attention, silu
 
 from emd_fast import backends, ops
 
@@ -30,6 +31,33 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
         return scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
     # The backends "cpu" and "cuda" have kernels for norms but none for attention.
     return ops.attention(q, k, v, scale=scale, backend="sdpa" if backends.active() in ("cpu", "cuda") else None)
+
+
+def _left_to_pytorch(*tensors: Tensor) -> bool:
+    """Whether an op without a compiled kernel, which the compiler fuses by itself, is left to PyTorch."""
+    other = any(tensor.dtype not in SERVED for tensor in tensors)
+    return other or torch.compiler.is_compiling() or backends.active() in ("cpu", "cuda")
+
+
+def residual(
+    x: Tensor, skip: Tensor, bias: Tensor | None = None, skip_bias: Tensor | None = None, scale: float = 1.0
+) -> Tensor:
+    """ops.residual, or PyTorch's additions where they are all that is asked for, or where it has no kernel."""
+    biases = [bias for bias in (bias, skip_bias) if bias is not None]
+    if (biases or scale != 1) and not _left_to_pytorch(x, skip):
+        return ops.residual(x, skip, bias, skip_bias, scale=scale)
+    total = x + skip
+    for values in biases:
+        total = total + values.to(total.dtype).reshape(-1, *[1] * (x.dim() - 2))
+    return total if scale == 1 else total * scale
+
+
+def geglu(packed: Tensor) -> Tensor:
+    """ops.geglu, or PyTorch's operations where it has no kernel."""
+    if not _left_to_pytorch(packed):
+        return ops.geglu(packed)
+    values, gates = packed.chunk(2, dim=-1)
+    return values * gelu(gates)
 
 
 def group_norm(

@@ -13,6 +13,8 @@ OPS = frozenset(
     {
         "attention",
         "attention_backward",
+        "geglu",
+        "geglu_backward",
         "group_norm",
         "group_norm_backward",
         "langevin_eps",
@@ -21,6 +23,7 @@ OPS = frozenset(
         "m_step_loss_backward",
         "normal",
         "perturb",
+        "residual",
         "score_matching_loss",
         "score_matching_loss_backward",
         "uniform",

@@ -12,8 +12,9 @@ from torch.nn.functional import conv2d, linear
 
 from emd_fast.cache.conditioning import remember
 from emd_fast.cache.layers import CastWeight, QKVWeight, can_pack, cast_parameter
+from emd_fast.ops.biases import convolved, convolved_and_added, remember_added, without_bias
 from emd_fast.ops.convolution import convolution
-from emd_fast.ops.layers import GroupNorm
+from emd_fast.ops.layers import GroupNorm, residual
 from emd_fast.teachers.edm_networks.layers import (
     as_image,
     called,
@@ -57,6 +58,8 @@ class ResampledConv(CastWeight, nn.Module):
             encoder); "down" only.
     """
 
+    rounds = ("weight", "bias")
+    bias = cast_parameter("bias")
     resample_filter: Tensor
 
     def __init__(
@@ -82,6 +85,17 @@ class ResampledConv(CastWeight, nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, out_channels, 2H or H/2, 2W or W/2) of x (B, in_channels, H, W)."""
+        return self._convolved(x, self.bias)
+
+    def adds_bias(self) -> bool:
+        """Whether the bias must be added inside: see emd_fast.ops.biases."""
+        return self.filter_last
+
+    def without_bias(self, x: Tensor) -> Tensor:
+        """As the module itself, without the bias."""
+        return self._convolved(x, None)
+
+    def _convolved(self, x: Tensor, bias: Tensor | None) -> Tensor:
         kernel = None if self.box else self.resample_filter
         if self.filter_last and self.weight is not None:
             # Padded by what both need, so that the border is that of one filter on an image with
@@ -89,10 +103,10 @@ class ResampledConv(CastWeight, nn.Module):
             margin = self.weight.shape[-1] // 2 + (self.resample_filter.shape[-1] - 1) // 2
             wide = conv2d(x, self.weight, padding=margin)
             y = downsample(wide, kernel, padding=0)
-            return y if self.bias is None else y + self.bias[:, None, None].to(y.dtype)
+            return y if bias is None else y + bias[:, None, None].to(y.dtype)
         resample = upsample if self.resample == "up" else downsample
         x = resample(x, kernel)
-        return x if self.weight is None else conv2d(x, self.weight, self.bias, padding=self.weight.shape[-1] // 2)
+        return x if self.weight is None else conv2d(x, self.weight, bias, padding=self.weight.shape[-1] // 2)
 
 
 def norm(channels: int, eps: float) -> GroupNorm:
@@ -167,18 +181,23 @@ class Block(nn.Module):
 
     def condition(self, embedded: Tensor) -> Tensor:
         """What the block makes of the embedding, computed once inside conditioning_cache."""
-        made: Tensor = remember(self.affine, self.affine, embedded)
-        return made
+        if self.style.scale_shift:
+            made: Tensor = remember(self.affine, self.affine, embedded)
+            return made
+        return remember_added(self.affine, self.conv0, self.affine, embedded)
 
     def modulated(self, x: Tensor, modulation: Tensor) -> Tensor:
         """The output for x and what `condition` returns."""
-        h = self.conv0(self.norm0(x, activation="silu"))
+        h = self.norm0(x, activation="silu")
         if self.style.scale_shift:
             scale, shift = modulation.chunk(2, dim=1)
-            h = self.norm1(h, scale=scale, shift=shift, activation="silu")
+            h, add = convolved_and_added(self.conv0, h)
+            h = self.norm1(h, add=add, scale=scale, shift=shift, activation="silu")
         else:
-            h = self.norm1(h, add=modulation, activation="silu")
-        h = (self.conv1(h) + (x if self.skip is None else self.skip(x))) * self.style.skip_scale
+            h = self.norm1(without_bias(self.conv0, h), add=modulation, activation="silu")
+        h, bias = convolved(self.conv1, h)
+        x, skip_bias = (x, None) if self.skip is None else convolved(self.skip, x)
+        h = residual(h, x, bias, skip_bias, self.style.skip_scale)
         return self._attend(h) if self.heads else h
 
     def _attend(self, h: Tensor) -> Tensor:
@@ -194,4 +213,4 @@ class Block(nn.Module):
             y = as_image(linear(mixed, self.proj.weight.flatten(1), self.proj.bias), h)
         else:
             y = self.proj(as_image(mixed, h))
-        return (y + h) * self.style.skip_scale
+        return residual(y, h, scale=self.style.skip_scale)
