@@ -98,7 +98,7 @@ class EMDTrainer:
         self._records: list[StepRecord] = []
         self._writer = checkpoint.Writer()
         parts = {"generator": self.generator, "fake_score": self.fake_score, "ema": self.ema.module}
-        self._state = State(parts, self.learners)
+        self._state = State(parts, self.learners, prepared.own)
 
     # One step ---------------------------------------------------------------------------------------------------------
 
@@ -333,6 +333,6 @@ class EMDTrainer:
             trainer.skipped.fill_(saved.skipped)
             trainer.steps_done = saved.step
             check_process(path, saved.teacher, trainer._teacher_facts)
-            if trains:
+            if trains or trainer._state.own:  # an adapter is of no use with another base
                 check_teacher(path, saved.teacher, trainer._teacher_facts)
         return trainer
