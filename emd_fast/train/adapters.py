@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from emd_fast import ops
 from emd_fast.config import AdapterConfig, ConfigError
+from emd_fast.diffusion.denoiser import Denoiser
 from emd_fast.noise import Noise, NoiseStream
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -123,6 +124,27 @@ def add(network: nn.Module, config: AdapterConfig, name: str, seed: int) -> None
 def has_adapter(network: nn.Module) -> bool:
     """Whether a network has layers of peft."""
     return any(hasattr(module, "base_layer") and hasattr(module, "adapter_layer_names") for module in network.modules())
+
+
+@torch.no_grad()
+def merged(network: Module) -> Module:
+    """Returns a copy with the adapters added to the weights, in float32; a network without any as it is."""
+    if not has_adapter(network):
+        return network
+    copied = copy.deepcopy(network)
+    for tensor in (*copied.parameters(), *copied.buffers()):
+        if tensor.is_floating_point() and tensor.itemsize < 4:
+            tensor.data = tensor.data.float()
+    for parent in list(copied.modules()):
+        for name, layer in list(parent.named_children()):
+            if hasattr(layer, "base_layer"):
+                layer.merge()  # type: ignore[operator]
+                setattr(parent, name, layer.get_base_layer())  # type: ignore[operator]
+    for module in copied.modules():
+        if isinstance(module, Denoiser):
+            module.weights_dtype = None  # the weights have the dtype of the others again
+        vars(module).pop("peft_config", None)
+    return copied
 
 
 @torch.no_grad()

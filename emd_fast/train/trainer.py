@@ -232,6 +232,11 @@ class EMDTrainer:
         """Context manager for passes of the networks in the compute dtype."""
         return precision.autocast(self.compute_dtype, self.device)
 
+    @property
+    def teacher_hash(self) -> str:
+        """Fingerprint of the teacher's weights as passed in."""
+        return str(self._teacher_facts["sha256"])
+
     # Diagnostics ------------------------------------------------------------------------------------------------------
 
     def diagnostics(self) -> dict[str, Tensor]:
