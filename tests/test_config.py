@@ -46,6 +46,8 @@ OUTSIDE = {
     "emd.fake_score_updates": (0,),
     "emd.optimizer.betas": ([0.0, 1.0], [-0.1, 0.9]),
     "emd.optimizer.lr_end": (-0.1, 1.1),
+    "emd.adapter.rank": (-1,),
+    "emd.adapter.alpha": (0.0,),
     "pretrained.sample_shape": ([3, 0, 8], [-3, 8, 8]),
 }
 
@@ -73,6 +75,10 @@ def test_a_value_outside_its_range_is_refused_and_named(key):
         ({"cuda_graph": 1}, "cuda_graph must be bool or 'auto', got 1"),
         ({"weighting": "sgima2"}, "did you mean 'sigma2'"),
         ({"betas": [0.0]}, "betas"),
+        ({"adapter_networks": "fake_score"}, "adapter_networks must be a list of 'generator' or"),
+        ({"adapter_networks": ["student"]}, "adapter_networks must be one of 'generator', 'fake_score'"),
+        ({"adapter_networks": []}, "adapter_networks must name generator, fake_score or both"),
+        ({"adapter_targets": ["to_q", ""]}, "adapter_targets must be names of layers"),
         ({"compile": True, "fuse": False}, "compile must be False without fuse"),
         ({"optimizer_name": "adam"}, "optimizer_name must be one of 'adamw', 'apex_adamw', 'adamw_8bit'"),
         ({"optimizer": "adamw"}, "optimizer must be a table"),

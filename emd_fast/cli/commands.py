@@ -196,7 +196,10 @@ def _export(options: argparse.Namespace, rest: Sequence[str]) -> int:
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", UserWarning)
         is_file = options.out.suffix == ".safetensors"
-        pipeline.export(trainer, options.out, "safetensors" if is_file else "diffusers", ema=not options.raw)
+        if options.lora and is_file:
+            raise ConfigError(f"--lora writes a folder, got {options.out}")
+        form: Any = "lora" if options.lora else "safetensors" if is_file else "diffusers"
+        pipeline.export(trainer, options.out, form, ema=not options.raw)
     for warning in said:
         if issubclass(warning.category, pipeline.NotForStock):
             say(f"warning: {warning.message}")

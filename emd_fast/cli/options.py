@@ -122,6 +122,9 @@ def _parser() -> argparse.ArgumentParser:
     named.add_teacher(export)
     export.add_argument("run", type=Path, help="run folder")
     export.add_argument("out", type=Path, help="a new folder, or a .safetensors file")
+    export.add_argument(
+        "--lora", action="store_true", help="write the adapter alone, for load_lora_weights of diffusers, as a folder"
+    )
     export.add_argument("--raw", action="store_true", help="use the raw weights, not their average")
     export.add_argument("--best", action="store_true", help="use the best checkpoint, not the last")
 

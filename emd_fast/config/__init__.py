@@ -5,6 +5,7 @@ from emd_fast.config.emd import EMDConfig, StepSize
 from emd_fast.config.recipes import load, recipes
 from emd_fast.config.run import EvaluationConfig, MixtureConfig, PretrainedConfig, RunConfig, TeacherConfig
 from emd_fast.config.sections import (
+    AdapterConfig,
     AverageConfig,
     ComputeConfig,
     OptimizerConfig,
@@ -15,6 +16,7 @@ from emd_fast.config.settings import Change, ConfigError, forbidden_change
 from emd_fast.config.tables import flatten, from_dict, nearest, to_dict, validate
 
 __all__ = [
+    "AdapterConfig",
     "AverageConfig",
     "Change",
     "ComputeConfig",

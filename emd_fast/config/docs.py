@@ -65,7 +65,9 @@ def _values(hint: Any, facts: Setting) -> str:
         return ", ".join(_values(option, facts) for option in get_args(hint))
     if hint is bool:
         return "true, false"
-    return f"each {facts.range}" if get_origin(hint) is tuple else facts.range
+    if get_origin(hint) is tuple and get_origin(get_args(hint)[0]) is Literal:
+        return f"some of {', '.join(get_args(get_args(hint)[0]))}"
+    return f"each {facts.range}" if get_origin(hint) is tuple and facts.range else facts.range
 
 
 def shown(value: Any) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from emd_fast.config.sections import (
+    AdapterConfig,
     AverageConfig,
     ComputeConfig,
     OptimizerConfig,
@@ -36,7 +37,7 @@ class EMDConfig:
 
     The constructor also accepts the keys of the sections flat and applies them over the sections:
     `EMDConfig(generator_lr=1e-4)`, `dataclasses.replace(config, generator_lr=1e-4)`. Values are
-    read from their section: `config.optimizer.generator_lr`.
+    read from their section: `config.optimizer.generator_lr`. None stands for a section of defaults.
     """
 
     steps: int = setting(
@@ -81,6 +82,7 @@ class EMDConfig:
     seed: int = setting(0, "seed of all noise", ge=0, lt=2**63)
     time_distribution: TimeDistribution = section(TimeDistribution, "noise levels of the E-step")
     fake_score_time_distribution: TimeDistribution = section(TimeDistribution, "noise levels of the fake-score step")
+    adapter: AdapterConfig = section(AdapterConfig, "LoRA adapters on one frozen base", flat=True)
     optimizer: OptimizerConfig = section(OptimizerConfig, "optimizers of the generator and the fake score", flat=True)
     average: AverageConfig = section(AverageConfig, "exponential moving average of the generator's weights", flat=True)
     parallelism: ParallelismConfig = section(
@@ -99,7 +101,8 @@ class EMDConfig:
         for item in settings(type(self)):
             object.__setattr__(self, item.name, given.get(item.name, item.default))
         for item in sections(type(self)):
-            table = converted(given.get(item.name, {}), item.default_factory, item.name)
+            value = given.get(item.name, {})
+            table = converted({} if value is None else value, item.default_factory, item.name)
             object.__setattr__(self, item.name, dataclasses.replace(table, **flat.get(item.name, {})))
         validate(self)
         for name in ("gamma_eps", "gamma_z"):

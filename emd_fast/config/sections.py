@@ -1,4 +1,4 @@
-"""Sections of [emd]: noise levels, optimizer, average, parallelism and compute."""
+"""Sections of [emd]: noise levels, adapters, optimizer, average, parallelism and compute."""
 
 from __future__ import annotations
 
@@ -24,6 +24,35 @@ class TimeDistribution:
         validate(self)
         if not self.low < self.high:
             raise ConfigError(f"low must be below high, got low = {self.low!r} and high = {self.high!r}")
+
+
+@documented
+@dataclass(frozen=True)
+class AdapterConfig:
+    """LoRA adapters (float32) on one frozen base, in place of whole networks that are trained."""
+
+    rank: int = setting(0, "rank of the LoRA adapters; 0 trains whole networks", ge=0, flat="adapter_rank")
+    alpha: float | None = setting(
+        None, "an adapter is scaled by alpha / rank; none for the rank", gt=0, flat="adapter_alpha"
+    )
+    targets: tuple[str, ...] = setting(
+        (),
+        "ends of the names of the layers that get an adapter; [] for the projections of attention in networks of "
+        "diffusers, for every linear layer and convolution in others",
+        flat="adapter_targets",
+    )
+    networks: tuple[Literal["generator", "fake_score"], ...] = setting(
+        ("generator", "fake_score"), "networks that are the base with an adapter", flat="adapter_networks"
+    )
+
+    def __post_init__(self) -> None:
+        validate(self)
+        if not self.networks or len(set(self.networks)) < len(self.networks):
+            raise ConfigError(
+                f"adapter_networks must name generator, fake_score or both, each once, got {list(self.networks)}"
+            )
+        if "" in self.targets:
+            raise ConfigError("adapter_targets must be names of layers, got an empty one")
 
 
 @documented

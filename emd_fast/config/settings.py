@@ -185,7 +185,7 @@ def forbidden_change(was: Any, now: Any) -> Change | None:
 
 def _numbers(value: Any) -> list[float]:
     if isinstance(value, tuple):
-        return list(value)
+        return [item for item in value if not isinstance(item, str)]
     if isinstance(value, list):  # pairs [sigma / alpha, step size]
         return [number for _, number in value]
     return [value] if isinstance(value, (int, float)) else []

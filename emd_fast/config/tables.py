@@ -54,6 +54,8 @@ def converted(value: Any, wanted: Any, name: str) -> Any:
             return value
         near = nearest(value, [str(argument) for argument in arguments]) if isinstance(value, str) else ""
         raise ConfigError(f"{name} must be one of {', '.join(map(repr, arguments))}, got {shown(value)}{near}")
+    elif origin is tuple and arguments[1:] == (...,) and isinstance(value, (list, tuple)):
+        return tuple(converted(v, arguments[0], name) for v in value)
     elif origin is tuple and isinstance(value, (list, tuple)) and len(value) == len(arguments):
         return tuple(converted(v, a, name) for v, a in zip(value, arguments, strict=True))
     elif origin is list and isinstance(value, (list, tuple)):
@@ -79,6 +81,8 @@ def _spell(wanted: Any) -> str:
         return "nothing"
     if get_origin(wanted) is Literal:
         return " or ".join(map(repr, get_args(wanted)))
+    if get_origin(wanted) is tuple and get_args(wanted)[1:] == (...,):
+        return f"a list of {_spell(get_args(wanted)[0])}"
     if any(get_origin(option) is Literal for option in get_args(wanted)):  # of a union
         return " or ".join(map(_spell, get_args(wanted)))
     if dataclasses.is_dataclass(wanted):

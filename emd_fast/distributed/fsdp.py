@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 from weakref import WeakSet
 
 from torch import nn
 
+Use = tuple[nn.Module, str]
 _HELD: WeakSet[nn.Module] = WeakSet()
+# The attribute of a network whose parameters are those of a sharded one: that network.
+_LENDER = "_emd_fast_lender"
 
 
 def is_fsdp(module: Any) -> bool:
@@ -114,12 +117,33 @@ def _groups(state: Any) -> list[Any]:
     return [group for group in groups if group is not None]
 
 
+def lend(lender: nn.Module, borrower: nn.Module, uses: Mapping[Use, Sequence[Use]]) -> None:
+    """Makes a network follow the parameters of a sharded one, gathered or not.
+
+    The borrower is gathered with the lender, and has no hooks of FSDP2 itself: its passes need
+    `gathered`.
+
+    Args:
+        uses: (module, name) of a parameter of the lender -> where it hangs in the borrower.
+    """
+    # Past nn.Module: the lender is no part of the borrower.
+    borrower.__dict__[_LENDER] = lender
+    for module in _fsdp_modules(lender):
+        for parameter in (p for group in _groups(module._get_fsdp_state()) for p in group.fsdp_params):
+            # FSDP2 keeps parameters that several modules share up to date in the same lists.
+            info = parameter._module_info
+            for its_module, its_name in uses.get((info.module, info.param_name), ()):
+                info.shared_modules.append(its_module)
+                info.shared_param_names.append(its_name)
+
+
 def _fsdp_modules(*modules: Any) -> Iterator[Any]:
     if "torch.distributed.fsdp" not in sys.modules:
         return
     for module in modules:
         if isinstance(module, nn.Module):
             yield from filter(is_fsdp, module.modules())
+            yield from _fsdp_modules(vars(module).get(_LENDER))
 
 
 def _unique(modules: Iterator[Any]) -> list[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,12 +60,12 @@ def shard(
     if mode == "replicate" or not parameters:
         if whole is not None:
             _take_from_rank_0(network, whole, device)
-        _broadcast(network)
+        broadcast(_named(network).values())
         return network
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
     if whole is None:
-        _broadcast(network)
+        broadcast(_named(network).values())
     if precision is not None and not any(p.requires_grad for p in parameters):
         for parameter in network.parameters():
             parameter.data = parameter.data.to(precision)
@@ -98,7 +98,7 @@ def shard(
             module.set_force_sum_reduction_for_comms(True)
     if whole is not None:
         _take_from_rank_0(network, whole, device)
-        _broadcast(network)
+        broadcast(_named(network).values())
     return network
 
 
@@ -145,7 +145,7 @@ def _take_from_rank_0(network: nn.Module, whole: dict[str, Tensor], device: torc
     """Allocates a network on the meta device and fills it from the weights of rank 0.
 
     Shards are distributed one tensor at a time. Tensors that are not sharded are filled on rank 0
-    only; `_broadcast` sends them on.
+    only; `broadcast` sends them on.
     """
     network.to_empty(device=device)
     tensor: Any
@@ -174,19 +174,20 @@ def blocks_of(network: nn.Module) -> list[nn.Module]:
         for child in module.children():
             if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
                 visit(child, True)
-            elif not listed:
+            elif listed:
+                if any(True for _ in child.parameters()):
+                    found.append(child)
+            elif not hasattr(child, "base_layer"):  # the lists inside peft's layers hold adapters, not blocks
                 visit(child, False)
-            elif any(True for _ in child.parameters()):
-                found.append(child)
 
     visit(network, False)
     return found
 
 
 @torch.no_grad()
-def _broadcast(network: nn.Module) -> None:
-    """Copies the parameters and buffers of rank 0 that are not sharded to every rank."""
-    for tensor in _named(network).values():
+def broadcast(tensors: Iterable[Tensor]) -> None:
+    """Copies the values of rank 0 to every rank, in place. Sharded tensors are left as they are."""
+    for tensor in tensors:
         if group.world_size() == 1 or hasattr(tensor, "device_mesh"):
             continue
         whole = tensor.detach().contiguous()

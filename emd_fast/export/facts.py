@@ -167,6 +167,16 @@ def digests_of(folder: Path, without: str) -> dict[str, str]:
     return found
 
 
+def check_new(out: Path) -> None:
+    """Whether a folder can be written at `out`.
+
+    Raises:
+        ValueError: something is there, and is not an empty folder.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists already and is not empty: choose another folder")
+
+
 def check_files(folder: Path, digests: Mapping[str, Any], without: str) -> None:
     """Whether the files of an exported folder are those that were written.
 

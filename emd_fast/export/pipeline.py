@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from emd_fast.diffusion.denoiser import Denoiser
 from emd_fast.diffusion.generator import Generator
-from emd_fast.export import facts
+from emd_fast.export import facts, lora
 from emd_fast.export.one_step import Metadata, OneStep
 from emd_fast.fusion.fusing import fuse_known
 from emd_fast.io.files import write_atomic
@@ -34,6 +34,7 @@ from emd_fast.teachers.diffusers.architectures import ARCHITECTURES, Network
 from emd_fast.teachers.diffusers.folder import EXPORTED, Folder, import_diffusers, read_json
 from emd_fast.teachers.mlp import PointGenerator, TimeMLP
 from emd_fast.teachers.small_unet import SmallUNet
+from emd_fast.train import adapters
 from emd_fast.train.trainer import EMDTrainer
 
 _OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")  # pipelines run without them
@@ -49,7 +50,7 @@ class NotForStock(UserWarning):
 def export(
     trainer: EMDTrainer | str | os.PathLike[str],
     out: str | os.PathLike[str],
-    format: Literal["diffusers", "safetensors"] = "diffusers",
+    format: Literal["diffusers", "safetensors", "lora"] = "diffusers",
     *,
     ema: bool = True,
     teacher: Denoiser | None = None,
@@ -58,27 +59,32 @@ def export(
 
     Args:
         trainer: a trainer, or the path of a checkpoint that `trainer.save` wrote.
-        out: path of a file for "safetensors"; of a new or empty folder for "diffusers".
+        out: path of a file for "safetensors"; of a new or empty folder for the others.
         format: "diffusers" writes the layout of a pipeline, and needs a teacher from a diffusers folder.
+            An adapter is merged into the weights, in "safetensors" too. "lora" writes the adapter alone,
+            for `load_lora_weights` of the teacher's pipeline.
         ema: whether to export the EMA of the generator's weights or the weights themselves.
         teacher: the teacher of the checkpoint, if `trainer` is a path.
 
     Returns:
-        The path `out`, which `load` reads. If no stock diffusers pipeline can make the same samples, the
-        folder gets no model_index.json, so that none can make other samples, and a NotForStock warning
-        gives the reason.
+        The path `out`, which `load` reads, except of a LoRA. If no stock diffusers pipeline can make the
+        same samples, the folder gets no model_index.json, so that none can make other samples, and a
+        NotForStock warning gives the reason.
 
     Raises:
         ValueError: the format cannot describe the generator, `out` is a folder that is not empty, or
             `trainer` is a path and `teacher` is None.
     """
-    if format not in ("diffusers", "safetensors"):
-        raise ValueError(f"format must be 'diffusers' or 'safetensors', got {format!r}")
+    if format not in ("diffusers", "safetensors", "lora"):
+        raise ValueError(f"format must be 'diffusers', 'safetensors' or 'lora', got {format!r}")
     if not isinstance(trainer, EMDTrainer):
         if teacher is None:
             raise ValueError("a checkpoint holds no teacher: give export() the teacher that it was distilled from")
         trainer = EMDTrainer.resume(Path(trainer), teacher, trains=False)
     generator = trainer.ema.module if ema else trainer.generator
+    if format == "lora":
+        return lora.write(Path(out), generator, trainer.teacher_hash, trainer.steps_done)
+    generator = adapters.merged(generator)
     return (_write_folder if format == "diffusers" else _write_file)(
         Path(out), generator, _metadata(trainer, generator, ema)
     )
@@ -110,8 +116,7 @@ def _write_folder(out: Path, generator: nn.Module, metadata: Metadata) -> Path:
 
     if not isinstance(generator, Generator) or not isinstance(generator.denoiser, DiffusersDenoiser):
         raise ValueError("format 'diffusers' needs a teacher from a folder of diffusers; use format='safetensors'")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists already and is not empty: choose another folder")
+    facts.check_new(out)
     denoiser = generator.denoiser
     model: Any = denoiser.network.model
     component = denoiser.folder.component

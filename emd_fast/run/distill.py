@@ -117,7 +117,7 @@ def plan_of(settings: RunConfig, devices: int = 0, ceilings: Ceilings = UNKNOWN)
     networks = teacher, generator or Generator(teacher, settings.emd.t_star), fake_score or teacher
     work = Work.of(*networks, settings.emd.num_classes) if ceilings.operations is not None else None
     return plan(
-        Sizes.of(*networks),
+        Sizes.of(*networks, settings.emd.adapter),
         settings.emd,
         devices=devices,
         # The tasks here run on the CPU, where "auto" is float32.

@@ -15,6 +15,7 @@ import torch
 from emd_fast import distributed
 from emd_fast.config import ConfigError, EMDConfig
 from emd_fast.run.sizes import Sizes, Work
+from emd_fast.train.adapters import NAMES
 
 GIB = 2**30
 # Per parameter: two moments; in 8 bits, with a scale for each 256 values.
@@ -99,31 +100,37 @@ def estimate(
             "gathered": 4.0 * max(sizes.generator, sizes.fake_score) if devices > 1 else 0.0,
         }
         gathers = scatters = 0.0
-        reduces = 4.0 * (sizes.generator + updates * sizes.fake_score)
-        copies = devices
+        reduces = {devices: 4.0 * (sizes.generator + updates * sizes.fake_score)}
     else:
         among = devices if mode == "fsdp" else shard_group or distributed.local_size()
-        copies = devices // among
         pieces = -(-share // samples)
+        sharded = {name: getattr(sizes, name) for name in NAMES if name not in sizes.adapters}
         # With micro-batches the whole float32 gradient is kept until it is reduced once.
-        waiting = max(sizes.generator, sizes.fake_score) if pieces > 1 else sizes.largest_block
+        waiting = max(sharded.values(), default=0) if pieces > 1 else sizes.largest_block
         memory = {
-            "weights": (4.0 * trained + compute * sizes.teacher) / among,
-            "gradients": 4.0 * trained / among + 4.0 * waiting,
-            "gathered": float(compute * (sizes.teacher + trained)),
+            "weights": (4.0 * sizes.whole + compute * sizes.teacher) / among + 4.0 * sizes.small,
+            "gradients": 4.0 * sizes.whole / among + 4.0 * (waiting + sizes.small),
+            # All gradients of an adapter are summed in one buffer.
+            "gathered": compute * (sizes.teacher + sizes.whole)
+            + 4.0 * max((getattr(sizes, name) for name in sizes.adapters), default=0),
         }
-        gathers = compute * (sizes.teacher + trained + updates * trained)
-        scatters = 4.0 * (sizes.generator + updates * sizes.fake_score)
-        reduces = scatters / among
+        # A network with an adapter is gathered with the teacher, once for both.
+        with_teacher = sizes.teacher if sizes.adapters else 0
+        gathers = compute * (sizes.teacher + sizes.whole + updates * (sizes.whole + with_teacher))
+        of = {name: 4.0 * getattr(sizes, name) * (updates if name == "fake_score" else 1) for name in NAMES}
+        scatters = sum(of[name] for name in sharded)
+        reduces = {devices // among: scatters / among}
+        reduces[devices] = reduces.get(devices, 0.0) + sum(of[name] for name in sizes.adapters)
+    replicated = {name: 1 if name in sizes.adapters else among for name in NAMES}
     memory |= {
-        "optimizer": optimizer * trained / among,
-        "average": 4.0 * sizes.generator / among,
+        "optimizer": sum(optimizer * getattr(sizes, name) / replicated[name] for name in NAMES),
+        "average": 4.0 * sizes.generator / replicated["generator"],
         "activations": activations * samples,
     }
     traffic = {
         "gathering weights": gathers * (among - 1) / among,
         "scattering gradients": scatters * (among - 1) / among,
-        "summing gradients": 2 * reduces * (copies - 1) / copies,
+        "summing gradients": sum(2 * size * (copies - 1) / copies for copies, size in reduces.items()),
     }
     operations = None if work is None else work.step(config) * share
     computing = None if operations is None or ceilings.operations is None else operations / ceilings.operations
@@ -223,7 +230,8 @@ def plan(
     devices = devices or distributed.world_size()
     if config.batch_size < devices:
         raise ConfigError(f"batch_size must be at least the number of devices, {devices}, got {config.batch_size}")
-    mode, reason = distributed.resolve(config.parallelism.parallel, sizes.generator, devices)
+    network = sizes.teacher if "generator" in sizes.adapters else sizes.generator
+    mode, reason = distributed.resolve(config.parallelism.parallel, network, devices)
     modes = ["replicate", "fsdp"] if devices > 1 else ["replicate"]
     group = config.parallelism.shard_group or (distributed.local_size() if distributed.world_size() == devices else 0)
     if mode == "hybrid":

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from emd_fast import distributed
-from emd_fast.config import EMDConfig
+from emd_fast.config import AdapterConfig, EMDConfig
 from emd_fast.diffusion.denoiser import Denoiser
+from emd_fast.train import adapters
+from emd_fast.train.adapters import NAMES
 from emd_fast.train.cast_weights import matmul_weights
 
 
@@ -23,6 +25,7 @@ class Sizes:
         largest_block: parameters of the largest block of generator and fake score.
         matmul_weights: parameters of the teacher that a bfloat16 run stores in bfloat16 where it
             does not shard (`emd_fast.train.cast_weights`).
+        adapters: networks that are the teacher with an adapter; their count is that of the adapter.
     """
 
     teacher: int
@@ -30,14 +33,44 @@ class Sizes:
     fake_score: int
     largest_block: int
     matmul_weights: int = 0
+    adapters: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, teacher: nn.Module, generator: nn.Module, fake_score: nn.Module) -> Sizes:
-        """Counts the parameters of networks on any device, including meta."""
-        blocks = [_count(block) for network in (generator, fake_score) for block in distributed.blocks_of(network)]
-        counts = [_count(network) for network in (teacher, generator, fake_score)]
+    def of(
+        cls, teacher: nn.Module, generator: nn.Module, fake_score: nn.Module, adapter: AdapterConfig | None = None
+    ) -> Sizes:
+        """Counts the parameters of networks on any device, including meta.
+
+        Args:
+            adapter: of the run; None for whole networks.
+
+        Raises:
+            ConfigError: targets of adapters that match nothing.
+        """
+        networks = {"generator": generator, "fake_score": fake_score}
+        adapted = adapter.networks if adapter is not None and adapter.rank else ()
+        counts = {name: _count(network) for name, network in networks.items()}
+        frozen, held = _count(teacher), {id(p) for p in teacher.parameters()}
+        for name in adapted:
+            assert adapter is not None
+            if not any(id(p) in held for p in networks[name].parameters()):
+                frozen += counts[name]  # a base of its own
+            counts[name] = adapters.count(networks[name], adapter)
+        whole = [network for name, network in networks.items() if name not in adapted]
+        blocks = [_count(block) for network in whole for block in distributed.blocks_of(network)]
+        largest = max(blocks, default=max((_count(network) for network in whole), default=0))
         cast = sum(p.numel() for p in matmul_weights(teacher))
-        return cls(counts[0], counts[1], counts[2], max(blocks, default=max(counts)), cast)
+        return cls(frozen, counts["generator"], counts["fake_score"], largest, cast, tuple(adapted))
+
+    @property
+    def whole(self) -> int:
+        """Parameters of the trained networks that have no adapter."""
+        return sum(getattr(self, name) for name in NAMES if name not in self.adapters)
+
+    @property
+    def small(self) -> int:
+        """Parameters of the adapters."""
+        return sum(getattr(self, name) for name in self.adapters)
 
 
 def _count(network: nn.Module) -> int:
@@ -74,19 +107,21 @@ class Work:
         """Estimates the operations of a training step for one sample.
 
         A backward pass counts as one forward pass if it goes to the input alone (the Langevin
-        steps in z), as two if it includes the weights, and as three if activations are recomputed.
-        The extra operations of attention's backward pass are ignored.
+        steps in z, a network with an adapter), as two if it includes the weights, and as one more if
+        activations are recomputed. The extra operations of attention's backward pass, and those of
+        adapters, are ignored.
         """
         k = 1 if config.objective == "vsd" else config.langevin_steps
         moves_z = config.objective != "vsd" and config.gamma_z != 0
-        learning = 4 if config.compute.activation_checkpointing else 3
-        fake_score = config.fake_score_updates * (self.generator + learning * self.fake_score)
+        adapted = config.adapter.networks if config.adapter.rank else ()
+        learning = {name: 3 - (name in adapted) + config.compute.activation_checkpointing for name in NAMES}
+        fake_score = config.fake_score_updates * (self.generator + learning["fake_score"] * self.fake_score)
         scores = k * ((1 if config.guidance is None else 2) * self.teacher + self.fake_score)
         if config.sampling == "x_z":
             generated = 2 * (k + 1) * self.generator
         else:
             generated = (2 * k if moves_z else 1) * self.generator
-        return fake_score + scores + generated + learning * self.generator
+        return fake_score + scores + generated + learning["generator"] * self.generator
 
 
 def _operations(network: nn.Module, *arguments: Tensor | None) -> float:

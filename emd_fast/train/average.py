@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Generic, TypeVar
 
 import torch
@@ -62,16 +62,20 @@ class EMA(Generic[Module]):
 
     Args:
         decay: a profile, or the number for `constant`.
+        shared: tensors by id that do not change, and that the copy shares with `module`.
     """
 
-    def __init__(self, module: Module, decay: Profile | float) -> None:
+    def __init__(self, module: Module, decay: Profile | float, shared: Mapping[int, Tensor] | None = None) -> None:
         self.decay = constant(decay) if isinstance(decay, float) else decay
-        self.module = copy.deepcopy(module).requires_grad_(False)
+        self.module = copy.deepcopy(module, dict(shared or {})).requires_grad_(False)
 
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
         decay = self.decay(step)
-        pairs = list(zip(self._tensors(self.module), self._tensors(module), strict=True))
+        both = zip(self._tensors(self.module), self._tensors(module), strict=True)
+        pairs = [
+            (local(average.detach()), local(current.detach())) for average, current in both if average is not current
+        ]
         torch._foreach_lerp_(
             [average for average, _ in pairs if average.is_floating_point()],
             [current for average, current in pairs if average.is_floating_point()],
@@ -83,4 +87,4 @@ class EMA(Generic[Module]):
 
     @staticmethod
     def _tensors(module: nn.Module) -> list[Tensor]:
-        return [*(local(p.detach()) for p in module.parameters()), *module.buffers()]
+        return [*module.parameters(), *module.buffers()]

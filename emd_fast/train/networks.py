@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from emd_fast.config import ConfigError, EMDConfig
 from emd_fast.diffusion.denoiser import Denoiser, unwrap
 from emd_fast.diffusion.generator import Generator
 from emd_fast.fusion.fusing import fuse_known, fusion_report, unfuse
-from emd_fast.train import average
+from emd_fast.train import adapters, average
 from emd_fast.train.cast_weights import cast_weights, trainable
 from emd_fast.train.fingerprint import fingerprint, process_of
 from emd_fast.train.precision import compute_dtype
@@ -32,8 +32,9 @@ class Prepared:
 
     Attributes:
         three: generator, teacher and fake score; in eval mode, fused and spread as configured. Only
-            the teacher's parameters require no gradient.
+            the teacher's parameters require no gradient; with adapters, only these require it.
         ema: average of the generator's weights.
+        own: by network with an adapter, and "ema": names of its tensors that are not the teacher's.
         teacher_facts: {"path": origin or None, "sha256": fingerprint, "process": `process_of`}, of the
             teacher as passed in.
         device, compute_dtype: where and in which dtype the networks run.
@@ -43,6 +44,7 @@ class Prepared:
 
     three: tuple[nn.Module, Denoiser, Denoiser]
     ema: average.EMA[nn.Module]
+    own: dict[str, frozenset[str]]
     teacher_facts: dict[str, Any]
     device: torch.device
     compute_dtype: torch.dtype
@@ -62,58 +64,91 @@ def prepare(teacher: Denoiser, config: EMDConfig, generator: nn.Module | None, f
             f"batch_size must be at least the number of ranks, {distributed.world_size()}, got {config.batch_size}"
         )
     shape = _sample_shape(generator, teacher)
-    generator, fake_score = _make_trainable(teacher, generator, fake_score, config)
+    _check_bare(teacher=teacher, generator=generator, fake_score=fake_score)
+    _check_finite("teacher", unwrap(teacher))
+    start: nn.Module = teacher if generator is None else generator
+    device = distributed.device_of(start)
+    dtype = compute_dtype(config.compute.precision, device)
+    mode, reason = distributed.resolve(config.parallelism.parallel, sum(p.numel() for p in start.parameters()))
+    given, teacher = teacher, _frozen(teacher, dtype, mode)
+    adapted = config.adapter.networks if config.adapter.rank else ()
+    generator, fake_score = _make_trained(given, teacher, generator, fake_score, config)
     # Rank 0 computes the fingerprint; the other ranks may hold a teacher on the meta device.
     facts: dict[str, Any] = distributed.on_main(
         lambda: {
-            "path": unwrap(teacher).source,
-            "sha256": fingerprint(unwrap(teacher)),
-            "process": process_of(unwrap(teacher)),
+            "path": unwrap(given).source,
+            "sha256": fingerprint(unwrap(given)),
+            "process": process_of(unwrap(given)),
         }
     )
-    device = distributed.device_of(generator)
-    dtype = compute_dtype(config.compute.precision, device)
-    mode, reason = distributed.resolve(config.parallelism.parallel, sum(p.numel() for p in generator.parameters()))
-    if dtype == torch.float32:
-        if any(p.is_floating_point() and p.itemsize < dtype.itemsize for p in teacher.parameters()):
-            teacher = trainable(teacher)  # matmuls refuse float16 weights with float32 inputs
-    elif mode == "replicate":
-        teacher = cast_weights(teacher, dtype)
-    for network, trains in ((teacher, False), (generator, True), (fake_score, True)):
-        network.eval().requires_grad_(trains)  # eval: no dropout and no batch statistics
+    trained = {"generator": generator, "fake_score": fake_score}
+    for name, network in {"teacher": teacher, **trained}.items():
+        network.eval()  # no dropout and no batch statistics
+        if name not in adapted:
+            network.requires_grad_(name != "teacher")
     three = (generator, teacher, fake_score)
     if config.compute.fuse:
         _fuse_all(*three, compile=config.compute.compile)
-    ema = average.EMA(generator, average.profile(config.average, config.batch_size))
-    _spread(three, ema.module, mode, device=device, dtype=dtype, config=config)
+    lasting = adapters.lasting_tensors(generator) if "generator" in adapted else None
+    ema = average.EMA(generator, average.profile(config.average, config.batch_size), lasting)
+    if "generator" in adapted:
+        trained["ema"] = ema.module
+    own = {name: adapters.own_names(trained[name], teacher) for name in (*adapted, *trained.keys() & {"ema"})}
+    borrowers = {name: trained[name] for name in own}
+    _spread(three, ema.module, borrowers, mode, device=device, dtype=dtype, config=config)
+    for name, network in borrowers.items():
+        if not any(p.is_meta for p in teacher.parameters()):  # else only shapes and sizes are wanted
+            adapters.initialise(network, device, config.seed)
+        distributed.broadcast(t for key, t in network.state_dict(keep_vars=True).items() if key in own[name])
     if config.compute.activation_checkpointing:
         _check_blocks(generator=generator, fake_score=fake_score)
     latent_shape = getattr(generator, "latent_shape", None) or shape
-    return Prepared(three, ema, facts, device, dtype, f"{mode}: {reason}", shape, latent_shape)
+    return Prepared(three, ema, own, facts, device, dtype, f"{mode}: {reason}", shape, latent_shape)
 
 
-def _make_trainable(
-    teacher: Denoiser, generator: nn.Module | None, fake_score: Denoiser | None, config: EMDConfig
+def _frozen(teacher: Denoiser, dtype: torch.dtype, mode: str) -> Denoiser:
+    """Returns the teacher with weights in the dtypes that its passes need."""
+    if dtype != torch.float32:
+        return cast_weights(teacher, dtype) if mode == "replicate" else teacher
+    if any(p.is_floating_point() and p.itemsize < dtype.itemsize for p in teacher.parameters()):
+        return trainable(teacher)  # matmuls refuse float16 weights with float32 inputs
+    return teacher
+
+
+def _make_trained(
+    teacher: Denoiser, base: Denoiser, generator: nn.Module | None, fake_score: Denoiser | None, config: EMDConfig
 ) -> tuple[nn.Module, Denoiser]:
-    """Returns the generator and the fake score: the given ones, or copies of the teacher.
+    """Returns the generator and the fake score: the given ones, copies of the teacher, or the base with an adapter.
+
+    Args:
+        teacher: as EMDTrainer was given it.
+        base: the teacher of the trainer, whose tensors networks with an adapter share.
 
     Raises:
         ValueError: networks that EMDTrainer refuses; its documentation lists them.
     """
-    _check_bare(teacher=teacher, generator=generator, fake_score=fake_score)
-    _check_finite("teacher", unwrap(teacher))
+    adapted = config.adapter.networks if config.adapter.rank else ()
     if (generator is None or fake_score is None) and not any(True for _ in teacher.parameters()):
         raise ValueError("this teacher has no parameters to start from: give EMDTrainer a generator and a fake score")
+
+    def started(name: str) -> Denoiser:
+        return adapters.sharing(base) if name in adapted else trainable(teacher)
+
+    # What is given must be apart from the teacher; the base of an adapter of its own may be shared.
+    given = {"teacher": teacher, "generator": generator, "fake_score": fake_score}
+    _check_apart(adapted, **{name: each for name, each in given.items() if each is not None})
     if generator is None:
         dtype = compute_dtype(config.compute.precision, distributed.device_of(teacher))
         start = torch.tensor([config.t_star], dtype=torch.float32, device="cpu")
         heard = unwrap(teacher).heard(start, dtype)
         t_star = config.t_star if torch.equal(start, heard) else heard.item()
-        generator = Generator(trainable(teacher), t_star, input_scale=config.input_scale)
+        generator = Generator(started("generator"), t_star, input_scale=config.input_scale)
     _check_start(generator)
     if fake_score is None:
-        fake_score = trainable(teacher)
-    _check_apart(teacher=teacher, generator=generator, fake_score=fake_score)
+        fake_score = started("fake_score")
+    for name, network in {"generator": generator, "fake_score": fake_score}.items():
+        if name in adapted:
+            adapters.add(network, config.adapter, name, config.seed)
     return generator, fake_score
 
 
@@ -175,6 +210,7 @@ def _fuse_all(*networks: nn.Module, compile: bool) -> None:
 def _spread(
     networks: Sequence[nn.Module],
     average: nn.Module,
+    borrowers: Mapping[str, nn.Module],
     mode: str,
     *,
     device: torch.device,
@@ -184,17 +220,20 @@ def _spread(
     """Replicates or shards the networks over the ranks.
 
     Args:
-        networks: compute in `dtype`.
+        networks: generator, teacher and fake score; compute in `dtype`.
         average: computes in float32, since it is the result of a run.
+        borrowers: those that share the teacher's tensors; their adapters are on every rank.
         mode: as `distributed.resolve` returns it.
     """
     if distributed.world_size() == 1:
         return
     mesh = distributed.make_mesh(mode, device, config.parallelism.shard_group)
-    for network in networks:
-        precision = torch.bfloat16 if dtype == torch.bfloat16 else None
-        distributed.shard(network, mode, precision=precision, mesh=mesh, device=device)
-    distributed.shard(average, mode, precision=None, mesh=mesh, device=device)
+    following = distributed.Borrowers(networks[1], list(borrowers.values()))
+    for network in (*networks, average):
+        if not any(network is borrower for borrower in borrowers.values()):
+            precision = torch.bfloat16 if dtype == torch.bfloat16 and network is not average else None
+            distributed.shard(network, mode, precision=precision, mesh=mesh, device=device)
+    following.follow()
 
 
 def _check_blocks(**networks: nn.Module) -> None:
@@ -227,10 +266,17 @@ def _check_finite(name: str, module: nn.Module) -> None:
             raise ValueError(f"the {name}'s weights are not finite: {key} holds NaN or infinity")
 
 
-def _check_apart(**networks: nn.Module) -> None:
-    """Refuses shared parameters: a generator around the teacher itself would train the teacher."""
+def _check_apart(adapted: Sequence[str], **networks: nn.Module) -> None:
+    """Refuses shared parameters: a generator around the teacher itself would train the teacher.
+
+    Args:
+        adapted: networks whose frozen parameters stay frozen, if they come with an adapter.
+    """
     owner: dict[int, str] = {}
     for name, network in networks.items():
+        frozen_base = name in adapted and adapters.has_adapter(network)
         for parameter in network.parameters():
+            if frozen_base and not parameter.requires_grad:
+                continue
             if owner.setdefault(id(parameter), name) != name:
                 raise ValueError(f"{owner[id(parameter)]} and {name} share parameters: give each its own (deepcopy)")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,13 @@ class State:
     Args:
         modules: by part; their parameters and buffers are state.
         learners: the parts that are trained. Their moments are "part_optimizer.parameter.moment".
+        own: by part, the names that are state; all of a part that is not there. The others are
+            those of the teacher, which a checkpoint does not hold.
     """
 
     modules: Mapping[str, nn.Module]
     learners: Mapping[str, Learner]
+    own: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors, as a checkpoint writes them."""
@@ -76,6 +79,7 @@ class State:
             f"{part}.{name}": tensor
             for part, module in self.modules.items()
             for name, tensor in module.state_dict().items()
+            if part not in self.own or name in self.own[part]
         }
 
 

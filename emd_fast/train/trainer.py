@@ -98,7 +98,7 @@ class EMDTrainer:
         self._records: list[StepRecord] = []
         self._writer = checkpoint.Writer()
         parts = {"generator": self.generator, "fake_score": self.fake_score, "ema": self.ema.module}
-        self._state = State(parts, self.learners)
+        self._state = State(parts, self.learners, prepared.own)
 
     # One step ---------------------------------------------------------------------------------------------------------
 
@@ -232,6 +232,11 @@ class EMDTrainer:
         """Context manager for passes of the networks in the compute dtype."""
         return precision.autocast(self.compute_dtype, self.device)
 
+    @property
+    def teacher_hash(self) -> str:
+        """Fingerprint of the teacher's weights as passed in."""
+        return str(self._teacher_facts["sha256"])
+
     # Diagnostics ------------------------------------------------------------------------------------------------------
 
     def diagnostics(self) -> dict[str, Tensor]:
@@ -333,6 +338,6 @@ class EMDTrainer:
             trainer.skipped.fill_(saved.skipped)
             trainer.steps_done = saved.step
             check_process(path, saved.teacher, trainer._teacher_facts)
-            if trains:
+            if trains or trainer._state.own:  # an adapter is of no use with another base
                 check_teacher(path, saved.teacher, trainer._teacher_facts)
         return trainer

@@ -1,0 +1,321 @@
+"""One frozen base with adapters against three networks: the same numbers, a fraction of the memory and of the files."""
+
+import dataclasses
+
+import pytest
+import torch
+from conftest import BACKENDS
+from helpers import assert_within, randomised, seeded
+from test_trainer import assert_same_state, config, digits_teacher, points_teacher
+from torch import nn
+
+from emd_fast import Denoiser, EMDConfig, EMDTrainer, Generator, schedules, use_backend
+from emd_fast.config import ConfigError
+from emd_fast.distributed import blocks_of
+from emd_fast.run.plan import GIB, plan
+from emd_fast.run.sizes import Sizes
+from emd_fast.train import adapters, checkpoint, networks
+from emd_fast.train.checkpoint import CheckpointError
+
+peft = pytest.importorskip("peft")
+RANK = 64  # of every layer of the networks here
+PREFIX = {"generator": "denoiser.", "fake_score": ""}
+
+
+def adapted(teacher, **changes) -> EMDTrainer:
+    return EMDTrainer(teacher, config(**{"adapter_rank": 4, **changes}))
+
+
+def trained_names(network: nn.Module) -> list[str]:
+    return [name for name, parameter in network.named_parameters() if parameter.requires_grad]
+
+
+def moved(denoiser: Denoiser, layers: list[str], seed: int) -> Denoiser:
+    """Moves the weights of these layers by a third of their size."""
+    g = seeded(seed)
+    for name in layers:
+        weight = denoiser.get_submodule(name).weight.data
+        weight += 0.3 * weight.std().clamp(min=0.01) * torch.randn(weight.shape, generator=g)
+    return denoiser
+
+
+@torch.no_grad()
+def factorise(layer: nn.Module, name: str, difference: torch.Tensor) -> None:
+    """Sets B and A so that B A is a difference of two weights."""
+    flat = difference.flatten(1)
+    u, s, v = torch.linalg.svd(flat.double(), full_matrices=False)
+    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+    a.zero_(), b.zero_()
+    a.flatten(1)[: len(s)] = (s.sqrt()[:, None] * v).float()
+    b.flatten(1)[:, : len(s)] = (u * s.sqrt()).float()
+
+
+TEACHERS = {"images": (digits_teacher, {"num_classes": 3}), "points": (points_teacher, {})}
+
+
+@pytest.mark.parametrize("kind", TEACHERS)
+@pytest.mark.parametrize("changes", [{}, {"micro_batch_size": 3}, {"fuse": False, "sampling": "x_z"}])
+def test_full_rank_adapters_are_three_networks(kind, changes):
+    make, more = TEACHERS[kind]
+    teacher, settings = make(), config(grad_clip=0.0, **more, **changes)
+    layers = adapters.names_of(teacher, dataclasses.replace(settings, adapter_rank=RANK).adapter)
+    apart = {"generator": moved(make(), layers, 1), "fake_score": moved(make(), layers, 2)}
+    one = EMDTrainer(teacher, dataclasses.replace(settings, adapter_rank=RANK, adapter_alpha=RANK / 2))
+    for role, other in apart.items():
+        network = getattr(one, role)
+        for name in layers:
+            layer = network.get_submodule(PREFIX[role] + name)
+            factorise(layer, role, 2 * (other.get_submodule(name).weight.detach() - layer.base_layer.weight))
+    three = EMDTrainer(
+        make(), settings, generator=Generator(apart["generator"], settings.t_star), fake_score=apart["fake_score"]
+    )
+    mine, its = (trainer.sample_posterior(step=0) for trainer in (one, three))
+    for name in ("z", "eps", "drift"):
+        exact = getattr(its, name)
+        assert_within(getattr(mine, name), exact, 2e-5 * float(exact.abs().max()), name)
+    assert its.drift.abs().max() > 1e-3
+    for trainer in (one, three):
+        for learner in trainer.learners.values():  # so that the weights stay those above
+            learner.optimizer.step = lambda: None
+        trainer.step()
+    for role in apart:
+        for name in layers:
+            layer = getattr(one, role).get_submodule(PREFIX[role] + name)
+            whole = getattr(three, role).get_submodule(PREFIX[role] + name).weight.grad.flatten(1)
+            a, b = layer.lora_A[role].weight, layer.lora_B[role].weight
+            by_a, by_b = 0.5 * b.detach().flatten(1).T @ whole, 0.5 * whole @ a.detach().flatten(1).T
+            for found, exact in ((a.grad.flatten(1), by_a), (b.grad.flatten(1), by_b)):
+                assert_within(found, exact, 1e-7 + 2e-4 * float(exact.abs().max()), f"{role} {name}")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", TEACHERS)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_delta_is_0_while_the_adapters_are(kind, backend, precision):
+    make, more = TEACHERS[kind]
+    trainer = adapted(make(), precision=precision, gamma_z=0.05, **more)
+    seen = []
+    labels = torch.arange(8) % 3 if more else None  # not every backend draws integers
+    with use_backend(backend):
+        found = trainer.sample_posterior(labels, watch=lambda step: seen.append(step.delta.abs().max().item()))
+    assert seen == [0.0, 0.0] and not found.drift.any()
+
+
+def test_the_base_is_held_once_and_stays_as_it_is():
+    teacher = digits_teacher()
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    trainer = adapted(teacher, num_classes=3)
+    base = {id(p): p for p in teacher.parameters()}
+    for network in (trainer.generator, trainer.fake_score, trainer.ema.module):
+        own = {name: p for name, p in network.named_parameters() if id(p) not in base}
+        assert own and all(".lora_" in name for name in own)
+        assert {id(p) for p in network.parameters()} >= base.keys()
+    start = {name: value.clone() for name, value in trainer.ema.module.state_dict().items() if ".lora_" in name}
+    versions = [p._version for p in base.values()]
+    trainer.step(), trainer.step()
+    assert [p._version for p in base.values()] == versions and all(p.grad is None for p in base.values())
+    assert all(torch.equal(value, before[name]) for name, value in trainer.teacher.state_dict().items())
+    moments = [tuple(p.shape) for p in trainer.learners["generator"].optimizer.state]
+    assert sorted(moments) == sorted(tuple(p.shape) for p in trainer.generator.parameters() if p.requires_grad)
+    ema = trainer.ema.module.state_dict()
+    assert any(not torch.equal(ema[name], value) for name, value in start.items())
+    assert not torch.equal(trainer.generate(2), trainer.generate(2, ema=False))
+
+
+def test_only_the_named_layers_get_an_adapter():
+    trainer = adapted(digits_teacher(), num_classes=3, adapter_targets=["qkv", "conv1"], adapter_rank=2)
+    layers = {name.partition(".lora_")[0] for name in trained_names(trainer.fake_score)}
+    assert layers and all(name.endswith(("qkv", "conv1")) for name in layers)
+    count = sum(p.numel() for p in trainer.fake_score.parameters() if p.requires_grad)
+    assert count == adapters.count(digits_teacher(), trainer.config.adapter)
+
+
+def test_a_whole_generator_with_an_adapter_for_the_fake_score(tmp_path):
+    trainer = adapted(digits_teacher(), num_classes=3, adapter_networks=["fake_score"])
+    whole = [name for name, _ in trainer.teacher.named_parameters()]
+    assert trained_names(trainer.generator) == [f"denoiser.{name}" for name in whole]
+    assert all(".lora_" in name for name in trained_names(trainer.fake_score))
+    trainer.step()
+    trainer.save(tmp_path / "checkpoint")
+    again = EMDTrainer.resume(tmp_path / "checkpoint", digits_teacher())
+    trainer.step(), again.step()
+    assert_same_state(trainer, again)
+
+
+CHANGES = [{}, {"micro_batch_size": 3, "guidance": 1.5}, {"precision": "bfloat16"}, {"lr_schedule": "cosine"}]
+
+
+@pytest.mark.parametrize("changes", CHANGES)
+def test_a_resumed_run_goes_on_bit_for_bit(tmp_path, changes):
+    def make():
+        return digits_teacher(null_cond=0)
+
+    trainer = adapted(make(), num_classes=3, **changes)
+    trainer.step()
+    trainer.save(tmp_path / "checkpoint")
+    state = checkpoint.load(tmp_path / "checkpoint")
+    assert all(".lora_" in name for part in ("generator", "fake_score", "ema") for name in state[part])
+    again = EMDTrainer.resume(tmp_path / "checkpoint", make())
+    mine, its = trainer.step(), again.step()
+    assert {key: value.item() for key, value in mine.items()} == {key: value.item() for key, value in its.items()}
+    assert_same_state(trainer, again)
+    assert torch.equal(trainer.generate(3), again.generate(3))
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_base_of_other_weights_is_refused(tmp_path, trains):
+    trainer = adapted(digits_teacher(), num_classes=3)
+    trainer.save(tmp_path / "checkpoint")
+    other = moved(digits_teacher(), ["network.down"], 1)
+    with pytest.raises(CheckpointError, match="was made with a teacher of other weights"):
+        EMDTrainer.resume(tmp_path / "checkpoint", other, trains=trains)
+
+
+def test_a_sample_alone_is_that_sample_of_the_whole_batch():
+    trainer = adapted(digits_teacher(), num_classes=3)
+    trainer.step()
+    whole = trainer.sample_posterior(step=7)
+    alone = trainer.sample_posterior(step=7, samples=range(5, 6))
+    for name in ("z", "eps", "drift"):
+        torch.testing.assert_close(getattr(alone, name)[0], getattr(whole, name)[5], rtol=1e-4, atol=1e-5)
+    assert all(value.isfinite() for name, value in trainer.diagnostics().items() if "bin" not in name)
+    assert all(value.isfinite() for value in trainer.gradient_variance().values())
+
+
+class Blocks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(3))
+        randomised(self, 1)
+
+    def forward(self, x, t, cond=None):
+        h = self.first(torch.cat([x, t[:, None]], dim=1))
+        for block in self.blocks:
+            h = h + block(h)
+        return self.last(h)
+
+
+def of_blocks() -> Denoiser:
+    return Denoiser(Blocks(), schedules.EDM(), "edm", sigma_data=0.5, sample_shape=(3,))
+
+
+def test_activation_checkpointing_leaves_the_step_as_it_is():
+    states = []
+    for wanted in (False, True):
+        trainer = adapted(of_blocks(), activation_checkpointing=wanted)
+        assert len(blocks_of(trainer.generator)) == 3  # not the lists inside the adapters
+        trainer.step(), trainer.step()
+        states.append(trainer)
+    assert_same_state(*states)
+
+
+def test_a_peft_model_of_the_user_is_the_generator(tmp_path):
+    def own():
+        denoiser = points_teacher()
+        torch.manual_seed(0)
+        lora = peft.LoraConfig(r=2, target_modules=["first", "hidden.0"])
+        peft.inject_adapter_in_model(lora, denoiser, adapter_name="mine")
+        return Generator(denoiser, 2.0)
+
+    trainer = EMDTrainer(points_teacher(), config(adapter_rank=4), generator=own())
+    names = trained_names(trainer.generator)
+    assert len(names) == 4 and all(".mine." in name for name in names)
+    trainer.step()
+    trainer.save(tmp_path / "checkpoint")
+    again = EMDTrainer.resume(tmp_path / "checkpoint", points_teacher(), generator=own())
+    trainer.step(), again.step()
+    assert_same_state(trainer, again)
+
+
+# Bad input ------------------------------------------------------------------------------------------------------------
+
+
+def test_targets_that_match_nothing_name_the_layers_there_are():
+    with pytest.raises(ConfigError, match=r"adapter_targets names 'to_qq'.*there are .*qkv"):
+        adapted(digits_teacher(), adapter_targets=["qkv", "to_qq"])
+
+
+def test_a_network_without_layers_is_refused():
+    class Scale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(2))
+
+        def forward(self, x, t, cond=None):
+            return self.scale * x
+
+    teacher = Denoiser(Scale(), schedules.EDM(), "edm", sigma_data=0.5, sample_shape=(2,))
+    with pytest.raises(ConfigError, match="no linear layer and no convolution"):
+        adapted(teacher)
+
+
+def test_a_generator_around_the_teacher_is_refused():
+    teacher = points_teacher()
+    with pytest.raises(ValueError, match="share parameters"):
+        EMDTrainer(teacher, config(adapter_rank=2), generator=Generator(teacher, 2.0))
+
+
+@pytest.mark.parametrize("networks", [[], ["generator", "generator"], ["teacher"]])
+def test_networks_that_cannot_be_adapted(networks):
+    with pytest.raises(ConfigError, match="adapter_networks"):
+        EMDConfig(adapter_networks=networks)
+    assert EMDConfig(adapter=None).adapter.rank == 0
+
+
+# Flux.1 on the meta device --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def flux():
+    """FluxTransformer2DModel of Flux.1, 12 billion parameters without memory."""
+    diffusers = pytest.importorskip("diffusers")
+    from emd_fast.teachers.diffusers import architectures
+
+    with torch.device("meta"):
+        model = diffusers.FluxTransformer2DModel(guidance_embeds=True)
+    network = architectures.network(model)
+    return Denoiser(network, schedules.RectifiedFlow(), "flow", sample_shape=(16, 128, 128))
+
+
+def size(tensors) -> int:
+    return sum(tensor.nbytes for tensor in {id(t): t for t in tensors}.values())
+
+
+@pytest.mark.slow
+def test_the_weights_of_an_e_step_are_little_more_than_the_base(flux):
+    settings = config(adapter_rank=64, precision="bfloat16", t_star=0.9, fuse=False)
+    prepared = networks.prepare(flux, settings, None, None)
+    held = [p for network in prepared.three for p in network.parameters()]
+    base = size(prepared.three[1].parameters())
+    assert base > 22e9 and size(held) < 1.1 * base
+    whole = networks.prepare(flux, dataclasses.replace(settings, adapter_rank=0), None, None)
+    assert size(p for network in whole.three for p in network.parameters()) > 3 * base
+
+
+@pytest.mark.slow
+def test_the_plan_of_flux_fits_with_adapters_only(flux):
+    three = flux, Generator(flux, 0.9), flux
+    settings = config(adapter_rank=64, batch_size=16, parallel="fsdp", t_star=0.9)
+    sizes = Sizes.of(*three, settings.adapter)
+    assert 90e6 < sizes.generator == sizes.fake_score < 120e6 and sizes.teacher > 11e9
+    shared = plan(sizes, settings, devices=8, reduced=True).chosen
+    whole = plan(Sizes.of(*three), dataclasses.replace(settings, adapter_rank=0), devices=8, reduced=True).chosen
+    assert shared.total < 40 * GIB and 100 * GIB < whole.total
+    assert whole.memory["gathered"] == 3 * 2 * sizes.teacher
+    prepared = networks.prepare(flux, dataclasses.replace(settings, precision="bfloat16", fuse=False), None, None)
+    held = size(p for network in prepared.three for p in network.parameters())
+    assert plan(sizes, settings, devices=1, reduced=True).chosen.memory["weights"] == pytest.approx(held, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_a_base_of_12_billion_parameters_is_below_a_gigabyte(flux):
+    prepared = networks.prepare(flux, config(adapter_rank=16, precision="bfloat16", t_star=0.9, fuse=False), None, None)
+    generator, _, fake_score = prepared.three
+    parts = {"generator": generator, "fake_score": fake_score, "ema": prepared.ema.module}
+    weights = sum(
+        tensor.nbytes for name, part in parts.items() for key, tensor in part.state_dict().items()
+        if key in prepared.own[name]
+    )  # fmt: skip
+    moments = 2 * sum(p.nbytes for part in (generator, fake_score) for p in part.parameters() if p.requires_grad)
+    assert 100e6 < weights + moments < 1e9
