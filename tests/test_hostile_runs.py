@@ -142,6 +142,9 @@ RECIPES = {
     **{text[:9]: lambda path, text=text: path.write_bytes(text) for text in (
         b"a = " + b"[" * 10**5, b'task = "\xff"', b"emd = 3", b'task = ["digits"]'
     )},
+    **{key: lambda path, key=key: path.write_text(f"task = 'gmm'\nmixture.{key} = 1000000000\n") for key in (
+        "modes", "generator_layers", "fake_score_layers", "generator_width"
+    )},
 }  # fmt: skip
 
 
