@@ -14,6 +14,7 @@ import torch
 from watch import PROCESSES, Runs, one_line, watched
 
 from emd_fast.config import ConfigError
+from emd_fast.io import models
 from emd_fast.metrics.clip import ClipScore
 from emd_fast.teachers import diffusers as teachers
 from emd_fast.teachers.diffusers import weights
@@ -462,3 +463,10 @@ def test_values_of_another_kind_than_the_default(key, value, fits):
     else:
         with pytest.raises(ValueError, match=f"its configuration has {key} = .* where one like .* is expected"):
             weights.check_kinds(diffusers.DiTTransformer2DModel, config)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.float32])
+def test_values_of_every_width_are_looked_at(dtype):
+    models.check_finite([("a", torch.ones(2).to(dtype))])
+    with pytest.raises(ValueError, match=r"1 tensor is not finite \(b\)"):
+        models.check_finite([("a", torch.ones(2).to(dtype)), ("b", torch.tensor([float("nan")]).to(dtype))])

@@ -67,7 +67,9 @@ def check_finite(named: Iterable[tuple[str, Tensor]]) -> None:
     Raises:
         ValueError: some are not. The message has the first names and their number.
     """
-    if names := [name for name, value in named if not bool(value.isfinite().all())]:
+    # PyTorch looks for NaN in no 8-bit numbers.
+    wide = ((name, value if value.itemsize > 1 else value.float()) for name, value in named)
+    if names := [name for name, value in wide if not bool(value.isfinite().all())]:
         raise ValueError(f"{told(names, 'not finite')}; {_REMEDY}")
 
 
