@@ -25,7 +25,6 @@ from emd_fast.cli.errors import REPORTED
 from emd_fast.metrics.images import ImageFiles
 from emd_fast.tasks import encoded
 from emd_fast.teachers.diffusers.folder import Folder
-from emd_fast.teachers.diffusers.index import TEXT_PIPELINES
 from emd_fast.train import conditions
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -202,8 +201,6 @@ def read_index(folder, content):
     (folder / "model_index.json").write_bytes(content)
     found = Folder(folder)
     assert found.has("vae") in (True, False) and found.pipeline_class is not False
-    if found.pipeline_class in TEXT_PIPELINES:
-        found._text_pipeline()
 
 
 def read_network(folder, content):
