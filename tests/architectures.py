@@ -303,6 +303,14 @@ ROWS = {
         scheduler=chain,
         text=lambda: texts.parts(texts.clip(8), texts.clip(8, 16)),
     ),
+    "UNet2DConditionModel, XL with statistics of latents": Row(
+        sdxl,
+        "StableDiffusionXLPipeline",
+        sdxl_cond,
+        called("guidance_scale"),
+        scheduler=chain,
+        vae=vae(**STATISTICS),
+    ),
     "FluxTransformer2DModel": Row(
         flux,
         "FluxPipeline",

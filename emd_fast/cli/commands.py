@@ -131,6 +131,8 @@ def _sample(options: argparse.Namespace, rest: Sequence[str]) -> int:
     generate, decode, encode, num_classes = _generator(options)
     if options.label is not None and options.prompt is not None:
         raise ConfigError("give --label or --prompt, not both")
+    if options.label is not None and not num_classes:
+        raise ConfigError("this generator has no classes: leave --label out")
     if options.label is not None and not 0 <= options.label < num_classes:
         raise ConfigError(f"--label must be in [0, {num_classes}), got {options.label}")
     one = None

@@ -36,8 +36,8 @@ class MixtureConfig:
     """The mixture of the task gmm, a ring of equal modes, and the small networks that learn it."""
 
     modes: int = setting(8, "modes on the ring", gt=0, le=4096)
-    radius: float = setting(2.0, "radius of the ring", gt=0)
-    std: float = setting(0.15, "standard deviation of a mode", gt=0)
+    radius: float = setting(2.0, "radius of the ring", gt=0, le=1e6)
+    std: float = setting(0.15, "standard deviation of a mode", gt=0, le=1e6)
     generator_width: int = setting(64, "hidden units of a layer of the generator", unit="units", gt=0, le=2**16)
     generator_layers: int = setting(2, "layers of the generator", unit="layers", gt=0, le=64)
     fake_score_width: int = setting(96, "hidden units of a layer of the fake score", unit="units", gt=0, le=2**16)

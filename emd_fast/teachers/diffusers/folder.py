@@ -16,6 +16,7 @@ from emd_fast.teachers.diffusers import architectures, files, text, weights
 from emd_fast.teachers.diffusers.architectures import ARCHITECTURES, Architecture, Network, known
 from emd_fast.teachers.diffusers.encoder import TextEncoder
 from emd_fast.teachers.diffusers.index import checked, class_of
+from emd_fast.teachers.diffusers.latents import check_statistics
 from emd_fast.teachers.diffusers.single_file import Part, SingleFile
 
 EXPORTED = "emd_fast.json"  # written by `emd_fast.export`; it lists the components too
@@ -209,6 +210,7 @@ class Folder:
                     f"the VAE in {self.root} has {has} latent channels, the network has {channels}: give the VAE of "
                     "this network"
                 )
+            check_statistics(config, has)
         for name in self.index:
             if name.startswith("text_encoder") and self.has(name):
                 if not (self.root / name).is_dir():

@@ -10,6 +10,7 @@ from torch import Tensor
 from emd_fast.diffusion.denoiser import Condition
 from emd_fast.teachers.diffusers.architectures.conditions import POOLED, TOKENS, ConditionSpec
 from emd_fast.teachers.diffusers.architectures.form import CLIP, T5, Architecture, Config
+from emd_fast.teachers.diffusers.architectures.packing import standardized
 
 SIZES = "time_ids"  # original height and width, top and left of the crop, height and width, in pixels
 
@@ -39,6 +40,12 @@ class UNet2DConditionModel(Architecture):
         if self.xl:
             added["added_cond_kwargs"] = {"text_embeds": cond[POOLED].to(x.dtype), "time_ids": cond[SIZES].to(x.dtype)}
         return model(x, timestep=time, encoder_hidden_states=cond[TOKENS].to(x.dtype), **added).sample
+
+    def to_vae(self, latents: Tensor, vae: Any) -> Tensor:
+        mean, std = (getattr(vae.config, f"latents_{name}", None) for name in ("mean", "std"))
+        if not self.xl or mean is None or std is None:
+            return super().to_vae(latents, vae)
+        return standardized(latents / vae.config.scaling_factor, mean, std)
 
     def condition(self, returned: tuple[Any, ...]) -> Condition:
         return {TOKENS: returned[0], POOLED: returned[2]} if self.xl else returned[0]
