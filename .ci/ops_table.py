@@ -26,7 +26,7 @@ def table() -> str:
         "reference": frozenset(reference.OPS),
         "cpu": native.OPS,
         "triton": triton.OPS,
-        "cuda": native.CUDA_OPS,
+        "cuda": native.OPS,
     }
     if set(kernels) != set(NAMES) - {"auto"}:
         raise AssertionError(f"the backends are {', '.join(NAMES)}, the table has {', '.join(kernels)}")

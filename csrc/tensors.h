@@ -17,6 +17,23 @@ inline Type type_of(at::ScalarType dtype) {
   }
 }
 
+// Memory format of a result of group_norm: that of x if x is dense in it, contiguous otherwise. The
+// fake implementation in emd_fast/ops has the same rule.
+inline at::MemoryFormat layout_of(const at::Tensor& x) {
+  if (x.is_contiguous()) return at::MemoryFormat::Contiguous;
+  for (const at::MemoryFormat format : {at::MemoryFormat::ChannelsLast, at::MemoryFormat::ChannelsLast3d}) {
+    const int64_t dim = format == at::MemoryFormat::ChannelsLast ? 4 : 5;
+    if (x.dim() == dim && x.is_contiguous(format)) return format;
+  }
+  return at::MemoryFormat::Contiguous;
+}
+
+// Whether the channels of x (B, C, ...) are neighbours in memory. With one position both layouts are
+// equal.
+inline bool has_channels_last(const at::Tensor& x) {
+  return layout_of(x) != at::MemoryFormat::Contiguous || x.numel() <= x.size(0) * x.size(1);
+}
+
 inline Shape shape_of(at::IntArrayRef size) {
   TORCH_CHECK(!size.empty(), "expected a batch dimension");
   return {size[0], c10::multiply_integers(size.slice(1))};

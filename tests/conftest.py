@@ -113,6 +113,20 @@ def ranks():
         group.close()
 
 
+@pytest.fixture(scope="session")
+def emulated():
+    """The ops of emd_fast_native as the CUDA kernels compute them, on CPU tensors (tests/cuda_emulator)."""
+    from cuda_objects import emulator
+
+    backends.native.load()
+    library = torch.library.Library("emd_fast_emulated", "DEF")
+    for op in sorted(backends.native.OPS):
+        library.define(str(getattr(torch.ops.emd_fast_native, op).default._schema).removeprefix("emd_fast_native::"))
+    torch.ops.load_library(emulator())
+    yield torch.ops.emd_fast_emulated
+    library._destroy()
+
+
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
     """A process group of this process alone."""

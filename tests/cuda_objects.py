@@ -117,3 +117,13 @@ def torch_paths() -> list[str]:
 
     library = Path(torch.__file__).parent / "lib"
     return [f"-DEMD_TORCH_INCLUDE={';'.join(include_paths())}", f"-DEMD_TORCH_LIB={library}"]
+
+
+def emulator() -> Path:
+    """The library of tests/cuda_emulator. It is kept, and the next run compiles what changed."""
+    build = ROOT / "build" / f"cuda-emulator-torch{torch.__version__}"
+    build.parent.mkdir(exist_ok=True)
+    with open(f"{build}.lock", "w") as lock:  # another worker may be about to build it
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        cmake(ROOT / "tests" / "cuda_emulator", build, *torch_paths())
+    return build / "libemulated.so"

@@ -133,4 +133,4 @@ def test_why_a_build_does_not_serve_is_told(tmp_path, monkeypatch):
     )
     if native.facts().get("cuda") is None:
         assert native.why_not("normal", "cuda") in ("not built: no nvcc", native.why_not("normal", "cpu"))
-    assert native.why_not("group_norm", "cuda") == native.why_not("normal", "mps") == "it does not have this op"
+    assert native.why_not("integers", "cuda") == native.why_not("normal", "mps") == "it does not have this op"

@@ -13,16 +13,6 @@ at::Tensor as_float(const std::optional<at::Tensor>& numbers, at::IntArrayRef si
   return numbers->to(at::kFloat).contiguous();
 }
 
-// Memory format of y. The fake implementation in emd_fast/ops has the same rule.
-at::MemoryFormat layout_of(const at::Tensor& x) {
-  if (x.is_contiguous()) return at::MemoryFormat::Contiguous;
-  for (const at::MemoryFormat format : {at::MemoryFormat::ChannelsLast, at::MemoryFormat::ChannelsLast3d}) {
-    const int64_t dim = format == at::MemoryFormat::ChannelsLast ? 4 : 5;
-    if (x.dim() == dim && x.is_contiguous(format)) return format;
-  }
-  return at::MemoryFormat::Contiguous;
-}
-
 }  // namespace
 
 GroupNormInputs::GroupNormInputs(const at::Tensor& input, int64_t num_groups, const std::optional<at::Tensor>& weight_C,

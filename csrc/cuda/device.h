@@ -15,10 +15,21 @@ struct Cuda {
     return at::empty(size, at::TensorOptions().dtype(dtype).device(call.device));
   }
 
+  // work(stream) with the device of the call as the current one.
+  template <class Work>
+  static void on_device(const Call& call, Work work) {
+    const c10::cuda::CUDAGuard guard(call.device);
+    work(Stream(c10::cuda::getCurrentCUDAStream(call.device.index()).stream()));
+  }
+
   template <class Op>
   static void run(const Op& op, const Call& call) {
-    const c10::cuda::CUDAGuard guard(call.device);
-    const Stream stream = c10::cuda::getCurrentCUDAStream(call.device.index()).stream();
+    on_device(call, [&](Stream stream) { run(op, call, stream); });
+  }
+
+ private:
+  template <class Op>
+  static void run(const Op& op, const Call& call, Stream stream) {
     if constexpr (requires { op.loss; }) {
       const at::Tensor scratch = empty({scratch_of(op.shape)}, at::kFloat, call);
       cuda::run(op, scratch.mutable_data_ptr<float>(), stream);

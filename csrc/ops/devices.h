@@ -9,12 +9,15 @@
 #include "../cuda/device.h"
 #endif
 
-// EMD_REGISTER(add) calls add<Device>(library), which registers an op for each device. The tests
-// define their own macro, to run the CUDA code without a GPU.
+// EMD_REGISTER(add) calls add<Device>(library), which registers an op for each device;
+// EMD_REGISTER_CUDA registers an op that the CPU has in csrc/cpu for CUDA alone. The tests define
+// their own macros, to run the CUDA code without a GPU.
 #if defined(EMD_REGISTER)
 #elif defined(EMD_CUDA)
 #define EMD_REGISTER(add)                                                     \
   TORCH_LIBRARY_IMPL(emd_fast_native, CPU, m) { add<emd::cpu::Cpu>(m); }      \
+  TORCH_LIBRARY_IMPL(emd_fast_native, CUDA, m) { add<emd::cuda::Cuda>(m); }
+#define EMD_REGISTER_CUDA(add) \
   TORCH_LIBRARY_IMPL(emd_fast_native, CUDA, m) { add<emd::cuda::Cuda>(m); }
 #else
 #define EMD_REGISTER(add) \

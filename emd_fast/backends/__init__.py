@@ -86,18 +86,48 @@ def require(op: str, backend: str, device_type: str) -> None:
 @functools.cache
 def implementation(op: str, backend: str, device_type: str) -> Callable[..., Any]:
     """The function that computes `op`. It takes the arguments of the op's schema."""
+    chosen = backend
     if backend == "auto":
-        backend = _fastest(op, device_type)
-        if backend == "reference" and op in native.OPS:
+        chosen = _fastest(op, device_type)
+        if chosen == "reference" and op in native.OPS:
             _warn_once(device_type, _reasons(op, device_type))
     else:
         require(op, backend, device_type)
-    if backend == "reference":
+    if chosen == "reference":
         return reference.OPS[op]
-    if backend == "triton":
+    if chosen == "triton":
         return triton.implementation(op)
     native.load()
-    return getattr(torch.ops.emd_fast_native, op)
+    run: Callable[..., Any] = getattr(torch.ops.emd_fast_native, op)
+    if not native.depends_on_layout(op, device_type):
+        return run
+    others = functools.partial(_refused, op, device_type) if backend != "auto" else _beside_native(op, device_type)
+    return functools.partial(_by_layout, op, run, others)
+
+
+def _by_layout(op: str, run: Callable[..., Any], others: Callable[..., Any], *args: Any) -> Any:
+    """Runs the compiled kernel where it serves the layout of the tensors, and `others` elsewhere."""
+    return run(*args) if native.why_not_layout(op, args) is None else others(*args)
+
+
+def _refused(op: str, device_type: str, *args: Any) -> Any:
+    reason = native.why_not_layout(op, args)
+    raise RuntimeError(f"backend {device_type!r} cannot run {op} on these tensors: {reason}")
+
+
+def _beside_native(op: str, device_type: str) -> Callable[..., Any]:
+    """The fastest implementation that serves every layout. Warns at a call that the reference serves."""
+    if triton.why_not(op, device_type) is None:
+        return triton.implementation(op)
+
+    def run(*args: Any) -> Any:
+        _warn_once(
+            device_type,
+            f"{device_type}: {native.why_not_layout(op, args)}; triton: {triton.why_not(op, device_type)}",
+        )
+        return reference.OPS[op](*args)
+
+    return run
 
 
 def backend_report() -> dict[str, dict[str, dict[str, str | None]]]:
@@ -160,6 +190,9 @@ def _fastest(op: str, device_type: str) -> str:
 
 
 def _reasons(op: str, device_type: str) -> str | None:
+    if _fastest(op, device_type) == device_type and native.depends_on_layout(op, device_type):
+        other = "reference" if triton.why_not(op, device_type) else "triton"
+        return f"{device_type}: it serves channels_last tensors only; {other} serves the others"
     faster = _order(device_type)[: _order(device_type).index(_fastest(op, device_type))]
     return "; ".join(f"{backend}: {why_not(op, backend, device_type)}" for backend in faster) or None
 

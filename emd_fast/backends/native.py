@@ -5,14 +5,21 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
-CUDA_OPS = frozenset(
+from emd_fast.backends.reference.group_norm import layout
+
+OPS = frozenset(
     {
+        "group_norm",
+        "group_norm_backward",
         "langevin_eps",
         "langevin_z",
         "m_step_loss",
@@ -24,10 +31,10 @@ CUDA_OPS = frozenset(
         "uniform",
     }
 )
-"""Ops with a compiled kernel for CUDA tensors."""
+"""Ops with compiled kernels, for CPU and for CUDA tensors."""
 
-OPS = CUDA_OPS | {"group_norm", "group_norm_backward"}
-"""Ops with a compiled kernel for CPU tensors."""
+# Ops whose CUDA kernels serve one layout, and the argument that has it.
+_CHANNELS_LAST = {"group_norm": 0, "group_norm_backward": 1}
 
 _FACTS = Path(__file__).resolve().parents[1] / "_build.json"  # written by setup.py
 
@@ -37,12 +44,26 @@ def why_not(op: str, device_type: str) -> str | None:
 
     None if one does.
     """
-    if op not in {"cpu": OPS, "cuda": CUDA_OPS}.get(device_type, ()):
+    if op not in OPS or device_type not in ("cpu", "cuda"):
         return "it does not have this op"
     module, reason = _load()
     if module is None or device_type == "cpu":
         return reason
     return None if module.cuda_version else str(_build()["cuda_reason"])
+
+
+def depends_on_layout(op: str, device_type: str) -> bool:
+    """Whether the compiled kernel of `op` serves tensors of some layouts only."""
+    return device_type == "cuda" and op in _CHANNELS_LAST
+
+
+def why_not_layout(op: str, args: Sequence[Any]) -> str | None:
+    """Reason why the CUDA kernel of `op` does not serve these arguments. None if it does."""
+    x: Tensor = args[_CHANNELS_LAST[op]]
+    # With one position both layouts are equal.
+    if layout(x) != torch.contiguous_format or x.numel() <= math.prod(x.shape[:2]):
+        return None
+    return f"it serves channels_last tensors only, got strides {tuple(x.stride())}"
 
 
 def load() -> ModuleType:

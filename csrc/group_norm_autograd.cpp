@@ -1,13 +1,13 @@
-// The autograd formula of emd_fast/ops/group_norm.py in C++, for CPU tensors. On small tensors the
-// Python of torch.library takes longer than the kernels. Both versions call the same ops, with the
-// backend as an argument.
+// The autograd formula of emd_fast/ops/group_norm.py in C++, for CPU and CUDA tensors. The Python of
+// torch.library takes longer than the kernels on small tensors. Both versions call the same ops,
+// with the backend as an argument.
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
 
 #include <array>
 
-namespace emd::cpu {
+namespace emd {
 namespace {
 
 using torch::autograd::AutogradContext;
@@ -93,6 +93,9 @@ Results group_norm(const at::Tensor& x, c10::SymInt num_groups, const Maybe& wei
 }
 
 TORCH_LIBRARY_IMPL(emd_fast, AutogradCPU, m) { m.impl("group_norm", group_norm); }
+#if defined(EMD_CUDA)
+TORCH_LIBRARY_IMPL(emd_fast, AutogradCUDA, m) { m.impl("group_norm", group_norm); }
+#endif
 
 }  // namespace
-}  // namespace emd::cpu
+}  // namespace emd
