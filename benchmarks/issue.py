@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 GROUPS = 32
 KERNELS = ("group_norm", "group_norm_backward")
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_MANGLED = {"float32": "If", "bfloat16": "INS_8Bfloat16E", "float16": "INS_7Float16E"}
+MANGLED = {"float32": "If", "bfloat16": "INS_8Bfloat16E", "float16": "INS_7Float16E"}
 # Flags of csrc/cuda/CMakeLists.txt.
 _FLAGS = ("-std=c++20", "-O3", "-DNDEBUG", "-fmad=false")
 
@@ -213,7 +213,7 @@ def bound(
     loops: list[HotLoop] = []
     for kernel_name in names:
         flag = "" if kernel_name == "moments_kernel" else f"Lb{int(silu)}"
-        pattern = re.compile(rf"\d{kernel_name}{_MANGLED[dtype]}{flag}E")
+        pattern = re.compile(rf"\d{kernel_name}{MANGLED[dtype]}{flag}E")
         (function,) = (body for mangled, body in code.items() if pattern.search(mangled))
         loops += hot_loops(function, BYTES[dtype], tensors)
     elements = shape[0] * shape[1] * shape[2] * shape[3]

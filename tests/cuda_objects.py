@@ -85,6 +85,9 @@ def readable(mangled: str) -> str:
     if of_parts := re.search(r"parts_kernelINS_\d+(\w+?)E", mangled):
         return f"parts of {of_parts[1]}"
     source = re.search(r"GLOBAL__N__[0-9a-f]{8}_\d+_(\w+?)_cu_[0-9a-f]{8}", mangled)
+    if source and source[1].startswith("group_norm"):
+        kernel, types = re.search(r"cu_[0-9a-f]{8}\d+(\w+?_kernel)(?:I(\S+?)E)?Ev?N", mangled).groups()
+        return f"{source[1]} {kernel}" + (f"<{types}>" if types else "")
     of = re.search(r"(Body|Term|Gradient)I((?:L[bi]\d+E)+)E", mangled)
     group = re.search(r"EELi(\d+)EEE", mangled)
     if not source or not of:

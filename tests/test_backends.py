@@ -113,6 +113,63 @@ def test_auto_falls_back_and_says_so_once(without_native):
         assert torch.equal(x, called("normal"))
 
 
+@pytest.fixture
+def cuda_kernels(monkeypatch):
+    """CPU tensors play CUDA tensors: the compiled kernels serve "cuda", and there is no Triton."""
+    if reason := native_missing():
+        pytest.skip(reason)
+    monkeypatch.setattr(native, "why_not", lambda *_: None)
+    monkeypatch.setattr(backends.triton, "why_not", lambda *_: "no Triton here")
+    caches = (backends.implementation, backends._warn_once)
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+def norm_arguments(layout, positions=(3, 5)):
+    x = torch.randn(2, 4, *positions).contiguous(memory_format=layout)
+    return x, 2, None, None, 1e-5, None, None, None, True
+
+
+@pytest.mark.parametrize("chosen", ["auto", "cuda"])
+def test_the_cuda_kernels_of_group_norm_serve_channels_last(cuda_kernels, chosen, recwarn):
+    run = backends.implementation("group_norm", chosen, "cuda")
+    for arguments in (norm_arguments(torch.channels_last), norm_arguments(torch.contiguous_format, (1, 1))):
+        x = arguments[0]
+        y, mean, rstd = run(*arguments)
+        for mine, its in zip((y, mean, rstd), torch.ops.emd_fast_native.group_norm(*arguments), strict=True):
+            assert torch.equal(mine, its)
+        backward = backends.implementation("group_norm_backward", chosen, "cuda")
+        found = backward(y, x, mean, rstd, 2, *[None] * 5, True, [True] + [False] * 5)
+        assert found[0].stride() == x.stride()
+    assert not recwarn.list
+
+
+def test_a_layout_that_the_cuda_kernels_do_not_serve(cuda_kernels):
+    arguments = norm_arguments(torch.contiguous_format)
+    with pytest.raises(RuntimeError, match=r"cuda.*group_norm.*channels_last"):
+        backends.implementation("group_norm", "cuda", "cuda")(*arguments)
+    run = backends.implementation("group_norm", "auto", "cuda")
+    with pytest.warns(RuntimeWarning, match=r"channels_last.*no Triton here"):
+        y = run(*arguments)[0]
+    assert torch.equal(y, backends.reference.OPS["group_norm"](*arguments)[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(*arguments)
+    row = emd_fast.backend_report()["group_norm"]["cuda"]
+    assert row["backend"] == "cuda" and "reference serves the others" in row["reason"]
+
+
+def test_triton_serves_the_other_layouts_where_it_is(cuda_kernels, monkeypatch):
+    monkeypatch.setattr(backends.triton, "why_not", lambda *_: None)
+    monkeypatch.setattr(backends.triton, "implementation", lambda op: lambda *_: f"{op} of Triton")
+    assert backends.implementation("group_norm", "auto", "cuda")(*norm_arguments(torch.contiguous_format)) == (
+        "group_norm of Triton"
+    )
+
+
 def test_an_op_that_only_the_reference_has_is_no_reason_to_warn():
     if reason := native_missing():
         pytest.skip(reason)

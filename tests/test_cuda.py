@@ -160,11 +160,24 @@ def test_e_step_on_the_gpu_is_that_of_the_cpu(backend):
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize(
     ("shape", "groups"),
-    [((2, 192, 16, 16), 32), ((2, 320, 64, 64), 32), ((3, 1152, 8, 8), 32), ((2, 6, 7, 5), 3), ((2, 12, 1, 1), 4)],
+    [
+        ((2, 192, 16, 16), 32),
+        ((2, 320, 64, 64), 32),
+        ((3, 1152, 8, 8), 32),
+        ((2, 6, 7, 5), 3),
+        ((2, 12, 1, 1), 4),
+        ((16, 192, 64, 64), 32),
+        ((1, 32, 300, 301), 8),
+    ],
 )
-def test_group_norm(shape, groups, layout):
-    if reason := emd_fast.backends.why_not("group_norm", "triton", DEVICE):
+@pytest.mark.parametrize("chosen", ["triton", "cuda"])
+def test_group_norm(shape, groups, layout, chosen):
+    if reason := emd_fast.backends.why_not("group_norm", chosen, DEVICE):
         pytest.skip(reason)
+    if chosen == "cuda" and layout == torch.contiguous_format and shape[2:] != (1, 1):
+        with emd_fast.use_backend("cuda"), pytest.raises(RuntimeError, match="channels_last"):
+            ops.group_norm(torch.zeros(shape, device=DEVICE), groups)
+        return
     g = seeded(5)
     for dtype in DTYPES:
         x, grad = (draw(shape, g, dtype, scale=2.0).contiguous(memory_format=layout) for _ in range(2))
@@ -178,7 +191,7 @@ def test_group_norm(shape, groups, layout):
             return torch.nn.functional.silu(normal * (1 + by_channel[1]) + by_channel[2])
 
         def fused(x, weight, bias, add, scale, shift):
-            with emd_fast.use_backend("triton"):
+            with emd_fast.use_backend(chosen):
                 return ops.group_norm(x, groups, weight, bias, add=add, scale=scale, shift=shift, activation="silu")
 
         results = []

@@ -11,6 +11,7 @@ import torch
 from benchmarks.harness.declare import Bench, Case, Function
 from benchmarks.harness.noiseless import OPS as NOISELESS
 from benchmarks.harness.noiseless import without_noise
+from emd_fast.backends import native
 from emd_fast.config import ConfigError
 
 OURS = "emd_fast"
@@ -55,7 +56,9 @@ def contenders_of(
         RuntimeError: a backend of `backends` is not available.
     """
     found, absent = [], {}
-    implementations = bench.implementations(bench, case.device)
+    implementations = dict(bench.implementations(bench, case.device))
+    if native.depends_on_layout(bench.name, case.device.type) and case.layout != "nhwc":
+        implementations[case.device.type] = "it serves channels_last tensors only"
     for name in backends:
         if isinstance(reason := implementations.get(name, "it does not have this op"), str):
             raise RuntimeError(f"backend {name!r} cannot run {bench.name} on {case.device.type} tensors: {reason}")

@@ -26,7 +26,7 @@ struct GroupNorm {
   PerChannel weight, bias, add, scale, shift;
   float *mean, *rstd;  // (samples, groups)
   void* y;
-  float* scratch;  // scratch_of(op, tile) numbers
+  float* scratch;  // (samples, parts, channels, 2), for the tile that is not resident
 
   EMD_HD uint32_t width() const { return channels / groups; }
   EMD_HD float elements() const { return float(width()) * float(positions); }
@@ -168,11 +168,6 @@ inline NormTile norm_tile_for(uint32_t channels, uint32_t width, uint32_t positi
   tile.vector = vector && channels % kNormRun == 0;
   tile.shared = tile.kept() * tile.block * 8 + tile.block * 20;
   return tile;
-}
-
-// Numbers of scratch memory of the forward pass.
-inline int64_t scratch_of(const GroupNorm& op, const NormTile& tile) {
-  return tile.resident ? 0 : op.samples * tile.parts * int64_t(op.channels) * 2;
 }
 
 // The tile of a call on the current device. All pointers of `op` are set, for their alignment.

@@ -22,13 +22,14 @@ struct Inputs {
   Inputs(const at::Tensor& given, int64_t groups, const Maybe& weight, const Maybe& bias, const Maybe& add,
          const Maybe& scale, const Maybe& shift, bool silu)
       : call(given) {
-    TORCH_CHECK(given.dim() >= 2 && groups > 0 && given.size(1) % groups == 0, "expected (B, C, ...) with C a multiple of ",
-                groups, ", got ", given.sizes());
+    TORCH_CHECK(given.dim() >= 2 && groups > 0 && given.size(1) % groups == 0,
+                "expected (B, C, ...) with C a multiple of ", groups, ", got ", given.sizes());
     TORCH_CHECK(has_channels_last(given), "expected a channels_last tensor");
     layout = layout_of(given);
     x = given.contiguous(layout);
     const int64_t samples = x.size(0), channels = x.size(1), positions = c10::multiply_integers(x.sizes().slice(2));
-    TORCH_CHECK(channels < INT32_MAX && positions < INT32_MAX, "expected fewer channels and positions, got ", x.sizes());
+    TORCH_CHECK(channels < INT32_MAX && positions < INT32_MAX, "expected fewer channels and positions, got ",
+                x.sizes());
     op.x = x.const_data_ptr();
     op.type = type_of(x.scalar_type());
     op.silu = silu;
