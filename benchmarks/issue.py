@@ -71,6 +71,7 @@ class HotLoop:
     per_element: Mapping[str, float]
     shared_bytes: float  # an element
     passes: float  # global reads and writes of a tensor of x's size
+    length: int  # instructions of an iteration
 
     @property
     def instructions(self) -> float:
@@ -85,6 +86,7 @@ class Bound:
     seconds: Mapping[str, float]
     ideal: float
     in_phases: float  # a bound that lets nothing overlap with what comes after a barrier
+    outside: int  # instructions of the kernels outside of these loops, of which a thread runs a part
 
     @property
     def limit(self) -> str:
@@ -171,7 +173,7 @@ def hot_loops(code: tuple[sass.Instruction, ...], bytes_of: int, tensors: int) -
         moved = (copied or _wide(loop, "LDG")) + stored
         counted = {name: n / elements for name, n in loop.classes().items()}
         shared = (loop.moved("LDS", "STS") + copied) / elements
-        hot = HotLoop(does, counted, shared, moved / elements / bytes_of)
+        hot = HotLoop(does, counted, shared, moved / elements / bytes_of, len(loop.instructions))
         # The first one of two that handle as many: the sums that only the gradient of `add` needs come last.
         if elements > found.get(does, (0.0, None))[0]:
             found[does] = (elements, hot)
@@ -211,11 +213,14 @@ def bound(
     )  # fmt: skip
     tensors = 2 if backward else 1
     loops: list[HotLoop] = []
+    outside = 0
     for kernel_name in names:
         flag = "" if kernel_name == "moments_kernel" else f"Lb{int(silu)}"
         pattern = re.compile(rf"\d{kernel_name}{MANGLED[dtype]}{flag}E")
         (function,) = (body for mangled, body in code.items() if pattern.search(mangled))
-        loops += hot_loops(function, BYTES[dtype], tensors)
+        hot = hot_loops(function, BYTES[dtype], tensors)
+        loops += hot
+        outside += len(function) - sum(loop.length for loop in hot)
     elements = shape[0] * shape[1] * shape[2] * shape[3]
     # The multiprocessor with most blocks decides: 256 blocks on 132 take as long as on 128. Memory does not care.
     blocks = shape[0] * chosen.blocks * chosen.parts
@@ -224,7 +229,7 @@ def bound(
     phases = [[loop for loop in loops if (loop.does == "apply") == last] for last in (False, True)]
     in_phases = sum(max(_seconds(phase, elements, BYTES[dtype], busy, chip).values()) for phase in phases)
     ideal = (tensors + 1) * elements * BYTES[dtype] / chip.memory
-    return chosen, Bound(tuple(loops), all_of_it, ideal, in_phases)
+    return chosen, Bound(tuple(loops), all_of_it, ideal, in_phases, outside)
 
 
 def _seconds(loops: Sequence[HotLoop], elements: int, bytes_of: int, busy: float, chip: Chip) -> dict[str, float]:
@@ -257,6 +262,12 @@ def report(kernel: str, shape: Sequence[int], chosen: Tile, found: Bound, chip: 
     )
     lines[-1] += f"ideal over bound {found.ratio:.2f}; calculated, not measured"
     lines.append(f"without overlap of what a barrier separates {1e6 * found.in_phases:.2f} us")
+    blocks = shape[0] * chosen.blocks * chosen.parts
+    warps = -(-blocks // chip.multiprocessors) * chosen.threads / 32
+    most = found.outside * warps / chip.schedulers / chip.clock
+    lines.append(
+        f"outside of the loops {found.outside} instructions, some for rare cases: {1e6 * most:.2f} us of issue at most"
+    )
     return "\n".join(lines)
 
 

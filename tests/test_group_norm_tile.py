@@ -24,8 +24,8 @@ int main() {
   const auto read = [&] { return std::scanf("%%u %%u %%u %%u %%u", n, n + 1, n + 2, n + 3, n + 4) == 5; };
   while (read() && std::scanf("%%lld %%lld %%lld", chip, chip + 1, chip + 2) == 3) {
     const auto t = emd::cuda::norm_tile_for(n[0], n[1], n[2], n[3], n[4], true, {chip[0], chip[1], chip[2] != 0});
-    for (unsigned field : {unsigned(t.resident), unsigned(t.vector), t.block, t.blocks, t.vectors, t.rows, t.span, t.parts,
-                       t.shared, t.threads(), t.steps(), t.kept()}) {
+    for (unsigned field : {unsigned(t.resident), unsigned(t.vector), t.block, t.blocks, t.vectors, t.rows, t.span,
+                           t.parts, t.shared, t.threads(), t.steps(), t.kept()}) {
       std::printf("%%u ", field);
     }
     std::printf("\\n");
