@@ -211,10 +211,13 @@ def samples():
         yield "integers", (10, [4, 7], NOISE, 1, 2, b)
         yield "perturb", (x, ONE, ONE, X, None, 0, 0, torch.float32, b)
         yield "perturb", (half, ONE, ONE, None, NOISE, 5, 1, torch.bfloat16, b)
-        yield "langevin_eps", (eps, drift, X, [half, X], three, ONE, ONE, 0.1, None, NOISE, 3, torch.bfloat16, b)
-        yield "langevin_eps", (eps, drift, None, [X], ONE[:, None], ONE, ONE, 0.0, ONE / 9, NOISE, 3, torch.float32, b)
-        yield "langevin_z", (eps, half, 0.1, None, NOISE, 3, b)
-        yield "langevin_z", (eps, drift, 0.0, ONE / 9, NOISE, 3, b)
+        yield "langevin_eps", (eps, drift, X, [half, X], three, ONE, ONE, 0.1, None, False, NOISE, 3, torch.bfloat16, b)
+        yield (
+            "langevin_eps",
+            (eps, drift, None, [X], ONE[:, None], ONE, ONE, 0.0, ONE / 9, True, NOISE, 3, torch.float32, b),
+        )
+        yield "langevin_z", (eps, half, 0.1, None, False, NOISE, 3, b)
+        yield "langevin_z", (eps, drift, 0.0, ONE / 9, True, NOISE, 3, b)
         yield "m_step_loss", (x, drift, ONE, ONE, ONE, b)
         yield "m_step_loss_backward", (ONE, drift, ONE, ONE, ONE, torch.bfloat16, b)
         yield "score_matching_loss", (x, X, half, ONE, ONE, ONE, b)

@@ -103,7 +103,8 @@ def test_no_contraction_in_the_machine_code(objects):
         assert not {"FFMA", "FFMA2"} & kinds, f"sm_{target}"
 
 
-def test_the_bindings_compile_against_torch_and_cuda():
+@pytest.mark.parametrize("source", ["ops/langevin_eps", "ops/group_norm", "group_norm_direct", "group_norm_autograd"])
+def test_the_bindings_compile_against_torch_and_cuda(source):
     """As EMD_FAST_BUILD=cuda compiles them; a torch without CUDA has the headers all the same."""
     told = subprocess.run([str(tool("nvcc")), "--dryrun", "-c", "any.cu"], capture_output=True, text=True).stderr
     toolkit = Path(str(re.search(r"TOP=(\S+)", told)[1])) / "include"
@@ -112,7 +113,7 @@ def test_the_bindings_compile_against_torch_and_cuda():
     command = [
         str(tool("c++")), "-std=c++20", "-fsyntax-only", "-Wall", "-Werror=format", "-DEMD_CUDA",
         "-DC10_CUDA_NO_CMAKE_CONFIGURE_FILE", f"-isystem{toolkit}", *(f"-isystem{path}" for path in include_paths()),
-        str(ROOT / "csrc" / "ops" / "langevin_eps.cpp"),
+        str(ROOT / "csrc" / f"{source}.cpp"),
     ]  # fmt: skip
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert done.returncode == 0, done.stdout[-4000:]

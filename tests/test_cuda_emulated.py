@@ -62,7 +62,7 @@ def test_what_is_not_aligned_is_read_all_the_same(emulated, offset):
         found, expected = torch.empty(2, n + offset)[:, offset:].unflatten(1, shape)
         for library, state in ((emulated, found), (torch.ops.emd_fast_native, expected)):
             state.copy_(z)
-            library.langevin_z(state, z_grad, 0.1, None, NOISE, 0)
+            library.langevin_z(state, z_grad, 0.1, None, False, NOISE, 0)
         assert_same(found, expected)
 
 
@@ -71,4 +71,4 @@ def test_a_tensor_read_more_than_once_in_memory(emulated):
     one = draw((1, 3, 8, 8), g, torch.bfloat16).expand(4, 3, 8, 8)
     flat = draw((4, 1, 1, 1), g).expand(4, 3, 8, 8)
     for z_grad in (one, flat, one.float()[:, :, :1].expand(4, 3, 8, 8)):
-        assert_equal(emulated, "langevin_z", draw((4, 3, 8, 8), g), z_grad, 0.1, None, NOISE, 0)
+        assert_equal(emulated, "langevin_z", draw((4, 3, 8, 8), g), z_grad, 0.1, None, False, NOISE, 0)
