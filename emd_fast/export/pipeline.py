@@ -78,6 +78,11 @@ def export(
         if teacher is None:
             raise ValueError("a checkpoint holds no teacher: give export() the teacher that it was distilled from")
         trainer = EMDTrainer.resume(Path(trainer), teacher, trains=False)
+    if trainer.config.calls > 1:
+        raise ValueError(
+            f"this generator makes {trainer.config.calls} calls, and export writes those of one call: "
+            "draw samples of the run with `emd-fast sample`"
+        )
     generator = trainer.ema.module if ema else trainer.generator
     return (_write_folder if format == "diffusers" else _write_file)(
         Path(out), generator, _metadata(trainer, generator, ema)

@@ -81,7 +81,7 @@ class Pretrained:
         where = of_folders or device
         guidance = settings.embedded_guidance
         teacher = folders.load(name, config=config or None, device=where, embedded_guidance=guidance, **size)
-        teacher.check_t_star(self.config.emd.t_star)
+        teacher.check_t_star(self.config.emd.first_time)
         if self._has_texts() and teacher.takes.tensors:
             teacher.folder.check_text()
         return teacher
