@@ -149,9 +149,9 @@ def test_a_rollout_passes_a_sample_once_for_each_rung_before_its_own(batch):
 
 
 SIGMA = torch.tensor([[0.9, -0.3], [-0.3, 0.6]])
-LEVELS = {  # sigma / alpha = 2 and below
-    "edm": (EDM(), (2.0, 0.8, 0.3)),
-    "cosine": (Cosine(), tuple(2 / math.pi * math.atan(r) for r in (2.0, 0.8, 0.3))),
+LEVELS = {  # sigma / alpha = 2 and 0.4
+    "edm": (EDM(), (2.0, 0.4)),
+    "cosine": (Cosine(), tuple(2 / math.pi * math.atan(r) for r in (2.0, 0.4))),
 }
 
 
@@ -181,12 +181,15 @@ class LinearByRung(torch.nn.Module):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LEVELS)
 def test_training_takes_every_rung_to_a_gaussian_teacher(name):
-    """Exact scores: that of the generator is a mixture of the rungs' Gaussians, as a fake score of all rungs learns."""
+    """Exact scores: that of the generator is a mixture of the rungs' Gaussians, as a fake score of all rungs learns.
+
+    Where the rungs err in opposite directions, the gradient falls with the third power of the error: many samples help.
+    """
     schedule, times = LEVELS[name]
     network, rungs = LinearByRung(times, schedule), len(times)
     generator = FewStepGenerator(Denoiser.from_x0(network, schedule), times)
     teacher = gaussian(torch.zeros(2), SIGMA, schedule)
-    steps, n, noise = 300, 384, Noise(0)
+    steps, n, noise = 300, 2048, Noise(0)
     optimizer = torch.optim.Adam(generator.parameters(), lr=0.03, betas=(0.5, 0.9))
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
 
@@ -199,7 +202,7 @@ def test_training_takes_every_rung_to_a_gaussian_teacher(name):
         fake_score = gaussian_mixture([1.0] * rungs, torch.zeros(rungs, 2), covariances, schedule)
         rung = ops.integers(rungs, (n,), noise, stream=14)
         cond = rollout(generator, rung, lambda i: ops.normal((n, 2), noise, stream=15, substep=i))
-        t = schedule.t_from_log_snr(3 * ops.uniform((n,), noise, stream=6) - 1)
+        t = schedule.t_from_log_snr(7 * ops.uniform((n,), noise, stream=6) - 1)
         z, eps = ops.normal((n, 2), noise, stream=0), ops.normal((n, 2), noise, stream=1)
         settings = {"steps": 2, "gamma_eps": 0.2, "gamma_z": 0.05, "noise": noise}
         result = e_step(generator, teacher, fake_score, z, eps, t, cond=cond, **settings)

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import json
 import math
 
 import pytest
@@ -15,8 +16,10 @@ from test_few_step import by_element
 from test_trainer import config, digits_teacher, points_teacher
 
 from emd_fast import Denoiser, EMDConfig, EMDTrainer, FewStepGenerator, OnRung
-from emd_fast.config import ConfigError
+from emd_fast.config import ConfigError, load
 from emd_fast.diffusion.schedules import EDM, VP, Cosine, RectifiedFlow
+from emd_fast.reporting import journal
+from emd_fast.run import distill
 from emd_fast.run.sizes import Work
 from emd_fast.teachers.mlp import PointGenerator
 from emd_fast.train import rungs
@@ -307,3 +310,50 @@ def test_the_passes_of_the_rollout_are_planned():
         trainer.step()
         alone.step()
     assert sum(samples) / 640 == pytest.approx((2 + 1) * 3 / 2, rel=0.05)
+
+
+def test_diagnostics_tell_the_rungs_apart():
+    trainer = EMDTrainer(points_teacher(), config(rungs=3, batch_size=32, micro_batch_size=12))
+    trainer.step()
+    found = trainer.diagnostics()
+    squares = torch.cat([record.posterior.drift.square().mean(1) for record in trainer._records])
+    rung = torch.cat([record.posterior.cond.rung for record in trainer._records])
+    for j in range(3):
+        assert found[f"drift_rms_rung{j}"].item() == pytest.approx(squares[rung == j].mean().sqrt().item(), rel=1e-5)
+    one = EMDTrainer(points_teacher(), config())
+    one.step()
+    assert not [name for name in one.diagnostics() if "rung" in name]
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """A run of digits with three rungs and an untrained teacher."""
+    path = tmp_path_factory.mktemp("runs") / "few"
+    tiny = {"teacher.steps": 1, "teacher.batch_size": 4, "teacher.channels": 8, "emd.steps": 2, "emd.batch_size": 4}
+    distill.distill(load("digits", {**tiny, "emd.rungs": 3, "emd.langevin_steps": 1, "log_every": 1}), path)
+    return path
+
+
+@pytest.mark.slow
+def test_a_run_evaluates_every_number_of_calls_and_samples_with_fewer(few, call, refused, tmp_path):
+    metrics = json.loads((few / "metrics.json").read_text())
+    assert metrics["frechet"].keys() == {"real", "teacher", "init", "generator_1", "generator_2", "generator"}
+    report = (few / "report.md").read_text()
+    for said in ("distilled generator (3 calls)", "distilled generator (1 call)", "before distillation (3 calls)"):
+        assert said in report
+    assert any("drift_rms_rung2" in row for row in journal.read(few / "log.jsonl"))
+    _, _, trainer = distill.open_run(few)
+    assert len(trainer.generator.times) == 3
+    for calls in (1, 3):
+        assert call("sample", few, "-n", 4, "--calls", calls, "--out", tmp_path / "x.pt")[0] == 0
+        assert torch.equal(torch.load(tmp_path / "x.pt"), trainer.generate(4, calls=calls))
+    refused(2, "calls must be in [1, 3], the rungs of this generator, got 4", "sample", few, "--calls=4", "--out=x.pt")
+    refused(2, "makes 3 calls, and export writes those of one call", "export", few, "x.safetensors")
+    assert "rung" in call("replay", few, "--step", 2, "--sample", 0, "--out", tmp_path / "replay")[1]
+
+
+def test_wrong_rungs_are_refused_before_the_teacher_is_trained(refused, tmp_path):
+    refused(2, "rungs must fall from the highest", "distill", "digits", "--out", "x", "--rungs", "[0.5, 2.0]")
+    refused(2, "rungs = [2.0, -1.0] do not fit this teacher", "distill", "digits", "--out", "x", "--rungs", "[2, -1]")
+    refused(2, "rungs must be 1, because the generator that was given", "distill", "gmm", "--out", "x", "--rungs", "2")
+    assert not list((tmp_path / "x").glob("teacher*"))

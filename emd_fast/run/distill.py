@@ -106,14 +106,18 @@ def plan_of(settings: RunConfig, devices: int = 0, ceilings: Ceilings = UNKNOWN)
         ceilings: peak rates of the hardware, which the times follow from.
 
     Raises:
-        ConfigError: fewer samples than devices.
+        ConfigError: fewer samples than devices, or rungs that do not fit the teacher.
         GroupError: shard groups that do not make up the devices.
     """
     task = task_of(settings)
     with torch.device("meta"):  # a network too large for this machine must not be allocated here
         generator, fake_score = task.make_networks()
     teacher = task.untrained_teacher()
-    networks = teacher, generator or rungs.start(teacher, settings.emd), fake_score or teacher
+    if generator is None:
+        generator = rungs.start(teacher, settings.emd)
+    else:
+        rungs.check_given(generator, settings.emd)
+    networks = teacher, generator, fake_score or teacher
     work = Work.of(*networks, settings.emd.num_classes) if ceilings.operations is not None else None
     return plan(
         Sizes.of(*networks),

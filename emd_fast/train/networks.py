@@ -108,7 +108,8 @@ def _make_trainable(
     if generator is None:
         dtype = compute_dtype(config.compute.precision, distributed.device_of(teacher))
         generator = rungs.start(trainable(teacher), config, dtype)
-    rungs.check_given(generator, config)
+    else:
+        rungs.check_given(generator, config)
     _check_start(generator)
     if fake_score is None:
         fake_score = trainable(teacher)

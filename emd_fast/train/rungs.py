@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,9 @@ from emd_fast.diffusion.generator import Generator
 from emd_fast.diffusion.schedules import VP, Schedule
 from emd_fast.em.few_step import rollout
 from emd_fast.train.batches import BatchSampler, MicroBatch
+
+if TYPE_CHECKING:
+    from emd_fast.train.trainer import EMDTrainer
 
 
 def start(denoiser: Denoiser, config: EMDConfig, dtype: torch.dtype = torch.float32) -> Generator | FewStepGenerator:
@@ -141,3 +145,10 @@ def generated(
     if not isinstance(generator, FewStepGenerator):
         return generator(z, cond)
     return generator.sample([z, *(batches.shown_z(len(z), first, j) for j in range(1, calls))], cond)[-1]
+
+
+def by_calls(trainer: EMDTrainer, n: int, cond: Condition) -> dict[str, Tensor]:
+    """Samples for an evaluation: "generator" after all calls, "generator_1" and so on after fewer."""
+    calls = trainer.config.calls
+    fewer = {f"generator_{k}": trainer.generate(n, cond, calls=k) for k in range(1, calls)}
+    return {**fewer, "generator": trainer.generate(n, cond)}
