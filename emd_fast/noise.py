@@ -30,8 +30,13 @@ class NoiseStream:
     TEACHER_TIME = 11
     TEACHER_ORDER = 12
     WEIGHTS = 13
+    RUNG = 14
+    EARLIER_RUNG_Z = 15
 
     LIMIT = 2**16
+
+    SHOWN_RUNG = 2**15
+    """Substep of SHOWN for z of the rungs after the first, plus the rung. The first has substep 0."""
 
 
 class Noise:

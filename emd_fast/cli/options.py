@@ -111,6 +111,9 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--label", type=int, help="class of all samples (default: each class in turn)")
     sample.add_argument("--prompt", help="prompt of all samples (default: each of the run's in turn)")
     sample.add_argument("--first", type=int, default=0, help="index of the first sample (default 0)")
+    sample.add_argument(
+        "--calls", type=_positive, help="stop after that many calls (default: one on each of its rungs)"
+    )
     sample.add_argument("--raw", action="store_true", help="use the raw weights, not their average")
     sample.add_argument("--best", action="store_true", help="use the best checkpoint, not the last")
 

@@ -66,6 +66,9 @@ class EMDConfig:
     guidance: float | None = setting(None, "classifier-free guidance weight of the teacher")
     num_classes: int = setting(0, "draw labels below it as conditions; 0 for none", ge=0)
     t_star: float = setting(2.0, "noise level at which the teacher's network starts as the generator", unit="t")
+    rungs: int | list[float] = setting(
+        1, "calls of the generator: a number, or their noise levels from the highest to the lowest", unit="calls, or t"
+    )
     input_scale: float | None = setting(None, "scale of z at the generator's input; none for sigma(t_star)", gt=0)
     fake_score_updates: int = setting(
         2,
@@ -107,8 +110,33 @@ class EMDConfig:
         validate(self)
         for name in ("gamma_eps", "gamma_z"):
             _check_step_size(name, getattr(self, name))
+        _check_rungs(self)
         if self.compute.cuda_graph is True and self.sampling == "x_z":
             raise ConfigError('cuda_graph must be False or "auto" for sampling "x_z", got True')
+
+    @property
+    def calls(self) -> int:
+        """Number of rungs: network calls for one sample."""
+        return len(self.rungs) if isinstance(self.rungs, list) else self.rungs
+
+    @property
+    def first_time(self) -> float:
+        """Noise level of the first call: t_star, or the first of the rungs that are given as times."""
+        return self.rungs[0] if isinstance(self.rungs, list) else self.t_star
+
+
+def _check_rungs(config: EMDConfig) -> None:
+    rungs = config.rungs
+    if not config.calls >= 1:
+        raise ConfigError(f"rungs must be at least 1, or falling times, got {shown(rungs)}")
+    if isinstance(rungs, list) and rungs != sorted(set(rungs), reverse=True):
+        raise ConfigError(f"rungs must fall from the highest noise level to the lowest, got {shown(rungs)}")
+    uses = 1 + config.fake_score_updates + config.fake_score_warmup  # in a step, each with its own noise
+    if config.calls > 1 and config.calls * uses > 2**16:
+        raise ConfigError(
+            f"rungs times (1 + fake_score_updates + fake_score_warmup) must be at most 2^16, the substeps of a noise "
+            f"stream, got {config.calls} times {uses}"
+        )
 
 
 def _check_step_size(name: str, size: StepSize) -> None:

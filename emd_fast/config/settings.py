@@ -186,8 +186,8 @@ def forbidden_change(was: Any, now: Any) -> Change | None:
 def _numbers(value: Any) -> list[float]:
     if isinstance(value, tuple):
         return [item for item in value if not isinstance(item, str)]
-    if isinstance(value, list):  # pairs [sigma / alpha, step size]
-        return [number for _, number in value]
+    if isinstance(value, list):  # numbers, or pairs [sigma / alpha, step size]
+        return [item[1] if isinstance(item, tuple) else item for item in value]
     return [value] if isinstance(value, (int, float)) else []
 
 

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from emd_fast.cache.conditioning import same
 from emd_fast.cache.weights import autocast_dtype
 from emd_fast.diffusion import ragged
+from emd_fast.diffusion.rung import plain
 from emd_fast.diffusion.schedules import Schedule
 
 Pair = tuple[Tensor, Tensor]
@@ -194,7 +195,8 @@ class Denoiser(nn.Module):
         Args:
             x_t: (B, ...) floating.
             t: (B,) float32.
-            cond: None, a tensor, or a pytree of tensors batched on dimension 0.
+            cond: None, a tensor, or a pytree of tensors batched on dimension 0. Of an OnRung the
+                network gets the plain condition.
 
         Raises:
             ValueError: t has another shape, or the output has another shape than x_t.
@@ -204,7 +206,7 @@ class Denoiser(nn.Module):
             raise ValueError(f"t must have shape (B,) for x_t (B, ...), got {tuple(t.shape)} for {tuple(x_t.shape)}")
         scaled = x_t if self._c_in is None else column(self._c_in(t), x_t) * x_t
         with self._products(x_t):
-            returned = self.network(scaled.to(self._input_dtype(x_t)), same(self._c_noise, t), cond)
+            returned = self.network(scaled.to(self._input_dtype(x_t)), same(self._c_noise, t), plain(cond))
         output = returned if self._output is None else self._output(returned)
         if not isinstance(output, Tensor):
             raise TypeError(
@@ -346,7 +348,7 @@ def null_like(null_cond: Condition, cond: Condition, batch: int) -> Condition:
 def conditional_and_unconditional(network: Any, x_t: Tensor, t: Tensor, cond: Condition, null_cond: Condition) -> Pair:
     """Returns F_c and F_u, each (B, ...), from one pass with a batch of 2 B."""
     null_cond = unwrap(network).null_cond if null_cond is None else null_cond
-    return network(torch.cat([x_t, x_t]), *same(_twice, t, cond, null_cond)).chunk(2)
+    return network(torch.cat([x_t, x_t]), *same(_twice, t, plain(cond), null_cond)).chunk(2)
 
 
 def _twice(t: Tensor, cond: Condition, null_cond: Condition) -> tuple[Tensor, Condition]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from emd_fast.diffusion.denoiser import Condition, column, conditional_and_unconditional, null_like, unwrap
+from emd_fast.diffusion.rung import plain
 from emd_fast.em.streams import side_by_side
 
 
@@ -41,9 +42,9 @@ class ScoreDifference:
     ) -> None:
         self.teacher, self.fake_score, self.t = teacher, fake_score, t
         inner_teacher, inner_fake_score = unwrap(teacher), unwrap(fake_score)
-        self.cond, self.null_cond, self.guided = cond, None, guidance is not None
+        self.cond, self.null_cond, self.guided = plain(cond), None, guidance is not None
         if self.guided:
-            self.null_cond = null_like(inner_teacher.null_cond if null_cond is None else null_cond, cond, len(t))
+            self.null_cond = null_like(inner_teacher.null_cond if null_cond is None else null_cond, self.cond, len(t))
         if inner_teacher.schedule != inner_fake_score.schedule:
             raise ValueError(
                 "teacher and fake score must share a schedule: "

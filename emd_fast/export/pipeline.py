@@ -81,6 +81,11 @@ def export(
         if teacher is None:
             raise ValueError("a checkpoint holds no teacher: give export() the teacher that it was distilled from")
         trainer = EMDTrainer.resume(Path(trainer), teacher, trains=False)
+    if trainer.config.calls > 1:
+        raise ValueError(
+            f"this generator makes {trainer.config.calls} calls, and export writes those of one call: "
+            "draw samples of the run with `emd-fast sample`"
+        )
     generator = trainer.ema.module if ema else trainer.generator
     if format == "lora":
         return lora.write(Path(out), generator, trainer.teacher_hash, trainer.steps_done)

@@ -41,7 +41,7 @@ def write(folder: str | os.PathLike[str], note: str | None = None) -> Path:
     parts = [f"# EM Distillation of {_TASKS.get(task, task)}"]
     parts += [f"**{note}**"] if note else []
     parts += _results(metrics, task)
-    parts += _pictures(folder)
+    parts += _pictures(folder, _calls(config))
     parts += _curves(folder)
     parts += _cost(metrics)
     parts += ["## Configuration", f"```toml\n{config_text.strip()}\n```"] if config_text else []
@@ -59,8 +59,8 @@ _TASKS = {"digits": "8x8 digits", "gmm": "a two-dimensional mixture", "pretraine
 _CAPTIONS = {
     "real": "real",
     "teacher": "teacher (18-step Heun, 35 network calls)",
-    "init": "generator before distillation (1 call)",
-    "generator": "distilled generator (1 call)",
+    "init": "generator before distillation",
+    "generator": "distilled generator",
 }
 _LABELS = {
     "frechet": "Fréchet distance (lower is better)",
@@ -137,14 +137,25 @@ def _best(metrics: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _pictures(folder: Path) -> list[str]:
+def _calls(config: Mapping[str, Any]) -> int:
+    """Number of calls of the generator."""
+    rungs = config.get("emd", {}).get("rungs", 1)
+    return len(rungs) if isinstance(rungs, list) else rungs
+
+
+def _caption(name: str, calls: int) -> str:
+    generator, _, fewer = name.partition("_")
+    if generator == "generator" and fewer.isdigit():
+        name, calls = generator, int(fewer)
+    made = f" ({calls} call{'s' if calls > 1 else ''})" if name in ("init", "generator") else ""
+    return _CAPTIONS.get(name, name.replace("_", " ")) + made
+
+
+def _pictures(folder: Path, calls: int) -> list[str]:
     paths = sorted((folder / "samples").glob("*.png"), key=lambda path: (_rank(path.stem), path.stem))
     if not paths:
         return []
-    cells = [
-        (_CAPTIONS.get(path.stem, path.stem.replace("_", " ")), f"![{path.stem}](samples/{path.name})")
-        for path in paths
-    ]
+    cells = [(_caption(path.stem, calls), f"![{path.stem}](samples/{path.name})") for path in paths]
     pairs = [cells[i : i + 2] for i in range(0, len(cells), 2)]
     return [
         "## Samples",

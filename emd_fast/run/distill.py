@@ -18,7 +18,6 @@ import torch
 from emd_fast import distributed
 from emd_fast.config import RunConfig, flatten
 from emd_fast.diffusion.denoiser import Denoiser
-from emd_fast.diffusion.generator import Generator
 from emd_fast.reporting import journal, report
 from emd_fast.reporting.progress import Progress, say
 from emd_fast.run.best import best_of_run
@@ -29,7 +28,7 @@ from emd_fast.run.signals import Interrupted, end_on_signals, stop_on_signals
 from emd_fast.run.sizes import Sizes, Work
 from emd_fast.run.writes import FolderWrites
 from emd_fast.tasks import Task, task_of
-from emd_fast.train import checkpoint, optimizers, run_checkpoints
+from emd_fast.train import checkpoint, optimizers, run_checkpoints, rungs
 from emd_fast.train.checkpoint import CheckpointError, CheckpointGone
 from emd_fast.train.trainer import EMDTrainer
 
@@ -107,14 +106,18 @@ def plan_of(settings: RunConfig, devices: int = 0, ceilings: Ceilings = UNKNOWN)
         ceilings: peak rates of the hardware, which the times follow from.
 
     Raises:
-        ConfigError: fewer samples than devices.
+        ConfigError: fewer samples than devices, or rungs that do not fit the teacher.
         GroupError: shard groups that do not make up the devices.
     """
     task = task_of(settings)
     with torch.device("meta"):  # a network too large for this machine must not be allocated here
         generator, fake_score = task.make_networks()
     teacher = task.untrained_teacher()
-    networks = teacher, generator or Generator(teacher, settings.emd.t_star), fake_score or teacher
+    if generator is None:
+        generator = rungs.start(teacher, settings.emd)
+    else:
+        rungs.check_given(generator, settings.emd)
+    networks = teacher, generator, fake_score or teacher
     work = Work.of(*networks, settings.emd.num_classes) if ceilings.operations is not None else None
     return plan(
         Sizes.of(*networks, settings.emd.adapter),

@@ -160,10 +160,10 @@ def _countable(trainer: EMDTrainer) -> bool:
 
 
 def _numbers(scalars: dict[str, Tensor]) -> dict[str, float]:
-    """Converts scalars to numbers with one host sync, and drops log-SNR bins without samples."""
+    """Converts scalars to numbers with one host sync, and drops log-SNR bins and rungs without samples."""
     values = torch.stack([value.float() for value in scalars.values()]).tolist()
     found = dict(zip(scalars, values, strict=True))
-    return {name: value for name, value in found.items() if not (diagnostics.is_bin(name) and math.isnan(value))}
+    return {name: value for name, value in found.items() if not (diagnostics.is_group(name) and math.isnan(value))}
 
 
 def _speed(trainer: EMDTrainer, settings: RunConfig, steps_per_second: float, flops: float) -> dict[str, float]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from emd_fast.config import ConfigError
+from emd_fast.diffusion.rung import OnRung, plain
 from emd_fast.em.types import EStep, LangevinStep
 from emd_fast.io.files import write_atomic, write_text
 from emd_fast.reporting import pictures
@@ -49,7 +50,8 @@ class Replay:
         """Formats the result as text, with a row for each Langevin step."""
         found = self.found
         facts = [f"{name} {getattr(found, name).item():.6g}" for name in ("t", "alpha", "sigma")]
-        cond = pytree.tree_map(lambda leaf: leaf[0].tolist() if isinstance(leaf, Tensor) else leaf, found.cond)
+        cond = pytree.tree_map(lambda leaf: leaf[0].tolist() if isinstance(leaf, Tensor) else leaf, plain(found.cond))
+        facts += [f"rung {found.cond.rung.item()}"] if isinstance(found.cond, OnRung) else []
         lines = [
             f"step {self.step}, sample {self.sample}; weights: {self.weights}",
             f"{', '.join(facts)}, condition {'none' if cond is None else cond}",

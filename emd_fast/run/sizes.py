@@ -121,7 +121,9 @@ class Work:
             generated = 2 * (k + 1) * self.generator
         else:
             generated = (2 * k if moves_z else 1) * self.generator
-        return fake_score + scores + generated + learning["generator"] * self.generator
+        # A rung is drawn evenly for every update and E-step, and the rungs before it are run.
+        earlier = (config.fake_score_updates + 1) * (config.calls - 1) / 2 * self.generator
+        return fake_score + scores + generated + earlier + learning["generator"] * self.generator
 
 
 def _operations(network: nn.Module, *arguments: Tensor | None) -> float:

@@ -18,6 +18,7 @@ from emd_fast.reporting import pictures
 from emd_fast.tasks import OnStep, digits_data, digits_teacher
 from emd_fast.tasks.digits_metrics import DigitFeatures, digits_metrics
 from emd_fast.train import checkpoint, run_checkpoints
+from emd_fast.train.rungs import by_calls
 from emd_fast.train.trainer import EMDTrainer
 
 _PREVIEWS = 100  # digits in a picture, ten of each class
@@ -72,7 +73,7 @@ class Digits:
         samples = {
             "teacher": heun(trainer.teacher, z, cond),
             "init": untrained.generate(len(labels), cond, ema=False),
-            "generator": trainer.generate(len(labels), cond),
+            **by_calls(trainer, len(labels), cond),
         }
         # An unconditional generator has no class to match, so its sets get no accuracy.
         with_labels = {name: (x, cond) for name, x in samples.items()}

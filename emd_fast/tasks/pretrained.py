@@ -27,6 +27,7 @@ from emd_fast.tasks import OnStep, encoded
 from emd_fast.teachers import custom, edm
 from emd_fast.teachers import diffusers as folders
 from emd_fast.train import conditions
+from emd_fast.train.rungs import by_calls
 from emd_fast.train.trainer import EMDTrainer
 
 _PREVIEWS = 16  # samples in a picture
@@ -81,7 +82,7 @@ class Pretrained:
         where = of_folders or device
         guidance = settings.embedded_guidance
         teacher = folders.load(name, config=config or None, device=where, embedded_guidance=guidance, **size)
-        teacher.check_t_star(self.config.emd.t_star)
+        teacher.check_t_star(self.config.emd.first_time)
         if self._has_texts() and teacher.takes.tensors:
             teacher.folder.check_text()
         return teacher
@@ -199,7 +200,7 @@ class Pretrained:
         samples = {
             "teacher": heun(trainer.teacher, z, cond, guidance=trainer.config.guidance),
             "init": untrained.generate(_PREVIEWS, cond, ema=False),
-            "generator": trainer.generate(_PREVIEWS, cond),
+            **by_calls(trainer, _PREVIEWS, cond),
         }
 
         def draw() -> None:

@@ -83,6 +83,21 @@ class BatchSampler:
             ops.normal((size, *self.sample_shape), self.noise, stream=NoiseStream.FAKE_SCORE_EPS, substep=substep),
         )
 
+    def rungs(self, first: int, size: int, use: int) -> Tensor:
+        """Draws the rungs (size,) int64 of a few-step generator, on the CPU: the host selects samples by them.
+
+        Args:
+            use: 0 for the E-step, 1 + i for update i of the fake score.
+        """
+        host = Noise(self.config.seed, step=self._step, first_sample=first)
+        return ops.integers(self.config.calls, (size,), host, stream=NoiseStream.RUNG, substep=use)
+
+    def earlier_z(self, first: int, size: int, use: int, rung: int) -> Tensor:
+        """Draws z of a rung before those of the samples. `use` as for `rungs`."""
+        self.noise.set(first_sample=first)
+        substep = use * self.config.calls + rung
+        return ops.normal((size, *self.latent_shape), self.noise, stream=NoiseStream.EARLIER_RUNG_Z, substep=substep)
+
     def times(self, distribution: TimeDistribution, size: int, *, stream: int, substep: int = 0) -> Tensor:
         """Draws t (size,) float32, from the sample on that the noise was moved to."""
         low, high = math.log(distribution.low), math.log(distribution.high)
@@ -123,14 +138,19 @@ class BatchSampler:
 
         Their conditions are the prompts or classes in turn, or None without any.
         """
-        noise = Noise(self.config.seed, first_sample=first_sample, device=self.noise.device)
-        z = ops.normal((n, *self.latent_shape), noise, stream=NoiseStream.SHOWN)
+        z = self.shown_z(n, first_sample, 0)
         which = range(first_sample, first_sample + n)
         if self.prompts is not None:
             return z, self.looked_up(torch.tensor(which, dtype=torch.int64) % len(self.prompts))
         if self.config.num_classes:
             return z, torch.tensor(which, dtype=torch.int64, device=self.noise.device) % self.config.num_classes
         return z, None
+
+    def shown_z(self, n: int, first_sample: int, rung: int) -> Tensor:
+        """Draws z (n, ...) of a rung for samples that are shown to people."""
+        noise = Noise(self.config.seed, first_sample=first_sample, device=self.noise.device)
+        substep = NoiseStream.SHOWN_RUNG + rung if rung else 0
+        return ops.normal((n, *self.latent_shape), noise, stream=NoiseStream.SHOWN, substep=substep)
 
     def conditions(self, cond: Condition, start: int, end: int, substep: int) -> Condition:
         """Conditions of the samples start .. end - 1: their rows of `cond`, or drawn when it is None."""

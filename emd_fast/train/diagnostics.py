@@ -23,7 +23,7 @@ from emd_fast.train.batches import BatchSampler
 
 BINS = 8
 """Number of log-SNR bins of equal width."""
-_BIN = "drift_rms_bin"
+_BIN, _RUNG = "drift_rms_bin", "drift_rms_rung"
 SIGNALS = ("drift", "eps")
 """Targets of the M-step's regression, with and without noise cancellation."""
 
@@ -71,6 +71,7 @@ def diagnose(records: Sequence[StepRecord], batches: BatchSampler) -> dict[str, 
         signal_var_eps: the same with eps_K in place of drift.
         drift_rms_bin0 .. : RMS of drift by log-SNR, from the lowest (most noise) to the highest;
             NaN for a bin without a sample.
+        drift_rms_rung0 .. : RMS of drift by rung, where the generator has several; NaN likewise.
 
     Raises:
         RuntimeError: there are no records.
@@ -78,7 +79,8 @@ def diagnose(records: Sequence[StepRecord], batches: BatchSampler) -> dict[str, 
     check_step(records)
     batch, schedule = batches.config.batch_size, batches.schedule
     bins = log_snr_bins(schedule, batches.config.time_distribution)
-    moved, by_bin = [], []
+    rungs = batches.config.calls if batches.config.calls > 1 else 0
+    moved, grouped = [], []
     for record in records:
         posterior, size = record.posterior, len(record.posterior.t)
         z, eps = batches.e_step(record.first_sample, size)
@@ -92,8 +94,11 @@ def diagnose(records: Sequence[StepRecord], batches: BatchSampler) -> dict[str, 
                 ]
             )
         )
-        by_bin.append(_by_bin(posterior, schedule, bins))
-    means, binned = _over_ranks(sum(moved[1:], moved[0]), sum(by_bin[1:], by_bin[0]))
+        groups = [_squares_by(_bin_of(posterior, schedule, bins), posterior, BINS)]
+        if rungs:
+            groups.append(_squares_by(posterior.cond.rung, posterior, rungs))
+        grouped.append(torch.cat(groups, dim=1))
+    means, (count, total) = _over_ranks(sum(moved[1:], moved[0]), sum(grouped[1:], grouped[0]))
 
     # The variance takes two passes: E[x^2] - E[x]^2 would subtract two large numbers.
     centres = _over_ranks(*(_sum(_signal(record, which) for record in records) / batch for which in SIGNALS))
@@ -110,7 +115,7 @@ def diagnose(records: Sequence[StepRecord], batches: BatchSampler) -> dict[str, 
         for record in records
     ]
     (variances,) = _over_ranks(sum(squares[1:], squares[0]))
-    count, total = binned
+    names = [*(f"{_BIN}{i}" for i in range(BINS)), *(f"{_RUNG}{j}" for j in range(rungs))]
     return {
         "sample_mean": means[0],
         "sample_std": variances[0].sqrt(),
@@ -118,13 +123,13 @@ def diagnose(records: Sequence[StepRecord], batches: BatchSampler) -> dict[str, 
         "eps_moved_rms": means[2].sqrt(),
         "signal_var_drift": variances[1],
         "signal_var_eps": variances[2],
-        **{f"{_BIN}{i}": value for i, value in enumerate((total / count).sqrt().unbind())},
+        **dict(zip(names, (total / count).sqrt().unbind(), strict=True)),
     }
 
 
-def is_bin(name: str) -> bool:
-    """Whether a diagnostic of this name belongs to a log-SNR bin, which is NaN without samples."""
-    return name.startswith(_BIN)
+def is_group(name: str) -> bool:
+    """Whether a diagnostic of this name belongs to a log-SNR bin or a rung, which is NaN without samples."""
+    return name.startswith((_BIN, _RUNG))
 
 
 def log_snr_bins(schedule: Schedule, times: TimeDistribution) -> tuple[float, float]:
@@ -135,13 +140,16 @@ def log_snr_bins(schedule: Schedule, times: TimeDistribution) -> tuple[float, fl
     return low, (high - low) / BINS
 
 
-def _by_bin(posterior: EStep, schedule: Schedule, bins: tuple[float, float]) -> Tensor:
-    """(2, BINS): the number of samples in each bin, and the sum of their mean squares of drift."""
+def _bin_of(posterior: EStep, schedule: Schedule, bins: tuple[float, float]) -> Tensor:
     low, width = bins
-    index = ((schedule.log_snr(posterior.t) - low) / width).floor().clamp(0, BINS - 1)
-    inside = index[:, None] == torch.arange(BINS, device=index.device)
+    return ((schedule.log_snr(posterior.t) - low) / width).floor().clamp(0, BINS - 1)
+
+
+def _squares_by(index: Tensor, posterior: EStep, groups: int) -> Tensor:
+    """(2, groups): the number of samples with each index (B,), and the sum of their mean squares of drift."""
+    inside = index[:, None] == torch.arange(groups, device=index.device)
     squares = posterior.drift.square().flatten(1).mean(1)
-    # A multiplication in place of `where` would spread a sample that is not finite to every bin.
+    # A multiplication in place of `where` would spread a sample that is not finite to every group.
     return torch.stack([inside.float().sum(0), torch.where(inside, squares[:, None], 0.0).sum(0)])
 
 

@@ -14,9 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 from emd_fast import distributed
 from emd_fast.config import ConfigError, EMDConfig
 from emd_fast.diffusion.denoiser import Denoiser, unwrap
+from emd_fast.diffusion.few_step import FewStepGenerator
 from emd_fast.diffusion.generator import Generator
 from emd_fast.fusion.fusing import fuse_known, fusion_report, unfuse
-from emd_fast.train import adapters, average
+from emd_fast.train import adapters, average, rungs
 from emd_fast.train.cast_weights import cast_weights, trainable
 from emd_fast.train.fingerprint import fingerprint, process_of
 from emd_fast.train.precision import compute_dtype
@@ -139,10 +140,9 @@ def _make_trained(
     _check_apart(adapted, **{name: each for name, each in given.items() if each is not None})
     if generator is None:
         dtype = compute_dtype(config.compute.precision, distributed.device_of(teacher))
-        start = torch.tensor([config.t_star], dtype=torch.float32, device="cpu")
-        heard = unwrap(teacher).heard(start, dtype)
-        t_star = config.t_star if torch.equal(start, heard) else heard.item()
-        generator = Generator(started("generator"), t_star, input_scale=config.input_scale)
+        generator = rungs.start(started("generator"), config, dtype)
+    else:
+        rungs.check_given(generator, config)
     _check_start(generator)
     if fake_score is None:
         fake_score = started("fake_score")
@@ -160,7 +160,7 @@ def _check_start(generator: nn.Module) -> None:
     Raises:
         ConfigError: alpha(t_star) is below `_LEAST_SIGNAL`, and the network predicts noise.
     """
-    if not isinstance(generator, Generator) or generator.denoiser.parametrization != "eps":
+    if not isinstance(generator, (Generator, FewStepGenerator)) or generator.denoiser.parametrization != "eps":
         return
     schedule = generator.denoiser.schedule
     alpha = schedule.alpha(torch.tensor([generator.t_star], device="cpu")).item()

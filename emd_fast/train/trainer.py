@@ -29,12 +29,13 @@ from emd_fast.train.diagnostics import StepRecord
 from emd_fast.train.gradient_variance import gradient_variance
 from emd_fast.train.learner import Learner
 from emd_fast.train.posterior import PosteriorSampler
+from emd_fast.train.rungs import Rollout, generated
 from emd_fast.train.state import State, check_config, check_process, check_teacher, read_facts
 from emd_fast.train.throughput import StepTimer
 
 
 class EMDTrainer:
-    """Distils a teacher into a one-step generator.
+    """Distils a teacher into a generator of one or several calls.
 
         trainer = EMDTrainer(teacher, EMDConfig(steps=300, num_classes=10))
         while trainer.steps_done < trainer.config.steps:
@@ -92,6 +93,7 @@ class EMDTrainer:
         shapes = prepared.latent_shape, prepared.sample_shape
         heard = functools.partial(unwrap(teacher).heard, dtype=self.compute_dtype)
         self.batches = BatchSampler(config, self.schedule, self.noise, *shapes, self.prompts, heard)
+        self.rollout = Rollout(self.generator, self.batches)
         self.posterior = PosteriorSampler(config, three, self.noise, self.batches, self.device.type)
         self.steps_done, self.skipped = 0, torch.zeros((), device=self.device)
         self.timer = StepTimer(self.device)  # seconds of the last step: fake score, e_step, m_step
@@ -181,7 +183,8 @@ class EMDTrainer:
             z, eps = self.batches.fake_score(batch.first, batch.size, substep)
             times = self.config.fake_score_time_distribution
             t = self.batches.times(times, batch.size, stream=NoiseStream.FAKE_SCORE_TIME, substep=substep)
-            return fake_score_step(self.generator, self.fake_score, z, eps, t, cond=batch.cond)
+            cond = self.rollout(batch, 1 + substep).cond
+            return fake_score_step(self.generator, self.fake_score, z, eps, t, cond=cond)
 
         with gathered(self.generator, self.fake_score):
             micro_batches = self.batches.micro_batches(cond, 1 + substep)
@@ -196,7 +199,7 @@ class EMDTrainer:
 
     def _e_step(self, batch: MicroBatch, watch: Watch | None = None) -> EStep:
         with self.autocast():
-            return self.posterior(batch, watch)
+            return self.posterior(self.rollout(batch, 0), watch)
 
     def _generator_loss(self, posteriors: Sequence[EStep]) -> Tensor:
         """Returns this rank's part of the M-step's loss; leaves the gradient and the step's records."""
@@ -250,20 +253,27 @@ class EMDTrainer:
     # Samples ----------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def generate(self, n: int, cond: Condition = None, ema: bool = True, *, first_sample: int = 0) -> Tensor:
+    def generate(
+        self, n: int, cond: Condition = None, ema: bool = True, *, first_sample: int = 0, calls: int | None = None
+    ) -> Tensor:
         """Returns n samples (n, ...) float32 of the generator. The same seed gives the same samples.
 
         Args:
             cond: batched conditions; the prompts or classes in turn (0, 1, 2, ...) when None.
             ema: use the average of the weights.
             first_sample: index of the first sample in the noise stream of shown samples.
+            calls: stop after that many rungs; all when None.
+
+        Raises:
+            ValueError: more calls than rungs.
         """
         z, in_turn = self.batches.shown(n, first_sample)
         network = self.ema.module if ema else self.generator
         # PyTorch rounds some matmuls differently for weights that require a gradient, even under
         # no_grad, and an exported generator must give the same samples.
         with gathered(network), self.autocast(), frozen(network) as generator:
-            return generator(z, in_turn if cond is None else cond).float()
+            cond = in_turn if cond is None else cond
+            return generated(generator, self.batches, z, cond, first_sample, calls).float()
 
     # Checkpoints ------------------------------------------------------------------------------------------------------
 
