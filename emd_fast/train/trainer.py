@@ -83,6 +83,7 @@ class EMDTrainer:
         self.device, self.compute_dtype = prepared.device, prepared.compute_dtype
         self.sample_shape, self.latent_shape = prepared.sample_shape, prepared.latent_shape
         self._teacher_facts = prepared.teacher_facts
+        self.teacher_hash = str(prepared.teacher_facts["sha256"])  # fingerprint of the teacher as passed in
         self.schedule = unwrap(teacher).schedule
         self.noise = Noise(config.seed, device=self.device)
         self.learners = {
@@ -234,11 +235,6 @@ class EMDTrainer:
     def autocast(self) -> torch.autocast:
         """Context manager for passes of the networks in the compute dtype."""
         return precision.autocast(self.compute_dtype, self.device)
-
-    @property
-    def teacher_hash(self) -> str:
-        """Fingerprint of the teacher's weights as passed in."""
-        return str(self._teacher_facts["sha256"])
 
     # Diagnostics ------------------------------------------------------------------------------------------------------
 
