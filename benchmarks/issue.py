@@ -155,9 +155,9 @@ def tile(kernel: str, shape: Sequence[int], bytes_of: int, chip: Chip, folder: P
 def hot_loops(code: tuple[sass.Instruction, ...], bytes_of: int, tensors: int) -> tuple[HotLoop, ...]:
     """The loops of a kernel that walk over the tensor, in the order of the code.
 
-    They copy to shared memory, write the result, or read 16 bytes at a time and compute more than
-    four FP32 instructions for each of these reads. A loop that ends another one of its kind (the
-    rest of an unrolled loop) handles fewer elements in an iteration, and is left out.
+    They copy to shared memory, write the result, or read 16 bytes at a time with an FP32 instruction
+    or more for each element. A loop that ends another one of its kind (the rest of an unrolled loop)
+    handles fewer elements in an iteration, and is left out.
     """
     found: dict[str, tuple[float, HotLoop]] = {}
     for loop in sass.loops(code):
@@ -166,7 +166,7 @@ def hot_loops(code: tuple[sass.Instruction, ...], bytes_of: int, tensors: int) -
             does, elements = "copy", copied / bytes_of / tensors
         elif stored:
             does, elements = "apply", stored / bytes_of
-        elif loaded and loop.classes()["fp32"] > 16 * tensors * loop.count("LDG", "LDS") / bytes_of:
+        elif loaded and loop.classes()["fp32"] >= loaded / bytes_of / tensors:
             does, elements = "sums", loaded / bytes_of / tensors
         else:
             continue
