@@ -204,6 +204,63 @@ def test_group_norm(shape, groups, layout, chosen):
             assert_as_good_as_eager(ours, exact, eager, what=f"{dtype} {i}")
 
 
+def added(x, skip, bias, skip_bias):
+    return (x + skip + bias[:, None, None].to(x.dtype) + skip_bias[:, None, None].to(x.dtype)) * 0.7
+
+
+def gated(packed):
+    values, gates = packed.chunk(2, dim=-1)
+    return values * torch.nn.functional.gelu(gates)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape", [(2, 320, 64, 64), (3, 192, 8, 8), (2, 6, 7, 5), (2, 12, 1, 1)])
+def test_residual_and_geglu(shape, layout):
+    if reason := emd_fast.backends.why_not("residual", "triton", DEVICE):
+        pytest.skip(reason)
+    g = seeded(6)
+    for dtype in DTYPES:
+        x, skip, grad = (draw(shape, g, dtype, scale=2.0).contiguous(memory_format=layout) for _ in range(3))
+        vectors = [torch.randn(shape[1], generator=g) for _ in range(2)]
+        tokens, of_tokens = draw((shape[0], 9, 2 * shape[1]), g, dtype), draw((shape[0], 9, shape[1]), g, dtype)
+        for plain, op, arguments, cotangent in (
+            (added, lambda *tensors: ops.residual(*tensors, scale=0.7), [x, skip, *vectors], grad),
+            (gated, ops.geglu, [tokens], of_tokens),
+        ):
+            results = []
+            for run, device, kind in ((op, DEVICE, None), (plain, "cpu", torch.float64), (plain, "cpu", None)):
+                values = [v.to(device, kind or v.dtype).requires_grad_() for v in arguments]
+                with emd_fast.use_backend("triton" if run is op else "auto"):
+                    y = run(*values)
+                gradients = torch.autograd.grad(y, values, cotangent.to(device, y.dtype))
+                results.append([v.detach().cpu() for v in (y, *gradients)])
+            for i, (ours, exact, eager) in enumerate(zip(*results, strict=True)):
+                assert_as_good_as_eager(ours, exact, eager, what=f"{plain.__name__} {dtype} {i}")
+
+
+def test_a_frozen_layer_norm_under_autocast():
+    if reason := emd_fast.backends.why_not("group_norm", "triton", DEVICE):
+        pytest.skip(reason)
+    norm = torch.nn.Sequential(torch.nn.LayerNorm(320), torch.nn.GroupNorm(1, 320)).requires_grad_(False)
+    torch.nn.init.normal_(norm[0].weight)
+    fused = emd_fast.fuse(norm.to(DEVICE))[0]
+    x, grad = (draw((2, 77, 320), seeded(i), torch.bfloat16, scale=3).to(DEVICE) for i in range(2))
+    results = []
+    for run, dtype in ((fused, torch.bfloat16), (None, torch.float64), (None, torch.float32)):
+        leaf = x.to(dtype).requires_grad_()
+        with torch.autocast("cuda", torch.bfloat16, enabled=run is not None):
+            if run is None:
+                y = torch.nn.functional.layer_norm(leaf, (320,), fused.weight.to(dtype), fused.bias.to(dtype))
+            else:
+                y = run(leaf)
+        assert y.dtype == dtype
+        (of_x,) = torch.autograd.grad(y, leaf, grad.to(dtype))
+        rounded = torch.float64 if dtype == torch.float64 else torch.bfloat16
+        results.append([y.detach().to(rounded).cpu(), of_x.to(rounded).cpu()])
+    for ours, exact, eager in zip(*results, strict=True):
+        assert_as_good_as_eager(ours, exact, eager)
+
+
 @pytest.mark.parametrize("head_dim", [40, 64, 72, 80, 128, 160, 256])
 @pytest.mark.parametrize(("tokens", "keys"), [(256, 256), (1000, 77), (64, 64), (1, 333)])
 def test_attention(head_dim, tokens, keys):
