@@ -248,11 +248,19 @@ def test_from_the_command_line(tmp_path, monkeypatch, capsys, name):
         assert commands.main(["sample", source, "-n", "2", "--prompt", "a b", "--out", f"{source}.png"]) == 0
         assert commands.main(["sample", source, "-n", "2", "--prompt", "a b", "--out", f"{source}-each"]) == 0
         if source == "run":
+            capsys.readouterr()
             assert commands.main(["export", "run", "one-step"]) == 0
+            lines = capsys.readouterr().err.partition("diffusers samples it in one step:\n")[2]
     assert (tmp_path / "run.png").read_bytes() == (tmp_path / "one-step.png").read_bytes()
     (tmp_path / "run" / "samples" / "generator.png").stat()
     one = Image.open(next((tmp_path / "run-each").iterdir()))
     assert one.size == (96, 64) and getattr(one, "n_frames", 1) == row.size.get("frames", 1)
+    torch.manual_seed(0)
+    exec(lines.replace("a cat", "a b"), found := {})
+    frame = (
+        found["made"] if row.size.get("frames") is None else Image.fromarray((found["made"][0] * 255).astype("uint8"))
+    )
+    assert frame.size == (96, 64) and len(lines.splitlines()) == 3
     capsys.readouterr()
     wrong = {"--height=60": "height must be a multiple of 16", "--width=1": "width must be a multiple of 16"}
     wrong |= {"--frames=7": "frames must be 1 + a multiple of 4" if "frames" in row.size else "leave frames out"}
