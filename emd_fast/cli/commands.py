@@ -208,6 +208,8 @@ def _export(options: argparse.Namespace, rest: Sequence[str]) -> int:
         if issubclass(warning.category, pipeline.NotForStock):
             say(f"warning: {warning.message}")
     print(options.out)
+    if (options.out / "model_index.json").exists():
+        say(f"diffusers samples it in one step:\n{pipeline.example(trainer, options.out)}")
     return 0
 
 

@@ -95,6 +95,14 @@ def export(
     )
 
 
+def example(trainer: EMDTrainer, out: str | os.PathLike[str]) -> str:
+    """Lines of Python with which diffusers samples an exported folder that has a stock pipeline."""
+    from emd_fast.teachers.diffusers import stock
+
+    assert isinstance(trainer.teacher, DiffusersDenoiser)
+    return stock.example(trainer.teacher, str(out))
+
+
 def _metadata(trainer: EMDTrainer, generator: nn.Module, ema: bool) -> Metadata:
     scales: dict[str, Any] = dict.fromkeys(("c_skip", "c_out", "c_in", "c_noise", "input_scale"), 1.0)
     if isinstance(generator, Generator):

@@ -25,6 +25,7 @@ _INTEGERS = ("I", "U", "B", "C")  # initials of safetensors' names of integers, 
 _FLOATING = "BF16"  # begins with the initial of BOOL
 COMPUTED = re.compile(r"(^|\.)position_ids$")
 """Buffers that older versions of transformers saved and newer ones compute."""
+_COUNTS = re.compile(r"(^|\.)num_batches_tracked$")  # integers of batch norms, as in the VAE of Flux.2
 
 
 def of_transformers(folder: Path) -> list[Path]:
@@ -67,7 +68,7 @@ def check(files: Iterable[Path]) -> None:
         for name, dtype in _dtypes(path):
             if name in places:
                 raise ValueError(f"{name[:120]} is in {places[name]} and in {path.name}: remove one of them")
-            if dtype is not None and not COMPUTED.search(name):
+            if dtype is not None and not COMPUTED.search(name) and not _COUNTS.search(name):
                 raise ValueError(f"{name[:120]} in {path.name} is of {dtype}: give weights of floating-point numbers")
             places[name] = path.name
 

@@ -9,6 +9,7 @@ sqrt(1 + sigma^2 / alpha^2), which gives D(sigma z; t_star).
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 
 from emd_fast.diffusion.generator import Generator
 from emd_fast.teachers.diffusers import DiffusersDenoiser
+from emd_fast.teachers.diffusers.architectures.conditions import GUIDANCE
 from emd_fast.teachers.diffusers.scheduler import PREDICTIONS
 
 
@@ -93,4 +95,31 @@ def scheduler(generator: Generator) -> Any:
         prediction_type=predicted,
         steps_offset=1,  # without effect; other values cause a warning
         **options,
+    )
+
+
+def example(denoiser: DiffusersDenoiser, folder: str) -> str:
+    """Lines of Python with which the stock pipeline samples an exported generator in one step.
+
+    Args:
+        folder: path of the exported folder.
+    """
+    import diffusers
+
+    architecture = denoiser.network.architecture
+    assert denoiser.sample_shape is not None
+    taken = inspect.signature(getattr(diffusers, architecture.pipelines[0]).__call__).parameters
+    frames, height, width = architecture.pixels(denoiser.sample_shape, denoiser.folder.vae_config())
+    arguments = {"num_inference_steps": 1, **architecture.unguided}
+    if GUIDANCE in architecture.takes.tensors:
+        given = denoiser.embedded_guidance
+        arguments["guidance_scale"] = architecture.guidance if given is None else given
+    sizes = {"height": height, "width": width, "num_frames": frames}
+    arguments |= {name: size for name, size in sizes.items() if name in taken}
+    first = '"a cat", ' if "prompt" in taken else "[0], " if "class_labels" in taken else ""
+    asked = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+    return (
+        "from diffusers import DiffusionPipeline\n"
+        f"pipeline = DiffusionPipeline.from_pretrained({folder!r})\n"
+        f"made = pipeline({first}{asked}).{'frames' if architecture.video else 'images'}[0]"
     )

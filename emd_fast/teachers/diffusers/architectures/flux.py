@@ -17,6 +17,7 @@ class FluxTransformer2DModel(PackedImage):
     pipelines = ("FluxPipeline",)
     text = (*CLIP, *T5)
     guidance = 3.5
+    unguided: Mapping[str, Any] = {}
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)

@@ -35,6 +35,7 @@ class Architecture:
         size: latents (frames, height, width) of a sample where the configuration has no size, or None.
         video: a sample is (C, F, H, W), not (C, H, W).
         guidance: default of the embedded guidance, of a network that takes it.
+        unguided: arguments with which the first pipeline does not guide and keeps the size.
         rescale: what the pipeline does to the guided output: (guided, conditional) -> F, or None.
 
     Args:
@@ -54,6 +55,7 @@ class Architecture:
     size: tuple[int, int, int] | None = None
     video = False
     guidance = 0.0
+    unguided: Mapping[str, Any] = {"guidance_scale": 1.0}
     rescale: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def __init__(self, config: Config) -> None:

@@ -19,6 +19,7 @@ class HunyuanVideoTransformer3DModel(Architecture):
     size = (33, 90, 160)
     video = True
     guidance = 6.0
+    unguided: Mapping[str, Any] = {}
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)

@@ -18,6 +18,7 @@ class PixArtTransformer2DModel(Architecture):
     text = T5
     schedulers = ("DDIMScheduler", "EulerDiscreteScheduler")
     cuts_variance = True
+    unguided: Mapping[str, Any] = {"guidance_scale": 1.0, "use_resolution_binning": False}
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)

@@ -19,6 +19,7 @@ class QwenImageTransformer2DModel(PackedImage):
     text = ("Qwen2_5_VLForConditionalGeneration", "Qwen2Tokenizer", "Qwen2TokenizerFast")
     vaes = ("AutoencoderKLQwenImage",)
     guidance = 1.0
+    unguided: Mapping[str, Any] = {"true_cfg_scale": 1.0}
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)

@@ -15,6 +15,7 @@ from emd_fast.teachers.diffusers.architectures.form import GEMMA, Architecture, 
 class SanaTransformer2DModel(Architecture):
     pipelines = ("SanaPipeline",)
     cuts_variance = True
+    unguided: Mapping[str, Any] = {"guidance_scale": 1.0, "use_resolution_binning": False}
     text = GEMMA
     vaes = ("AutoencoderDC",)
 

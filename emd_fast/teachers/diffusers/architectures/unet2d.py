@@ -16,6 +16,7 @@ from emd_fast.teachers.diffusers.architectures.form import Architecture, Config
 class UNet2DModel(Architecture):
     component = "unet"
     pipelines, schedulers = ("DDIMPipeline",), ("DDIMScheduler",)
+    unguided: Mapping[str, Any] = {}
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)

@@ -36,6 +36,8 @@ class WanTransformer3DModel(Architecture):
 
     def call(self, model: Any, x: Tensor, time: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         # The pipeline of Wan 2.2 5B gives each token the same time, which is this one.
+        # Its first parameter is one that diffusers keeps in float32: it says nothing of the dtype of the others.
+        x = x.to(model.patch_embedding.weight.dtype)
         return model(x, timestep=time, encoder_hidden_states=cond[TOKENS].to(x.dtype)).sample
 
     def to_vae(self, latents: Tensor, vae: Any) -> Tensor:

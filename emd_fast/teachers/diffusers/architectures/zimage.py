@@ -18,6 +18,7 @@ class ZImageTransformer2DModel(Architecture):
     pipelines = ("ZImagePipeline",)
     text = ("Qwen3Model", "Qwen3ForCausalLM", "Qwen2Tokenizer", "Qwen2TokenizerFast")
     patch, size = (1, 2, 2), (1, 128, 128)
+    unguided: Mapping[str, Any] = {"guidance_scale": 0.0}
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
