@@ -20,6 +20,7 @@ from emd_fast.export.pipeline import export, load
 diffusers = pytest.importorskip("diffusers")
 
 import architectures  # noqa: E402
+import tiny_architectures  # noqa: E402
 
 from emd_fast.teachers import diffusers as teachers  # noqa: E402
 from emd_fast.teachers.diffusers.architectures import ARCHITECTURES, file_of  # noqa: E402
@@ -35,7 +36,7 @@ def pipeline_of(row, **text):
     parts = {name: None for name in inspect.signature(kind).parameters if name not in ("boundary_ratio",)}
     parts |= {"scheduler": row.scheduler(), "vae": row.vae(), **row.parts, **text}
     component = "unet" if "unet" in parts else "transformer"
-    parts[component] = architectures.seeded(row.model)
+    parts[component] = tiny_architectures.seeded(row.model)
     plain = {name: p.default for name, p in inspect.signature(kind).parameters.items() if type(p.default) is bool}
     made = kind(**{**plain, **parts})
     made.set_progress_bar_config(disable=True)
