@@ -92,7 +92,7 @@ class EMDTrainer:
         }
         self.prompts = None if prompts is None else conditions.table(prompts)
         shapes = prepared.latent_shape, prepared.sample_shape
-        heard = functools.partial(unwrap(teacher).heard, dtype=self.compute_dtype)
+        heard = functools.partial(unwrap(self.teacher).heard, dtype=self.compute_dtype)
         self.batches = BatchSampler(config, self.schedule, self.noise, *shapes, self.prompts, heard)
         self.rollout = Rollout(self.generator, self.batches)
         self.posterior = PosteriorSampler(config, three, self.noise, self.batches, self.device.type)
