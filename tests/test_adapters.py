@@ -88,17 +88,72 @@ def test_full_rank_adapters_are_three_networks(kind, changes):
                 assert_within(found, exact, 1e-7 + 2e-4 * float(exact.abs().max()), f"{role} {name}")
 
 
+@pytest.mark.parametrize("passes", ["separate", "joint"])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", TEACHERS)
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_delta_is_0_while_the_adapters_are(kind, backend, precision):
+def test_delta_is_0_while_the_adapters_are(kind, backend, precision, passes):
     make, more = TEACHERS[kind]
-    trainer = adapted(make(), precision=precision, gamma_z=0.05, **more)
+    trainer = adapted(make(), precision=precision, gamma_z=0.05, score_passes=passes, **more)
     seen = []
     labels = torch.arange(8) % 3 if more else None  # not every backend draws integers
     with use_backend(backend):
         found = trainer.sample_posterior(labels, watch=lambda step: seen.append(step.delta.abs().max().item()))
     assert seen == [0.0, 0.0] and not found.drift.any()
+
+
+# One pass for teacher and fake score ----------------------------------------------------------------------------------
+
+JOINT = [
+    {}, {"guidance": 1.5}, {"micro_batch_size": 3}, {"fuse": False, "guidance": 2.0}, {"sampling": "x_z"},
+]  # fmt: skip
+
+
+def counted_passes(trainer) -> list[int]:
+    """Batch sizes of the passes of teacher and fake score, filled while the trainer runs."""
+    sizes = []
+    for denoiser in (trainer.teacher, trainer.fake_score):
+        denoiser.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    return sizes
+
+
+@pytest.mark.parametrize("changes", JOINT)
+def test_one_pass_gives_the_numbers_of_two(changes):
+    one, two = (
+        adapted(digits_teacher(null_cond=0), num_classes=3, score_passes=passes, fake_score_lr=0.05, **changes)
+        for passes in ("joint", "separate")
+    )
+    one.step(), two.step()  # the fake score's adapter is no longer 0
+    mine, its = one.sample_posterior(step=3), two.sample_posterior(step=3)
+    for name in ("z", "eps", "drift"):
+        exact = getattr(its, name)
+        assert_within(getattr(mine, name), exact, 1e-4 * float(exact.abs().max()), name)
+    assert its.drift.abs().max() > 1e-4
+    sizes = counted_passes(one)
+    one.sample_posterior(step=3)
+    assert sizes == [8 * (3 if "guidance" in changes else 2)] * 2
+
+
+def test_rows_outside_of_one_pass_are_all_adapted():
+    one, two = (
+        adapted(digits_teacher(), num_classes=3, score_passes=passes, fake_score_lr=0.05)
+        for passes in ("joint", "separate")
+    )
+    for trainer in (one, two):
+        trainer.update_fake_score()
+    x, t, labels = torch.randn(4, 1, 8, 8, generator=seeded(1)), torch.full((4,), 0.5), torch.arange(4) % 3
+    expected = two.fake_score(x, t, labels)
+    assert_within(one.fake_score(x, t, labels), expected, 1e-5 * float(expected.abs().max()))
+    with pytest.raises(RuntimeError, match="interrupted"), one.fake_score.without_adapter(1, 2):
+        raise RuntimeError("interrupted")
+    assert torch.equal(one.fake_score(x, t, labels), one.fake_score(x, t, labels))
+    with one.fake_score.without_adapter(1, 2), torch.no_grad():
+        half = one.fake_score(x, t, labels)
+        with pytest.raises(ValueError, match="score_passes must be 'separate'"):
+            one.fake_score(x[:3], t[:3], labels[:3])
+    assert_within(half[:2], two.teacher(x, t, labels)[:2], 1e-5)
+    assert_within(half[2:], expected[2:], 1e-5 * float(expected.abs().max()))
+    assert (half - expected)[:2].abs().max() > 1e-4
 
 
 def test_the_base_is_held_once_and_stays_as_it_is():
@@ -248,6 +303,14 @@ def test_a_network_without_layers_is_refused():
     teacher = Denoiser(Scale(), schedules.EDM(), "edm", sigma_data=0.5, sample_shape=(2,))
     with pytest.raises(ConfigError, match="no linear layer and no convolution"):
         adapted(teacher)
+
+
+def test_one_pass_needs_an_adapter_of_ours():
+    for changes in ({"adapter_rank": 0}, {"adapter_networks": ["generator"]}):
+        with pytest.raises(ConfigError, match="score_passes must be"):
+            config(**{"adapter_rank": 2, "score_passes": "joint", **changes})
+    with pytest.raises(ConfigError, match="for a fake score that is given"):
+        EMDTrainer(points_teacher(), config(adapter_rank=2, score_passes="joint"), fake_score=points_teacher())
 
 
 def test_a_generator_around_the_teacher_is_refused():
