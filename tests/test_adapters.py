@@ -213,7 +213,10 @@ def test_a_whole_generator_with_an_adapter_for_the_fake_score(tmp_path):
     assert_same_state(trainer, again)
 
 
-CHANGES = [{}, {"micro_batch_size": 3, "guidance": 1.5}, {"precision": "bfloat16"}, {"lr_schedule": "cosine"}]
+CHANGES = [
+    {}, {"micro_batch_size": 3, "guidance": 1.5}, {"precision": "bfloat16"}, {"lr_schedule": "cosine"},
+    {"rungs": [2.0, 0.5], "score_passes": "joint", "guidance": 1.5},
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("changes", CHANGES)
