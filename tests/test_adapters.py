@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import diffusers_folders as folders
 import pytest
 import torch
 from conftest import BACKENDS
@@ -14,6 +15,7 @@ from emd_fast.config import ConfigError
 from emd_fast.distributed import blocks_of
 from emd_fast.run.plan import GIB, plan
 from emd_fast.run.sizes import Sizes
+from emd_fast.teachers import diffusers as diffusers_teachers
 from emd_fast.train import adapters, checkpoint, networks
 from emd_fast.train.checkpoint import CheckpointError
 
@@ -88,17 +90,86 @@ def test_full_rank_adapters_are_three_networks(kind, changes):
                 assert_within(found, exact, 1e-7 + 2e-4 * float(exact.abs().max()), f"{role} {name}")
 
 
+@pytest.mark.parametrize("passes", ["separate", "joint"])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", TEACHERS)
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_delta_is_0_while_the_adapters_are(kind, backend, precision):
+def test_delta_is_0_while_the_adapters_are(kind, backend, precision, passes):
     make, more = TEACHERS[kind]
-    trainer = adapted(make(), precision=precision, gamma_z=0.05, **more)
+    trainer = adapted(make(), precision=precision, gamma_z=0.05, score_passes=passes, **more)
     seen = []
     labels = torch.arange(8) % 3 if more else None  # not every backend draws integers
     with use_backend(backend):
         found = trainer.sample_posterior(labels, watch=lambda step: seen.append(step.delta.abs().max().item()))
     assert seen == [0.0, 0.0] and not found.drift.any()
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("passes", ["separate", "joint"])
+def test_delta_of_a_transformer_is_0_while_the_adapters_are(tmp_path, batch, passes):
+    pytest.importorskip("diffusers")
+    teacher = diffusers_teachers.load(folders.bare_sd3(tmp_path))
+    settings = config(batch_size=batch, adapter_rank=4, score_passes=passes, t_star=1.0, input_scale=1.0)
+    trainer = EMDTrainer(teacher, settings)
+    assert all(".attn." in name for name in trained_names(trainer.fake_score))
+    cond = {"prompt_embeds": torch.randn(batch, 3, 16), "pooled_projections": torch.randn(batch, 16)}
+    seen = []
+    trainer.sample_posterior(cond, watch=lambda step: seen.append(step.delta.abs().max().item()))
+    assert seen == [0.0, 0.0]
+
+
+# One pass for teacher and fake score ----------------------------------------------------------------------------------
+
+JOINT = [
+    {}, {"guidance": 1.5}, {"micro_batch_size": 3}, {"fuse": False, "guidance": 2.0}, {"sampling": "x_z"},
+]  # fmt: skip
+
+
+def counted_passes(trainer) -> list[int]:
+    """Batch sizes of the passes of teacher and fake score, filled while the trainer runs."""
+    sizes = []
+    for denoiser in (trainer.teacher, trainer.fake_score):
+        denoiser.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    return sizes
+
+
+@pytest.mark.parametrize("changes", JOINT)
+def test_one_pass_gives_the_numbers_of_two(changes):
+    one, two = (
+        adapted(digits_teacher(null_cond=0), num_classes=3, score_passes=passes, fake_score_lr=0.05, **changes)
+        for passes in ("joint", "separate")
+    )
+    one.step(), two.step()  # the fake score's adapter is no longer 0
+    mine, its = one.sample_posterior(step=3), two.sample_posterior(step=3)
+    for name in ("z", "eps", "drift"):
+        exact = getattr(its, name)
+        assert_within(getattr(mine, name), exact, 1e-4 * float(exact.abs().max()), name)
+    assert its.drift.abs().max() > 1e-4
+    sizes = counted_passes(one)
+    one.sample_posterior(step=3)
+    assert sizes == [8 * (3 if "guidance" in changes else 2)] * 2
+
+
+def test_rows_outside_of_one_pass_are_all_adapted():
+    one, two = (
+        adapted(digits_teacher(), num_classes=3, score_passes=passes, fake_score_lr=0.05)
+        for passes in ("joint", "separate")
+    )
+    for trainer in (one, two):
+        trainer.update_fake_score()
+    x, t, labels = torch.randn(4, 1, 8, 8, generator=seeded(1)), torch.full((4,), 0.5), torch.arange(4) % 3
+    expected = two.fake_score(x, t, labels).detach()
+    assert_within(one.fake_score(x, t, labels), expected, 1e-5 * float(expected.abs().max()))
+    with pytest.raises(RuntimeError, match="interrupted"), one.fake_score.without_adapter(1, 2):
+        raise RuntimeError("interrupted")
+    assert torch.equal(one.fake_score(x, t, labels), one.fake_score(x, t, labels))
+    with one.fake_score.without_adapter(1, 2), torch.no_grad():
+        half = one.fake_score(x, t, labels)
+        with pytest.raises(ValueError, match="score_passes must be 'separate'"):
+            one.fake_score(x[:3], t[:3], labels[:3])
+    assert_within(half[:2], two.teacher(x, t, labels)[:2], 1e-5)
+    assert_within(half[2:], expected[2:], 1e-5 * float(expected.abs().max()))
+    assert (half - expected)[:2].abs().max() > 1e-4
 
 
 def test_the_base_is_held_once_and_stays_as_it_is():
@@ -142,7 +213,10 @@ def test_a_whole_generator_with_an_adapter_for_the_fake_score(tmp_path):
     assert_same_state(trainer, again)
 
 
-CHANGES = [{}, {"micro_batch_size": 3, "guidance": 1.5}, {"precision": "bfloat16"}, {"lr_schedule": "cosine"}]
+CHANGES = [
+    {}, {"micro_batch_size": 3, "guidance": 1.5}, {"precision": "bfloat16"}, {"lr_schedule": "cosine"},
+    {"rungs": [2.0, 0.5], "score_passes": "joint", "guidance": 1.5},
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("changes", CHANGES)
@@ -248,6 +322,14 @@ def test_a_network_without_layers_is_refused():
     teacher = Denoiser(Scale(), schedules.EDM(), "edm", sigma_data=0.5, sample_shape=(2,))
     with pytest.raises(ConfigError, match="no linear layer and no convolution"):
         adapted(teacher)
+
+
+def test_one_pass_needs_an_adapter_of_ours():
+    for changes in ({"adapter_rank": 0}, {"adapter_networks": ["generator"]}):
+        with pytest.raises(ConfigError, match="score_passes must be"):
+            config(**{"adapter_rank": 2, "score_passes": "joint", **changes})
+    with pytest.raises(ConfigError, match="for a fake score that is given"):
+        EMDTrainer(points_teacher(), config(adapter_rank=2, score_passes="joint"), fake_score=points_teacher())
 
 
 def test_a_generator_around_the_teacher_is_refused():

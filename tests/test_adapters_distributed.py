@@ -1,5 +1,6 @@
 """Adapters on several ranks: the base is sharded and gathered once, the adapters are on every rank."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -41,6 +42,7 @@ def several(settings_of, from_rank_0) -> list[dict]:
 def test_the_same_steps_on_any_number_of_ranks(ranks, from_rank_0):
     modes = list(itertools.product(("replicate", "fsdp"), (2, 0)))
     settings = [config(parallel=mode, micro_batch_size=micro, **ADAPTERS) for mode, micro in modes]
+    settings[-1] = dataclasses.replace(settings[-1], score_passes="joint")
     alone = steps(config(**ADAPTERS))
     for rank in ranks(2, several, settings, from_rank_0):
         for (mode, _), result in zip(modes, rank, strict=True):

@@ -44,6 +44,12 @@ class AdapterConfig:
     networks: tuple[Literal["generator", "fake_score"], ...] = setting(
         ("generator", "fake_score"), "networks that are the base with an adapter", flat="adapter_networks"
     )
+    score_passes: Literal["separate", "joint"] = setting(
+        "separate",
+        "teacher and fake score as two passes of the base, or as one of twice the batch",
+        flat="score_passes",
+        resumable=True,
+    )
 
     def __post_init__(self) -> None:
         validate(self)
@@ -51,6 +57,8 @@ class AdapterConfig:
             raise ConfigError(
                 f"adapter_networks must name generator, fake_score or both, each once, got {list(self.networks)}"
             )
+        if self.score_passes == "joint" and not (self.rank and "fake_score" in self.networks):
+            raise ConfigError('score_passes must be "separate" where the fake score has no adapter, got "joint"')
         if "" in self.targets:
             raise ConfigError("adapter_targets must be names of layers, got an empty one")
 

@@ -153,6 +153,9 @@ class Denoiser(nn.Module):
         self.source: str | None = None
         # Dtype of the matmul and convolution weights after cast_weights, None without it.
         self.weights_dtype: torch.dtype | None = None
+        # Where the network is the teacher's with an adapter, and both may be one pass: a context manager
+        # (n, of) inside which the first n of `of` equal parts of a batch pass without the adapter.
+        self.without_adapter: Callable[[int, int], contextlib.AbstractContextManager[None]] | None = None
         self._form = _edm(sigma_data) if sigma_data is not None else _FORMS[parametrization]
         self._check_schedule()
         if sigma_data is not None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
+from emd_fast.cache.conditioning import same
+from emd_fast.diffusion import ragged
 from emd_fast.diffusion.denoiser import Condition, column, conditional_and_unconditional, null_like, unwrap
 from emd_fast.diffusion.rung import plain
 from emd_fast.em.streams import side_by_side
@@ -64,14 +69,27 @@ class ScoreDifference:
 
     def outputs(self, x: Tensor) -> list[Tensor]:
         """Returns the raw outputs for x_t (B, ...), in the order of the columns of `coefs`."""
+        without_adapter = unwrap(self.fake_score).without_adapter
+        if without_adapter is not None:
+            passes = 3 if self.guided else 2
+            times, cond = same(_stacked, self.t, self.cond, self.null_cond)
+            with without_adapter(passes - 1, passes):
+                *plain, adapted = self.fake_score(torch.cat([x] * passes), times, cond).chunk(passes)
+            return [*self._combined(plain), adapted]
         teacher, fake_score = side_by_side(lambda: self._teacher(x), lambda: self.fake_score(x, self.t, self.cond))
         return [*teacher, fake_score]
 
     def _teacher(self, x: Tensor) -> list[Tensor]:
         if self.guided:
-            both = conditional_and_unconditional(self.teacher, x, self.t, self.cond, self.null_cond)
-            return list(both) if self.rescaled is None else [unwrap(self.teacher).combined(*both, self.rescaled)]
+            return self._combined(conditional_and_unconditional(self.teacher, x, self.t, self.cond, self.null_cond))
         return [self.teacher(x, self.t, self.cond)]
+
+    def _combined(self, outputs: Sequence[Tensor]) -> list[Tensor]:
+        """The teacher's outputs as terms of delta."""
+        if self.rescaled is None:
+            return list(outputs)
+        conditional, unconditional = outputs
+        return [unwrap(self.teacher).combined(conditional, unconditional, self.rescaled)]
 
     def at(self, x: Tensor) -> Tensor:
         """Returns delta (B, ...) float32 in plain PyTorch, for code that uses no fused op."""
@@ -80,3 +98,11 @@ class ScoreDifference:
         for k, term in zip(self.coefs.unbind(1), terms, strict=True):
             delta = delta + column(k, x) * term.float()
         return delta
+
+
+def _stacked(t: Tensor, cond: Condition, null_cond: Condition) -> tuple[Tensor, Condition]:
+    """Times and conditions of one pass: teacher, unconditional teacher where it is guided, fake score."""
+    conds = [cond, cond] if null_cond is None else [cond, null_cond, cond]
+    if cond is not None:
+        cond = functools.reduce(lambda first, second: pytree.tree_map(ragged.joined, first, second), conds)
+    return torch.cat([t] * len(conds)), cond

@@ -18,6 +18,7 @@ from emd_fast.diffusion.few_step import FewStepGenerator
 from emd_fast.diffusion.generator import Generator
 from emd_fast.fusion.fusing import fuse_known, fusion_report, unfuse
 from emd_fast.train import adapters, average, rungs
+from emd_fast.train.adapted_rows import AdaptedRows
 from emd_fast.train.cast_weights import cast_weights, trainable
 from emd_fast.train.fingerprint import fingerprint, process_of
 from emd_fast.train.precision import compute_dtype
@@ -73,6 +74,8 @@ def prepare(teacher: Denoiser, config: EMDConfig, generator: nn.Module | None, f
     mode, reason = distributed.resolve(config.parallelism.parallel, sum(p.numel() for p in start.parameters()))
     given, teacher = teacher, _frozen(teacher, dtype, mode)
     adapted = config.adapter.networks if config.adapter.rank else ()
+    if fake_score is not None and config.adapter.score_passes == "joint":
+        raise ConfigError("score_passes must be 'separate' for a fake score that is given, got 'joint'")
     generator, fake_score = _make_trained(given, teacher, generator, fake_score, config)
     # Rank 0 computes the fingerprint; the other ranks may hold a teacher on the meta device.
     facts: dict[str, Any] = distributed.on_main(
@@ -90,6 +93,8 @@ def prepare(teacher: Denoiser, config: EMDConfig, generator: nn.Module | None, f
     three = (generator, teacher, fake_score)
     if config.compute.fuse:
         _fuse_all(*three, compile=config.compute.compile)
+    if config.adapter.score_passes == "joint":
+        fake_score.without_adapter = AdaptedRows(fake_score).without
     lasting = adapters.lasting_tensors(generator) if "generator" in adapted else None
     ema = average.EMA(generator, average.profile(config.average, config.batch_size), lasting)
     if "generator" in adapted:

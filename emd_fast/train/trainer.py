@@ -54,6 +54,7 @@ class EMDTrainer:
         config: configuration of the distillation.
         generator: callable module (z, cond) -> x; a copy of the teacher at noise level t_star when None.
         fake_score: a Denoiser of the teacher's schedule; a copy of the teacher when None.
+            With config.adapter, given networks may have layers of peft (docs/distributed.md).
         prompts: conditions to draw from, evenly, when `step` is given none: a tensor or dict of
             tensors (N, ...), or a table of `emd_fast.train.conditions`. For labels, set
             config.num_classes instead.
