@@ -21,7 +21,7 @@ from emd_fast.diffusion.schedules import EDM, VP, Cosine, RectifiedFlow
 from emd_fast.reporting import journal
 from emd_fast.run import distill
 from emd_fast.run.sizes import Work
-from emd_fast.teachers.mlp import PointGenerator
+from emd_fast.teachers.mlp import PointGenerator, TimeMLP
 from emd_fast.train import rungs
 from emd_fast.train.checkpoint import CheckpointError
 
@@ -77,6 +77,14 @@ def test_rungs_that_do_not_fit_are_refused_in_one_line(changes, given, said):
     with pytest.raises(ConfigError, match=said) as error:
         EMDTrainer(points_teacher(), config(**changes), given)
     assert "\n" not in str(error.value)
+
+
+def test_the_first_rung_does_not_start_where_noise_is_divided_by_no_signal():
+    schedule = VP(torch.linspace(1e-4, 0.04, 1000))
+    network = Denoiser(TimeMLP(2, 8, 1, seed=1), schedule, "eps", sample_shape=(2,))
+    with pytest.raises(ConfigError, match=r"t_star = 1 has alpha = .* take t_star up to"):
+        EMDTrainer(network, config(rungs=2, t_star=1.0))
+    EMDTrainer(network, config(rungs=2, t_star=0.6))
 
 
 def test_a_generator_of_the_caller_may_have_rungs():
