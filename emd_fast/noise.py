@@ -35,8 +35,10 @@ class NoiseStream:
 
     LIMIT = 2**16
 
-    SHOWN_RUNG = 2**15
-    """Substep of SHOWN for z of the rungs after the first, plus the rung. The first has substep 0."""
+    @staticmethod
+    def shown_substep(rung: int) -> int:
+        """Substep of SHOWN for the z of a rung, counted from 0. The first has that of one call."""
+        return 2**15 + rung if rung else 0
 
 
 class Noise:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -47,6 +48,29 @@ def test_the_file_gives_the_bits_of_the_trainer(make, ema, tmp_path):
     assert not torch.equal(loaded.sample(5, seed=99), loaded.sample(5))
     assert not torch.equal(trainer.generate(5), trainer.generate(5, ema=False))
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_several_calls_in_a_file_give_the_bits_of_the_trainer(precision, tmp_path):
+    trainer = images(rungs=[2.0, 0.7, 0.2], precision=precision)
+    trainer.step()
+    loaded = pipeline.load(pipeline.export(trainer, tmp_path / "few.safetensors", "safetensors"))
+    for calls in (1, 2, 3, None):
+        assert torch.equal(loaded.sample(5, calls=calls), trainer.generate(5, calls=calls))
+    assert torch.equal(loaded.sample(2, first_sample=3), trainer.generate(2, first_sample=3))
+    with pytest.raises(ValueError, match=r"calls must be in \[1, 3\], the rungs of this generator, got 4"):
+        loaded.sample(2, calls=4)
+
+
+def test_the_file_of_one_call_has_the_facts_of_earlier_releases(tmp_path):
+    told = []
+    for settings in ({}, {"rungs": 2}):
+        path = pipeline.export(images(**settings), tmp_path / f"{len(told)}.safetensors", "safetensors")
+        with safe_open(str(path), "pt") as file:
+            told.append(json.loads(file.metadata()["emd_fast"])["generator"])
+    assert told[1].keys() - told[0].keys() == {"rungs"} and told[0].keys() <= told[1].keys()
+    with pytest.raises(ValueError, match=r"calls must be in \[1, 1\]"):
+        pipeline.load(tmp_path / "0.safetensors").sample(2, calls=2)
 
 
 def test_a_network_that_fuse_refuses_is_loaded_as_it_is(tmp_path):

@@ -54,6 +54,7 @@ WRONG = {
     "generator.input_scale": [INF, 10**400], "generator.sample_shape": ["2", []],
     "generator.latent_shape": [[2**40], [2**20, 2**20], [-2], [1] * 500], "generator.seed": [-1, 2**80],
     "generator.num_classes": ["10", 2**60], "generator.ema": ["yes"], "generator.t_star": ["2"],
+    "generator.rungs": ["x", [], [[1.0] * 6], [[1.0] * 5] * 2, [[1.0] * 5 + [NAN]] * 2, [[1.0] * 5 + ["1"]] * 2],
     "network": [
         "TimeMLP", {"class": "UNet2DModel", "config": {"layers_per_block": 10**7}},
         {"class": "DiTTransformer2DModel", "config": {"attention_head_dim": 2**20, "num_layers": 200}},

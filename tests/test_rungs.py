@@ -18,10 +18,12 @@ from test_trainer import config, digits_teacher, points_teacher
 from emd_fast import Denoiser, EMDConfig, EMDTrainer, FewStepGenerator, OnRung
 from emd_fast.config import ConfigError, load
 from emd_fast.diffusion.schedules import EDM, VP, Cosine, RectifiedFlow
+from emd_fast.export import export
+from emd_fast.export import load as load_exported
 from emd_fast.reporting import journal
 from emd_fast.run import distill
 from emd_fast.run.sizes import Work
-from emd_fast.teachers.mlp import PointGenerator
+from emd_fast.teachers.mlp import PointGenerator, TimeMLP
 from emd_fast.train import rungs
 from emd_fast.train.checkpoint import CheckpointError
 
@@ -77,6 +79,14 @@ def test_rungs_that_do_not_fit_are_refused_in_one_line(changes, given, said):
     with pytest.raises(ConfigError, match=said) as error:
         EMDTrainer(points_teacher(), config(**changes), given)
     assert "\n" not in str(error.value)
+
+
+def test_the_first_rung_does_not_start_where_noise_is_divided_by_no_signal():
+    schedule = VP(torch.linspace(1e-4, 0.04, 1000))
+    network = Denoiser(TimeMLP(2, 8, 1, seed=1), schedule, "eps", sample_shape=(2,))
+    with pytest.raises(ConfigError, match=r"t_star = 1 has alpha = .* take t_star up to"):
+        EMDTrainer(network, config(rungs=2, t_star=1.0))
+    EMDTrainer(network, config(rungs=2, t_star=0.6))
 
 
 def test_a_generator_of_the_caller_may_have_rungs():
@@ -297,6 +307,17 @@ def test_the_average_and_the_times_of_a_trainer_in_bfloat16():
     assert not torch.equal(trainer.generate(2), trainer.generate(2, ema=False))
 
 
+def test_adapters_train_on_rungs_and_their_export_is_merged(tmp_path):
+    pytest.importorskip("peft")
+    trainer = EMDTrainer(digits_teacher(), config(rungs=3, num_classes=3, adapter_rank=2))
+    before = trainer.generate(3, ema=False)
+    trainer.step()
+    assert not torch.equal(trainer.generate(3, ema=False), before)
+    assert trainer.sample_posterior().cond.before.any()
+    loaded = load_exported(export(trainer, tmp_path / "few.safetensors", "safetensors"))
+    torch.testing.assert_close(loaded.sample(3, calls=2), trainer.generate(3, calls=2), rtol=1e-4, atol=1e-5)
+
+
 def test_the_passes_of_the_rollout_are_planned():
     settings = config(rungs=4, fake_score_updates=2)
     work = Work(teacher=1.0, generator=10.0, fake_score=100.0)
@@ -348,7 +369,10 @@ def test_a_run_evaluates_every_number_of_calls_and_samples_with_fewer(few, call,
         assert call("sample", few, "-n", 4, "--calls", calls, "--out", tmp_path / "x.pt")[0] == 0
         assert torch.equal(torch.load(tmp_path / "x.pt"), trainer.generate(4, calls=calls))
     refused(2, "calls must be in [1, 3], the rungs of this generator, got 4", "sample", few, "--calls=4", "--out=x.pt")
-    refused(2, "makes 3 calls, and export writes those of one call", "export", few, "x.safetensors")
+    assert call("export", few, tmp_path / "few.safetensors")[0] == 0
+    assert call("sample", tmp_path / "few.safetensors", "-n", 4, "--calls", 2, "--out", tmp_path / "y.pt")[0] == 0
+    assert torch.equal(torch.load(tmp_path / "y.pt"), trainer.generate(4, calls=2))
+    refused(2, "calls must be in [1, 3]", "sample", tmp_path / "few.safetensors", "--calls=4", "--out=x.pt")
     assert "rung" in call("replay", few, "--step", 2, "--sample", 0, "--out", tmp_path / "replay")[1]
 
 

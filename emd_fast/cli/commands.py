@@ -175,10 +175,9 @@ def _generator(options: argparse.Namespace) -> tuple[Callable, Callable, Callabl
             raise ConfigError("--raw needs a run folder: what was exported has one set of weights")
         if options.best:
             raise ConfigError("--best needs a run folder: what was exported is one checkpoint")
-        if options.calls not in (None, 1):
-            raise ConfigError(f"--calls must be 1 for a generator of one call, got {options.calls}")
         one_step = pipeline.load(options.run, device="cuda" if torch.cuda.is_available() else "cpu")
-        return one_step.sample, one_step.decode, one_step.encode, one_step.metadata.num_classes
+        generate = functools.partial(one_step.sample, calls=options.calls)
+        return generate, one_step.decode, one_step.encode, one_step.metadata.num_classes
     _, _, trainer = distill.open_run(options.run, best=options.best)
     teacher: Any = trainer.teacher
     generate = functools.partial(trainer.generate, ema=not options.raw, calls=options.calls)

@@ -53,10 +53,11 @@ class FewStepGenerator(nn.Module):
         self.denoiser = denoiser
         self.times = tuple(t.tolist())
         self.input_scale: float = schedule.sigma(t[:1]).item() if input_scale is None else input_scale
-        # No buffer: a conversion of the module to bfloat16 would round the times.
-        self._values = torch.stack([t, alpha, scale, *denoiser.coefficients(t)])
+        # (t, alpha, scale of z, c_skip, c_out) by rung, (5, n). No buffer: a conversion of the module to bfloat16 would
+        # round the times.
+        self.values = torch.stack([t, alpha, scale, *denoiser.coefficients(t)])
         self._on: dict[torch.device, Tensor] = {}
-        self._c_skip, self._c_out = self._values[3:, 0].tolist()
+        self._c_skip, self._c_out = self.values[3:, 0].tolist()
 
     @property
     def sample_shape(self) -> tuple[int, ...] | None:
@@ -108,7 +109,7 @@ class FewStepGenerator(nn.Module):
     def _at(self, rung: Tensor) -> tuple[Tensor, ...]:
         """(t, alpha, scale of z, c_skip, c_out) at the rungs (B,) of samples, (B,) float32 each."""
         if rung.device not in self._on:  # made once: a copy to the device makes the host wait
-            self._on[rung.device] = self._values.to(rung.device)
+            self._on[rung.device] = self.values.to(rung.device)
         return self._on[rung.device][:, rung].unbind()
 
 

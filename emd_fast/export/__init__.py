@@ -1,4 +1,4 @@
-"""One-step generators handed on: `export` writes one, `load` reads it."""
+"""Generators handed on: `export` writes one, `load` reads it."""
 
 from emd_fast.export.pipeline import EXPORTED, NotForStock, export, load
 

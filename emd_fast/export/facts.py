@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from emd_fast.export.one_step import Metadata
+from emd_fast.export.one_step import Call, Metadata
 from emd_fast.io.paths import is_part
 from emd_fast.io.reading import parse_json, reason
 from emd_fast.io.signed import json_of, table_of
@@ -26,6 +26,7 @@ DTYPES = {
     "float16": torch.float16,
 }
 _LARGEST = 2**28  # elements of a sample
+_MOST_CALLS = 2**16
 
 
 def encoded(facts: Mapping[str, Any], indent: int | None = None) -> str:
@@ -63,13 +64,20 @@ def decoded(path: Path, content: str | bytes, names: set[str], indent: int | Non
     return table
 
 
+def table_of_metadata(metadata: Metadata) -> dict[str, Any]:
+    """Metadata as facts. Those of a generator of one call have no rungs, as in earlier releases."""
+    table = dataclasses.asdict(metadata)
+    return table if metadata.rungs else {name: value for name, value in table.items() if name != "rungs"}
+
+
 def metadata(path: Path, table: object) -> Metadata:
     """The metadata of a generator.
 
     Raises:
         ValueError: keys that are missing or unknown, or values of other types or outside their range.
     """
-    if not isinstance(table, dict) or table.keys() != {item.name for item in dataclasses.fields(Metadata)}:
+    names = {item.name for item in dataclasses.fields(Metadata)}
+    if not isinstance(table, dict) or not names - {"rungs"} <= table.keys() <= names:
         raise ValueError(f"{path} is no generator of emd_fast.export: its metadata has other keys")
     for name, value in table.items():
         if not _METADATA[name](value):
@@ -83,6 +91,14 @@ def _is_number(value: object) -> bool:
 
 def _is_count(value: object, end: int) -> bool:
     return type(value) is int and 0 <= value < end
+
+
+def _are_calls(value: object) -> bool:
+    return (
+        type(value) is list
+        and 2 <= len(value) <= _MOST_CALLS
+        and all(type(call) is list and len(call) == len(Call._fields) and all(map(_is_number, call)) for call in value)
+    )
 
 
 def _is_shape(value: object) -> bool:
@@ -104,6 +120,7 @@ _METADATA: dict[str, Any] = {
     "steps": lambda value: _is_count(value, 2**62),
     "ema": lambda value: type(value) is bool,
     "t_star": lambda value: value is None or _is_number(value),
+    "rungs": _are_calls,
 }
 
 

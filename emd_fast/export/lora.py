@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from emd_fast.diffusion.few_step import FewStepGenerator
 from emd_fast.diffusion.generator import Generator
 from emd_fast.export import facts
 from emd_fast.teachers.diffusers import DiffusersDenoiser, stock
@@ -33,7 +34,8 @@ def write(out: Path, generator: nn.Module, teacher_hash: str, steps: int) -> Pat
     """
     from safetensors.torch import save_file
 
-    if not isinstance(generator, Generator) or not isinstance(generator.denoiser, DiffusersDenoiser):
+    of_denoiser = (Generator, FewStepGenerator)
+    if not isinstance(generator, of_denoiser) or not isinstance(generator.denoiser, DiffusersDenoiser):
         raise ValueError("a LoRA file needs a teacher from a folder of diffusers; use format='safetensors'")
     if not adapters.has_adapter(generator):
         raise ValueError("this generator has no adapter: train it with adapter_rank, or use format='diffusers'")

@@ -1,10 +1,10 @@
-"""The one-step generator that `emd_fast.export.load` returns; it needs neither trainer nor teacher."""
+"""The generator that `emd_fast.export.load` returns; it needs neither trainer nor teacher."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,24 @@ from torch import Tensor, nn
 from emd_fast import ops
 from emd_fast.diffusion import ragged
 from emd_fast.diffusion.denoiser import Condition
+from emd_fast.diffusion.few_step import check_calls
 from emd_fast.noise import Noise, NoiseStream
 from emd_fast.teachers.diffusers.architectures import Network
 from emd_fast.teachers.diffusers.folder import Folder
+
+
+class Call(NamedTuple):
+    """Coefficients of a call: x = c_skip u + c_out F(c_in u; c_noise), u = alpha before + scale z.
+
+    `before` is x of the call before.
+    """
+
+    c_skip: float
+    c_out: float
+    c_in: float
+    c_noise: float
+    alpha: float
+    scale: float
 
 
 @dataclass(frozen=True)
@@ -31,6 +46,8 @@ class Metadata:
         steps: optimizer steps of the training.
         ema: whether the weights are the EMA.
         t_star: noise level in the teacher's t, for information only.
+        rungs: a `Call` for each call of a generator of several; the numbers above are those of the first.
+            Empty for one call.
     """
 
     c_skip: float
@@ -47,6 +64,7 @@ class Metadata:
     steps: int
     ema: bool
     t_star: float | None
+    rungs: Sequence[Sequence[float]] = ()
 
 
 class OneStep(nn.Module):
@@ -64,21 +82,51 @@ class OneStep(nn.Module):
     ) -> None:
         super().__init__()
         self.network, self.metadata, self.folder, self._whole = network, metadata, folder, whole
+        one = Call(metadata.c_skip, metadata.c_out, metadata.c_in, metadata.c_noise, 0.0, metadata.input_scale)
+        self._calls = [Call(*call) for call in metadata.rungs] or [one]
         self.sample_shape, self.latent_shape = tuple(metadata.sample_shape), tuple(metadata.latent_shape)
 
     def forward(self, z: Tensor, cond: Condition = None) -> Tensor:
-        """Returns x (B, ...) float32 for z (B, ...) ~ N(0, I)."""
-        metadata = self.metadata
-        with torch.autocast(z.device.type, torch.bfloat16, enabled=metadata.precision == "bfloat16"):
-            if self._whole:
-                return self.network(z, cond).float()
-            x = metadata.input_scale * z
-            c_noise = torch.full((len(z),), metadata.c_noise, dtype=torch.float32, device=z.device)
-            output = self.network((metadata.c_in * x).to(getattr(torch, metadata.dtype)), c_noise, cond)
-            return (metadata.c_skip * x + metadata.c_out * output[:, : x.shape[1]]).float()
+        """Returns x (B, ...) float32 of the first call, for z (B, ...) ~ N(0, I)."""
+        return self.samples([z], cond)[0]
+
+    def samples(self, noises: Sequence[Tensor], cond: Condition = None) -> list[Tensor]:
+        """Returns x_1 .. x_m (B, ...) float32 of m calls, for z_1 .. z_m (B, ...) ~ N(0, I).
+
+        Raises:
+            ValueError: noises for more calls than the generator has.
+        """
+        check_calls(len(noises), len(self._calls))
+        found: list[Tensor] = []
+        precision = self.metadata.precision
+        with torch.autocast(noises[0].device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            for call, z in zip(self._calls, noises, strict=False):
+                if self._whole:
+                    return [self.network(z, cond).float()]
+                x = call.scale * z
+                if found:
+                    x = call.alpha * found[-1] + x
+                found.append(self._denoised(x, call, cond))
+        return found
+
+    def _denoised(self, x: Tensor, call: Call, cond: Condition) -> Tensor:
+        c_noise = torch.full((len(x),), call.c_noise, dtype=torch.float32, device=x.device)
+        output = self.network((call.c_in * x).to(getattr(torch, self.metadata.dtype)), c_noise, cond)
+        output = output[:, : x.shape[1]]
+        if len(self._calls) > 1:
+            output = output.float()  # as FewStepGenerator, whose coefficients are float32 tensors
+        return (call.c_skip * x + call.c_out * output).float()
 
     @torch.no_grad()
-    def sample(self, n: int, cond: Condition = None, *, seed: int | None = None, first_sample: int = 0) -> Tensor:
+    def sample(
+        self,
+        n: int,
+        cond: Condition = None,
+        *,
+        seed: int | None = None,
+        first_sample: int = 0,
+        calls: int | None = None,
+    ) -> Tensor:
         """Returns n samples (n, ...) float32, those of the trainer's `generate` for the same seed.
 
         Args:
@@ -87,13 +135,21 @@ class OneStep(nn.Module):
                 turn.
             seed: seed of z; the trainer's when None.
             first_sample: global index of the first sample in noise stream 9.
+            calls: stop after that many calls; all when None.
+
+        Raises:
+            ValueError: more calls than the generator has.
         """
         device = next(self.parameters()).device
         noise = Noise(self.metadata.seed if seed is None else seed, first_sample=first_sample, device=device)
-        z = ops.normal((n, *self.latent_shape), noise, stream=NoiseStream.SHOWN)
+        made = len(self._calls) if calls is None else check_calls(calls, len(self._calls))
+        noises = [
+            ops.normal((n, *self.latent_shape), noise, stream=NoiseStream.SHOWN, substep=NoiseStream.shown_substep(j))
+            for j in range(made)
+        ]
         if cond is None and self.metadata.num_classes:
             cond = torch.arange(first_sample, first_sample + n, device=device) % self.metadata.num_classes
-        return self(z, cond)
+        return self.samples(noises, cond)[-1]
 
     def encode(self, prompts: Sequence[str], *, embedded_guidance: float | None = None) -> Condition:
         """Encodes prompts with the text encoders in the folder.

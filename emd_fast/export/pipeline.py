@@ -14,7 +14,6 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,9 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from emd_fast.diffusion.denoiser import Denoiser
+from emd_fast.diffusion.few_step import FewStepGenerator
 from emd_fast.diffusion.generator import Generator
 from emd_fast.export import facts, lora
-from emd_fast.export.one_step import Metadata, OneStep
+from emd_fast.export.one_step import Call, Metadata, OneStep
 from emd_fast.fusion.fusing import fuse_known
 from emd_fast.io.files import write_atomic
 from emd_fast.io.models import check_config
@@ -81,11 +81,6 @@ def export(
         if teacher is None:
             raise ValueError("a checkpoint holds no teacher: give export() the teacher that it was distilled from")
         trainer = EMDTrainer.resume(Path(trainer), teacher, trains=False)
-    if trainer.config.calls > 1:
-        raise ValueError(
-            f"this generator makes {trainer.config.calls} calls, and export writes those of one call: "
-            "draw samples of the run with `emd-fast sample`"
-        )
     generator = trainer.ema.module if ema else trainer.generator
     if format == "lora":
         return lora.write(Path(out), generator, trainer.teacher_hash, trainer.steps_done)
@@ -104,14 +99,12 @@ def example(trainer: EMDTrainer, out: str | os.PathLike[str]) -> str:
 
 
 def _metadata(trainer: EMDTrainer, generator: nn.Module, ema: bool) -> Metadata:
-    scales: dict[str, Any] = dict.fromkeys(("c_skip", "c_out", "c_in", "c_noise", "input_scale"), 1.0)
-    if isinstance(generator, Generator):
-        t = torch.tensor([generator.t_star], dtype=torch.float32)
-        c_in, c_noise = (value.item() for value in generator.denoiser.network_inputs(t))
-        scales = {"c_skip": generator.c_skip, "c_out": generator.c_out, "c_in": c_in, "c_noise": c_noise}
-        scales["input_scale"] = generator.input_scale
+    calls = _calls(generator)
+    first = calls[0]._asdict() if calls else dict.fromkeys(Call._fields, 1.0)
+    first.pop("alpha")
+    first["input_scale"] = first.pop("scale")
     return Metadata(
-        **scales,
+        **first,
         sample_shape=trainer.sample_shape,
         latent_shape=trainer.latent_shape,
         precision="bfloat16" if trainer.compute_dtype == torch.bfloat16 else "float32",
@@ -120,14 +113,29 @@ def _metadata(trainer: EMDTrainer, generator: nn.Module, ema: bool) -> Metadata:
         num_classes=trainer.config.num_classes,
         steps=trainer.steps_done,
         ema=ema,
-        t_star=generator.t_star if isinstance(generator, Generator) else None,
+        t_star=generator.t_star if isinstance(generator, (Generator, FewStepGenerator)) else None,
+        rungs=calls if len(calls) > 1 else (),
     )
+
+
+def _calls(generator: nn.Module) -> list[Call]:
+    if isinstance(generator, Generator):
+        t = torch.tensor([generator.t_star], dtype=torch.float32)
+        c_in, c_noise = (value.item() for value in generator.denoiser.network_inputs(t))
+        return [Call(generator.c_skip, generator.c_out, c_in, c_noise, 0.0, generator.input_scale)]
+    if isinstance(generator, FewStepGenerator):
+        t, alpha, scale, c_skip, c_out = generator.values.unbind()
+        columns = (c_skip, c_out, *generator.denoiser.network_inputs(t), alpha, scale)
+        return [Call(*call) for call in torch.stack(columns, dim=1).tolist()]
+    return []
 
 
 def _write_folder(out: Path, generator: nn.Module, metadata: Metadata) -> Path:
     from emd_fast.teachers.diffusers import stock
 
-    if not isinstance(generator, Generator) or not isinstance(generator.denoiser, DiffusersDenoiser):
+    if not isinstance(generator, (Generator, FewStepGenerator)) or not isinstance(
+        generator.denoiser, DiffusersDenoiser
+    ):
         raise ValueError("format 'diffusers' needs a teacher from a folder of diffusers; use format='safetensors'")
     facts.check_new(out)
     denoiser = generator.denoiser
@@ -170,7 +178,7 @@ def _write_folder(out: Path, generator: nn.Module, metadata: Metadata) -> Path:
             scheduler.save_pretrained(unfinished / "scheduler")
             _write_json(unfinished / "model_index.json", index)
         written = facts.digests_of(unfinished, EXPORTED)
-        told = {"generator": asdict(metadata), "pipeline": index, "digests": written}
+        told = {"generator": facts.table_of_metadata(metadata), "pipeline": index, "digests": written}
         (unfinished / EXPORTED).write_text(facts.encoded(told, indent=2))
         if out.exists():
             out.rmdir()
@@ -187,8 +195,9 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
 def _write_file(out: Path, generator: nn.Module, metadata: Metadata) -> Path:
     from safetensors.torch import save as encoded
 
-    network: Any = generator.denoiser.network if isinstance(generator, Generator) else generator
-    if isinstance(generator, Generator) and generator.denoiser.has_output and not isinstance(network, Network):
+    denoiser: Any = generator.denoiser if isinstance(generator, (Generator, FewStepGenerator)) else None
+    network: Any = generator if denoiser is None else denoiser.network
+    if denoiser is not None and denoiser.has_output and not isinstance(network, Network):
         raise ValueError("this generator's Denoiser has an `output` of its own, which a file cannot hold")
     if isinstance(network, Network):
         model: Any = network.model
@@ -204,7 +213,11 @@ def _write_file(out: Path, generator: nn.Module, metadata: Metadata) -> Path:
             "its state_dict instead"
         )
     weights = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
-    told = {"generator": asdict(metadata), "network": described, "digests": {"weights": facts.digest_of(weights)}}
+    told = {
+        "generator": facts.table_of_metadata(metadata),
+        "network": described,
+        "digests": {"weights": facts.digest_of(weights)},
+    }
     whole = encoded(weights, {"emd_fast": facts.encoded(told)})
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(out, lambda file: file.write(whole))

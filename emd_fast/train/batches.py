@@ -149,7 +149,7 @@ class BatchSampler:
     def shown_z(self, n: int, first_sample: int, rung: int) -> Tensor:
         """Draws z (n, ...) of a rung for samples that are shown to people."""
         noise = Noise(self.config.seed, first_sample=first_sample, device=self.noise.device)
-        substep = NoiseStream.SHOWN_RUNG + rung if rung else 0
+        substep = NoiseStream.shown_substep(rung)
         return ops.normal((n, *self.latent_shape), noise, stream=NoiseStream.SHOWN, substep=substep)
 
     def conditions(self, cond: Condition, start: int, end: int, substep: int) -> Condition:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from emd_fast.diffusion.few_step import FewStepGenerator
 from emd_fast.diffusion.generator import Generator
 from emd_fast.teachers.diffusers import DiffusersDenoiser
 from emd_fast.teachers.diffusers.architectures.conditions import GUIDANCE
@@ -44,14 +45,16 @@ def pipeline_class(denoiser: DiffusersDenoiser) -> str:
     return name
 
 
-def scheduler(generator: Generator) -> Any:
+def scheduler(generator: Generator | FewStepGenerator) -> Any:
     """Returns the diffusers scheduler with which the stock pipeline samples in one step.
 
     Raises:
-        NoStockPipeline: there is none for this t_star and input_scale.
+        NoStockPipeline: there is none for this t_star and input_scale, or for several calls.
     """
     import diffusers
 
+    if isinstance(generator, FewStepGenerator):
+        raise NoStockPipeline(f"the configuration of a scheduler does not hold the {len(generator.times)} noise levels")
     denoiser = generator.denoiser
     assert isinstance(denoiser, DiffusersDenoiser)
     architecture = denoiser.network.architecture
