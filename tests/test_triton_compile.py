@@ -16,7 +16,7 @@ def call(op, dtype, layout=torch.contiguous_format, by_sample=False):
     """The arguments of a call on tensors of SHAPE, networks' outputs in this dtype and layout."""
     state, v, noise = torch.zeros(SHAPE), torch.ones(SHAPE[0]), Noise(0).state
     output = torch.zeros(SHAPE, dtype=dtype).contiguous(memory_format=layout)
-    step = (0.0, v) if by_sample else (0.1, None)
+    step = (0.0, v, True) if by_sample else (0.1, None, False)  # size, by sample, exact
     return {
         "uniform": (list(SHAPE), noise, 1, 0),
         "normal": (list(SHAPE), noise, 1, 0, dtype),
@@ -135,13 +135,13 @@ def test_any_number_of_outputs(terms):
     state, v, noise = torch.zeros(SHAPE), torch.ones(SHAPE[0]), Noise(0).state
     outputs = [torch.zeros(SHAPE, dtype=BF16) for _ in range(min(terms, 4))]
     x = state if terms == 5 else None
-    args = (state, state, x, outputs, torch.ones(SHAPE[0], terms), v, v, 0.1, None, noise, 0, BF16)
+    args = (state, state, x, outputs, torch.ones(SHAPE[0], terms), v, v, 0.1, None, False, noise, 0, BF16)
     (found,) = launches("langevin_eps", *args)
     compiled(found, 90).check(registers=80)
 
 
 # Where substep and, if the op takes one, stream are among the arguments.
-AT = {"uniform": (3, 2), "normal": (3, 2), "perturb": (6, 5), "langevin_eps": (10,), "langevin_z": (5,)}
+AT = {"uniform": (3, 2), "normal": (3, 2), "perturb": (6, 5), "langevin_eps": (11,), "langevin_z": (6,)}
 
 
 @pytest.mark.parametrize("op", AT)
