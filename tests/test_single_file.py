@@ -11,6 +11,7 @@ pytest.importorskip("diffusers")
 import architectures
 import diffusers_folders as folders
 import single_files as files
+import tiny_architectures
 
 from emd_fast.config import ConfigError
 from emd_fast.teachers import diffusers as teachers
@@ -82,7 +83,7 @@ def test_the_other_networks(tmp_path, make, names):
 @pytest.mark.parametrize("name", architectures.ROWS)
 def test_every_network_by_the_names_of_diffusers(tmp_path, name):
     row = architectures.ROWS[name]
-    model = architectures.seeded(row.model)
+    model = tiny_architectures.seeded(row.model)
     config = described(folders.bare(model, row.scheduler(), tmp_path / "folder"), tmp_path / "config")
     table = {name: value.contiguous() for name, value in model.state_dict().items()}
     safetensors.save_file(table, tmp_path / "x.safetensors")
