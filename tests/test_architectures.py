@@ -4,6 +4,7 @@ import functools
 import inspect
 import json
 import re
+import unittest.mock
 import warnings
 from pathlib import Path
 
@@ -300,6 +301,38 @@ def test_alpha_and_sigma_are_of_the_time_that_the_network_hears_in_bfloat16(tmp_
     torch.testing.assert_close(posterior.sigma, posterior.t, rtol=0, atol=0)
     drawn = trained(teacher, row, steps=0, guidance=None).sample_posterior().t
     assert torch.equal(drawn, posterior.t) == (name[:4] in ("ZIma", "WanT"))  # rounded where the network rounds
+
+
+SHIFTED = [
+    ("FluxTransformer2DModel", "linear"),
+    *((f"{name}Transformer2DModel", "exponential") for name in ("Flux", "Chroma", "QwenImage", "ZImage")),
+    ("LTXVideoTransformer3DModel", "exponential"),
+]
+
+
+@pytest.mark.parametrize(("name", "kind"), SHIFTED)
+def test_a_dynamic_shift_of_times_is_that_of_the_stock_pipeline(tmp_path, name, kind):
+    row = architectures.ROWS[name]
+    pipeline = pipeline_of(row)
+    numbers = {"base_shift": 0.3, "max_shift": 0.9, "base_image_seq_len": 16, "max_image_seq_len": 64}
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, time_shift_type=kind, **numbers)
+    pipeline.scheduler = scheduler
+    pipeline.save_pretrained(tmp_path / "teacher")
+    with unittest.mock.patch.object(scheduler, "time_shift", wraps=scheduler.time_shift) as shifted:
+        run(pipeline, row, row.call(row.cond(architectures.LENGTHS), None))
+    uniform = torch.linspace(0.01, 0.99, 9, dtype=torch.float64)
+    theirs = scheduler.time_shift(*shifted.call_args.args[:2], uniform)
+    shift = teachers.load(tmp_path / "teacher", **row.size).shift
+    torch.testing.assert_close(shift * uniform / (1 + (shift - 1) * uniform), theirs, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("name", ["Flux2Transformer2DModel", "Lumina2Transformer2DModel"])
+def test_a_dynamic_shift_that_does_not_follow_from_the_tokens_is_not_known(tmp_path, name):
+    row = architectures.ROWS[name]
+    pipeline_of(row).save_pretrained(tmp_path / "teacher")
+    assert teachers.load(tmp_path / "teacher", **row.size).shift == row.scheduler().shift
+    dynamic = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    assert teachers.load(tmp_path / "teacher", scheduler=dynamic, **row.size).shift is None
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ ABOVE_0 = (
     "teacher.channels mixture.modes mixture.radius mixture.std mixture.generator_width mixture.generator_layers "
     "mixture.fake_score_width mixture.fake_score_layers emd.steps emd.batch_size emd.input_scale emd.max_z_rms "
     "emd.time_distribution.low emd.time_distribution.high emd.time_distribution.std "
+    "emd.time_distribution.shift emd.fake_score_time_distribution.shift "
     "emd.fake_score_time_distribution.low emd.fake_score_time_distribution.high emd.fake_score_time_distribution.std "
     "emd.optimizer.generator_lr emd.optimizer.fake_score_lr emd.average.ema_power emd.average.ema_half_life "
     "pretrained.height pretrained.width pretrained.frames"
@@ -86,6 +87,7 @@ def test_a_value_outside_its_range_is_refused_and_named(key):
         ({"generator_rl": 1}, "did you mean 'generator_lr'"),
         ({"time_distribution": {"low": 2.0, "high": 1.0}}, "low"),
         ({"time_distribution": {"kidn": "log_normal"}}, "did you mean 'kind'"),
+        ({"time_distribution": {"shift": 3.0}}, 'shift must be left out for times of kind "log_uniform", got 3.0'),
     ],
 )
 def test_a_wrong_value_is_named(changes, said):
@@ -124,6 +126,7 @@ def test_keys_of_a_section_are_accepted_flat_and_read_from_it():
         ({"ema": 0.5}, ("average.ema", 0.99, 0.5)),
         ({"precision": "float32"}, ("compute.precision", "auto", "float32")),
         ({"time_distribution": {"low": 0.1}}, ("time_distribution.low", 0.05, 0.1)),
+        ({"time_distribution": {"kind": "karras"}}, ("time_distribution.kind", "log_uniform", "karras")),
     ],
 )
 def test_resumable_keys_may_change_and_others_may_not(change, forbidden):

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 
 import diffusers_folders as folders
 import pytest
 import torch
 
-from emd_fast.config import ConfigError
+from emd_fast.config import ConfigError, EMDConfig
 from emd_fast.teachers import diffusers as teachers
 from emd_fast.teachers.diffusers import weights
+from emd_fast.train.times import with_shift
 
 diffusers = pytest.importorskip("diffusers")
 safetensors = pytest.importorskip("safetensors.torch")
@@ -39,6 +41,53 @@ def test_a_sample_shape_for_a_folder_without_a_size(tmp_path, monkeypatch, capsy
     pipeline = diffusers.DiffusionPipeline.from_pretrained("one-step")
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline(num_inference_steps=1).images[0].size == (16, 8)
+
+
+FLOW, DYNAMIC = "FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True}
+SOLVER = {"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "shift"),
+    [
+        ({"_class_name": FLOW}, 1.0),
+        ({"_class_name": FLOW, "shift": 3}, 3.0),
+        ({**SOLVER, "flow_shift": 5.0}, 5.0),
+        ({"_class_name": FLOW, "shift": 3.0, **DYNAMIC}, math.exp(0.5 + 0.65 * (16 - 256) / (4096 - 256))),
+        ({"_class_name": FLOW, "shift": "3"}, None),
+        ({"_class_name": FLOW, "shift": 0}, None),
+        ({"_class_name": FLOW, "shift": math.nan}, None),
+        ({"_class_name": FLOW, **DYNAMIC, "max_shift": [1]}, None),
+        ({"_class_name": FLOW, **DYNAMIC, "max_image_seq_len": 256}, None),
+        ({"_class_name": FLOW, **DYNAMIC, "max_shift": 1e9, "base_image_seq_len": 0}, None),
+    ],
+)
+def test_the_shift_of_times_is_that_of_the_scheduler(tmp_path, scheduler, shift):
+    folders.bare_sd3(tmp_path)
+    teacher = teachers.load(tmp_path, scheduler=scheduler)  # of 4 x 4 tokens
+    times = {"time_distribution": {"kind": "shifted"}}
+    if shift is None:
+        with pytest.raises(ConfigError, match="scheduler has no shift that can be used: give shift, the s of"):
+            with_shift(EMDConfig(**times), teacher)
+    else:
+        assert with_shift(EMDConfig(**times), teacher).time_distribution.shift == pytest.approx(shift, rel=1e-12)
+    assert with_shift(EMDConfig(), teacher) == EMDConfig()
+    given = EMDConfig(time_distribution={"kind": "shifted", "shift": 2.0})
+    assert with_shift(given, teacher) == given
+
+
+def test_times_that_do_not_fit_are_refused_before_prompts_are_encoded(tmp_path, monkeypatch, capsys):
+    from emd_fast.cli import commands
+
+    monkeypatch.chdir(tmp_path)
+    folders.stable_diffusion(tmp_path / "copy")
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    monkeypatch.setattr(teachers.DiffusersDenoiser, "text_encoder", lambda self: pytest.fail("prompts are encoded"))
+    words = ["distill", "--teacher=copy", "--out=run", "--prompts=prompts.txt", "--t-star=0.6"]
+    capsys.readouterr()
+    assert commands.main([*words, "--time-distribution.kind=shifted"]) == 2
+    error = capsys.readouterr().err
+    assert 'time_distribution of kind "shifted" needs a rectified flow' in error and error.count("\n") == 1, error
 
 
 @pytest.mark.parametrize("betas", ["sigmoid", "laplace"])

@@ -234,7 +234,7 @@ def test_step_sizes_by_sigma_are_interpolated():
 
 
 @pytest.mark.parametrize("schedule", [schedules.EDM(), schedules.Cosine(), schedules.RectifiedFlow()])
-@pytest.mark.parametrize("kind", ["log_uniform", "log_normal"])
+@pytest.mark.parametrize("kind", ["log_uniform", "log_normal", "karras"])
 def test_times_lie_where_the_distribution_says(schedule, kind):
     teacher = Denoiser(TimeMLP(2, 16, 1, seed=1), schedule, "x0", sample_shape=(2,))
     times = {"kind": kind, "low": 0.1, "high": 2.0}

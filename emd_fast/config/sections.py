@@ -14,16 +14,21 @@ from emd_fast.config.tables import validate
 class TimeDistribution:
     """Distribution of t, by the noise-to-signal ratio sigma / alpha (sigma itself for EDM)."""
 
-    kind: Literal["log_uniform", "log_normal"] = setting("log_uniform", "distribution of log (sigma / alpha)")
+    kind: Literal["log_uniform", "log_normal", "karras", "shifted"] = setting(
+        "log_uniform", "distribution of sigma / alpha, in the words of docs/algorithm.md"
+    )
     low: float = setting(0.05, "smallest ratio", unit="sigma / alpha", gt=0)
     high: float = setting(5.0, "largest ratio", unit="sigma / alpha", gt=0)
     mean: float = setting(-0.8, "mean of the log ratio, for log_normal", unit="log (sigma / alpha)")
     std: float = setting(1.2, "standard deviation of the log ratio, for log_normal", gt=0)
+    shift: float | None = setting(None, "s of shifted times; none for that of the teacher's scheduler", gt=0)
 
     def __post_init__(self) -> None:
         validate(self)
         if not self.low < self.high:
             raise ConfigError(f"low must be below high, got low = {self.low!r} and high = {self.high!r}")
+        if self.shift is not None and self.kind != "shifted":
+            raise ConfigError(f'shift must be left out for times of kind "{self.kind}", got {self.shift!r}')
 
 
 @documented

@@ -232,6 +232,11 @@ class Denoiser(nn.Module):
         """Returns c_in, the scale of x_t, and c_noise, the noise-level input: (B,) float32 each."""
         return (torch.ones_like(t) if self._c_in is None else self._c_in(t)), self._c_noise(t)
 
+    @property
+    def shift(self) -> float | None:
+        """Shift of the times at which a rectified flow is sampled; None where no scheduler says one."""
+        return None
+
     def heard(self, t: Tensor, dtype: torch.dtype) -> Tensor:
         """Returns the times (B,) float32 that the network computes with for t, where it computes in `dtype`.
 

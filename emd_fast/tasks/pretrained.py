@@ -28,6 +28,7 @@ from emd_fast.teachers import custom, edm
 from emd_fast.teachers import diffusers as folders
 from emd_fast.train import conditions
 from emd_fast.train.rungs import by_calls
+from emd_fast.train.times import with_shift
 from emd_fast.train.trainer import EMDTrainer
 
 _PREVIEWS = 16  # samples in a picture
@@ -83,6 +84,7 @@ class Pretrained:
         guidance = settings.embedded_guidance
         teacher = folders.load(name, config=config or None, device=where, embedded_guidance=guidance, **size)
         teacher.check_t_star(self.config.emd.first_time)
+        with_shift(self.config.emd, teacher)  # for its errors, before prompts are encoded
         if self._has_texts() and teacher.takes.tensors:
             teacher.folder.check_text()
         return teacher

@@ -5,7 +5,6 @@ docs/algorithm.md lists the streams.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,6 +18,7 @@ from emd_fast.diffusion.denoiser import Condition
 from emd_fast.diffusion.schedules import Schedule
 from emd_fast.noise import Noise, NoiseStream
 from emd_fast.train.conditions import Table
+from emd_fast.train.times import log_ratios
 
 
 @dataclass(frozen=True)
@@ -100,12 +100,8 @@ class BatchSampler:
 
     def times(self, distribution: TimeDistribution, size: int, *, stream: int, substep: int = 0) -> Tensor:
         """Draws t (size,) float32, from the sample on that the noise was moved to."""
-        low, high = math.log(distribution.low), math.log(distribution.high)
-        if distribution.kind == "log_uniform":
-            log_ratio = low + (high - low) * ops.uniform((size,), self.noise, stream=stream, substep=substep)
-        else:
-            normal = ops.normal((size,), self.noise, stream=stream, substep=substep)
-            log_ratio = (distribution.mean + distribution.std * normal).clamp(low, high)
+        draw = ops.normal if distribution.kind == "log_normal" else ops.uniform
+        log_ratio = log_ratios(distribution, draw((size,), self.noise, stream=stream, substep=substep))
         # Rounded to what the network is told before alpha and sigma are computed.
         return self._heard(self.schedule.t_from_log_snr(-2 * log_ratio).clamp(self.schedule.t_min, self.schedule.t_max))
 

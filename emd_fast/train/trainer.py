@@ -32,6 +32,7 @@ from emd_fast.train.posterior import PosteriorSampler
 from emd_fast.train.rungs import Rollout, generated
 from emd_fast.train.state import State, check_config, check_process, check_teacher, read_facts
 from emd_fast.train.throughput import StepTimer
+from emd_fast.train.times import with_shift
 
 
 class EMDTrainer:
@@ -76,8 +77,8 @@ class EMDTrainer:
     ) -> None:
         if not isinstance(config, EMDConfig):
             raise TypeError(f"config must be an EMDConfig, got {type(config).__name__}")
+        self.config = config = with_shift(config, unwrap(teacher))
         distributed.check_same(flatten(config))
-        self.config = config
         prepared = networks.prepare(teacher, config, generator, fake_score)
         self.generator, self.teacher, self.fake_score = three = prepared.three
         self.ema, self.parallel = prepared.ema, prepared.parallel
@@ -339,8 +340,9 @@ class EMDTrainer:
         """
         with checkpoint.reading(path):
             saved = read_facts(path, checkpoint.facts(path))
-            check_config(path, saved.config, config or saved.config)
-            trainer = cls(teacher, config or saved.config, generator, fake_score, prompts)
+            config = with_shift(config or saved.config, unwrap(teacher))
+            check_config(path, saved.config, config)
+            trainer = cls(teacher, config, generator, fake_score, prompts)
             trainer._state.restore(Path(path), saved.counters)
             trainer.skipped.fill_(saved.skipped)
             trainer.steps_done = saved.step

@@ -20,6 +20,7 @@ from emd_fast.teachers.diffusers.architectures.conditions import GUIDANCE
 from emd_fast.teachers.diffusers.encoder import TextEncoder
 from emd_fast.teachers.diffusers.folder import Folder, import_diffusers
 from emd_fast.teachers.diffusers.scheduler import SchedulerInfo, read
+from emd_fast.teachers.diffusers.shift import shift_of
 from emd_fast.teachers.diffusers.single_file import SingleFile
 
 __all__ = ["DiffusersDenoiser", "load"]
@@ -72,6 +73,13 @@ class DiffusersDenoiser(Denoiser):
         # The null label of a DiT must not be drawn.
         null = self.network.architecture.null_label
         return self.takes.num_classes if null is None else null
+
+    @property
+    def shift(self) -> float | None:
+        assert self.sample_shape is not None
+        architecture = self.network.architecture
+        tokens = architecture.tokens(self.sample_shape) if architecture.dynamic_shift else None
+        return shift_of(self.scheduler_config, tokens)
 
     def heard(self, t: Tensor, dtype: torch.dtype) -> Tensor:
         return self.network.architecture.heard(t, dtype)

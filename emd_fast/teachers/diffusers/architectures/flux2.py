@@ -18,6 +18,7 @@ class Flux2Transformer2DModel(PackedImage):
     vaes = ("AutoencoderKLFlux2",)
     patch, size = (1, 1, 1), (1, 64, 64)
     guidance = 4.0
+    dynamic_shift = False  # it depends on the number of steps too
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)

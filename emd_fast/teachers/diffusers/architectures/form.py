@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -33,6 +34,7 @@ class Architecture:
         null_label: the label that means "no label", or None.
         patch: sides of a patch in latents, (frames, height, width). A sample has whole patches.
         size: latents (frames, height, width) of a sample where the configuration has no size, or None.
+        dynamic_shift: its pipeline computes a dynamic shift of times from the number of tokens.
         video: a sample is (C, F, H, W), not (C, H, W).
         guidance: default of the embedded guidance, of a network that takes it.
         unguided: arguments with which the first pipeline does not guide and keeps the size.
@@ -53,6 +55,7 @@ class Architecture:
     text: tuple[str, ...] = ()
     patch: tuple[int, ...] = (1, 1, 1)
     size: tuple[int, int, int] | None = None
+    dynamic_shift = True
     video = False
     guidance = 0.0
     unguided: Mapping[str, Any] = {"guidance_scale": 1.0}
@@ -173,6 +176,11 @@ class Architecture:
                     f"sample_shape must be {wanted} for this {name} with sides in whole patches of {self.patch}, got "
                     f"{tuple(shape)}"
                 )
+
+    def tokens(self, shape: Sequence[int]) -> int:
+        """Patches of a sample (C, H, W) or (C, F, H, W)."""
+        sides = shape[1:]
+        return math.prod(side // patch for side, patch in zip(sides, self.patch[-len(sides) :], strict=True))
 
     def _usual_size(self, given: tuple[int | None, ...]) -> tuple[int, int, int]:
         size = self.config.get("sample_size")

@@ -16,6 +16,7 @@ from emd_fast.teachers.diffusers.architectures.packing import rescaled
 class Lumina2Transformer2DModel(Architecture):
     pipelines = ("Lumina2Pipeline",)
     text = GEMMA
+    dynamic_shift = False  # the pipeline takes the channels for the tokens
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
