@@ -88,7 +88,7 @@ def test_the_lora_file_has_the_names_of_peft_and_its_alpha(made, tmp_path):
     assert (told["unet.r"], told["unet.lora_alpha"]) == (4, 8.0)
     assert names == {f"unet.{layer}.lora_{x}.weight" for layer in told["unet.target_modules"] for x in "AB"}
     card = (out / "README.md").read_text()
-    assert trainer.teacher_hash in card and "StableDiffusionPipeline" in card and str(tmp_path) not in card
+    assert trainer.teacher_facts["sha256"] in card and "StableDiffusionPipeline" in card and str(tmp_path) not in card
 
 
 def test_what_is_no_lora_is_refused(made, tmp_path):

@@ -358,7 +358,7 @@ def test_a_teacher_with_another_noise_process_is_refused(tmp_path, changed):
     }[changed]
     trainer = EMDTrainer(was, config(t_star=0.6))
     if changed == "what it states":
-        trainer._teacher_facts["process"] = [[1.0] * 7, ["x"]]
+        trainer.teacher_facts["process"] = [[1.0] * 7, ["x"]]
     trainer.save(tmp_path / "x")
     if changed != "what it states":
         EMDTrainer.resume(tmp_path / "x", was, trains=False)

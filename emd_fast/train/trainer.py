@@ -84,8 +84,7 @@ class EMDTrainer:
         self.ema, self.parallel = prepared.ema, prepared.parallel
         self.device, self.compute_dtype = prepared.device, prepared.compute_dtype
         self.sample_shape, self.latent_shape = prepared.sample_shape, prepared.latent_shape
-        self._teacher_facts = prepared.teacher_facts
-        self.teacher_hash = str(prepared.teacher_facts["sha256"])  # fingerprint of the teacher as passed in
+        self.teacher_facts = prepared.teacher_facts  # origin and fingerprint of the teacher as passed in
         self.schedule = unwrap(teacher).schedule
         self.noise = Noise(config.seed, device=self.device)
         self.learners = {
@@ -93,8 +92,8 @@ class EMDTrainer:
             "fake_score": Learner(self.fake_score, config.optimizer.fake_score_lr, self.compute_dtype, config),
         }
         self.prompts = None if prompts is None else conditions.table(prompts)
-        shapes = prepared.latent_shape, prepared.sample_shape
         heard = functools.partial(unwrap(self.teacher).heard, dtype=self.compute_dtype)
+        shapes = self.latent_shape, self.sample_shape
         self.batches = BatchSampler(config, self.schedule, self.noise, *shapes, self.prompts, heard)
         self.rollout = Rollout(self.generator, self.batches)
         self.posterior = PosteriorSampler(config, three, self.noise, self.batches, self.device.type)
@@ -301,7 +300,7 @@ class EMDTrainer:
             "config": to_dict(self.config),
             "step": self.steps_done,
             "seed": self.config.seed,
-            "teacher": self._teacher_facts,
+            "teacher": self.teacher_facts,
             "skipped": self.skipped.item(),
             "ranks": distributed.world_size(),
             "groups": self._state.counters(),
@@ -340,13 +339,12 @@ class EMDTrainer:
         """
         with checkpoint.reading(path):
             saved = read_facts(path, checkpoint.facts(path))
-            config = with_shift(config or saved.config, unwrap(teacher))
-            check_config(path, saved.config, config)
-            trainer = cls(teacher, config, generator, fake_score, prompts)
+            check_config(path, saved.config, with_shift(config or saved.config, unwrap(teacher)))
+            trainer = cls(teacher, config or saved.config, generator, fake_score, prompts)
             trainer._state.restore(Path(path), saved.counters)
             trainer.skipped.fill_(saved.skipped)
             trainer.steps_done = saved.step
-            check_process(path, saved.teacher, trainer._teacher_facts)
+            check_process(path, saved.teacher, trainer.teacher_facts)
             if trains or trainer._state.own:  # an adapter is of no use with another base
-                check_teacher(path, saved.teacher, trainer._teacher_facts)
+                check_teacher(path, saved.teacher, trainer.teacher_facts)
         return trainer
