@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmarks.harness.declare import Bench, Function, Inputs, RandomTensors
 from emd_fast import EMDTrainer, config
 from emd_fast.em.frozen import frozen
-from emd_fast.tasks import digits_data, digits_teacher
+from emd_fast.tasks import digits_data, image_teacher
 
 STEPS = 8
 
@@ -31,7 +31,7 @@ def inputs(random: RandomTensors) -> Inputs:
     settings = dataclasses.replace(
         recipe.emd, langevin_steps=STEPS, batch_size=case.shape[0], fake_score_warmup=0, compute=compute
     )
-    teacher = digits_teacher.denoiser(digits_teacher.network(recipe.teacher)).to(case.device)
+    teacher = image_teacher.untrained(recipe.teacher, digits_data.DIGITS).to(case.device)
     with torch.no_grad():  # the last layer is initialised to zero
         for parameter in teacher.parameters():
             parameter.add_(0.02 * random.normal(*parameter.shape))

@@ -8,7 +8,8 @@ from torch import nn
 import emd_fast
 from benchmarks import fp8
 from emd_fast.em.score_difference import ScoreDifference
-from emd_fast.tasks import digits_teacher
+from emd_fast.tasks import image_teacher
+from emd_fast.tasks.digits_data import DIGITS
 
 # Every finite positive number of e4m3: 4 bits of exponent (bias 7), 3 of mantissa, 448 is the largest.
 NUMBERS = torch.tensor(
@@ -56,7 +57,7 @@ def test_3x3_convolutions_and_linear_layers_are_rounded_and_nothing_else(x):
 
 def trainer(fuse):
     settings = emd_fast.config.load("digits", overrides={"emd.compute.fuse": fuse, "emd.batch_size": 8})
-    teacher = digits_teacher.denoiser(randomised(digits_teacher.network(settings.teacher), 4, 0.3))
+    teacher = randomised(image_teacher.untrained(settings.teacher, DIGITS), 4, 0.3)
     made = emd_fast.EMDTrainer(teacher, settings.emd)
     with torch.no_grad():
         for parameter in made.fake_score.parameters():

@@ -29,7 +29,7 @@ ABOVE_0 = (
     "emd.time_distribution.shift emd.fake_score_time_distribution.shift "
     "emd.fake_score_time_distribution.low emd.fake_score_time_distribution.high emd.fake_score_time_distribution.std "
     "emd.optimizer.generator_lr emd.optimizer.fake_score_lr emd.average.ema_power emd.average.ema_half_life "
-    "pretrained.height pretrained.width pretrained.frames"
+    "pretrained.height pretrained.width pretrained.frames fashion.classifier_steps"
 )
 AT_LEAST_0 = (
     "peak_tflops teacher.warmup emd.num_classes emd.fake_score_warmup emd.max_skipped emd.optimizer.weight_decay "
@@ -40,7 +40,7 @@ OUTSIDE = {
     **dict.fromkeys(ABOVE_0.split(), (0, -1)),
     **dict.fromkeys(AT_LEAST_0.split(), (-1,)),
     **dict.fromkeys(("teacher.seed", "emd.seed"), (-1, 2**63)),
-    **dict.fromkeys(("teacher.ema", "emd.average.ema"), (-0.1, 1.0)),
+    **dict.fromkeys(("teacher.ema", "teacher.label_dropout", "emd.average.ema"), (-0.1, 1.0)),
     "emd.langevin_steps": (0, 2**16),
     "emd.gamma_eps": (0.0, 1.0, [[0.1, 0.5], [1.0, 1.0]]),
     "emd.gamma_z": (-0.1, 1.0, [[0.1, 0.5], [1.0, 1.0]]),
@@ -203,7 +203,7 @@ NO_RECIPES = {
     "a hexadecimal one as float": (f"[emd]\nmax_z_rms = {HUGE}".encode(), "max_z_rms must be float, got int that can"),
     "a hexadecimal one as word": (
         f"task = {HUGE}".encode(),
-        "task must be one of 'digits', 'gmm', 'pretrained', got int",
+        "task must be one of 'digits', 'fashion', 'gmm', 'pretrained', got int",
     ),
     "a hexadecimal one in a list": (f"[emd]\ngamma_z = [{HUGE}]".encode(), "gamma_z must be .* that cannot be printed"),
     "an integer of 65 bits": (b"[emd]\nsteps = 18446744073709551616", "steps must be an integer of 64 bits"),

@@ -12,7 +12,8 @@ from emd_fast.config import TeacherConfig
 from emd_fast.diffusion.sampler import heun
 from emd_fast.noise import Noise
 from emd_fast.ops import normal
-from emd_fast.tasks import digits_data, digits_teacher
+from emd_fast.tasks import digits_data, image_teacher
+from emd_fast.tasks.digits_data import DIGITS
 from emd_fast.tasks.digits_metrics import DigitFeatures, digits_metrics
 from emd_fast.teachers.small_unet import SmallUNet, initialise
 from emd_fast.train.average import EMA
@@ -134,23 +135,23 @@ def weights(denoiser):
 def test_training_depends_on_the_configuration_alone_and_lowers_the_loss():
     losses = []
     torch.manual_seed(1)
-    one = digits_teacher.train(SHORT, lambda step, loss: losses.append((step, loss.item())))
+    one = image_teacher.train(SHORT, DIGITS, lambda step, loss: losses.append((step, loss.item())))
     torch.manual_seed(2)
-    two = digits_teacher.train(SHORT)
+    two = image_teacher.train(SHORT, DIGITS)
     assert torch.equal(weights(one), weights(two))
     assert [step for step, _ in losses] == list(range(1, 31))
     first, last = (sum(loss for _, loss in part) / 5 for part in (losses[:5], losses[-5:]))
     assert last < 0.75 * first
     assert not one.training and one.sample_shape == (1, 8, 8) and one.sigma_data == digits_data.SIGMA_DATA
-    other = digits_teacher.train(dataclasses.replace(SHORT, steps=3, seed=1))
-    assert not torch.equal(weights(other), weights(digits_teacher.train(dataclasses.replace(SHORT, steps=3))))
+    other = image_teacher.train(dataclasses.replace(SHORT, steps=3, seed=1), DIGITS)
+    assert not torch.equal(weights(other), weights(image_teacher.train(dataclasses.replace(SHORT, steps=3), DIGITS)))
 
 
 def test_the_result_is_the_average_of_the_weights(monkeypatch):
     seen, update = [], EMA.update
     monkeypatch.setattr(EMA, "update", lambda self, net, step: seen.append(weights(net)) or update(self, net, step))
-    result = digits_teacher.train(dataclasses.replace(SHORT, steps=4, ema=0.2, lr=0.1, warmup=0))
-    expected = weights(digits_teacher.denoiser(digits_teacher.network(SHORT)))
+    result = image_teacher.train(dataclasses.replace(SHORT, steps=4, ema=0.2, lr=0.1, warmup=0), DIGITS)
+    expected = weights(image_teacher.untrained(SHORT, DIGITS))
     for decay, after_step in zip((1 / 10, 2 / 11, 0.2, 0.2), seen, strict=True):
         expected = decay * expected + (1 - decay) * after_step
     torch.testing.assert_close(weights(result), expected)
@@ -158,7 +159,7 @@ def test_the_result_is_the_average_of_the_weights(monkeypatch):
 
 
 def test_unconditional_training_and_one_interrupted():
-    teacher = digits_teacher.train(dataclasses.replace(SHORT, steps=2, conditional=False))
+    teacher = image_teacher.train(dataclasses.replace(SHORT, steps=2, conditional=False), DIGITS)
     assert teacher.denoise(torch.zeros(2, 1, 8, 8), torch.ones(2)).shape == (2, 1, 8, 8)
 
     def stop(step, loss):
@@ -166,19 +167,19 @@ def test_unconditional_training_and_one_interrupted():
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        digits_teacher.train(SHORT, stop)
+        image_teacher.train(SHORT, DIGITS, stop)
 
 
 def test_a_training_that_diverges_says_so():
     with pytest.raises(FloatingPointError, match="lower its lr"):
-        digits_teacher.train(dataclasses.replace(SHORT, steps=8, lr=1e30, warmup=0))
+        image_teacher.train(dataclasses.replace(SHORT, steps=8, lr=1e30, warmup=0), DIGITS)
 
 
 def test_the_learning_rate_warms_up_and_falls_to_zero():
-    factors = [digits_teacher.learning_rate_factor(step, 100, 10) for step in range(100)]
+    factors = [image_teacher.learning_rate_factor(step, 100, 10) for step in range(100)]
     assert factors[0] == pytest.approx(0.1) and factors.index(max(factors)) == 9
     assert factors[50] == pytest.approx(0.5) and 0 < factors[99] < 1e-3
-    assert digits_teacher.learning_rate_factor(0, 1, 0) == 1
+    assert image_teacher.learning_rate_factor(0, 1, 0) == 1
 
 
 @pytest.mark.exhaustive
@@ -186,7 +187,7 @@ def test_the_learning_rate_warms_up_and_falls_to_zero():
 def test_the_teacher_makes_digits():
     steps = 700
     assert steps < TeacherConfig().steps
-    teacher = digits_teacher.train(TeacherConfig(steps=steps))
+    teacher = image_teacher.train(TeacherConfig(steps=steps), DIGITS)
     _, labels = digits_data.load("test")
     z = normal((len(labels), *digits_data.SHAPE), Noise(0), stream=9)
     metrics = digits_metrics({"teacher": (heun(teacher, z, labels), labels)}, DigitFeatures())

@@ -23,8 +23,8 @@ from emd_fast.io.pickles import PickleError
 from emd_fast.metrics import reference
 from emd_fast.metrics.reference import BadReference
 from emd_fast.run.best import best_of_run
-from emd_fast.tasks import digits as digits_task
-from emd_fast.tasks import digits_teacher
+from emd_fast.tasks import image_teacher, labelled_images
+from emd_fast.tasks.digits_data import DIGITS
 from emd_fast.teachers import edm_pickle
 from emd_fast.teachers.mlp import TimeMLP
 from emd_fast.train import checkpoint, run_checkpoints
@@ -244,10 +244,10 @@ def test_the_best_checkpoint_says_how_it_was_judged(good, tmp_path, notes):
 
 def test_a_teacher_that_was_damaged_is_named_and_not_used(tmp_path):
     config = TeacherConfig()
-    teacher = digits_teacher.denoiser(digits_teacher.network(config))
+    teacher = image_teacher.untrained(config, DIGITS)
     path, draw = tmp_path / "teacher", random.Random(1)
     checkpoint.save(path, {"config": to_dict(config), "teacher": teacher.state_dict()})
-    read = digits_task._read_teacher(path, config).state_dict()
+    read = labelled_images.read_teacher(path, config, DIGITS).state_dict()
     assert all(torch.equal(read[name], value) for name, value in teacher.state_dict().items())
     remedy = "remove it to train the teacher again"
     for name in ("manifest.json", "rank-00000.bin"):
@@ -255,7 +255,7 @@ def test_a_teacher_that_was_damaged_is_named_and_not_used(tmp_path):
         for _ in range(20):
             (path / name).write_bytes(turned(content, draw))
             with pytest.raises(CheckpointError, match=remedy + "|has format version") as error:
-                digits_task._read_teacher(path, config)
+                labelled_images.read_teacher(path, config, DIGITS)
             one_line(error, path)
         (path / name).write_bytes(content)
     for change in (
@@ -269,7 +269,7 @@ def test_a_teacher_that_was_damaged_is_named_and_not_used(tmp_path):
         resigned(path, change)
         if "other" not in json.loads((path / "manifest.json").read_text())["facts"]:
             with pytest.raises(CheckpointError, match="another .teacher. configuration; " + remedy):
-                digits_task._read_teacher(path, config)
+                labelled_images.read_teacher(path, config, DIGITS)
 
 
 def npy(descr="<f8", shape=(3,), content=None, header=None, version=b"\x01\x00"):

@@ -69,6 +69,9 @@ def _settings(options: argparse.Namespace, rest: Sequence[str]) -> RunConfig:
     ):
         if getattr(options, key) is not None:
             keys |= {"task": "pretrained", f"pretrained.{key}": getattr(options, key)}
+    for key in ("data", "resolution"):
+        if getattr(options, key) is not None:
+            keys[f"fashion.{key}"] = getattr(options, key)
     keys |= {f"evaluation.{key}": value for key, value in files_of(options).items()}
     settings = config.load(options.recipe, keys)
     return shortened(settings) if options.short else settings

@@ -234,6 +234,8 @@ def _settings(command: argparse.ArgumentParser) -> None:
     ):
         text = keys.help_of(f"pretrained.{name.replace('-', '_')}")
         command.add_argument(f"--{name}", type=kind, metavar=metavar, help=text)
+    command.add_argument("--data", metavar="FOLDER", help=keys.help_of("fashion.data"))
+    command.add_argument("--resolution", type=int, metavar="PIXELS", help=keys.help_of("fashion.resolution"))
     _judged_by(command)
     command.add_argument("--short", action="store_true", help="run a tenth of all steps, as a smoke test")
 

@@ -3,7 +3,14 @@
 from emd_fast.config.docs import Entry, Table, markdown, tables
 from emd_fast.config.emd import EMDConfig, StepSize
 from emd_fast.config.recipes import load, recipes
-from emd_fast.config.run import EvaluationConfig, MixtureConfig, PretrainedConfig, RunConfig, TeacherConfig
+from emd_fast.config.run import (
+    EvaluationConfig,
+    FashionConfig,
+    MixtureConfig,
+    PretrainedConfig,
+    RunConfig,
+    TeacherConfig,
+)
 from emd_fast.config.sections import (
     AdapterConfig,
     AverageConfig,
@@ -24,6 +31,7 @@ __all__ = [
     "EMDConfig",
     "Entry",
     "EvaluationConfig",
+    "FashionConfig",
     "MixtureConfig",
     "OptimizerConfig",
     "ParallelismConfig",

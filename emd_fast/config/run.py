@@ -13,7 +13,7 @@ from emd_fast.config.tables import validate
 @documented
 @dataclass(frozen=True)
 class TeacherConfig:
-    """Training of the digits teacher: denoising score matching with EDM preconditioning."""
+    """Training of a teacher of small images: denoising score matching with EDM preconditioning."""
 
     steps: int = setting(2000, "optimizer steps", unit="steps", gt=0)
     batch_size: int = setting(128, "samples in a step", unit="samples", gt=0)
@@ -24,10 +24,35 @@ class TeacherConfig:
     log_sigma_std: float = setting(1.2, "standard deviation of log sigma", gt=0)
     channels: int = setting(16, "channels of the UNet at full resolution", unit="channels", gt=0)
     conditional: bool = setting(True, "condition on the class label")
+    label_dropout: float = setting(
+        0.0,
+        "share of the images that are trained without their label, for guidance and samples of no class",
+        ge=0,
+        lt=1,
+    )
     seed: int = setting(0, "seed of the weights, the data order and the noise", ge=0, lt=2**63)
 
     def __post_init__(self) -> None:
         validate(self)
+        if self.label_dropout and not self.conditional:
+            raise ConfigError(f"label_dropout must be 0 without conditional, got {self.label_dropout!r}")
+
+
+@documented
+@dataclass(frozen=True)
+class FashionConfig:
+    """The images of the task fashion, and the classifier that judges them."""
+
+    data: str = setting(
+        "", "folder of the four IDX files; none for $EMD_FAST_FASHION, or that of Debian's package", resumable=True
+    )
+    resolution: int = setting(14, "side of an image: 28, or 14 for means of 2x2 pixels", unit="pixels")
+    classifier_steps: int = setting(4000, "training steps of the classifier", unit="steps", gt=0)
+
+    def __post_init__(self) -> None:
+        validate(self)
+        if self.resolution not in (14, 28):
+            raise ConfigError(f"resolution must be 14 or 28, got {self.resolution}")
 
 
 @documented
@@ -99,7 +124,7 @@ class EvaluationConfig:
 class RunConfig:
     """A whole run. Recipes in recipes/*.toml and config.toml of a run folder are instances."""
 
-    task: Literal["digits", "gmm", "pretrained"] = setting("digits", "what is distilled")
+    task: Literal["digits", "fashion", "gmm", "pretrained"] = setting("digits", "what is distilled")
     log_every: int = setting(
         10, "interval of log.jsonl; only these steps wait for the device", unit="steps", gt=0, resumable=True
     )
@@ -114,12 +139,13 @@ class RunConfig:
     gradient_variance: bool = setting(False, "log the generator's gradient variance; costs two M-steps", resumable=True)
     samples: int = setting(
         2000,
-        "samples of an evaluation; for digits the held-out images count",
+        "samples of an evaluation; for digits and fashion the held-out images count",
         unit="samples",
         gt=0,
         resumable=True,
     )
-    teacher: TeacherConfig = section(TeacherConfig, "the teacher of the task digits")
+    teacher: TeacherConfig = section(TeacherConfig, "the teacher of the tasks digits and fashion")
+    fashion: FashionConfig = section(FashionConfig, "the images of the task fashion")
     mixture: MixtureConfig = section(MixtureConfig, "the mixture of the task gmm")
     pretrained: PretrainedConfig = section(PretrainedConfig, "the teacher of the task pretrained")
     emd: EMDConfig = section(EMDConfig, "the distillation")
@@ -134,10 +160,16 @@ class RunConfig:
                     raise ConfigError(f"{name} is for pretrained teachers; the task {self.task!r} has its own figures")
         elif judged.every and not (judged.detector and judged.reference):
             raise ConfigError("evaluation.every needs a Fréchet distance: give --detector FILE and --reference FILE")
-        expected = 10 if self.teacher.conditional else 0
-        if self.task == "digits" and self.emd.num_classes != expected:
+        self._check_classes()
+
+    def _check_classes(self) -> None:
+        """Whether the generator's classes are those of a teacher that is trained here."""
+        if self.task not in ("digits", "fashion"):
+            return
+        expected, classes = 10 if self.teacher.conditional else 0, self.emd.num_classes
+        if classes != expected and not (classes == 0 and self.teacher.label_dropout):
             conditional = str(self.teacher.conditional).lower()
             raise ConfigError(
-                f"num_classes must be {expected} for digits with teacher.conditional = {conditional}, "
-                f"got {self.emd.num_classes!r}"
+                f"num_classes must be {expected} for {self.task} with teacher.conditional = {conditional}, "
+                f"got {classes!r}"
             )

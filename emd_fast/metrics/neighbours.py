@@ -36,20 +36,52 @@ def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> tuple[float
 
     Source: Kynkäänniemi et al. (arXiv 1904.06991).
     """
-    real, generated = checked_pair(real, generated)
-    if not 1 <= k < len(real):
-        raise ValueError(f"k must be at least 1 and below the {len(real)} samples, got {k}")
-    centre = real.mean(0)
-    real, generated = real - centre, generated - centre
-    around_real, around_generated = _radii(real, k), _radii(generated, k)
-
-    in_real = torch.zeros(len(generated), dtype=torch.bool, device=real.device)
-    in_generated = torch.zeros_like(in_real)
-    for rows in torch.arange(len(generated), device=real.device).split(_rows(len(real))):
-        distances = _squared(generated[rows], real)
-        in_real[rows] = _within(distances, around_real[None, :], generated[rows], real).any(1)
-        in_generated |= _within(distances, around_generated[rows, None], generated[rows], real).any(0)
+    in_real, in_generated = Manifold(real, k).compare(generated)
     return in_real.double().mean().item(), in_generated.double().mean().item()
+
+
+class Manifold:
+    """The manifold of a set of real samples, to compare several generated sets with.
+
+    Args:
+        real: (n, D) features, any floating dtype; distances are computed in float64.
+        k: at least 1, below n.
+
+    Raises:
+        ValueError: k out of range, too few samples, or features that are not finite.
+    """
+
+    def __init__(self, real: Tensor, k: int = 3) -> None:
+        self._given = real
+        real, _ = checked_pair(real, real)
+        if not 1 <= k < len(real):
+            raise ValueError(f"k must be at least 1 and below the {len(real)} samples, got {k}")
+        self._k, self._centre = k, real.mean(0)
+        self._real = real - self._centre
+        self._radii = _radii(self._real, k)
+
+    def compare(self, generated: Tensor) -> tuple[Tensor, Tensor]:
+        """Says which samples lie in the manifold of the other set.
+
+        Args:
+            generated: (n, D), as many as the real samples.
+
+        Returns:
+            Bool (n,) for the generated samples, and for the real ones.
+
+        Raises:
+            ValueError: another number or width, or features that are not finite.
+        """
+        _, generated = checked_pair(self._given, generated)
+        generated = generated - self._centre
+        around_generated = _radii(generated, self._k)
+        in_real = torch.zeros(len(generated), dtype=torch.bool, device=generated.device)
+        in_generated = torch.zeros_like(in_real)
+        for rows in torch.arange(len(generated), device=generated.device).split(_rows(len(generated))):
+            distances = _squared(generated[rows], self._real)
+            in_real[rows] = _within(distances, self._radii[None, :], generated[rows], self._real).any(1)
+            in_generated |= _within(distances, around_generated[rows, None], generated[rows], self._real).any(0)
+        return in_real, in_generated
 
 
 def _rows(columns: int) -> int:

@@ -55,7 +55,12 @@ def write_stopped(folder: str | os.PathLike[str], reason: str) -> Path:
     return write(folder, f"This run stopped before its end: {reason}")
 
 
-_TASKS = {"digits": "8x8 digits", "gmm": "a two-dimensional mixture", "pretrained": "a pretrained teacher"}
+_TASKS = {
+    "digits": "8x8 digits",
+    "fashion": "Fashion-MNIST",
+    "gmm": "a two-dimensional mixture",
+    "pretrained": "a pretrained teacher",
+}
 _CAPTIONS = {
     "real": "real",
     "teacher": "teacher (18-step Heun, 35 network calls)",
@@ -67,6 +72,7 @@ _LABELS = {
     "recall": "recall, k = 3 (higher)",
     "precision": "precision, k = 3 (higher)",
     "accuracy": "class accuracy (higher)",
+    "recall_by_class": "recall by class (higher)",
     "inception_score": "inception score (higher)",
     "inception_score_std": "its standard deviation over 10 splits",
     "clip_score": "CLIP score (higher)",
@@ -86,6 +92,15 @@ _ABOUT = {
         "classifier was trained on these images, so its accuracy on them is not its accuracy on new digits. Fréchet "
         "distances depend on the features and on n: compare them only inside this table. Accuracy alone says little: "
         "a generator that makes one clean image for each class has the best."
+    ),
+    "fashion": (
+        "Features are the last hidden layer (64 numbers) of a small classifier trained on the train split of the real "
+        "images; `classifier_accuracy` in metrics.json is its accuracy on the test split. Every set is compared with "
+        "the held-out images of the test split, at the same number of images. The column *real* is a random part of "
+        "the train split: the result of a perfect copy of the training data. Recall by class counts the held-out "
+        "images of each class that the set covers. The inception score is that of the classifier. The mass is that of "
+        "the classes that it predicts. Fréchet distances depend on the features and on n: compare them only inside "
+        "this table."
     ),
     "gmm": (
         "Every set is compared with as many fresh, exact samples of the mixture, on the coordinates themselves. The "

@@ -56,8 +56,14 @@ class Task(Protocol):
 def task_of(config: RunConfig) -> Task:
     """Builds the task that `config.task` names."""
     from emd_fast.tasks.digits import Digits
+    from emd_fast.tasks.fashion import Fashion
     from emd_fast.tasks.gmm import Mixture
     from emd_fast.tasks.pretrained import Pretrained
 
-    tasks: dict[str, Callable[[RunConfig], Task]] = {"digits": Digits, "gmm": Mixture, "pretrained": Pretrained}
+    tasks: dict[str, Callable[[RunConfig], Task]] = {
+        "digits": Digits,
+        "fashion": Fashion,
+        "gmm": Mixture,
+        "pretrained": Pretrained,
+    }
     return tasks[config.task](config)

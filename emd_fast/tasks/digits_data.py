@@ -7,6 +7,7 @@ from torch import Tensor
 
 from emd_fast import ops
 from emd_fast.noise import Noise, NoiseStream
+from emd_fast.tasks.image_data import ImageData
 
 SHAPE = (1, 8, 8)
 CLASSES = 10
@@ -56,3 +57,6 @@ def load(split: str) -> tuple[Tensor, Tensor]:
         held_out[members[drawn[members].argsort(stable=True)][: round(len(members) / 3)]] = True
     chosen = held_out if split == "test" else ~held_out
     return images[chosen], labels[chosen]
+
+
+DIGITS = ImageData("the digits", SHAPE, CLASSES, SIGMA_DATA, load)

@@ -28,23 +28,34 @@ class SmallUNet(nn.Module):
         channels: channels at full resolution, a multiple of 4. Half resolution has twice as many.
         num_classes: number of classes; 0 for a network without labels.
         embedding: width of the embedding of noise level and class.
+        null_label: num_classes, for one more label that stands for no class. Labels of None mean it.
     """
 
     frequencies: Tensor
 
-    def __init__(self, in_channels: int, channels: int = 16, num_classes: int = 10, embedding: int = 64) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int = 16,
+        num_classes: int = 10,
+        embedding: int = 64,
+        null_label: int | None = None,
+    ) -> None:
         super().__init__()
         for name, value, least in (("in_channels", in_channels, 1), ("num_classes", num_classes, 0)):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         if channels < _GROUPS or channels % _GROUPS:
             raise ValueError(f"channels must be a multiple of {_GROUPS}, got {channels}")
-        self.num_classes = num_classes
+        if null_label not in (None, num_classes) or null_label == 0:
+            raise ValueError(f"null_label must be num_classes or None, got {null_label} of {num_classes} classes")
+        self.null_label = null_label
+        self.num_classes = num_classes if null_label is None else num_classes + 1
         # c_noise = log(sigma) / 4 has a range of 2.7 for sigma in [0.002, 80]. The frequencies give
         # from a fraction of a period to 8 periods over it.
         self.register_buffer("frequencies", torch.logspace(0, math.log10(20), channels), persistent=False)
         self.noise_embedding = nn.Linear(2 * channels, embedding)
-        self.class_embedding = nn.Embedding(num_classes, embedding) if num_classes else None
+        self.class_embedding = nn.Embedding(self.num_classes, embedding) if num_classes else None
         self.embedding = nn.Linear(embedding, embedding)
 
         self.first = nn.Conv2d(in_channels, channels, 3, padding=1)
@@ -70,7 +81,8 @@ class SmallUNet(nn.Module):
         Args:
             x: (B, C, H, W) in the dtype of the parameters, H and W even.
             c_noise: (B,), log(sigma) / 4 for EDM.
-            labels: (B,) int64 in [0, num_classes), or None for a network without labels.
+            labels: (B,) int64 in [0, num_classes], num_classes only where it is the null label; None
+                for a network without labels, or for the null label.
 
         Raises:
             ValueError: labels that are missing, not expected, of a wrong shape or (CPU tensors)
@@ -93,6 +105,8 @@ class SmallUNet(nn.Module):
         angles = c_noise.float()[:, None] * self.frequencies
         waves = torch.cat([angles.cos(), angles.sin()], dim=1)
         embedded = self.noise_embedding(waves.to(self.noise_embedding.weight.dtype))
+        if labels is None and self.null_label is not None:
+            labels = torch.full((len(c_noise),), self.null_label, device=c_noise.device)
         if (labels is None) != (self.class_embedding is None):
             raise ValueError(
                 "this network has no classes: labels must be None"

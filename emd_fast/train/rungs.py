@@ -147,8 +147,8 @@ def generated(
     return generator.sample([z, *(batches.shown_z(len(z), first, j) for j in range(1, calls))], cond)[-1]
 
 
-def by_calls(trainer: EMDTrainer, n: int, cond: Condition) -> dict[str, Tensor]:
+def by_calls(trainer: EMDTrainer, n: int, cond: Condition, first_sample: int = 0) -> dict[str, Tensor]:
     """Samples for an evaluation: "generator" after all calls, "generator_1" and so on after fewer."""
     calls = trainer.config.calls
-    fewer = {f"generator_{k}": trainer.generate(n, cond, calls=k) for k in range(1, calls)}
-    return {**fewer, "generator": trainer.generate(n, cond)}
+    fewer = {f"generator_{k}": trainer.generate(n, cond, first_sample=first_sample, calls=k) for k in range(1, calls)}
+    return {**fewer, "generator": trainer.generate(n, cond, first_sample=first_sample)}

@@ -1,4 +1,4 @@
-"""The digits teacher: a small class-conditional UNet, trained here on the real digits."""
+"""The teacher of labelled images: a small UNet, trained here on the real images."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from emd_fast.config import TeacherConfig
 from emd_fast.diffusion.denoiser import Denoiser
 from emd_fast.diffusion.schedules import EDM
 from emd_fast.noise import Noise, NoiseStream
-from emd_fast.tasks.digits_data import CLASSES, SHAPE, SIGMA_DATA, load
+from emd_fast.tasks.image_data import ImageData
 from emd_fast.teachers.small_unet import SmallUNet, initialise
 from emd_fast.train.average import EMA
 
@@ -21,23 +21,22 @@ _ADAM_BETAS = (0.9, 0.99)
 _GRAD_CLIP = 1.0
 
 
-def network(config: TeacherConfig) -> SmallUNet:
-    """Builds the untrained network with the weights of `config.seed` (noise stream 13).
+def untrained(config: TeacherConfig, data: ImageData) -> Denoiser:
+    """Builds the denoiser with the weights of `config.seed` (noise stream 13), for sigma in [0.002, 80].
 
-    Of `config` it uses channels, conditional and seed.
+    Of `config` it uses channels, conditional, label_dropout and seed. With label_dropout the network
+    has one more label, which stands for no class: it is `null_cond`, and what a condition of None means.
     """
-    built = SmallUNet(SHAPE[0], config.channels, num_classes=CLASSES if config.conditional else 0)
-    initialise(built, config.seed)
-    return built
-
-
-def denoiser(network: torch.nn.Module) -> Denoiser:
-    """Wraps the network in the EDM preconditioning, for sigma in [0.002, 80]."""
-    return Denoiser(network, EDM(), "edm", sigma_data=SIGMA_DATA, sample_shape=SHAPE)
+    classes = data.classes if config.conditional else 0
+    null_label = classes if config.label_dropout else None
+    network = SmallUNet(data.shape[0], config.channels, num_classes=classes, null_label=null_label)
+    initialise(network, config.seed)
+    return Denoiser(network, EDM(), "edm", sigma_data=data.sigma_data, sample_shape=data.shape, null_cond=null_label)
 
 
 def train(
     config: TeacherConfig,
+    data: ImageData,
     on_step: Callable[[int, Tensor], None] | None = None,
     *,
     device: torch.device | str = "cpu",
@@ -47,7 +46,8 @@ def train(
     Args:
         config: steps, batch_size, lr (peak value: linear warm-up over `warmup` steps, then cosine
             decay to 0), ema (decay per step), log_sigma_mean and log_sigma_std (of ln sigma, which
-            is normal), channels, conditional, seed.
+            is normal), channels, conditional, label_dropout, seed.
+        data: the images; its train split is used.
         on_step: called after every step with the number of steps done and the loss of the last
             one, a 0-dim tensor on `device`; reading it synchronises. An exception that it raises
             ends the training.
@@ -64,8 +64,8 @@ def train(
     Source: Karras et al. (arXiv 2206.00364). The optimizer and its settings are this project's
     own.
     """
-    images, labels = (data.to(device) for data in load("train"))
-    trained = denoiser(network(config)).to(device)
+    images, labels = (tensor.to(device) for tensor in data.load("train"))
+    trained = untrained(config, data).to(device)
     average = EMA(trained, config.ema)
     optimizer = torch.optim.AdamW(trained.parameters(), lr=config.lr, betas=_ADAM_BETAS, weight_decay=0.0, fused=True)
     noise = Noise(config.seed, device=device)
@@ -74,6 +74,9 @@ def train(
         noise.set(step=step)
         chosen = ops.integers(len(images), (config.batch_size,), noise, stream=NoiseStream.TEACHER_ORDER)
         x0, cond = images[chosen], labels[chosen] if config.conditional else None
+        if cond is not None and config.label_dropout:
+            kept = ops.uniform((config.batch_size,), noise, stream=NoiseStream.TEACHER_TIME, substep=1)
+            cond = torch.where(kept < config.label_dropout, trained.null_cond, cond)
         t = torch.exp(
             config.log_sigma_mean
             + config.log_sigma_std * ops.normal((config.batch_size,), noise, stream=NoiseStream.TEACHER_TIME)

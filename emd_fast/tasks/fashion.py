@@ -1,0 +1,120 @@
+"""The task "fashion": distils a small UNet trained here on Fashion-MNIST, and compares with held-out images."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from emd_fast.config import RunConfig
+from emd_fast.tasks import fashion_data, image_classifier
+from emd_fast.tasks.image_cache import cached
+from emd_fast.tasks.image_classifier import ImageFeatures, Training
+from emd_fast.tasks.image_metrics import LabelledSet, Reference, by_metric, check_sets, subset
+from emd_fast.tasks.labelled_images import LabelledImages
+from emd_fast.train.trainer import EMDTrainer
+
+_PICK_TEST, _PICK_TRAIN = 60_004, 60_005  # substeps of noise stream 9
+_SEED = 0  # of the choice of real images, so that all runs are compared with the same ones
+_WIDTHS, _NOISE = (32, 64, 128), 0.1
+
+
+class Fashion(LabelledImages):
+    def __init__(self, config: RunConfig) -> None:
+        super().__init__(config, fashion_data.data(config.fashion.data, config.fashion.resolution))
+        self.folder = fashion_data.place_of(config.fashion.data)
+
+    def open_references(self) -> None:
+        fashion_data.digest(self.folder)
+
+    def basis(self) -> dict[str, Any]:
+        return {"data": fashion_data.digest(self.folder)}
+
+    def labels(self) -> Tensor:
+        return self._judge.reference.labels
+
+    def real(self) -> Tensor:
+        return self._judge.images
+
+    def metrics(self, samples: dict[str, LabelledSet], seed: int) -> dict[str, Any]:
+        judge = self._judge
+        n = check_sets(samples, most=len(judge.images), default=len(judge.images))
+        found = {name: judge.reference.full(images, labels) for name, (images, labels) in samples.items()}
+        return {
+            **by_metric({"real": judge.real(), **found}),
+            "n": n,
+            "seed": seed,
+            "classifier_accuracy": judge.accuracy,
+        }
+
+    def of_teacher(self, trainer: EMDTrainer, cond: Tensor | None) -> Tensor:
+        config = trainer.config
+        key = {
+            "weights": trainer.teacher_facts["sha256"],
+            "labels": [] if cond is None else cond.tolist(),
+            "n": len(self.labels()),
+            "seed": config.seed,
+            "guidance": config.guidance,
+        }
+        made = cached(
+            "teacher-samples", key, lambda: {"samples": {"x": super(Fashion, self).of_teacher(trainer, cond)}}
+        )
+        samples: Tensor = made["samples"]["x"]
+        return samples
+
+    @property
+    def _judge(self) -> Judge:
+        fashion = self.config.fashion
+        return _judge(self.folder, fashion.resolution, fashion.classifier_steps)
+
+
+class Judge:
+    """The classifier of a data folder, and the real images that sets are compared with.
+
+    The classifier, the features of the held-out images and the metrics of real images of the train
+    split are computed once for a folder's content and a resolution, and kept in the cache.
+
+    Attributes:
+        images: held-out images (N, 1, H, W): all of the test split, or as many as the train split has.
+        reference: compares with them.
+        accuracy: of the classifier on the test split.
+    """
+
+    def __init__(self, folder: Path, resolution: int, steps: int) -> None:
+        self._data = fashion_data.data(str(folder), resolution)
+        training = Training(_WIDTHS, steps, _NOISE, flip=True)
+        self._key = {
+            "data": fashion_data.digest(folder),
+            "resolution": resolution,
+            "widths": list(training.widths),
+            "steps": steps,
+            "noise": training.noise,
+            "flip": training.flip,
+            "seed": training.seed,
+        }
+        test, train = self._data.load("test"), self._data.load("train")
+        made = cached("classifier", self._key, lambda: self._trained(training))
+        network = image_classifier.untrained(self._data, training)
+        network.load_state_dict(made["classifier"])
+        self.accuracy: float = made["accuracy"]
+        n = min(len(test[0]), len(train[0]))
+        self.images, labels = subset(test, n, _SEED, _PICK_TEST) if n < len(test[0]) else test
+        self.reference = Reference(ImageFeatures(network, self._data.shape), self.images, labels)
+
+    def real(self) -> dict[str, Any]:
+        """The metrics of real images of the train split: the result of a perfect copy of them."""
+        n = len(self.images)
+        drawn = subset(self._data.load("train"), n, _SEED, _PICK_TRAIN)
+        found: dict[str, Any] = cached("real", self._key, lambda: {"metrics": self.reference.full(*drawn)})["metrics"]
+        return found
+
+    def _trained(self, training: Training) -> dict[str, Any]:
+        network = image_classifier.trained(self._data, training)
+        images, labels = self._data.load("test")
+        right = ImageFeatures(network, self._data.shape).predict(images) == labels
+        return {"classifier": network.state_dict(), "accuracy": right.double().mean().item()}
+
+
+_judge = functools.lru_cache(2)(Judge)
