@@ -62,13 +62,18 @@ def sampled(pipeline, row, arguments, **options):
         found.append((output.clone(), t, latents.clone(), stepped[0]))
         return stepped
 
-    network = getattr(pipeline, "unet", None) or pipeline.transformer
-    hook = network.register_forward_hook(lambda _, args, kwargs, output: calls.append(kwargs), with_kwargs=True)
+    networks = [getattr(pipeline, name, None) for name in ("unet", "transformer", "transformer_2")]
+    hooks = [
+        network.register_forward_hook(lambda _, args, kwargs, output: calls.append(kwargs), with_kwargs=True)
+        for network in networks
+        if network is not None
+    ]
     pipeline.scheduler.step = recorded
     try:
         run(pipeline, row, arguments, **options)
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
         pipeline.scheduler.step = step
     return found, calls
 
@@ -195,8 +200,8 @@ def trained(teacher, row, steps=2, **changes):
     if row.guidance:
         teacher.null_cond = {**null} if isinstance(null := row.cond(row.null), dict) else null
         teacher.null_cond = tree_map(lambda leaf: leaf[:1], teacher.null_cond)
-    options = {"t_star": 1.0, "input_scale": 1.0, "guidance": row.guidance, "generator_lr": 1e-2, **changes}
-    config = EMDConfig(steps=max(steps, 1), batch_size=2, langevin_steps=2, fake_score_updates=1, **options)
+    options = {"t_star": 1.0, "input_scale": 1.0, "guidance": row.guidance, "generator_lr": 1e-2, "batch_size": 2}
+    config = EMDConfig(steps=max(steps, 1), langevin_steps=2, fake_score_updates=1, **{**options, **changes})
     trainer = EMDTrainer(teacher, config, prompts=cond)
     for _ in range(steps):
         metrics = trainer.step()
@@ -378,11 +383,6 @@ def test_sizes_and_conditions_that_do_not_fit(tmp_path):
     for wrong in ({**cond, "guidance": cond["guidance"][:1]}, {n: v for n, v in cond.items() if n != "guidance"}):
         with pytest.raises(ValueError, match="takes a dict of prompt_embeds, pooled_projections, guidance"):
             teacher(x, t, wrong)
-    index = json.loads((tmp_path / "wan" / "model_index.json").read_text())
-    index["transformer_2"] = index["transformer"]
-    (tmp_path / "wan" / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(ConfigError, match="has two networks"):
-        teachers.load(tmp_path / "wan")
 
 
 @pytest.mark.parametrize("name", architectures.ROWS)

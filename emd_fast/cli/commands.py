@@ -66,6 +66,7 @@ def _settings(options: argparse.Namespace, rest: Sequence[str]) -> RunConfig:
         "width",
         "frames",
         "embedded_guidance",
+        "guidance_2",
     ):
         if getattr(options, key) is not None:
             keys |= {"task": "pretrained", f"pretrained.{key}": getattr(options, key)}

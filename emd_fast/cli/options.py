@@ -231,6 +231,7 @@ def _settings(command: argparse.ArgumentParser) -> None:
         ("width", "PIXELS", int),
         ("frames", "N", int),
         ("embedded-guidance", "W", float),
+        ("guidance-2", "W", float),
     ):
         text = keys.help_of(f"pretrained.{name.replace('-', '_')}")
         command.add_argument(f"--{name}", type=kind, metavar=metavar, help=text)

@@ -81,8 +81,8 @@ class Pretrained:
             except (PickleError, OSError) as error:
                 raise ConfigError(str(error)) from None
         where = of_folders or device
-        guidance = settings.embedded_guidance
-        teacher = folders.load(name, config=config or None, device=where, embedded_guidance=guidance, **size)
+        guidance = {key: getattr(settings, key) for key in ("embedded_guidance", "guidance_2")}
+        teacher = folders.load(name, config=config or None, device=where, **guidance, **size)
         teacher.check_t_star(self.config.emd.first_time)
         with_shift(self.config.emd, teacher)  # for its errors, before prompts are encoded
         if self._has_texts() and teacher.takes.tensors:

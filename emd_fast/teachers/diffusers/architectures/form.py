@@ -32,6 +32,7 @@ class Architecture:
         cuts_variance: that pipeline cuts a learned variance off.
         vaes, text: classes of its VAE, of its text encoders and tokenizers.
         null_label: the label that means "no label", or None.
+        experts: its pipeline may have a second network, for the times below a boundary.
         patch: sides of a patch in latents, (frames, height, width). A sample has whole patches.
         size: latents (frames, height, width) of a sample where the configuration has no size, or None.
         dynamic_shift: its pipeline computes a dynamic shift of times from the number of tokens.
@@ -57,6 +58,7 @@ class Architecture:
     size: tuple[int, int, int] | None = None
     dynamic_shift = True
     video = False
+    experts = False
     guidance = 0.0
     unguided: Mapping[str, Any] = {"guidance_scale": 1.0}
     rescale: Callable[[Tensor, Tensor], Tensor] | None = None
