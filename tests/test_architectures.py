@@ -242,6 +242,7 @@ def test_from_the_command_line(tmp_path, monkeypatch, capsys, name):
     from PIL import Image
 
     from emd_fast.cli import commands
+    from emd_fast.reporting import video
 
     monkeypatch.chdir(tmp_path)
     row = architectures.ROWS[name]
@@ -254,14 +255,23 @@ def test_from_the_command_line(tmp_path, monkeypatch, capsys, name):
     for source in ("run", "one-step"):
         assert commands.main(["sample", source, "-n", "2", "--prompt", "a b", "--out", f"{source}.png"]) == 0
         assert commands.main(["sample", source, "-n", "2", "--prompt", "a b", "--out", f"{source}-each"]) == 0
+        clip = commands.main(["sample", source, "-n", "2", "--prompt", "a b", "--out", f"{source}.gif"])
+        assert clip == (0 if "frames" in row.size else 2)
         if source == "run":
             capsys.readouterr()
             assert commands.main(["export", "run", "one-step"]) == 0
             lines = capsys.readouterr().err.partition("diffusers samples it in one step:\n")[2]
     assert (tmp_path / "run.png").read_bytes() == (tmp_path / "one-step.png").read_bytes()
     (tmp_path / "run" / "samples" / "generator.png").stat()
-    one = Image.open(next((tmp_path / "run-each").iterdir()))
-    assert one.size == (96, 64) and getattr(one, "n_frames", 1) == row.size.get("frames", 1)
+    if "frames" in row.size:
+        clip = Image.open(tmp_path / "run.gif")
+        assert clip.n_frames == row.size["frames"] and clip.size == (2 * 98 + 2, 64 + 4)  # side by side
+        ending = video.ending()
+        assert {path.suffix for path in (tmp_path / "run-each").iterdir()} == {ending}
+        assert f"[video](samples/generator{ending})" in (tmp_path / "run" / "report.md").read_text()
+        (tmp_path / "run" / "samples" / f"generator{ending}").stat()
+    else:
+        assert Image.open(next((tmp_path / "run-each").iterdir())).size == (96, 64)
     torch.manual_seed(0)
     exec(lines.replace("a cat", "a b"), found := {})
     frame = (
