@@ -322,6 +322,7 @@ SHIFTED = [
     ("FluxTransformer2DModel", "linear"),
     *((f"{name}Transformer2DModel", "exponential") for name in ("Flux", "Chroma", "QwenImage", "ZImage")),
     ("LTXVideoTransformer3DModel", "exponential"),
+    ("Lumina2Transformer2DModel", "exponential"),
 ]
 
 
@@ -341,13 +342,35 @@ def test_a_dynamic_shift_of_times_is_that_of_the_stock_pipeline(tmp_path, name, 
     torch.testing.assert_close(shift * uniform / (1 + (shift - 1) * uniform), theirs, rtol=1e-9, atol=0)
 
 
-@pytest.mark.parametrize("name", ["Flux2Transformer2DModel", "Lumina2Transformer2DModel"])
-def test_a_dynamic_shift_that_does_not_follow_from_the_tokens_is_not_known(tmp_path, name):
+@pytest.mark.parametrize("size", [64, 2048])  # below and above 4300 tokens, where the pipeline changes its formula
+@pytest.mark.parametrize("name", ["Flux2Transformer2DModel", "Flux2Transformer2DModel, klein"])
+def test_the_dynamic_shift_of_flux_2_is_that_of_its_pipeline_with_its_usual_steps(tmp_path, name, size):
+    row = architectures.ROWS[name]
+    pipeline = pipeline_of(row)
+    pipeline.save_pretrained(tmp_path / "teacher")
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    module = inspect.getmodule(type(pipeline))
+    steps = inspect.signature(type(pipeline).__call__).parameters["num_inference_steps"].default
+    tokens = (size // 16) ** 2
+    scheduler.set_timesteps(sigmas=[0.9, 0.4, 0.1], mu=module.compute_empirical_mu(tokens, steps))
+    shift = teachers.load(tmp_path / "teacher", scheduler=scheduler, height=size, width=size).shift
+    uniform = torch.tensor([0.9, 0.4, 0.1])
+    torch.testing.assert_close(shift * uniform / (1 + (shift - 1) * uniform), scheduler.sigmas[:3], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", ["QwenImageTransformer2DModel", "LTXVideoTransformer3DModel"])
+def test_a_terminal_time_of_the_scheduler_changes_no_shift(tmp_path, name):
     row = architectures.ROWS[name]
     pipeline_of(row).save_pretrained(tmp_path / "teacher")
-    assert teachers.load(tmp_path / "teacher", **row.size).shift == row.scheduler().shift
-    dynamic = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-    assert teachers.load(tmp_path / "teacher", scheduler=dynamic, **row.size).shift is None
+    found, times = [], []
+    for terminal in (None, 0.1):
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=terminal)
+        found.append(teachers.load(tmp_path / "teacher", scheduler=scheduler, **row.size).shift)
+        for steps in (10, 50):
+            scheduler.set_timesteps(sigmas=[1 - i / steps for i in range(steps)], mu=1.0)
+            times.append(scheduler.sigmas[steps // 2].item())
+    assert found[0] == found[1] and times[0] == pytest.approx(times[1])
+    assert abs(times[2] - times[3]) > 0.05  # the stretch of the scheduler depends on the number of its steps
 
 
 @pytest.mark.parametrize(

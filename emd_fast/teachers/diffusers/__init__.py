@@ -5,6 +5,7 @@ diffusers is imported when a folder is loaded.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -79,9 +80,7 @@ class DiffusersDenoiser(Denoiser):
     @property
     def shift(self) -> float | None:
         assert self.sample_shape is not None
-        architecture = self.network.architecture
-        tokens = architecture.tokens(self.sample_shape) if architecture.dynamic_shift else None
-        return shift_of(self.scheduler_config, tokens)
+        return shift_of(self.scheduler_config, functools.partial(self.network.architecture.mu, self.sample_shape))
 
     def at(self, times: Sequence[float]) -> DiffusersDenoiser:
         network = self.network
