@@ -145,6 +145,15 @@ ROWS = {
         vae=tiny.vae("AutoencoderKLWan"),
         parts={"expand_timesteps": True},
     ),
+    "WanTransformer3DModel, 2.2 A14B": Row(
+        tiny.wan,
+        "WanPipeline",
+        lambda lengths: tiny.embeds(lengths, 24),
+        called("guidance_scale"),
+        size=VIDEO,
+        vae=tiny.vae("AutoencoderKLWan"),
+        parts={"transformer_2": tiny.seeded(tiny.wan, seed=5), "boundary_ratio": 0.5},
+    ),
     "Flux2Transformer2DModel": Row(
         tiny.flux2,
         "Flux2Pipeline",

@@ -62,13 +62,18 @@ def sampled(pipeline, row, arguments, **options):
         found.append((output.clone(), t, latents.clone(), stepped[0]))
         return stepped
 
-    network = getattr(pipeline, "unet", None) or pipeline.transformer
-    hook = network.register_forward_hook(lambda _, args, kwargs, output: calls.append(kwargs), with_kwargs=True)
+    networks = [getattr(pipeline, name, None) for name in ("unet", "transformer", "transformer_2")]
+    hooks = [
+        network.register_forward_hook(lambda _, args, kwargs, output: calls.append(kwargs), with_kwargs=True)
+        for network in networks
+        if network is not None
+    ]
     pipeline.scheduler.step = recorded
     try:
         run(pipeline, row, arguments, **options)
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
         pipeline.scheduler.step = step
     return found, calls
 
@@ -195,8 +200,8 @@ def trained(teacher, row, steps=2, **changes):
     if row.guidance:
         teacher.null_cond = {**null} if isinstance(null := row.cond(row.null), dict) else null
         teacher.null_cond = tree_map(lambda leaf: leaf[:1], teacher.null_cond)
-    options = {"t_star": 1.0, "input_scale": 1.0, "guidance": row.guidance, "generator_lr": 1e-2, **changes}
-    config = EMDConfig(steps=max(steps, 1), batch_size=2, langevin_steps=2, fake_score_updates=1, **options)
+    options = {"t_star": 1.0, "input_scale": 1.0, "guidance": row.guidance, "generator_lr": 1e-2, "batch_size": 2}
+    config = EMDConfig(steps=max(steps, 1), langevin_steps=2, fake_score_updates=1, **{**options, **changes})
     trainer = EMDTrainer(teacher, config, prompts=cond)
     for _ in range(steps):
         metrics = trainer.step()
@@ -237,6 +242,7 @@ def test_from_the_command_line(tmp_path, monkeypatch, capsys, name):
     from PIL import Image
 
     from emd_fast.cli import commands
+    from emd_fast.reporting import video
 
     monkeypatch.chdir(tmp_path)
     row = architectures.ROWS[name]
@@ -249,14 +255,23 @@ def test_from_the_command_line(tmp_path, monkeypatch, capsys, name):
     for source in ("run", "one-step"):
         assert commands.main(["sample", source, "-n", "2", "--prompt", "a b", "--out", f"{source}.png"]) == 0
         assert commands.main(["sample", source, "-n", "2", "--prompt", "a b", "--out", f"{source}-each"]) == 0
+        clip = commands.main(["sample", source, "-n", "2", "--prompt", "a b", "--out", f"{source}.gif"])
+        assert clip == (0 if "frames" in row.size else 2)
         if source == "run":
             capsys.readouterr()
             assert commands.main(["export", "run", "one-step"]) == 0
             lines = capsys.readouterr().err.partition("diffusers samples it in one step:\n")[2]
     assert (tmp_path / "run.png").read_bytes() == (tmp_path / "one-step.png").read_bytes()
     (tmp_path / "run" / "samples" / "generator.png").stat()
-    one = Image.open(next((tmp_path / "run-each").iterdir()))
-    assert one.size == (96, 64) and getattr(one, "n_frames", 1) == row.size.get("frames", 1)
+    if "frames" in row.size:
+        clip = Image.open(tmp_path / "run.gif")
+        assert clip.n_frames == row.size["frames"] and clip.size == (2 * 98 + 2, 64 + 4)  # side by side
+        ending = video.ending()
+        assert {path.suffix for path in (tmp_path / "run-each").iterdir()} == {ending}
+        assert f"[video](samples/generator{ending})" in (tmp_path / "run" / "report.md").read_text()
+        (tmp_path / "run" / "samples" / f"generator{ending}").stat()
+    else:
+        assert Image.open(next((tmp_path / "run-each").iterdir())).size == (96, 64)
     torch.manual_seed(0)
     exec(lines.replace("a cat", "a b"), found := {})
     frame = (
@@ -307,6 +322,7 @@ SHIFTED = [
     ("FluxTransformer2DModel", "linear"),
     *((f"{name}Transformer2DModel", "exponential") for name in ("Flux", "Chroma", "QwenImage", "ZImage")),
     ("LTXVideoTransformer3DModel", "exponential"),
+    ("Lumina2Transformer2DModel", "exponential"),
 ]
 
 
@@ -326,13 +342,35 @@ def test_a_dynamic_shift_of_times_is_that_of_the_stock_pipeline(tmp_path, name, 
     torch.testing.assert_close(shift * uniform / (1 + (shift - 1) * uniform), theirs, rtol=1e-9, atol=0)
 
 
-@pytest.mark.parametrize("name", ["Flux2Transformer2DModel", "Lumina2Transformer2DModel"])
-def test_a_dynamic_shift_that_does_not_follow_from_the_tokens_is_not_known(tmp_path, name):
+@pytest.mark.parametrize("size", [64, 2048])  # below and above 4300 tokens, where the pipeline changes its formula
+@pytest.mark.parametrize("name", ["Flux2Transformer2DModel", "Flux2Transformer2DModel, klein"])
+def test_the_dynamic_shift_of_flux_2_is_that_of_its_pipeline_with_its_usual_steps(tmp_path, name, size):
+    row = architectures.ROWS[name]
+    pipeline = pipeline_of(row)
+    pipeline.save_pretrained(tmp_path / "teacher")
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    module = inspect.getmodule(type(pipeline))
+    steps = inspect.signature(type(pipeline).__call__).parameters["num_inference_steps"].default
+    tokens = (size // 16) ** 2
+    scheduler.set_timesteps(sigmas=[0.9, 0.4, 0.1], mu=module.compute_empirical_mu(tokens, steps))
+    shift = teachers.load(tmp_path / "teacher", scheduler=scheduler, height=size, width=size).shift
+    uniform = torch.tensor([0.9, 0.4, 0.1])
+    torch.testing.assert_close(shift * uniform / (1 + (shift - 1) * uniform), scheduler.sigmas[:3], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", ["QwenImageTransformer2DModel", "LTXVideoTransformer3DModel"])
+def test_a_terminal_time_of_the_scheduler_changes_no_shift(tmp_path, name):
     row = architectures.ROWS[name]
     pipeline_of(row).save_pretrained(tmp_path / "teacher")
-    assert teachers.load(tmp_path / "teacher", **row.size).shift == row.scheduler().shift
-    dynamic = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-    assert teachers.load(tmp_path / "teacher", scheduler=dynamic, **row.size).shift is None
+    found, times = [], []
+    for terminal in (None, 0.1):
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=terminal)
+        found.append(teachers.load(tmp_path / "teacher", scheduler=scheduler, **row.size).shift)
+        for steps in (10, 50):
+            scheduler.set_timesteps(sigmas=[1 - i / steps for i in range(steps)], mu=1.0)
+            times.append(scheduler.sigmas[steps // 2].item())
+    assert found[0] == found[1] and times[0] == pytest.approx(times[1])
+    assert abs(times[2] - times[3]) > 0.05  # the stretch of the scheduler depends on the number of its steps
 
 
 @pytest.mark.parametrize(
@@ -378,11 +416,6 @@ def test_sizes_and_conditions_that_do_not_fit(tmp_path):
     for wrong in ({**cond, "guidance": cond["guidance"][:1]}, {n: v for n, v in cond.items() if n != "guidance"}):
         with pytest.raises(ValueError, match="takes a dict of prompt_embeds, pooled_projections, guidance"):
             teacher(x, t, wrong)
-    index = json.loads((tmp_path / "wan" / "model_index.json").read_text())
-    index["transformer_2"] = index["transformer"]
-    (tmp_path / "wan" / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(ConfigError, match="has two networks"):
-        teachers.load(tmp_path / "wan")
 
 
 @pytest.mark.parametrize("name", architectures.ROWS)

@@ -7,9 +7,9 @@ import torch
 B = 2  # samples
 
 
-def seeded(make):
+def seeded(make, seed=0):
     """Makes a network whose tensors are all random: some are zeros at first, which would hide what goes into them."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = make().eval()
     for parameter in model.parameters():
         if parameter.dim() > 1 and not parameter.any():

@@ -66,6 +66,7 @@ def _settings(options: argparse.Namespace, rest: Sequence[str]) -> RunConfig:
         "width",
         "frames",
         "embedded_guidance",
+        "guidance_2",
     ):
         if getattr(options, key) is not None:
             keys |= {"task": "pretrained", f"pretrained.{key}": getattr(options, key)}
@@ -124,10 +125,12 @@ def _plan(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def _sample(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    from emd_fast.reporting import pictures
+    from emd_fast.reporting import pictures, video
 
-    if options.out.suffix not in (".png", ".pt", ""):
-        raise ConfigError(f"--out must end in .png or .pt, or be a folder, got {options.out}")
+    if options.out.suffix not in (".png", ".pt", "", *video.ENDINGS):
+        raise ConfigError(f"--out must end in .png, .mp4, .gif or .pt, or be a folder, got {options.out}")
+    if options.out.suffix == ".mp4" and video.ending() != ".mp4":
+        raise ConfigError(video.REMEDY)
     into_folder = not options.out.suffix
     if into_folder and options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
         raise ConfigError(f"{options.out} exists already and is not empty: choose another folder")
@@ -155,6 +158,10 @@ def _sample(options: argparse.Namespace, rest: Sequence[str]) -> int:
     samples = samples_of(0, options.n)
     if options.out.suffix == ".pt":
         write_atomic(options.out, lambda file: torch.save(samples.cpu(), file))
+    elif options.out.suffix in video.ENDINGS:
+        if samples.dim() != 5:
+            raise ConfigError(f"these samples are no videos: give --out a name that ends in .png, got {options.out}")
+        pictures.save_video(options.out, decode(samples).cpu())
     elif samples.dim() in (4, 5):
         pictures.save_grid(options.out, decode(samples).cpu())
     else:

@@ -106,7 +106,10 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("run", type=Path, help="run folder, or an exported generator")
     sample.add_argument("-n", type=_positive, default=100, help="number of samples (default 100)")
     sample.add_argument(
-        "--out", type=Path, required=True, help=".png for one picture, .pt for a tensor (n, ...), or a folder"
+        "--out",
+        type=Path,
+        required=True,
+        help=".png for one picture, .mp4 or .gif for one video, .pt for a tensor (n, ...), or a folder",
     )
     sample.add_argument("--label", type=int, help="class of all samples (default: each class in turn)")
     sample.add_argument("--prompt", help="prompt of all samples (default: each of the run's in turn)")
@@ -231,6 +234,7 @@ def _settings(command: argparse.ArgumentParser) -> None:
         ("width", "PIXELS", int),
         ("frames", "N", int),
         ("embedded-guidance", "W", float),
+        ("guidance-2", "W", float),
     ):
         text = keys.help_of(f"pretrained.{name.replace('-', '_')}")
         command.add_argument(f"--{name}", type=kind, metavar=metavar, help=text)

@@ -92,6 +92,9 @@ class PretrainedConfig:
     embedded_guidance: float | None = setting(
         None, "guidance that the network takes as an input; none for its pipeline's default", ge=0
     )
+    guidance_2: float | None = setting(
+        None, "guidance weight of the second of two networks; none for that of the first"
+    )
 
     def __post_init__(self) -> None:
         validate(self)

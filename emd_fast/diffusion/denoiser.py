@@ -237,6 +237,14 @@ class Denoiser(nn.Module):
         """Shift of the times at which a rectified flow is sampled; None where no scheduler says one."""
         return None
 
+    def at(self, times: Sequence[float]) -> Denoiser:
+        """Returns a denoiser of the networks that these times need. Most have one network for all times."""
+        return self
+
+    def weight(self, t: Tensor, guidance: float | Tensor | None) -> float | Tensor | None:
+        """Returns the guidance weight at t (B,) for the one that was asked for."""
+        return guidance
+
     def heard(self, t: Tensor, dtype: torch.dtype) -> Tensor:
         """Returns the times (B,) float32 that the network computes with for t, where it computes in `dtype`.
 
@@ -275,9 +283,10 @@ class Denoiser(nn.Module):
         Raises:
             ValueError: guidance without a condition or without a null condition.
         """
-        if guidance is None:
+        weight = self.weight(t, guidance)
+        if weight is None:
             return self(x_t, t, cond).float()
-        return self.combined(*conditional_and_unconditional(self, x_t, t, cond, None), guidance)
+        return self.combined(*conditional_and_unconditional(self, x_t, t, cond, None), weight)
 
     def combined(self, conditional: Tensor, unconditional: Tensor, guidance: float | Tensor) -> Tensor:
         """Returns the guided output (B, ...) float32 of F_c and F_u."""

@@ -30,7 +30,7 @@ from emd_fast.io.files import write_atomic
 from emd_fast.io.models import check_config
 from emd_fast.io.reading import read_bytes, reason
 from emd_fast.teachers.diffusers import DiffusersDenoiser, architectures
-from emd_fast.teachers.diffusers.architectures import ARCHITECTURES, Network
+from emd_fast.teachers.diffusers.architectures import ARCHITECTURES, Experts, Network
 from emd_fast.teachers.diffusers.folder import EXPORTED, Folder, import_diffusers, read_json
 from emd_fast.teachers.mlp import PointGenerator, TimeMLP
 from emd_fast.teachers.small_unet import SmallUNet
@@ -139,11 +139,15 @@ def _write_folder(out: Path, generator: nn.Module, metadata: Metadata) -> Path:
         raise ValueError("format 'diffusers' needs a teacher from a folder of diffusers; use format='safetensors'")
     facts.check_new(out)
     denoiser = generator.denoiser
-    model: Any = denoiser.network.model
     component = denoiser.folder.component
     source = denoiser.folder
+    models: dict[str, Any] = {component: denoiser.network.model}
+    if isinstance(denoiser.network, Experts):
+        models["transformer_2"] = denoiser.network.second
     index = {name: value for name, value in source.index.items() if name != "scheduler"}
     index |= {component: ["diffusers", source.model_class], "_diffusers_version": import_diffusers().__version__}
+    if "transformer_2" in index and len(models) == 1:
+        index |= {"transformer_2": [None, None], "boundary_ratio": None}
 
     try:
         pipeline, scheduler = stock.pipeline_class(denoiser), stock.scheduler(generator)
@@ -160,23 +164,27 @@ def _write_folder(out: Path, generator: nn.Module, metadata: Metadata) -> Path:
     unfinished = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        model.save_pretrained(unfinished / component)
-        # The path of the teacher on this machine must not be published.
-        config = read_json(unfinished / component / "config.json")
-        config = {key: value for key, value in config.items() if key != "_name_or_path"}
-        # Pipelines of UNets take the size of their samples from here. A DiT has its own size.
-        sides = list(metadata.sample_shape[1:])
-        if component == "unet" and config.get("sample_size") not in (sides, sides[0]):
-            config["sample_size"] = sides[0] if sides[0] == sides[1] else sides
-        _write_json(unfinished / component / "config.json", config)
+        for name, model in models.items():
+            model.save_pretrained(unfinished / name)
+            # The path of the teacher on this machine must not be published.
+            config = read_json(unfinished / name / "config.json")
+            config = {key: value for key, value in config.items() if key != "_name_or_path"}
+            # Pipelines of UNets take the size of their samples from here. A DiT has its own size.
+            sides = list(metadata.sample_shape[1:])
+            if component == "unet" and config.get("sample_size") not in (sides, sides[0]):
+                config["sample_size"] = sides[0] if sides[0] == sides[1] else sides
+            _write_json(unfinished / name / "config.json", config)
         for name in index:
             if name in _OPTIONAL and source.has(name) and not (source.root / name).exists():
                 index[name] = [None, None]  # many downloads leave it out
-            elif name not in (component, "scheduler") and source.has(name):
+            elif name not in (component, "transformer_2", "scheduler") and source.has(name):
                 source.copy(name, unfinished / name)
         if scheduler is not None:
             scheduler.save_pretrained(unfinished / "scheduler")
             _write_json(unfinished / "model_index.json", index)
+        elif len(models) > 1:  # the boundary is part of the steps of the schedule
+            (unfinished / "scheduler").mkdir()
+            _write_json(unfinished / "scheduler" / "scheduler_config.json", denoiser.scheduler_config)
         written = facts.digests_of(unfinished, EXPORTED)
         told = {"generator": facts.table_of_metadata(metadata), "pipeline": index, "digests": written}
         (unfinished / EXPORTED).write_text(facts.encoded(told, indent=2))
@@ -199,6 +207,8 @@ def _write_file(out: Path, generator: nn.Module, metadata: Metadata) -> Path:
     network: Any = generator if denoiser is None else denoiser.network
     if denoiser is not None and denoiser.has_output and not isinstance(network, Network):
         raise ValueError("this generator's Denoiser has an `output` of its own, which a file cannot hold")
+    if isinstance(network, Experts):
+        raise ValueError("this generator has two networks, and a file holds one: use format='diffusers'")
     if isinstance(network, Network):
         model: Any = network.model
         described = {

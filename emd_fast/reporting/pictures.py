@@ -13,18 +13,19 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from emd_fast.io.files import write_atomic
 from emd_fast.metrics.images import to_uint8
+from emd_fast.reporting import video
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 _CELL = 32  # pixels: smaller images are enlarged to at least this side
 _FRAMES = 8  # of a video that are shown
-_RATE = 16  # frames per second of a video in a file
 _GAP, _BACKGROUND = 2, 255
 _COLOURS = ("#1f5fa8", "#d9722b", "#3a8f5c", "#8a4fa3")
 
@@ -81,7 +82,9 @@ def save_grid(
 def save_each(
     folder: str | os.PathLike[str], images: Callable[[int, int], Tensor], n: int, first: int = 0, batch: int = 64
 ) -> None:
-    """Writes n images as PNG files 000000.png, 000001.png, ..., the layout that EDM's fid.py reads; videos as GIF.
+    """Writes n images as PNG files 000000.png, 000001.png, ..., the layout that EDM's fid.py reads.
+
+    Videos become MP4 files, or GIF where PyAV is not installed.
 
     Args:
         folder: where the files go; created if missing.
@@ -97,18 +100,32 @@ def save_each(
     folder = Path(folder)
     for index in range(0, n, batch):
         made = images(index, min(batch, n - index))
-        is_video = made.dim() == 5
-        as_bytes = to_uint8(made.transpose(1, 2).flatten(0, 1) if is_video else made).cpu()
-        if is_video:
-            as_bytes = as_bytes.unflatten(0, (len(made), -1)).transpose(1, 2)
-        for number, image in enumerate(as_bytes, first + index):
-            frames = image.unbind(1) if image.dim() == 4 else (image,)
-            first_frame, *others = [_picture(frame) for frame in frames]
-            if image.dim() == 3:
-                _write(folder / f"{number:06d}.png", functools.partial(first_frame.save, format="PNG"))
-                continue
-            options = {"save_all": True, "append_images": others, "duration": 1000 // _RATE, "loop": 0}
-            _write(folder / f"{number:06d}.gif", functools.partial(first_frame.save, format="GIF", **options))
+        if made.dim() == 5:
+            kind = video.ending()
+            for number, frames in enumerate(made.transpose(1, 2), first + index):
+                _write(
+                    folder / f"{number:06d}{kind}", functools.partial(video.encode, frames=to_uint8(frames), kind=kind)
+                )
+            continue
+        for number, image in enumerate(to_uint8(made).cpu(), first + index):
+            _write(folder / f"{number:06d}.png", functools.partial(_picture(image).save, format="PNG"))
+
+
+def save_video(path: str | os.PathLike[str], videos: Tensor) -> None:
+    """Writes videos side by side, in the arrangement of `grid`, to an MP4 or GIF file, and creates its folder.
+
+    Args:
+        path: ends in .mp4 or .gif.
+        videos: (N, 1 or 3, F, H, W) in [-1, 1], N and F at least 1; values outside are clipped.
+
+    Raises:
+        ValueError: another shape, no video, or values that are not finite.
+        ModuleNotFoundError: an .mp4 without PyAV.
+    """
+    if videos.dim() != 5 or not videos.numel():
+        raise ValueError(f"videos must have shape (N, 1 or 3, F, H, W) and not be empty, got {tuple(videos.shape)}")
+    frames = torch.stack([torch.from_numpy(np.array(grid(images))) for images in videos.unbind(2)]).permute(0, 3, 1, 2)
+    _write(path, functools.partial(video.encode, frames=frames, kind=Path(path).suffix))
 
 
 def _picture(image: Tensor) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 from emd_fast.io.files import write_text
 from emd_fast.io.reading import parse_json, parse_toml, read_bytes, read_text, reason
 from emd_fast.io.signed import table_of
-from emd_fast.reporting import journal, pictures
+from emd_fast.reporting import journal, pictures, video
 
 _ORDER = ("real", "teacher", "init", "generator")  # of columns and pictures; other names follow
 
@@ -170,12 +170,18 @@ def _pictures(folder: Path, calls: int) -> list[str]:
     paths = sorted((folder / "samples").glob("*.png"), key=lambda path: (_rank(path.stem), path.stem))
     if not paths:
         return []
-    cells = [(_caption(path.stem, calls), f"![{path.stem}](samples/{path.name})") for path in paths]
+    cells = [(_caption(path.stem, calls), f"![{path.stem}](samples/{path.name}){_video(path)}") for path in paths]
     pairs = [cells[i : i + 2] for i in range(0, len(cells), 2)]
     return [
         "## Samples",
         *(_table([list(column) for column in zip(*pair, strict=True)], align="---") for pair in pairs),
     ]
+
+
+def _video(picture: Path) -> str:
+    """A link to the video beside a picture, if there is one."""
+    found = [path for path in (picture.with_suffix(ending) for ending in video.ENDINGS) if path.exists()]
+    return f" [video](samples/{found[0].name})" if found else ""
 
 
 def _curves(folder: Path) -> list[str]:

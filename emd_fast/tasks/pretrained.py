@@ -21,7 +21,7 @@ from emd_fast.io.reading import reason
 from emd_fast.metrics import evaluation
 from emd_fast.metrics.evaluation import Evaluator
 from emd_fast.metrics.images import to_uint8
-from emd_fast.reporting import pictures
+from emd_fast.reporting import pictures, video
 from emd_fast.reporting.progress import say
 from emd_fast.tasks import OnStep, encoded
 from emd_fast.teachers import custom, edm
@@ -81,8 +81,8 @@ class Pretrained:
             except (PickleError, OSError) as error:
                 raise ConfigError(str(error)) from None
         where = of_folders or device
-        guidance = settings.embedded_guidance
-        teacher = folders.load(name, config=config or None, device=where, embedded_guidance=guidance, **size)
+        guidance = {key: getattr(settings, key) for key in ("embedded_guidance", "guidance_2")}
+        teacher = folders.load(name, config=config or None, device=where, **guidance, **size)
         teacher.check_t_star(self.config.emd.first_time)
         with_shift(self.config.emd, teacher)  # for its errors, before prompts are encoded
         if self._has_texts() and teacher.takes.tensors:
@@ -210,6 +210,8 @@ class Pretrained:
                 images = decoded(trainer.teacher, x)
                 if images.dim() in (4, 5) and images.shape[1] in (1, 3) and images.isfinite().all():
                     pictures.save_grid(folder / "samples" / f"{name}.png", images)
+                    if images.dim() == 5:
+                        pictures.save_video(folder / "samples" / f"{name}{video.ending()}", images)
 
         distributed.on_main(draw)
         moments = {

@@ -38,6 +38,7 @@ def start(denoiser: Denoiser, config: EMDConfig, dtype: torch.dtype = torch.floa
     heard = denoiser.heard(given, dtype)
     if not torch.equal(given, heard):
         times = heard.tolist()
+    denoiser = denoiser.at(times)
     if len(times) == 1:
         return Generator(denoiser, times[0], input_scale=config.input_scale)
     try:

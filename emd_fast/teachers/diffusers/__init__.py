@@ -5,6 +5,7 @@ diffusers is imported when a folder is loaded.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 from emd_fast.config import ConfigError
 from emd_fast.diffusion import ragged
 from emd_fast.diffusion.denoiser import Condition, Denoiser
-from emd_fast.teachers.diffusers.architectures import ConditionSpec, Network
+from emd_fast.teachers.diffusers.architectures import ConditionSpec, Experts, Network
 from emd_fast.teachers.diffusers.architectures.conditions import GUIDANCE
 from emd_fast.teachers.diffusers.encoder import TextEncoder
 from emd_fast.teachers.diffusers.folder import Folder, import_diffusers
@@ -35,6 +36,7 @@ class DiffusersDenoiser(Denoiser):
         takes: the conditions that the network takes.
         channels: channels of a sample.
         embedded_guidance: guidance that `encode` adds to the conditions; None for the default of the pipeline.
+        guidance_2: guidance weight of the second of two networks, where the first is guided; None for the same.
         num_classes: number of labels that may be drawn; 0 without labels.
     """
 
@@ -49,6 +51,7 @@ class DiffusersDenoiser(Denoiser):
         sample_shape: Sequence[int],
         null_cond: Condition,
         embedded_guidance: float | None,
+        guidance_2: float | None = None,
     ) -> None:
         channels = sample_shape[0]
         super().__init__(
@@ -61,7 +64,7 @@ class DiffusersDenoiser(Denoiser):
             null_cond=null_cond,
             rescale=network.architecture.rescale,
         )
-        self.channels, self.embedded_guidance = channels, embedded_guidance
+        self.channels, self.embedded_guidance, self.guidance_2 = channels, embedded_guidance, guidance_2
         self.folder, self.trained, self.scheduler_config = folder, training, dict(scheduler_config)
 
     @property
@@ -77,9 +80,25 @@ class DiffusersDenoiser(Denoiser):
     @property
     def shift(self) -> float | None:
         assert self.sample_shape is not None
-        architecture = self.network.architecture
-        tokens = architecture.tokens(self.sample_shape) if architecture.dynamic_shift else None
-        return shift_of(self.scheduler_config, tokens)
+        return shift_of(self.scheduler_config, functools.partial(self.network.architecture.mu, self.sample_shape))
+
+    def at(self, times: Sequence[float]) -> DiffusersDenoiser:
+        network = self.network
+        if not isinstance(network, Experts):
+            return self
+        below = network.below(self.trained.index(torch.tensor(times, dtype=torch.float32, device="cpu"))).tolist()
+        if any(below) != all(below):
+            return self
+        facts = self.folder, self.trained, self.scheduler_config, self.sample_shape or ()
+        one = DiffusersDenoiser(network.alone(all(below)), *facts, self.null_cond, self.embedded_guidance)
+        one.source, one.weights_dtype = self.source, self.weights_dtype
+        return one.train(self.training)
+
+    def weight(self, t: Tensor, guidance: float | Tensor | None) -> float | Tensor | None:
+        if guidance is None or self.guidance_2 is None or not isinstance(self.network, Experts):
+            return guidance
+        below = self.network.below(self.trained.index(t))
+        return torch.where(below, torch.full_like(t, self.guidance_2), torch.as_tensor(guidance).to(t))
 
     def heard(self, t: Tensor, dtype: torch.dtype) -> Tensor:
         return self.network.architecture.heard(t, dtype)
@@ -147,6 +166,7 @@ def load(
     width: int | None = None,
     frames: int | None = None,
     embedded_guidance: float | None = None,
+    guidance_2: float | None = None,
     null_cond: Condition = None,
 ) -> DiffusersDenoiser:
     """Loads a teacher from a diffusers folder, in eval mode.
@@ -168,6 +188,8 @@ def load(
             default of the pipeline.
         embedded_guidance: guidance that the network takes as an input, which `encode` adds to the
             conditions. None takes the default of the pipeline.
+        guidance_2: guidance weight of the second of two networks, wherever the teacher is guided. None
+            takes that of the first.
         null_cond: the unconditional condition for guidance. A DiT has its own. For text it is
             usually `teacher.encode([""])`, which can be assigned to `teacher.null_cond` later.
 
@@ -183,7 +205,7 @@ def load(
         scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler"}  # sizes do not depend on it
     chain = _scheduler_config(scheduler) if scheduler is not None else source.scheduler_config()
     training = read(chain)
-    network = source.load_network(dtype, on_meta=on_meta)
+    network = source.load_network(dtype, steps=training.index_scale, on_meta=on_meta)
     architecture = network.architecture
     architecture.check_channels()
     if sample_shape is None:
@@ -194,9 +216,11 @@ def load(
     architecture.check_shape(shape)
     if embedded_guidance is not None and GUIDANCE not in network.takes.tensors:
         raise ConfigError(f"this {source.model_class} has no embedded guidance: leave embedded_guidance out")
+    if guidance_2 is not None and not isinstance(network, Experts):
+        raise ConfigError(f"this {source.model_class} is one network: leave guidance_2 out")
     if null_cond is None:
         null_cond = architecture.null_label
-    teacher = DiffusersDenoiser(network, source, training, chain, shape, null_cond, embedded_guidance)
+    teacher = DiffusersDenoiser(network, source, training, chain, shape, null_cond, embedded_guidance, guidance_2)
     teacher.source = str(source.root.resolve())
     if source.file is not None:
         teacher.source = f"{source.file.path.resolve()} of SHA-256 {source.file.sha256}, described by {teacher.source}"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from emd_fast.config import ConfigError
 from emd_fast.io import models, paths, reading
 from emd_fast.teachers.diffusers import architectures, files, text, weights
-from emd_fast.teachers.diffusers.architectures import ARCHITECTURES, Architecture, Network, known
+from emd_fast.teachers.diffusers.architectures import ARCHITECTURES, Architecture, Experts, Network, known
 from emd_fast.teachers.diffusers.encoder import TextEncoder
 from emd_fast.teachers.diffusers.index import checked, class_of
 from emd_fast.teachers.diffusers.latents import check_statistics
@@ -69,6 +69,7 @@ class Folder:
     def __init__(self, name: str | Path, file: SingleFile | None = None) -> None:
         self.root, self.file = _found(name), file
         self.index: dict[str, Any] = {}  # contents of model_index.json, for a pipeline
+        self.boundary_ratio: float | None = None  # of a pipeline of two networks, in the times of its schedule
         if (self.root / "model_index.json").exists():
             self.index = _index(self.root / "model_index.json")
         elif (self.root / EXPORTED).exists():
@@ -91,13 +92,13 @@ class Folder:
             self.component = known(name).component
         except ConfigError as error:
             raise ConfigError(f"{self.model} holds {error}") from None
+        if self.has("transformer_2"):
+            self.boundary_ratio = self._boundary_ratio()
         if not self.index and (self.root.parent / "model_index.json").exists():
             self.root = self.root.parent
             self.index = _index(self.root / "model_index.json")
         if self.has("vqvae"):
             raise ConfigError(f"{self.root} has a vqvae, which is not supported: a vae, or none, is")
-        if self.has("transformer_2"):
-            raise ConfigError(f"{self.root} has two networks, transformer and transformer_2: one alone is supported")
         self._vae: nn.Module | None = None
         self._architecture: Architecture | None = None
 
@@ -158,23 +159,54 @@ class Folder:
                 return read_json(path)
         raise ConfigError(f"{self.root} has no scheduler/scheduler_config.json: give load() a scheduler")
 
-    def load_network(self, dtype: torch.dtype, *, on_meta: bool = False) -> Network:
-        """Reads the network.
+    def load_network(self, dtype: torch.dtype, *, steps: float | None = None, on_meta: bool = False) -> Network:
+        """Reads the network, or both networks of a pipeline that has two.
 
         Args:
+            steps: training steps of the schedule, which a boundary is part of. None reads the folder's scheduler.
             on_meta: only its configuration is read, and it has the sizes of weights without memory.
 
         Raises:
             ConfigError: its weights do not fit, or its configuration is not supported.
         """
         kind = getattr(import_diffusers(), self.model_class)
-        if on_meta:
-            model = weights.on_meta(kind, self.model, dtype)
-        else:
-            model = weights.load(kind, self.model, dtype, None if self.file is None else self.file.network())
-        network = architectures.network(model)
+
+        def read(folder: Path) -> nn.Module:
+            if on_meta:
+                return weights.on_meta(kind, folder, dtype)
+            return weights.load(kind, folder, dtype, None if self.file is None else self.file.network())
+
+        network = architectures.network(read(self.model))
+        if self.boundary_ratio is not None:
+            steps = float(self.scheduler_config().get("num_train_timesteps", 1000)) if steps is None else steps
+            second = read(self.root / "transformer_2")
+            network = Experts(network.model, second, network.architecture, self.boundary_ratio * steps)
         self._architecture = network.architecture
         return network
+
+    def _boundary_ratio(self) -> float:
+        """The boundary_ratio of a pipeline of two networks, after checks.
+
+        Raises:
+            ConfigError: networks of which one alone is supported, of two configurations, or without a boundary.
+        """
+        ratio: Any = self.index.get("boundary_ratio")
+        both = f"{self.root} has two networks, transformer and transformer_2"
+        if not known(self.model_class).experts:
+            raise ConfigError(f"{both}: one {self.model_class} alone is supported")
+        if self.file is not None:
+            raise ConfigError(f"{both}, and {self.file.path} holds one: give the folder without --teacher-config")
+        if type(ratio) not in (int, float) or not 0 < ratio < 1:
+            raise ConfigError(
+                f"{both}, and boundary_ratio = {reading.shown(ratio)}: a number between 0 and 1 is needed"
+            )
+        configs = [
+            {name: value for name, value in read_json(self.root / part / "config.json").items() if name[:1] != "_"}
+            for part in ("transformer", "transformer_2")
+        ]
+        if configs[0] != configs[1]:
+            raise ConfigError(f"{both}, of different configurations: two networks of one are supported")
+        return float(ratio)
 
     def vae_config(self) -> dict[str, Any]:
         """Configuration of the VAE; empty without one."""

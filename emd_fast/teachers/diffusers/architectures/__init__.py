@@ -15,10 +15,11 @@ from torch import nn
 
 from emd_fast.config import ConfigError
 from emd_fast.teachers.diffusers.architectures.conditions import ConditionSpec
+from emd_fast.teachers.diffusers.architectures.experts import Experts
 from emd_fast.teachers.diffusers.architectures.form import Architecture
 from emd_fast.teachers.diffusers.architectures.network import Network
 
-__all__ = ["ARCHITECTURES", "Architecture", "ConditionSpec", "Network", "file_of", "known", "network"]
+__all__ = ["ARCHITECTURES", "Architecture", "ConditionSpec", "Experts", "Network", "file_of", "known", "network"]
 
 
 def file_of(name: str) -> str:

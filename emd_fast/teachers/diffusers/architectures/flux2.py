@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,12 +13,13 @@ from emd_fast.teachers.diffusers.architectures.conditions import GUIDANCE, TOKEN
 from emd_fast.teachers.diffusers.architectures.form import Config
 from emd_fast.teachers.diffusers.architectures.packing import PackedImage, standardized
 
+_STEPS = 50  # the default of the pipelines
+
 
 class Flux2Transformer2DModel(PackedImage):
     vaes = ("AutoencoderKLFlux2",)
     patch, size = (1, 1, 1), (1, 64, 64)
     guidance = 4.0
-    dynamic_shift = False  # it depends on the number of steps too
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -42,6 +43,11 @@ class Flux2Transformer2DModel(PackedImage):
 
     def vae_scale(self, vae: Config) -> tuple[int, int]:
         return 1, 2 * super().vae_scale(vae)[1]
+
+    def mu(self, shape: Sequence[int], scheduler: Config) -> float:
+        from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+
+        return compute_empirical_mu(self.tokens(shape), _STEPS)
 
     def call(self, model: Any, x: Tensor, time: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         tokens = cond[TOKENS].to(x.dtype)

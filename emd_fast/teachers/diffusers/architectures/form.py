@@ -13,6 +13,7 @@ from emd_fast.config import ConfigError
 from emd_fast.diffusion.denoiser import Condition
 from emd_fast.io.reading import shown
 from emd_fast.teachers.diffusers.architectures.conditions import GUIDANCE, ConditionSpec
+from emd_fast.teachers.diffusers.shift import linear_mu
 
 Config = Mapping[str, Any]
 VAES = ("AutoencoderKL", "AutoencoderTiny", "AsymmetricAutoencoderKL")
@@ -32,9 +33,9 @@ class Architecture:
         cuts_variance: that pipeline cuts a learned variance off.
         vaes, text: classes of its VAE, of its text encoders and tokenizers.
         null_label: the label that means "no label", or None.
+        experts: its pipeline may have a second network, for the times below a boundary.
         patch: sides of a patch in latents, (frames, height, width). A sample has whole patches.
         size: latents (frames, height, width) of a sample where the configuration has no size, or None.
-        dynamic_shift: its pipeline computes a dynamic shift of times from the number of tokens.
         video: a sample is (C, F, H, W), not (C, H, W).
         guidance: default of the embedded guidance, of a network that takes it.
         unguided: arguments with which the first pipeline does not guide and keeps the size.
@@ -55,8 +56,8 @@ class Architecture:
     text: tuple[str, ...] = ()
     patch: tuple[int, ...] = (1, 1, 1)
     size: tuple[int, int, int] | None = None
-    dynamic_shift = True
     video = False
+    experts = False
     guidance = 0.0
     unguided: Mapping[str, Any] = {"guidance_scale": 1.0}
     rescale: Callable[[Tensor, Tensor], Tensor] | None = None
@@ -181,6 +182,10 @@ class Architecture:
         """Patches of a sample (C, H, W) or (C, F, H, W)."""
         sides = shape[1:]
         return math.prod(side // patch for side, patch in zip(sides, self.patch[-len(sides) :], strict=True))
+
+    def mu(self, shape: Sequence[int], scheduler: Config) -> float:
+        """The mu from which the pipeline computes a dynamic shift of times, for a sample of this shape."""
+        return linear_mu(scheduler, self.tokens(shape))
 
     def _usual_size(self, given: tuple[int | None, ...]) -> tuple[int, int, int]:
         size = self.config.get("sample_size")

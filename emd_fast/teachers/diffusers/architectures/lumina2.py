@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -11,17 +11,21 @@ from emd_fast.diffusion.denoiser import Condition
 from emd_fast.teachers.diffusers.architectures.conditions import MASK, TOKENS, ConditionSpec
 from emd_fast.teachers.diffusers.architectures.form import GEMMA, Architecture, Config
 from emd_fast.teachers.diffusers.architectures.packing import rescaled
+from emd_fast.teachers.diffusers.shift import linear_mu
 
 
 class Lumina2Transformer2DModel(Architecture):
     pipelines = ("Lumina2Pipeline",)
     text = GEMMA
-    dynamic_shift = False  # the pipeline takes the channels for the tokens
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.patch = (1, config["patch_size"], config["patch_size"])
         self.takes = ConditionSpec.text(config["cap_feat_dim"], masked=True)
+
+    def mu(self, shape: Sequence[int], scheduler: Config) -> float:
+        # The pipeline takes the channels for the number of tokens.
+        return linear_mu(scheduler, shape[0])
 
     def call(self, model: Any, x: Tensor, time: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         return -model(

@@ -29,9 +29,17 @@ class Network(nn.Module):
         self.takes = architecture.takes
 
     def forward(self, x: Tensor, index: Tensor, cond: Condition = None) -> Tensor:
-        given = self.takes.arguments(cond, len(x))
+        return self.architecture.call(self.model, x, index, self.arguments(cond, len(x)))
+
+    def arguments(self, cond: Condition, batch: int) -> dict[str, Tensor]:
+        """The tensors of a condition by name.
+
+        Raises:
+            ValueError, TypeError: the model does not take this condition.
+        """
+        given = self.takes.arguments(cond, batch)
         if given is None:
             raise ValueError(
-                f"this {type(self.model).__name__} takes {self.takes}; for a batch of {len(x)} got {told(cond)}"
+                f"this {type(self.model).__name__} takes {self.takes}; for a batch of {batch} got {told(cond)}"
             )
-        return self.architecture.call(self.model, x, index, given)
+        return given

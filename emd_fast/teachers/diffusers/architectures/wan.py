@@ -19,6 +19,7 @@ class WanTransformer3DModel(Architecture):
     vaes = ("AutoencoderKLWan",)
     size = (21, 60, 104)
     video = True
+    experts = True
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
