@@ -48,7 +48,8 @@ def comparison(settings: RunConfig, vary: str) -> Comparison:
         raise ConfigError("a teacher from a file has no study: its generators have no metric to be compared by")
     found = _STUDIES.get((settings.task, vary))
     if found is None:
-        raise ConfigError(f"{settings.task} has no study of {vary}: its generator has no noise level to call it at")
+        known = ", ".join(f"{of} of {task}" for task, of in _STUDIES)
+        raise ConfigError(f"there is no study of {vary} of {settings.task}: the studies are {known}")
     return found(settings)
 
 
