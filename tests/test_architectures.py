@@ -260,7 +260,7 @@ def test_from_the_command_line(tmp_path, monkeypatch, capsys, name):
         if source == "run":
             capsys.readouterr()
             assert commands.main(["export", "run", "one-step"]) == 0
-            lines = capsys.readouterr().err.partition("diffusers samples it in one step:\n")[2]
+            lines = capsys.readouterr().err.partition("diffusers samples it with these lines:\n")[2]
     assert (tmp_path / "run.png").read_bytes() == (tmp_path / "one-step.png").read_bytes()
     (tmp_path / "run" / "samples" / "generator.png").stat()
     if "frames" in row.size:

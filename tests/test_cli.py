@@ -127,6 +127,13 @@ def test_wrong_input_is_one_line_and_exit_code_2(gmm, call, refused, tmp_path):
         ("No such file", "distill", "nowhere.toml"),
         ("bad.toml", "plan", "bad.toml"),
         ("bad.toml", "study", "bad.toml"),
+        (
+            "there is no study of calls of gmm: the studies are langevin_steps of digits",
+            "study",
+            "gmm",
+            "--vary",
+            "calls",
+        ),
         ("has no checkpoint yet", "sample", "empty", "--out", "x.png"),
         ("has no checkpoint yet", "export", "empty", "x.safetensors"),
         ("has no checkpoint yet", "replay", "empty", "--step=4", "--sample=0"),

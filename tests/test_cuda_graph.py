@@ -9,9 +9,10 @@ import pytest
 import torch
 from helpers import Mlp, assert_same, randomised
 from streams import Streams
+from torch.utils._pytree import tree_leaves as leaves
 
 import emd_fast
-from emd_fast import Denoiser, Generator, Noise, e_step, ops, schedules
+from emd_fast import Denoiser, FewStepGenerator, Generator, Noise, OnRung, e_step, ops, schedules
 from emd_fast.em import cuda_graph as graphs
 from emd_fast.em.cuda_graph import GraphedEStep, GraphFacts, obstacle, worth_a_graph
 from emd_fast.em.streams import branches, side_by_side
@@ -43,7 +44,7 @@ def recorded(monkeypatch):
         captures.append(parallel)
 
         def replay():
-            for old, new in zip(vars(found).values(), vars(run()).values(), strict=True):
+            for old, new in zip(leaves(vars(found)), leaves(vars(run())), strict=True):
                 old.copy_(new)
 
         return replay, found
@@ -55,7 +56,8 @@ def recorded(monkeypatch):
 
 def assert_as_eager(found, expected):
     for name, value in vars(expected).items():
-        assert_same(getattr(found, name), value, what=name)
+        for mine, its in zip(leaves(getattr(found, name)), leaves(value), strict=True):
+            assert_same(mine, its, what=name)
 
 
 def test_a_replay_follows_what_changes_and_moved_weights_are_captured_anew(recorded):
@@ -75,6 +77,19 @@ def test_a_replay_follows_what_changes_and_moved_weights_are_captured_anew(recor
     assert len(recorded) == 2
     for name, value in first[1].items():  # what was returned is the caller's
         assert_same(getattr(first[0], name), value)
+
+
+def test_one_graph_serves_all_rungs(recorded):
+    generator, *scores = networks()
+    generator, noise = FewStepGenerator(generator.denoiser, (2.0, 0.5, 0.2)), Noise(3)
+    sample = GraphedEStep(generator, *scores, noise=noise, **SETTINGS)
+    for step, rung in enumerate(([2, 0, 1, 1, 0], [0] * 5, [2] * 5)):
+        noise.set(step=step)
+        *given, labels = arguments(seed=step)
+        cond = OnRung(given[1].flip(0), torch.tensor(rung), labels)
+        found = sample(*given, cond)
+        assert_as_eager(found, e_step(generator, *scores, *given, cond=cond, noise=noise, **SETTINGS))
+    assert len(recorded) == 1
 
 
 def test_another_shape_or_mode_is_another_graph(recorded):

@@ -329,19 +329,22 @@ def test_without_a_recipe_or_a_teacher_or_what_was_exported(call, refused, tmp_p
 
 @pytest.mark.slow
 @pytest.mark.skipif(folders.transformers_missing() is not None, reason=str(folders.transformers_missing()))
-def test_the_recipe_of_stable_diffusion_runs(call, tmp_path):
+@pytest.mark.parametrize(
+    ("recipe", "asked"), [("sd15", "num_inference_steps=1"), ("sd15-4", "timesteps=[600, 316, 97")]
+)
+def test_the_recipes_of_stable_diffusion_run(call, tmp_path, recipe, asked):
     folders.stable_diffusion(tmp_path / "teacher")
     (tmp_path / "prompts.txt").write_text("a b\nc\nd e\n")
-    words = ["distill", "sd15", "--prompts", "prompts.txt", "--out", "run", *TINY, "--micro-batch-size=1"]
+    words = ["distill", recipe, "--prompts", "prompts.txt", "--out", "run", *TINY, "--micro-batch-size=1"]
     assert "there is no teacher: give --teacher" in call(*words)[2]
     done(call(*words, "--teacher", "teacher"))
     assert run_checkpoints.found(tmp_path / "run" / "checkpoints")[-1].name == "step-00000002"
-    done(call("export", "run", "one-step"))
-    from diffusers import DiffusionPipeline
-
-    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "one-step")
-    pipeline.set_progress_bar_config(disable=True)
-    assert pipeline("a b", num_inference_steps=1, guidance_scale=1.0).images[0].size == (16, 16)
+    done(exported := call("export", "run", "exported"))
+    lines = exported[2].partition("diffusers samples it with these lines:\n")[2]
+    assert f'pipeline("a cat", {asked}' in lines
+    found = {}
+    exec(lines, found)
+    assert found["made"].size == (16, 16)
 
 
 HOSTILE = {

@@ -174,19 +174,6 @@ def test_what_stock_diffusers_cannot_do_is_said_and_it_cannot_load_it(distilled,
     assert torch.equal(load(path).sample(2), trainer.generate(2))
 
 
-@pytest.mark.parametrize("name", ["unet", "dit"])
-@pytest.mark.parametrize("rungs", [2, 4])
-def test_a_folder_of_several_calls_is_for_our_loader(distilled, tmp_path, name, rungs):
-    teacher = distilled(name)[0].teacher
-    trainer = trained(teacher, steps=1, rungs=rungs, t_star=teacher.time(600), input_scale=None)
-    assert all(abs(index - round(index)) < 1e-3 for index in (t * 999 for t in trainer.generator.times))
-    with pytest.warns(NotForStock, match=f"does not hold the {rungs} noise levels"):
-        path = export(trainer, tmp_path / "out")
-    assert not (path / "model_index.json").exists()
-    for calls in (1, rungs):
-        assert torch.equal(load(path).sample(3, calls=calls), trainer.generate(3, calls=calls))
-
-
 def test_from_a_checkpoint_with_its_teacher(distilled, tmp_path):
     trainer, _ = distilled("unet")
     trainer.save(tmp_path / "step.pt")

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from helpers import assert_all_same, assert_same, assert_within, seeded
+from test_compile import Counting
 from test_e_step import denoiser, inputs
 
 from emd_fast import Denoiser, FewStepGenerator, Generator, Noise, OnRung, e_step, ops
@@ -92,6 +93,19 @@ def test_a_conversion_of_the_module_leaves_its_times():
     assert [each[0].item() for each in t] == [math.log(level) / 4 for level in (1.999, 0.501)] or torch.equal(
         torch.stack([each[0] for each in t]), torch.tensor([1.999, 0.501]).log() / 4
     )
+
+
+def test_one_compiled_graph_serves_all_rungs():
+    generator, graphs = FewStepGenerator(denoiser("edm", EDM(), 1), (2.0, 0.5, 0.2)), Counting()
+    compiled = torch.compile(generator, fullgraph=True, backend=graphs)
+    for seed, rung in enumerate(([2, 0, 1, 1, 0], [0] * 5, [2] * 5)):
+        z, before = drawn(2, seed=seed)
+        cond = OnRung(before, torch.tensor(rung), None)
+        assert_same(compiled(z, cond), generator(z, cond))
+    assert graphs.graphs == 1
+    samples = zip(FewStepGenerator.sample(compiled, drawn()), generator.sample(drawn()), strict=True)
+    for found, expected in samples:
+        assert_same(found, expected)
 
 
 @pytest.mark.parametrize("guidance", [None, 1.5])

@@ -1,8 +1,10 @@
 """A run in its folder, in this process; the command line as a process is in test_cli.py."""
 
 import contextlib
+import dataclasses
 import errno
 import fcntl
+import itertools
 import json
 import math
 import os
@@ -23,6 +25,7 @@ from emd_fast.reporting import journal, report
 from emd_fast.run import distill, study
 from emd_fast.run.folder import RunError, locked, metrics_of, open_folder
 from emd_fast.run.signals import Interrupted
+from emd_fast.run.variants import Comparison, Variant, comparison, passes
 from emd_fast.train import checkpoint, run_checkpoints
 from emd_fast.train.checkpoint import CheckpointError
 from emd_fast.train.health import Diverged
@@ -306,17 +309,32 @@ def test_the_legs_of_a_run_are_one_to_tensorboard_and_weights_and_biases(tmp_pat
 
 
 def test_a_study_spends_the_same_on_every_variant():
-    variants = study._mixture(config.load("gmm"))
-    spent = [variant.settings.emd.steps * study.passes(variant.settings.emd) for variant in variants]
-    assert max(spent) / min(spent) < 1.02
-    assert {variant.settings.emd.objective for variant in variants} == {"vsd", "emd"}
+    for recipe, vary in (("gmm", "langevin_steps"), ("digits", "calls"), ("digits-4", "calls")):
+        configs = [variant.settings.emd for variant in comparison(config.load(recipe), vary).variants]
+        spent = [each.steps * passes(each) for each in configs]
+        assert max(spent) / min(spent) < 1.02
+        assert {each.objective for each in configs} == ({"vsd", "emd"} if recipe == "gmm" else {"emd"})
+        if vary == "calls":
+            assert [(each.calls, each.langevin_steps) for each in configs] == list(itertools.product((1, 2, 4), (1, 4)))
+
+
+def test_a_study_counts_the_passes_of_the_rollouts():
+    emd = dataclasses.replace(config.load("digits").emd, fake_score_updates=2)
+    assert passes(dataclasses.replace(emd, rungs=4)) - passes(emd) == (2 + 1) * (4 - 1) / 2
 
 
 @pytest.mark.slow
 def test_a_study_writes_its_table(tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "_mixture", lambda s: [study.Variant("A", s), study.Variant("B", s)])
+    def compared(found, vary):
+        assert vary == "langevin_steps"
+        return Comparison("T", "Q", [Variant("A", found), Variant("B", found)], 2, {"C": ("B", "init")})
+
+    monkeypatch.setattr(study, "comparison", compared)
     path = study.conduct(settings(emd__steps=2), tmp_path)
     lines = path.read_text().splitlines()
-    assert [line.split(" | ")[0] for line in lines[-2:]] == ["| A", "| B"] and "±" in lines[-1]
+    assert [line.split(" | ")[0] for line in lines[-3:]] == ["| A", "| B", "| C"] and "±" in lines[-2]
+    assert lines[-1].endswith("| - | - | - |"), "a set that no run trains has no steps"
     rows = json.loads((tmp_path / "study.json").read_text())
-    assert len(rows["A"]) == 5 and len({row["frechet"] for row in rows["A"]}) == 5
+    assert len(rows["A"]) == 2 and len({row["frechet"] for row in rows["A"]}) == 2
+    metrics = [metrics_of(tmp_path / f"B-seed{seed}") for seed in (0, 1)]
+    assert [row["frechet"] for row in rows["C"]] == [each["frechet"]["init"] for each in metrics]

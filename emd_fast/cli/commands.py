@@ -97,9 +97,10 @@ def _study(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from emd_fast.run import study
 
     settings = _settings(options, rest)
-    folder = options.out or Path("runs") / f"{Path(options.recipe).stem}-study"
+    of = "study" if options.vary == "langevin_steps" else f"study-of-{options.vary}"
+    folder = options.out or Path("runs") / f"{Path(options.recipe).stem}-{of}"
     with distributed.process_group(report):
-        study.conduct(settings, folder)
+        study.conduct(settings, folder, options.vary)
         if distributed.is_main():
             print(folder / "study.md")
     return 0
@@ -218,7 +219,7 @@ def _export(options: argparse.Namespace, rest: Sequence[str]) -> int:
             say(f"warning: {warning.message}")
     print(options.out)
     if (options.out / "model_index.json").exists():
-        say(f"diffusers samples it in one step:\n{pipeline.example(trainer, options.out)}")
+        say(f"diffusers samples it with these lines:\n{pipeline.example(trainer, options.out)}")
     return 0
 
 

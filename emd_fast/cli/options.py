@@ -54,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="examples:\n"
         "  emd-fast distill digits --out runs/digits          train, distil, evaluate, report\n"
         "  emd-fast study gmm                                 compare K = 1 to 16 on a mixture\n"
+        "  emd-fast study digits --vary calls                 compare generators of 1, 2 and 4 calls\n"
         "  emd-fast distill --teacher FOLDER --out runs/mine  distil a model of your own\n"
         "  emd-fast sample runs/digits -n 100 --out grid.png  draw samples of the generator\n"
         "  emd-fast evaluate runs/mine --detector inception.pt --reference imagenet-64x64.npz\n"
@@ -80,12 +81,18 @@ def _parser() -> argparse.ArgumentParser:
 
     study = commands.add_parser(
         "study",
-        help="compare several K over several seeds",
-        description="Runs the study of digits or gmm. The same command on the same folder resumes it.",
+        help="compare several K, or several numbers of calls, over several seeds",
+        description="Runs a study of digits or gmm. The same command on the same folder resumes it.",
         epilog="takes the keys of the configuration too: see emd-fast distill --help",
     )
     _settings(study)
     study.add_argument("--out", type=Path, help="folder of the study (default: runs/RECIPE-study)")
+    study.add_argument(
+        "--vary",
+        choices=("langevin_steps", "calls"),
+        default="langevin_steps",
+        help="compare several K (the default), or generators of 1, 2 and 4 calls (digits)",
+    )
 
     plan = commands.add_parser(
         "plan",

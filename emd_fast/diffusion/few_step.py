@@ -56,7 +56,8 @@ class FewStepGenerator(nn.Module):
         # (t, alpha, scale of z, c_skip, c_out) by rung, (5, n). No buffer: a conversion of the module to bfloat16 would
         # round the times.
         self.values = torch.stack([t, alpha, scale, *denoiser.coefficients(t)])
-        self._on: dict[torch.device, Tensor] = {}
+        # Filled here for the CPU: an entry that is made in compiled code would make it compile a second time.
+        self._on: dict[torch.device, Tensor] = {self.values.device: self.values}
         self._c_skip, self._c_out = self.values[3:, 0].tolist()
 
     @property

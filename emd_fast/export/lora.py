@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from emd_fast.diffusion.few_step import FewStepGenerator
 from emd_fast.diffusion.generator import Generator
-from emd_fast.export import facts
+from emd_fast.export import card, facts
 from emd_fast.teachers.diffusers import DiffusersDenoiser, stock
 from emd_fast.train import adapters
 
@@ -21,7 +20,7 @@ FILE = "pytorch_lora_weights.safetensors"  # the name that `load_lora_weights` l
 
 
 def write(out: Path, generator: nn.Module, teacher_hash: str, steps: int) -> Path:
-    """Writes a folder with the LoRA file, the scheduler of one step, and a model card (README.md).
+    """Writes a folder with the LoRA file, the scheduler, and a model card (README.md).
 
     Args:
         out: a new or empty folder.
@@ -43,7 +42,8 @@ def write(out: Path, generator: nn.Module, teacher_hash: str, steps: int) -> Pat
     denoiser = generator.denoiser
     component = denoiser.folder.component
     tensors, config = lora_of(denoiser.network.model)
-    pipeline, scheduler = stock.pipeline_class(denoiser), stock.scheduler(generator)
+    stock.pipeline_class(denoiser)  # raises where there is none
+    scheduler = stock.scheduler(generator)
     told = {f"{component}.{key}": value for key, value in config.items()}
     unfinished = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -54,7 +54,7 @@ def write(out: Path, generator: nn.Module, teacher_hash: str, steps: int) -> Pat
             unfinished / FILE,
             {"format": "pt", "lora_adapter_metadata": json.dumps(told, sort_keys=True)},
         )
-        (unfinished / "README.md").write_text(_card(pipeline, type(scheduler).__name__, config, teacher_hash, steps))
+        (unfinished / "README.md").write_text(card.of_lora(generator, teacher_hash, steps, config))
         if out.exists():
             out.rmdir()
         os.replace(unfinished, out)
@@ -87,27 +87,3 @@ def lora_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ValueError("a LoRA file holds one adapter of one rank and alpha: merge these with format='diffusers'")
     ((_, rank, alpha),) = found
     return tensors, {"r": rank, "lora_alpha": alpha, "target_modules": sorted(layers)}
-
-
-def _card(pipeline: str, scheduler: str, config: Mapping[str, Any], teacher_hash: str, steps: int) -> str:
-    return f"""---
-library_name: diffusers
-tags: [lora, one-step, em-distillation]
----
-
-One-step generator, distilled by EM Distillation (arXiv 2405.16852) with emd_fast: a LoRA adapter for
-the {pipeline} of its teacher.
-
-| | |
-|---|---|
-| teacher | SHA-256 {teacher_hash} (emd_fast's fingerprint of its weights) |
-| steps of training | {steps} |
-| rank, alpha | {config["r"]}, {config["lora_alpha"]:g} |
-
-    from diffusers import {pipeline}, {scheduler}
-
-    pipeline = {pipeline}.from_pretrained(TEACHER)
-    pipeline.load_lora_weights(FOLDER)
-    pipeline.scheduler = {scheduler}.from_pretrained(FOLDER, subfolder="scheduler")
-    image = pipeline(PROMPT, num_inference_steps=1, guidance_scale=1.0).images[0]
-"""

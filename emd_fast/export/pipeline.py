@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from emd_fast.diffusion.denoiser import Denoiser
 from emd_fast.diffusion.few_step import FewStepGenerator
 from emd_fast.diffusion.generator import Generator
-from emd_fast.export import facts, lora
+from emd_fast.export import card, facts, lora
 from emd_fast.export.one_step import Call, Metadata, OneStep
 from emd_fast.fusion.fusing import fuse_known
 from emd_fast.io.files import write_atomic
@@ -85,17 +85,18 @@ def export(
     if format == "lora":
         return lora.write(Path(out), generator, trainer.teacher_facts["sha256"], trainer.steps_done)
     generator = adapters.merged(generator)
-    return (_write_folder if format == "diffusers" else _write_file)(
-        Path(out), generator, _metadata(trainer, generator, ema)
-    )
+    metadata = _metadata(trainer, generator, ema)
+    if format == "diffusers":
+        return _write_folder(Path(out), generator, metadata, trainer.teacher_facts["sha256"])
+    return _write_file(Path(out), generator, metadata)
 
 
 def example(trainer: EMDTrainer, out: str | os.PathLike[str]) -> str:
     """Lines of Python with which diffusers samples an exported folder that has a stock pipeline."""
     from emd_fast.teachers.diffusers import stock
 
-    assert isinstance(trainer.teacher, DiffusersDenoiser)
-    return stock.example(trainer.teacher, str(out))
+    assert isinstance(trainer.generator, (Generator, FewStepGenerator))
+    return stock.example(trainer.generator, str(out))
 
 
 def _metadata(trainer: EMDTrainer, generator: nn.Module, ema: bool) -> Metadata:
@@ -130,7 +131,7 @@ def _calls(generator: nn.Module) -> list[Call]:
     return []
 
 
-def _write_folder(out: Path, generator: nn.Module, metadata: Metadata) -> Path:
+def _write_folder(out: Path, generator: nn.Module, metadata: Metadata, teacher_hash: str) -> Path:
     from emd_fast.teachers.diffusers import stock
 
     if not isinstance(generator, (Generator, FewStepGenerator)) or not isinstance(
@@ -186,6 +187,8 @@ def _write_folder(out: Path, generator: nn.Module, metadata: Metadata) -> Path:
             (unfinished / "scheduler").mkdir()
             _write_json(unfinished / "scheduler" / "scheduler_config.json", denoiser.scheduler_config)
         written = facts.digests_of(unfinished, EXPORTED)
+        if scheduler is not None:  # after the digests: people edit a card
+            (unfinished / "README.md").write_text(card.of_folder(generator, teacher_hash, metadata.steps))
         told = {"generator": facts.table_of_metadata(metadata), "pipeline": index, "digests": written}
         (unfinished / EXPORTED).write_text(facts.encoded(told, indent=2))
         if out.exists():

@@ -1,4 +1,4 @@
-"""Studies of the Langevin step count K and of noise cancellation over several seeds.
+"""Studies over several seeds: of the Langevin step count K with noise cancellation, and of the number of calls.
 
 Each variant and seed is an ordinary run in its own folder, so an interrupted study resumes where
 it stopped.
@@ -12,43 +12,37 @@ import math
 import re
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from emd_fast.config import ConfigError, EMDConfig, RunConfig
+from emd_fast.config import RunConfig
 from emd_fast.io.files import write_text
 from emd_fast.reporting import journal
 from emd_fast.reporting.progress import say
 from emd_fast.run import distill
+from emd_fast.run.variants import comparison
 from emd_fast.tasks import task_of
 from emd_fast.train import checkpoint, run_checkpoints
 
 
-@dataclass(frozen=True)
-class Variant:
-    """A row of the table: its name, and the configuration that its seeds share."""
-
-    name: str
-    settings: RunConfig
-
-
-def conduct(settings: RunConfig, folder: Path) -> Path:
+def conduct(settings: RunConfig, folder: Path, vary: str = "langevin_steps") -> Path:
     """Runs each variant with each seed; writes study.json and study.md. Returns study.md's path.
 
+    Args:
+        vary: what the variants differ in, "langevin_steps" or "calls".
+
     Raises:
-        ConfigError: the task is "pretrained", which has no study.
+        ConfigError: the task has no such study; "pretrained" has none.
     """
-    if settings.task == "pretrained":
-        raise ConfigError("a teacher from a file has no study: its generators have no metric to be compared by")
-    variants, seeds = (_digits(settings), 3) if settings.task == "digits" else (_mixture(settings), 5)
+    compared = comparison(settings, vary)
     folder.mkdir(parents=True, exist_ok=True)
     if settings.task == "digits":
         # The variants share one teacher, since they compare distillations.
         task_of(settings).make_teacher(folder, None)
     results: dict[str, list[dict[str, Any]]] = {}
-    for variant in variants:
-        for seed in range(seeds):
+    others: dict[str, list[dict[str, Any]]] = {}
+    for variant in compared.variants:
+        for seed in range(compared.seeds):
             own = folder / f"{re.sub('[^A-Za-z0-9]+', '-', variant.name).strip('-')}-seed{seed}"
             own.mkdir(exist_ok=True)
             if run_checkpoints.exists(folder / "teacher") and not run_checkpoints.exists(own / "teacher"):
@@ -56,73 +50,32 @@ def conduct(settings: RunConfig, folder: Path) -> Path:
             emd = dataclasses.replace(variant.settings.emd, seed=seed)
             say(f"study: {variant.name}, seed {seed}")
             metrics = distill.distill(dataclasses.replace(variant.settings, emd=emd), own)
-            results.setdefault(variant.name, []).append({**_numbers(metrics), **_gradient_norm(own)})
+            of_run = {"steps": metrics["steps"], "seconds": metrics["seconds"]["distil"]}
+            results.setdefault(variant.name, []).append({**_numbers(metrics), **of_run, **_gradient_norm(own)})
+            for name, (owner, samples) in compared.others.items():
+                if owner == variant.name:
+                    others.setdefault(name, []).append(_numbers(metrics, samples))
+    results |= others
     write_text(folder / "study.json", json.dumps(results, indent=1))
-    lines = [
-        f"# {'Digits' if settings.task == 'digits' else 'A mixture'}: the study",
-        "",
-        _question(settings, seeds),
-        "",
-    ]
-    write_text(folder / "study.md", "\n".join([*lines, _table(results), ""]))
+    write_text(folder / "study.md", f"# {compared.title}\n\n{compared.question}\n\n{_table(results)}\n")
     return folder / "study.md"
 
 
-def _digits(settings: RunConfig) -> list[Variant]:
-    def variant(name: str, **changes: Any) -> Variant:
-        return Variant(name, dataclasses.replace(settings, emd=dataclasses.replace(settings.emd, **changes)))
-
-    return [
-        *(variant(f"K = {k}", langevin_steps=k) for k in (1, 4, 8)),
-        variant("K = 8, no cancellation", langevin_steps=8, noise_cancellation=False),
-    ]
-
-
-def _mixture(settings: RunConfig) -> list[Variant]:
-    """Variants that spend as many network passes as the recipe; K = 1 is VSD, without a z step."""
-    budget = settings.emd.steps * passes(settings.emd)
-    variants = []
-    for start, mixture in {
-        "too small": dataclasses.replace(settings.mixture, generator_width=12, generator_layers=1),
-        "collapsed": dataclasses.replace(settings.mixture, collapsed=True),
-    }.items():
-        for k in (1, 2, 4, 8, 16):
-            emd = dataclasses.replace(settings.emd, langevin_steps=k, objective="vsd" if k == 1 else "emd")
-            emd = dataclasses.replace(emd, steps=max(1, round(budget / passes(emd))))
-            name = f"{start}, {'VSD (K = 1)' if k == 1 else f'K = {k}'}"
-            variants.append(Variant(name, dataclasses.replace(settings, mixture=mixture, emd=emd)))
-    return variants
-
-
-def passes(config: EMDConfig) -> int:
-    """Counts the network passes of an optimizer step.
-
-    A forward pass counts 1, a backward pass to the input 1, and a full backward pass 2.
-    """
-    fake_score_step = 1 + 1 + 2
-    langevin_step = 3 if config.objective == "vsd" else 4
-    m_step = 1 + 2
-    steps = 1 if config.objective == "vsd" else config.langevin_steps
-    return config.fake_score_updates * fake_score_step + steps * langevin_step + m_step
-
-
-def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
-    """Metrics of the generator.
+def _numbers(metrics: dict[str, Any], samples: str = "generator") -> dict[str, Any]:
+    """Metrics of one set of samples.
 
     They include the Fréchet distance relative to real data, or the least and greatest mass of a
     mode.
     """
-    row = {
-        key: value["generator"]
+    row: dict[str, Any] = {
+        key: value[samples]
         for key, value in metrics.items()
-        if isinstance(value, dict) and isinstance(value.get("generator"), (int, float))
+        if isinstance(value, dict) and isinstance(value.get(samples), (int, float))
     }
     if "mass" in metrics:
-        masses = metrics["mass"]["generator"]
-        row |= {"least mass": min(masses), "greatest mass": max(masses), "mass": masses}
-    else:
-        row["frechet over real"] = metrics["frechet"]["generator"] / metrics["frechet"]["real"]
-    return {**row, "steps": metrics["steps"], "seconds": metrics["seconds"]["distil"]}
+        masses = metrics["mass"][samples]
+        return {**row, "least mass": min(masses), "greatest mass": max(masses), "mass": masses}
+    return {**row, "frechet over real": metrics["frechet"][samples] / metrics["frechet"]["real"]}
 
 
 def _gradient_norm(folder: Path) -> dict[str, float]:
@@ -132,31 +85,18 @@ def _gradient_norm(folder: Path) -> dict[str, float]:
     return {"gradient norm": statistics.median(norms) if norms else math.nan}
 
 
-def _question(settings: RunConfig, seeds: int) -> str:
-    if settings.task == "digits":
-        return (
-            f"Effect of K and of noise cancellation on digits: {seeds} seeds each, one teacher, "
-            f"{settings.emd.steps} optimizer steps for all, so a larger K also costs more network evaluations. "
-            "Differences within the spread of the seeds are not significant."
-        )
-    return (
-        f"Effect of Langevin steps on the coverage of a mixture: {seeds} seeds each, exact teacher score. Each "
-        f"variant spends {settings.emd.steps * passes(settings.emd)} network passes, so a larger K makes fewer "
-        "optimizer steps. Too small: the generator has 12 hidden units in 2 layers. Collapsed: every sample "
-        "starts near one mode."
-    )
-
-
 def _table(results: dict[str, list[dict[str, Any]]]) -> str:
     """A table with a row for each variant: mean and standard deviation over the seeds."""
     keys = [key for key, value in next(iter(results.values()))[0].items() if not isinstance(value, list)]
     rows = [["variant", *keys]]
     for name, seeds in results.items():
-        rows.append([name, *(_mean_and_spread([row[key] for row in seeds]) for key in keys)])
+        rows.append([name, *(_mean_and_spread([row[key] for row in seeds if key in row]) for key in keys)])
     rule = ["---", *["---:"] * len(keys)]
     return "\n".join(f"| {' | '.join(row)} |" for row in (rows[0], rule, *rows[1:]))
 
 
 def _mean_and_spread(values: list[float]) -> str:
+    if not values:
+        return "-"
     mean, spread = statistics.mean(values), statistics.stdev(values)
     return f"{mean:.3g} ± {spread:.2g}" if spread else f"{mean:g}"
