@@ -92,7 +92,7 @@ def test_an_apex_that_is_not_nvidias_is_told_apart(call, tmp_path, monkeypatch):
         (["distill", "gmm", "--steps", "many"], "steps must be int"),
         (["distill", "gmm", "--weighting", "sgima2"], "did you mean 'sigma2'"),
         (["sample", "x", "--out", "y.png", "--wat"], "unknown option '--wat'"),
-        (["sample", "x", "--out", "y.jpeg"], ".png or .pt"),
+        (["sample", "x", "--out", "y.jpeg"], ".png, .mp4, .gif or .pt"),
         ([], "COMMAND"),
     ],
 )
