@@ -89,6 +89,11 @@ class PretrainedConfig:
     height: int | None = setting(None, "height of a sample; none for the folder's", unit="pixels", gt=0)
     width: int | None = setting(None, "width of a sample; none for the folder's", unit="pixels", gt=0)
     frames: int | None = setting(None, "frames of a video; none for the usual number", unit="frames", gt=0)
+    sizes: tuple[tuple[int, ...], ...] | None = setting(
+        None,
+        "several sizes in place of height and width, [height, width] or [height, width, frames] each; a step draws one",
+        unit="pixels, frames",
+    )
     embedded_guidance: float | None = setting(
         None, "guidance that the network takes as an input; none for its pipeline's default", ge=0
     )

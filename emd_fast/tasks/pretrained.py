@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ class Pretrained:
             raise ConfigError(
                 f"teacher_config is for a teacher in a single file, and {name} is none: leave --teacher-config out"
             )
-        size = {key: getattr(settings, key) for key in ("sample_shape", "height", "width", "frames")}
+        size = {key: getattr(settings, key) for key in ("sample_shape", "height", "width", "frames", "sizes")}
         for key, value in size.items():
             if value is not None and (":" in name or self._is_edm):
                 option = key.replace("_", "-")
@@ -238,8 +238,9 @@ def _check_taken(teacher: Denoiser, cond: Condition, what: str) -> None:
     cond = pytree.tree_map(lambda leaf: leaf.to(device), cond)
     n = len(pytree.tree_leaves(cond)[0])
     try:
-        output = teacher(torch.zeros(n, *teacher.sample_shape, device=device), _times(teacher, n).to(device), cond)
-        conditions.check_finite(output, "it returns NaN or infinite values for them")
+        for shape, sized in _by_size(teacher, cond):
+            output = teacher(torch.zeros(n, *shape, device=device), _times(teacher, n).to(device), sized)
+            conditions.check_finite(output, "it returns NaN or infinite values for them")
     except torch.OutOfMemoryError:
         raise
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -255,18 +256,25 @@ def _check_pass(teacher: folders.DiffusersDenoiser) -> None:
     Raises:
         ConfigError: the pass fails, or returns values that are not finite.
     """
-    device, shape = next(teacher.parameters()).device, teacher.sample_shape or ()
+    device = next(teacher.parameters()).device
     cond = torch.zeros(1, dtype=torch.int64, device=device) if teacher.num_classes else None
     try:
-        output = teacher(torch.zeros(1, *shape, device=device), _times(teacher, 1).to(device), cond)
-        if not output.isfinite().all():
-            raise ValueError("it returns values that are not finite")
+        for shape, _ in _by_size(teacher, cond):
+            output = teacher(torch.zeros(1, *shape, device=device), _times(teacher, 1).to(device), cond)
+            if not output.isfinite().all():
+                raise ValueError("it returns values that are not finite")
     except torch.OutOfMemoryError:
         raise
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(
             f"the network in {teacher.folder.model} fails in its first pass: {reason(error)}; correct its config.json"
         ) from error
+
+
+def _by_size(teacher: Denoiser, cond: Condition) -> Iterator[tuple[tuple[int, ...], Condition]]:
+    """Shape and condition of each size of a run."""
+    for shape in teacher.sample_shapes:
+        yield shape, teacher.sized(cond, shape) if teacher.other_shapes else cond
 
 
 def _times(teacher: Denoiser, n: int) -> Tensor:

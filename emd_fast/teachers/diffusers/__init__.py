@@ -22,6 +22,7 @@ from emd_fast.teachers.diffusers.folder import Folder, import_diffusers
 from emd_fast.teachers.diffusers.scheduler import SchedulerInfo, read
 from emd_fast.teachers.diffusers.shift import shift_of
 from emd_fast.teachers.diffusers.single_file import SingleFile
+from emd_fast.teachers.diffusers.sizes import resized, shapes_of
 
 __all__ = ["DiffusersDenoiser", "load"]
 
@@ -46,23 +47,25 @@ class DiffusersDenoiser(Denoiser):
         folder: Folder,
         training: SchedulerInfo,
         scheduler_config: Mapping[str, Any],
-        sample_shape: Sequence[int],
+        shapes: Sequence[tuple[int, ...]],
         null_cond: Condition,
         embedded_guidance: float | None,
     ) -> None:
-        channels = sample_shape[0]
+        channels = shapes[0][0]
         super().__init__(
             network,
             training.schedule,
             training.parametrization,
             c_noise=training.index,
             output=lambda returned: returned[:, :channels],  # without a learned variance
-            sample_shape=sample_shape,
+            sample_shape=shapes[0],
+            other_shapes=shapes[1:],
             null_cond=null_cond,
             rescale=network.architecture.rescale,
         )
         self.channels, self.embedded_guidance = channels, embedded_guidance
         self.folder, self.trained, self.scheduler_config = folder, training, dict(scheduler_config)
+        self._vae_config = folder.vae_config()
 
     @property
     def takes(self) -> ConditionSpec:
@@ -77,9 +80,27 @@ class DiffusersDenoiser(Denoiser):
     @property
     def shift(self) -> float | None:
         assert self.sample_shape is not None
+        return self.shift_of(self.sample_shape)
+
+    def shift_of(self, shape: Sequence[int]) -> float | None:
         architecture = self.network.architecture
-        tokens = architecture.tokens(self.sample_shape) if architecture.dynamic_shift else None
+        tokens = architecture.tokens(shape) if architecture.dynamic_shift else None
         return shift_of(self.scheduler_config, tokens)
+
+    def sized(self, cond: Condition, shape: Sequence[int]) -> Condition:
+        return self.network.sized(cond, shape, self._vae_config)
+
+    def resized(
+        self, height: int | None = None, width: int | None = None, frames: int | None = None
+    ) -> tuple[int, ...]:
+        """The shape of a sample of a size in pixels; None keeps a side of `sample_shape`.
+
+        Raises:
+            ConfigError: a size that VAE or patches do not divide.
+        """
+        assert self.sample_shape is not None
+        architecture = self.network.architecture
+        return resized(architecture, self._vae_config, self.sample_shape, height=height, width=width, frames=frames)
 
     def heard(self, t: Tensor, dtype: torch.dtype) -> Tensor:
         return self.network.architecture.heard(t, dtype)
@@ -146,6 +167,7 @@ def load(
     height: int | None = None,
     width: int | None = None,
     frames: int | None = None,
+    sizes: Sequence[Sequence[int]] | None = None,
     embedded_guidance: float | None = None,
     null_cond: Condition = None,
 ) -> DiffusersDenoiser:
@@ -166,6 +188,9 @@ def load(
             width and frames.
         height, width, frames: size in pixels. None takes the size of the configuration, or the
             default of the pipeline.
+        sizes: several sizes in pixels, [height, width] or [height, width, frames] each, in place of
+            height and width. A run draws one of them for each step. The first is that of pictures
+            and exports. A video of two numbers has `frames` frames.
         embedded_guidance: guidance that the network takes as an input, which `encode` adds to the
             conditions. None takes the default of the pipeline.
         null_cond: the unconditional condition for guidance. A DiT has its own. For text it is
@@ -186,17 +211,14 @@ def load(
     network = source.load_network(dtype, on_meta=on_meta)
     architecture = network.architecture
     architecture.check_channels()
-    if sample_shape is None:
-        sample_shape = architecture.sample_shape(source.vae_config(), height, width, frames)
-    elif (height, width, frames) != (None, None, None):
-        raise ConfigError("sample_shape and height, width, frames give the size twice: leave one of them out")
-    shape = tuple(sample_shape)
-    architecture.check_shape(shape)
+    vae = source.vae_config()
+    size = {"height": height, "width": width, "frames": frames}
+    shapes = shapes_of(architecture, vae, sample_shape=sample_shape, sizes=sizes, **size)
     if embedded_guidance is not None and GUIDANCE not in network.takes.tensors:
         raise ConfigError(f"this {source.model_class} has no embedded guidance: leave embedded_guidance out")
     if null_cond is None:
         null_cond = architecture.null_label
-    teacher = DiffusersDenoiser(network, source, training, chain, shape, null_cond, embedded_guidance)
+    teacher = DiffusersDenoiser(network, source, training, chain, shapes, null_cond, embedded_guidance)
     teacher.source = str(source.root.resolve())
     if source.file is not None:
         teacher.source = f"{source.file.path.resolve()} of SHA-256 {source.file.sha256}, described by {teacher.source}"
