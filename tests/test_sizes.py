@@ -167,7 +167,7 @@ def test_a_run_goes_on_and_is_replayed_with_the_sizes_that_it_had(folder, tmp_pa
         }
     assert_same(again.generate(2), whole.generate(2))
     for other in ({"sizes": SIZES[WAN][::-1]}, row.size):
-        with pytest.raises(CheckpointError, match="was made with samples of the shapes .*: give the teacher the same"):
+        with pytest.raises(CheckpointError, match=r"was made with samples of the shapes .*: give the teacher the same"):
             resumed(**other)
 
 
@@ -317,12 +317,13 @@ def test_compiled_blocks_of_two_sizes_train_as_plain_ones(folder, name):
 
 
 @pytest.mark.slow
-def test_from_the_command_line(call, refused, tmp_path):
+def test_from_the_command_line(call, refused, capsys, tmp_path):
     from PIL import Image
 
     row = architectures.ROWS[FLUX]
     pipeline_of(row, **row.text()).save_pretrained("teacher")
     (tmp_path / "prompts.txt").write_text("a b\nc\n")
+    capsys.readouterr()  # progress bars of what was saved
     words = ["--teacher", "teacher", "--prompts", "prompts.txt", "--steps=3", "--batch-size=2", "--langevin-steps=1"]
     words += ["--t-star=1", "--input-scale=1", "--lr-warmup=0", f"--seed={SEED}"]
     sizes = ["--sizes", "[[64, 96], [96, 64]]"]
@@ -342,4 +343,6 @@ def test_from_the_command_line(call, refused, tmp_path):
         assert code == 0, err
         assert Image.open(next((tmp_path / out).iterdir())).size == size
     refused(2, "height must be a multiple of 16", "sample", "run", "--height=50", "--out", "no.png")
-    assert call("replay", "run", "--step", 2, "--sample", 0)[0] == 0
+    for step, shape in ((3, (1, 4, 8, 12)), (4, (1, 4, 12, 8))):
+        assert call("replay", "run", "--step", step, "--sample", 0, "--out", f"replay-{step}")[0] == 0
+        assert torch.load(tmp_path / f"replay-{step}" / "samples.pt")["after"].shape == shape

@@ -61,6 +61,7 @@ def _settings(options: argparse.Namespace, rest: Sequence[str]) -> RunConfig:
         "teacher",
         "teacher_config",
         "prompts",
+        "negative_prompt",
         "sample_shape",
         "height",
         "width",

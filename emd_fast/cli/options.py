@@ -229,6 +229,8 @@ def _settings(command: argparse.ArgumentParser) -> None:
     config_help = keys.help_of("pretrained.teacher_config")
     command.add_argument("--teacher-config", metavar="FOLDER", help=config_help)
     command.add_argument("--prompts", metavar="FILE", help=keys.help_of("pretrained.prompts"))
+    negative = keys.help_of("pretrained.negative_prompt")
+    command.add_argument("--negative-prompt", metavar="TEXT", help=negative)
     shape = keys.help_of("pretrained.sample_shape")
     command.add_argument("--sample-shape", type=_sizes, metavar="C,H,W", help=shape)
     for name, metavar in _SIDES.items():

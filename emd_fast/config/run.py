@@ -83,6 +83,10 @@ class PretrainedConfig:
     )
     teacher_config: str = setting("", "diffusers folder that describes a teacher in a single .safetensors file")
     prompts: str = setting("", "text file with one prompt a line, or .safetensors of conditions")
+    negative_prompt: str = setting("", "prompt whose embedding is the null condition of prompts as text")
+    prompt_dtype: Literal["float32", "bfloat16"] = setting(
+        "float32", "dtype in which embeddings of prompts are stored; bfloat16 takes half the disk"
+    )
     sample_shape: tuple[int, int, int] | None = setting(
         None, "shape C,H,W of a sample; none for that of the folder's config.json", gt=0
     )

@@ -81,8 +81,14 @@ class Pretrained:
             except (PickleError, OSError) as error:
                 raise ConfigError(str(error)) from None
         where = of_folders or device
-        guidance = settings.embedded_guidance
-        teacher = folders.load(name, config=config or None, device=where, embedded_guidance=guidance, **size)
+        teacher = folders.load(
+            name,
+            config=config or None,
+            device=where,
+            embedded_guidance=settings.embedded_guidance,
+            prompt_dtype=getattr(torch, settings.prompt_dtype),
+            **size,
+        )
         teacher.check_t_star(self.config.emd.first_time)
         with_shift(self.config.emd, teacher)  # for its errors, before prompts are encoded
         if self._has_texts() and teacher.takes.tensors:
@@ -138,7 +144,10 @@ class Pretrained:
             if text:
                 raise ConfigError("this teacher takes prompts: give --prompts FILE, text or .safetensors")
             return None
+        negative = self.config.pretrained.negative_prompt
         if name.endswith(".safetensors"):
+            if negative:
+                raise ConfigError(f"negative_prompt is for prompts as text, and {name} has its own null condition")
             try:
                 table = conditions.Mapped(name)
                 encoded.check_table(Path(name), folder)
@@ -147,7 +156,7 @@ class Pretrained:
         elif not text:
             raise ConfigError(f"this teacher takes no prompts, got --prompts {name}")
         else:
-            table = conditions.Mapped(encoded.encoded(teacher, Path(name), folder, on_step), finite=True)
+            table = conditions.Mapped(encoded.encoded(teacher, Path(name), folder, on_step, negative), finite=True)
             self._encoded_in = folder
         _check_taken(teacher, table[table.extremes()], f"the conditions in {name}")
         if teacher.null_cond is None and table.null_cond is not None:

@@ -36,10 +36,12 @@ class DiffusersDenoiser(Denoiser):
         takes: the conditions that the network takes.
         channels: channels of a sample.
         embedded_guidance: guidance that `encode` adds to the conditions; None for the default of the pipeline.
+        prompt_dtype: dtype of the embeddings that `encode` returns.
         num_classes: number of labels that may be drawn; 0 without labels.
     """
 
     network: Network
+    prompt_dtype = torch.float32
 
     def __init__(
         self,
@@ -146,7 +148,9 @@ class DiffusersDenoiser(Denoiser):
         if not self.takes.tensors:
             raise ConfigError(f"this {self.folder.model_class} takes {self.takes}, not prompts")
         assert self.sample_shape is not None
-        return self.folder.text_encoder(self.network.model, self.sample_shape, self.embedded_guidance)
+        encoder = self.folder.text_encoder(self.network.model, self.sample_shape, self.embedded_guidance)
+        encoder.dtype = self.prompt_dtype
+        return encoder
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decodes latents to images (B, 3, H, W) or videos (B, 3, F, H, W) float32 with the folder's VAE.
@@ -169,6 +173,7 @@ def load(
     frames: int | None = None,
     sizes: Sequence[Sequence[int]] | None = None,
     embedded_guidance: float | None = None,
+    prompt_dtype: torch.dtype = torch.float32,
     null_cond: Condition = None,
 ) -> DiffusersDenoiser:
     """Loads a teacher from a diffusers folder, in eval mode.
@@ -193,6 +198,7 @@ def load(
             and exports. A video of two numbers has `frames` frames.
         embedded_guidance: guidance that the network takes as an input, which `encode` adds to the
             conditions. None takes the default of the pipeline.
+        prompt_dtype: dtype of the embeddings that `encode` returns. The encoders compute in float32.
         null_cond: the unconditional condition for guidance. A DiT has its own. For text it is
             usually `teacher.encode([""])`, which can be assigned to `teacher.null_cond` later.
 
@@ -219,7 +225,7 @@ def load(
     if null_cond is None:
         null_cond = architecture.null_label
     teacher = DiffusersDenoiser(network, source, training, chain, shapes, null_cond, embedded_guidance)
-    teacher.source = str(source.root.resolve())
+    teacher.source, teacher.prompt_dtype = str(source.root.resolve()), prompt_dtype
     if source.file is not None:
         teacher.source = f"{source.file.path.resolve()} of SHA-256 {source.file.sha256}, described by {teacher.source}"
     return teacher.to(device).eval().requires_grad_(False)
