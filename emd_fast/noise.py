@@ -32,6 +32,7 @@ class NoiseStream:
     WEIGHTS = 13
     RUNG = 14
     EARLIER_RUNG_Z = 15
+    SIZE = 16
 
     LIMIT = 2**16
 

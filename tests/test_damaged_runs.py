@@ -236,7 +236,7 @@ class Teacher:
         (root / "text_encoder").mkdir(parents=True)
         (root / "text_encoder" / "config.json").write_text("{}")
 
-    batch = 32
+    batch, prompt_dtype = 32, torch.float32
 
     def text_encoder(self):
         return self

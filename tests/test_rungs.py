@@ -132,7 +132,7 @@ def test_the_noise_of_rungs_is_that_of_the_contract():
     assert found.cond.rung.tolist() == plainly_drawn(3, (6,), stream=14, **where).tolist()
     assert len(set(found.cond.rung.tolist())) > 1
     # Each number is drawn for one purpose.
-    shown = [trainer.batches.shown_z(4, 0, j) for j in range(3)]
+    shown = [trainer.batches.shown_z(4, 0, j, (2,)) for j in range(3)]
     assert torch.equal(trainer.batches.shown(4)[0], shown[0])
     assert not any(torch.equal(a, b) for a, b in itertools.combinations(shown, 2))
 
@@ -156,7 +156,7 @@ def test_the_rollout_of_a_step_makes_the_samples_of_sample(monkeypatch):
     found = trainer.sample_posterior()
     cond, step = found.cond, trainer.batches
     drawn = [step.earlier_z(0, 12, 0, i) for i in range(3)]
-    monkeypatch.setattr(step, "shown_z", lambda n, first, rung: drawn[rung])
+    monkeypatch.setattr(step, "shown_z", lambda n, first, rung, shape: drawn[rung])
     assert set(cond.rung.tolist()) == {0, 1, 2, 3}
     for j in range(1, 4):
         samples = trainer.generate(12, cond.cond, ema=False, calls=j)
@@ -171,7 +171,7 @@ def test_the_rollout_of_whole_batches_is_that_of_sample(monkeypatch):
     monkeypatch.setattr(trainer.batches, "rungs", lambda first, size, use: torch.full((size,), 2))
     cond = trainer.sample_posterior().cond
     drawn = [trainer.batches.earlier_z(0, 8, 0, i) for i in range(2)]
-    monkeypatch.setattr(trainer.batches, "shown_z", lambda n, first, rung: drawn[rung])
+    monkeypatch.setattr(trainer.batches, "shown_z", lambda n, first, rung, shape: drawn[rung])
     assert_same(cond.before, trainer.generate(8, cond.cond, ema=False, calls=2))
 
 

@@ -61,10 +61,12 @@ def _settings(options: argparse.Namespace, rest: Sequence[str]) -> RunConfig:
         "teacher",
         "teacher_config",
         "prompts",
+        "negative_prompt",
         "sample_shape",
         "height",
         "width",
         "frames",
+        "sizes",
         "embedded_guidance",
         "guidance_2",
     ):
@@ -187,11 +189,12 @@ def _generator(options: argparse.Namespace) -> tuple[Callable, Callable, Callabl
         if options.best:
             raise ConfigError("--best needs a run folder: what was exported is one checkpoint")
         one_step = pipeline.load(options.run, device="cuda" if torch.cuda.is_available() else "cpu")
-        generate = functools.partial(one_step.sample, calls=options.calls)
+        generate = functools.partial(one_step.sample, calls=options.calls, shape=_shape(options, one_step))
         return generate, one_step.decode, one_step.encode, one_step.metadata.num_classes
     _, _, trainer = distill.open_run(options.run, best=options.best)
     teacher: Any = trainer.teacher
-    generate = functools.partial(trainer.generate, ema=not options.raw, calls=options.calls)
+    shape = _shape(options, teacher)
+    generate = functools.partial(trainer.generate, ema=not options.raw, calls=options.calls, shape=shape)
 
     def encode(prompts: list[str]) -> Any:
         if not hasattr(teacher, "encode"):
@@ -199,6 +202,21 @@ def _generator(options: argparse.Namespace) -> tuple[Callable, Callable, Callabl
         return teacher.encode(prompts)
 
     return generate, functools.partial(decoded, teacher), encode, trainer.config.num_classes
+
+
+def _shape(options: argparse.Namespace, owner: Any) -> tuple[int, ...] | None:
+    """Shape of the samples that --height, --width and --frames ask for; None without them.
+
+    Args:
+        owner: a teacher or an exported generator, which knows the shape of a size if it is of diffusers.
+    """
+    size = {name: getattr(options, name) for name in ("height", "width", "frames")}
+    if all(side is None for side in size.values()):
+        return None
+    if not hasattr(owner, "resized"):
+        raise ConfigError("--height, --width and --frames need a teacher from a folder of diffusers: leave them out")
+    shape: tuple[int, ...] = owner.resized(**size)
+    return shape
 
 
 def _export(options: argparse.Namespace, rest: Sequence[str]) -> int:

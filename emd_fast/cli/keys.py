@@ -32,7 +32,7 @@ def overrides(words: Sequence[str]) -> dict[str, Any]:
             if not rest:
                 raise ConfigError(f"{option} needs a value")
             value = rest.pop(0)
-        found[known[spelt]] = _value(value)
+        found[known[spelt]] = value_of(value)
     return found
 
 
@@ -40,7 +40,8 @@ def _option(key: str) -> str:
     return f"--{key.replace('_', '-')}"
 
 
-def _value(text: str) -> Any:
+def value_of(text: str) -> Any:
+    """The value that an option's text stands for: TOML, or a bare word."""
     if text.lower() == "none":
         return None
     try:

@@ -14,6 +14,7 @@ import emd_fast
 from emd_fast import config
 from emd_fast.cli import keys, named
 
+_SIDES = {"height": "PIXELS", "width": "PIXELS", "frames": "N"}
 TAKE_KEYS = ("distill", "study", "plan")  # commands that take keys of the configuration as options
 
 
@@ -120,6 +121,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     sample.add_argument("--label", type=int, help="class of all samples (default: each class in turn)")
     sample.add_argument("--prompt", help="prompt of all samples (default: each of the run's in turn)")
+    for name, metavar in _SIDES.items():
+        sample.add_argument(
+            f"--{name}", type=_positive, metavar=metavar, help=f"{name} of samples (default: the run's)"
+        )
     sample.add_argument("--first", type=int, default=0, help="index of the first sample (default 0)")
     sample.add_argument(
         "--calls", type=_positive, help="stop after that many calls (default: one on each of its rungs)"
@@ -234,17 +239,17 @@ def _settings(command: argparse.ArgumentParser) -> None:
     config_help = keys.help_of("pretrained.teacher_config")
     command.add_argument("--teacher-config", metavar="FOLDER", help=config_help)
     command.add_argument("--prompts", metavar="FILE", help=keys.help_of("pretrained.prompts"))
+    negative = keys.help_of("pretrained.negative_prompt")
+    command.add_argument("--negative-prompt", metavar="TEXT", help=negative)
     shape = keys.help_of("pretrained.sample_shape")
     command.add_argument("--sample-shape", type=_sizes, metavar="C,H,W", help=shape)
-    for name, metavar, kind in (
-        ("height", "PIXELS", int),
-        ("width", "PIXELS", int),
-        ("frames", "N", int),
-        ("embedded-guidance", "W", float),
-        ("guidance-2", "W", float),
-    ):
+    for name, metavar in _SIDES.items():
+        command.add_argument(f"--{name}", type=int, metavar=metavar, help=keys.help_of(f"pretrained.{name}"))
+    for name in ("embedded-guidance", "guidance-2"):
         text = keys.help_of(f"pretrained.{name.replace('-', '_')}")
-        command.add_argument(f"--{name}", type=kind, metavar=metavar, help=text)
+        command.add_argument(f"--{name}", type=float, metavar="W", help=text)
+    sizes = keys.help_of("pretrained.sizes")
+    command.add_argument("--sizes", type=keys.value_of, metavar="[[H,W],...]", help=sizes)
     command.add_argument("--data", metavar="FOLDER", help=keys.help_of("fashion.data"))
     command.add_argument("--resolution", type=int, metavar="PIXELS", help=keys.help_of("fashion.resolution"))
     _judged_by(command)

@@ -83,12 +83,21 @@ class PretrainedConfig:
     )
     teacher_config: str = setting("", "diffusers folder that describes a teacher in a single .safetensors file")
     prompts: str = setting("", "text file with one prompt a line, or .safetensors of conditions")
+    negative_prompt: str = setting("", "prompt whose embedding is the null condition of prompts as text")
+    prompt_dtype: Literal["float32", "bfloat16"] = setting(
+        "float32", "dtype in which embeddings of prompts are stored; bfloat16 takes half the disk"
+    )
     sample_shape: tuple[int, int, int] | None = setting(
         None, "shape C,H,W of a sample; none for that of the folder's config.json", gt=0
     )
     height: int | None = setting(None, "height of a sample; none for the folder's", unit="pixels", gt=0)
     width: int | None = setting(None, "width of a sample; none for the folder's", unit="pixels", gt=0)
     frames: int | None = setting(None, "frames of a video; none for the usual number", unit="frames", gt=0)
+    sizes: tuple[tuple[int, ...], ...] | None = setting(
+        None,
+        "several sizes in place of height and width, [height, width] or [height, width, frames] each; a step draws one",
+        unit="pixels, frames",
+    )
     embedded_guidance: float | None = setting(
         None, "guidance that the network takes as an input; none for its pipeline's default", ge=0
     )

@@ -21,7 +21,9 @@ class TimeDistribution:
     high: float = setting(5.0, "largest ratio", unit="sigma / alpha", gt=0)
     mean: float = setting(-0.8, "mean of the log ratio, for log_normal", unit="log (sigma / alpha)")
     std: float = setting(1.2, "standard deviation of the log ratio, for log_normal", gt=0)
-    shift: float | None = setting(None, "s of shifted times; none for that of the teacher's scheduler", gt=0)
+    shift: float | list[float] | None = setting(
+        None, "s of shifted times, or one for each of several sizes; none for that of the teacher's scheduler", gt=0
+    )
 
     def __post_init__(self) -> None:
         validate(self)

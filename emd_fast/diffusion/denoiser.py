@@ -108,6 +108,7 @@ class Denoiser(nn.Module):
         output: converts the return value of the network to F (B, ...), the shape of x_t. Examples
             are a function that takes an attribute, drops channels, or changes the sign.
         sample_shape: shape of one sample, without the batch.
+        other_shapes: further shapes of a sample. A run draws one of all shapes for each step.
         null_cond: the unconditional condition for guidance: a pytree like cond, with size 1 or B
             in dimension 0, or an int for labels. Dimension 1 may have another size if a bool tensor
             of the condition (B, tokens) is a mask; the shorter one is padded with zeros.
@@ -130,6 +131,7 @@ class Denoiser(nn.Module):
         c_noise: Callable[[Tensor], Tensor] | None = None,
         output: Callable[[Any], Tensor] | None = None,
         sample_shape: Sequence[int] | None = None,
+        other_shapes: Sequence[Sequence[int]] = (),
         null_cond: Condition = None,
         rescale: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
@@ -147,6 +149,7 @@ class Denoiser(nn.Module):
         self.parametrization = parametrization
         self.sigma_data = sigma_data
         self.sample_shape = None if sample_shape is None else tuple(sample_shape)
+        self.other_shapes: tuple[tuple[int, ...], ...] = tuple(map(tuple, other_shapes))
         self.null_cond = null_cond
         self.rescale = rescale
         # Origin of the weights, a path or a name. Checkpoints record it for messages.
@@ -244,6 +247,19 @@ class Denoiser(nn.Module):
     def weight(self, t: Tensor, guidance: float | Tensor | None) -> float | Tensor | None:
         """Returns the guidance weight at t (B,) for the one that was asked for."""
         return guidance
+
+    def shift_of(self, shape: Sequence[int]) -> float | None:
+        """`shift` for samples of a shape."""
+        return self.shift
+
+    @property
+    def sample_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """All shapes of a sample that a run draws from: sample_shape and other_shapes."""
+        return () if self.sample_shape is None else (self.sample_shape, *self.other_shapes)
+
+    def sized(self, cond: Condition, shape: Sequence[int]) -> Condition:
+        """Returns a condition (B, ...) with the tensors that state the size of a sample set to that of `shape`."""
+        return cond
 
     def heard(self, t: Tensor, dtype: torch.dtype) -> Tensor:
         """Returns the times (B,) float32 that the network computes with for t, where it computes in `dtype`.

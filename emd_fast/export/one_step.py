@@ -16,6 +16,7 @@ from emd_fast.diffusion.few_step import check_calls
 from emd_fast.noise import Noise, NoiseStream
 from emd_fast.teachers.diffusers.architectures import Network
 from emd_fast.teachers.diffusers.folder import Folder
+from emd_fast.teachers.diffusers.sizes import resized
 
 
 class Call(NamedTuple):
@@ -126,6 +127,7 @@ class OneStep(nn.Module):
         seed: int | None = None,
         first_sample: int = 0,
         calls: int | None = None,
+        shape: Sequence[int] | None = None,
     ) -> Tensor:
         """Returns n samples (n, ...) float32, those of the trainer's `generate` for the same seed.
 
@@ -136,15 +138,20 @@ class OneStep(nn.Module):
             seed: seed of z; the trainer's when None.
             first_sample: global index of the first sample in noise stream 9.
             calls: stop after that many calls; all when None.
+            shape: of one sample, of a generator in a folder of diffusers; `sample_shape` when None.
 
         Raises:
-            ValueError: more calls than the generator has.
+            ValueError: more calls than the generator has; another shape for one that makes one.
         """
+        latent = self.latent_shape
+        if shape is not None and tuple(shape) != self.sample_shape:
+            folder, network = self._of_diffusers()
+            latent, cond = tuple(shape), network.sized(cond, shape, folder.vae_config())
         device = next(self.parameters()).device
         noise = Noise(self.metadata.seed if seed is None else seed, first_sample=first_sample, device=device)
         made = len(self._calls) if calls is None else check_calls(calls, len(self._calls))
         noises = [
-            ops.normal((n, *self.latent_shape), noise, stream=NoiseStream.SHOWN, substep=NoiseStream.shown_substep(j))
+            ops.normal((n, *latent), noise, stream=NoiseStream.SHOWN, substep=NoiseStream.shown_substep(j))
             for j in range(made)
         ]
         if cond is None and self.metadata.num_classes:
@@ -165,6 +172,23 @@ class OneStep(nn.Module):
         return ragged.trimmed(
             self.folder.text_encoder(self.network.model, self.sample_shape, embedded_guidance)(prompts)
         )
+
+    def resized(
+        self, height: int | None = None, width: int | None = None, frames: int | None = None
+    ) -> tuple[int, ...]:
+        """The shape of a sample of a size in pixels; None keeps a side of `sample_shape`.
+
+        Raises:
+            ValueError: a generator that is in no folder of diffusers, or a size that VAE or patches do not divide.
+        """
+        folder, network = self._of_diffusers()
+        size = {"height": height, "width": width, "frames": frames}
+        return resized(network.architecture, folder.vae_config(), self.sample_shape, **size)
+
+    def _of_diffusers(self) -> tuple[Folder, Network]:
+        if self.folder is None or not isinstance(self.network, Network):
+            raise ValueError(f"this generator makes samples of shape {self.sample_shape} alone: leave the size out")
+        return self.folder, self.network
 
     def decode(self, samples: Tensor) -> Tensor:
         """Decodes latents with the folder's VAE; returns samples unchanged if there is none."""

@@ -6,6 +6,7 @@ conditioning_cache keeps it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import time
@@ -19,6 +20,9 @@ from torch import Tensor, nn
 from emd_fast.fusion.fused_class import STATE, Fused, is_a
 
 logger = logging.getLogger("emd_fast")
+
+RECOMPILE_LIMIT = 8
+"""How often torch.compile compiles one function for other shapes, where nothing else is asked for."""
 
 
 def run(module: Any, body: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -52,7 +56,8 @@ def structure(module: nn.Module) -> Hashable:
 def _compiled(
     body: Callable[..., Any], structure: Hashable, with_gradients: bool, options: tuple[tuple[str, Any], ...]
 ) -> Callable[..., Any]:
-    from torch._dynamo.exc import FailOnRecompileLimitHit  # takes seconds, which a bare import must not
+    import torch._dynamo.config as dynamo  # takes seconds, which a bare import must not
+    from torch._dynamo.exc import FailOnRecompileLimitHit
 
     # Dynamo counts recompilations by code object, and stops at eight. A UNet has more sizes of
     # block than that, so each structure gets a code object of its own; with_gradients is among the
@@ -61,6 +66,9 @@ def _compiled(
     own = types.FunctionType(code, body.__globals__, body.__name__, body.__defaults__, body.__closure__)
     own.__kwdefaults__ = body.__kwdefaults__
     arguments: dict[str, Any] = {name: dict(value) if name == "options" else value for name, value in options}
+    # PyTorch 2.11 has no argument for the limit.
+    limit = arguments.pop("recompile_limit", None)
+    limited = contextlib.nullcontext if limit is None else lambda: dynamo.patch(recompile_limit=limit)
     compiled = torch.compile(own, **arguments)
     first = True
 
@@ -68,7 +76,8 @@ def _compiled(
         nonlocal first
         start = time.perf_counter()
         try:
-            result = compiled(module, *args, **kwargs)
+            with limited():
+                result = compiled(module, *args, **kwargs)
         except FailOnRecompileLimitHit:
             # Sizes are fixed, and pictures, evaluations and last batches bring others. What was
             # compiled stays.

@@ -74,7 +74,7 @@ def fuse(
             "auto" is torch.channels_last for images and for weights on a GPU, and leaves those on
             a CPU; None leaves both. Parameters stay the same objects.
         compile: True compiles the repeated blocks by torch.compile when they first run; a dict is
-            its arguments.
+            its arguments, and `recompile_limit`, the number of sizes for which a block is compiled.
         strict: raise where a norm or attention is left, instead of reporting it.
 
     Returns:
@@ -117,11 +117,16 @@ def fuse(
     return network
 
 
-def fuse_known(network: nn.Module, *, compile: bool = False) -> nn.Module:
-    """`fuse` without the warning for a network of which nothing is known."""
+def fuse_known(network: nn.Module, *, compile: bool = False, sizes: int = 1) -> nn.Module:
+    """`fuse` without the warning for a network of which nothing is known.
+
+    Args:
+        sizes: number of sizes of a sample that blocks are compiled for, each as often as one alone may be.
+    """
+    limit = {"recompile_limit": sizes * compiled_blocks.RECOMPILE_LIMIT} if compile and sizes > 1 else {}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="nothing to fuse")
-        return fuse(network, compile=compile)
+        return fuse(network, compile=limit or compile)
 
 
 def unfuse(network: nn.Module) -> nn.Module:

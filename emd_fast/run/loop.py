@@ -150,13 +150,15 @@ def train(
 def _countable(trainer: EMDTrainer) -> bool:
     """Whether the operations of the next step can be counted and are those of every step.
 
-    The fake score's warm-up adds operations. A CUDA graph hides them, and torch.compile does not
-    work under a counter; torchao's optimizer compiles its step.
+    The fake score's warm-up adds operations, and steps of several sizes have several numbers. A
+    CUDA graph hides them, and torch.compile does not work under a counter; torchao's optimizer
+    compiles its step.
     """
     warms_up = trainer.steps_done == 0 and trainer.config.fake_score_warmup > 0
     config = trainer.config
     compiles = trainer.posterior.captured or config.compute.compile
-    return not (warms_up or compiles or config.optimizer.name == "adamw_8bit")
+    several = trainer.batches.sizes.several
+    return not (warms_up or several or compiles or config.optimizer.name == "adamw_8bit")
 
 
 def _numbers(scalars: dict[str, Tensor]) -> dict[str, float]:

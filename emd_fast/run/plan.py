@@ -82,7 +82,8 @@ def estimate(
         devices: number of devices.
         reduced: whether the networks compute in bfloat16.
         shard_group: number of devices that share one copy of the weights under "hybrid".
-        activations: bytes of activations per sample in the M-step; 0 leaves them out.
+        activations: bytes of activations per sample in the M-step, of the largest of several sizes;
+            0 leaves them out.
         work, ceilings: operations of the networks and peak rates, which the times follow from.
     """
     trained = sizes.generator + sizes.fake_score
@@ -221,7 +222,8 @@ def plan(
     Args:
         sizes, config, reduced, work, ceilings: as for `estimate`.
         devices: number of devices; that of the process group when 0.
-        activations: bytes of activations per sample in the M-step, None if not known.
+        activations: bytes of activations per sample in the M-step, None if not known. Of several
+            sizes, those of the largest.
 
     Raises:
         ConfigError: fewer samples than devices.

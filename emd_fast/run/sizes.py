@@ -79,7 +79,7 @@ def _count(network: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class Work:
-    """Floating-point operations of a forward pass of each network for one sample."""
+    """Floating-point operations of a forward pass of each network for one sample; their mean over its sizes."""
 
     teacher: float
     generator: float
@@ -95,13 +95,15 @@ class Work:
         Raises:
             RuntimeError: a network depends on values, which only a real pass provides.
         """
-        shape = tuple(teacher.sample_shape or ())
-        latent = getattr(generator, "latent_shape", None) or shape
-        cond = torch.zeros(1, dtype=torch.int64) if classes else None
-        x, z, t = torch.zeros(1, *shape), torch.zeros(1, *latent), torch.ones(1)
-        return cls(
-            _operations(teacher, x, t, cond), _operations(generator, z, cond), _operations(fake_score, x, t, cond)
-        )
+        cond, t = torch.zeros(1, dtype=torch.int64) if classes else None, torch.ones(1)
+        shapes, latent = teacher.sample_shapes or ((),), getattr(generator, "latent_shape", None)
+
+        def counted(shape: tuple[int, ...]) -> tuple[float, float, float]:
+            x, z = torch.zeros(1, *shape), torch.zeros(1, *(latent or shape))
+            given = (x, t, cond)
+            return _operations(teacher, *given), _operations(generator, z, cond), _operations(fake_score, *given)
+
+        return cls(*(sum(each) / len(shapes) for each in zip(*map(counted, shapes), strict=True)))
 
     def step(self, config: EMDConfig) -> float:
         """Estimates the operations of a training step for one sample.

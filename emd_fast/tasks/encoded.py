@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from emd_fast.config import ConfigError
 from emd_fast.io.files import write_text
 from emd_fast.io.reading import read_bytes, read_text, reason
@@ -16,6 +18,7 @@ from emd_fast.tasks import OnStep, encoding
 from emd_fast.train import run_checkpoints
 
 TABLE, RECORD = "prompts.safetensors", "prompts.json"
+_NULL = "null"  # in the record: hash of the negative prompt, where there is one
 CONDITIONS = "conditions.json"  # hash of a table that the user gave
 FILES = (TABLE, RECORD, CONDITIONS, encoding.PART, encoding.ROWS)
 """What a run writes about its prompts. Until it has a checkpoint, all of it is made again for other prompts."""
@@ -52,17 +55,20 @@ def _prompt(line: str, number: int) -> str:
     return line.removeprefix("\ufeff").strip()
 
 
-def encoded(teacher: Any, prompts: Path, folder: Path, on_step: OnStep | None = None) -> Path:
+def encoded(
+    teacher: Any, prompts: Path, folder: Path, on_step: OnStep | None = None, negative_prompt: str = ""
+) -> Path:
     """The table of the prompts in a run folder, encoded now if it is not there.
 
     A run that has a checkpoint keeps its table: a changed text or encoder is refused. A run that has
     none encodes the prompts again, and keeps what a killed one encoded of the same text.
 
     Args:
-        teacher: has `text_encoder`, and `folder` with the text encoders.
+        teacher: has `text_encoder`, `prompt_dtype`, and `folder` with the text encoders.
         prompts: text file. A table that stands is used without it.
         folder: run folder.
         on_step: is called after each batch.
+        negative_prompt: its embedding is the null condition.
 
     Raises:
         ConfigError: the text or the encoders are not those of the table, the table is damaged, or there is no prompt.
@@ -81,15 +87,22 @@ def encoded(teacher: Any, prompts: Path, folder: Path, on_step: OnStep | None = 
         return table
     lines = lines_of(prompts)
     now = {"text": hash_of(lines), "encoder": _encoder(teacher)}
+    if negative_prompt:
+        now[_NULL] = hash_of([negative_prompt])
     if made_of is not None:
-        changed = [name for name in now if made_of[name] != now[name]]
+        told = {
+            "text": f"{prompts} is not the text",
+            "encoder": "the text encoders are not those",
+            _NULL: "the negative prompt is not that",
+        }
+        changed = [name for name in told if made_of.get(name) != now.get(name)]
         if changed and begun:
-            what = f"{prompts} is not the text" if "text" in changed else "the text encoders are not those"
+            what = told[changed[0]]
             raise ConfigError(f"{what} that {table} was made with: restore it, or choose another --out")
         if not changed and table.exists():
             return table
     say(f"encoding {len(lines)} prompts")
-    part = encoding.encode(teacher.text_encoder(), lines, folder, now, on_step)
+    part = encoding.encode(teacher.text_encoder(), lines, folder, now, on_step, negative_prompt)
     # In this order: a run that is killed in between finds the whole table under its first name.
     write_text(folder / RECORD, json_of({"format": 1, **now, **_file(part)}))
     part.replace(table)
@@ -148,7 +161,8 @@ def _record(folder: Path) -> dict[str, Any] | None:
         made_of = table_of(read_bytes(path))
     except OSError as error:
         raise ValueError(reason(error)) from None
-    if made_of.keys() != {"format", "text", "encoder", "size", "sha256_of_table"} or made_of["format"] != 1:
+    names = {"format", "text", "encoder", "size", "sha256_of_table"}
+    if made_of.keys() - {_NULL} != names or made_of["format"] != 1:
         raise ValueError(f"{RECORD} has other fields")
     if table.exists() and any(made_of[name] != value for name, value in _file(table).items()):
         raise ValueError("it does not have the SHA-256 that was recorded")
@@ -164,8 +178,13 @@ def _file(table: Path) -> dict[str, Any]:
 
 
 def _encoder(teacher: Any) -> str:
-    """Identity of the text encoders and tokenizers in a teacher's folder: names and sizes, contents of small files."""
+    """Identity of the text encoders and tokenizers in a teacher's folder: names and sizes, contents of small files.
+
+    It depends on the dtype of the embeddings too, where that is not float32.
+    """
     digest, root = hashlib.sha256(), teacher.folder.root
+    if teacher.prompt_dtype != torch.float32:
+        digest.update(f"{teacher.prompt_dtype}\n".encode())
     if teacher.folder.file is not None:
         digest.update(f"{teacher.folder.file.sha256}\n".encode())
     for path in sorted(path for kind in ("text_encoder*", "tokenizer*") for path in root.glob(f"{kind}/*")):

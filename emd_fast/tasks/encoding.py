@@ -31,9 +31,14 @@ class Encoder(Protocol):
 
 
 def encode(
-    encoder: Encoder, lines: Sequence[str], folder: Path, made_of: Mapping[str, Any], on_step: OnStep | None
+    encoder: Encoder,
+    lines: Sequence[str],
+    folder: Path,
+    made_of: Mapping[str, Any],
+    on_step: OnStep | None,
+    negative_prompt: str = "",
 ) -> Path:
-    """Writes the table of the prompts and the empty prompt to a file of the run folder, and returns its path.
+    """Writes the table of the prompts and of the negative one to a file of the run folder, and returns its path.
 
     Batches that an earlier call with the same `made_of` wrote are kept if their checksums hold.
     Memory is that of one batch.
@@ -42,8 +47,9 @@ def encode(
         encoder: the text encoders.
         lines: the prompts.
         folder: run folder.
-        made_of: identity of the prompts and the encoders.
+        made_of: identity of all prompts and of the encoders.
         on_step: is called after each batch, and may raise.
+        negative_prompt: its embedding is the null condition.
 
     Raises:
         ValueError: an embedding that is not finite.
@@ -51,7 +57,7 @@ def encode(
     """
     head = {**made_of, "prompts": len(lines), "batch": encoder.batch}
     found = _rows(folder / ROWS, head)
-    null = encoder([""])
+    null = encoder([negative_prompt])
     starts = range(0, len(lines), encoder.batch)
     with _opened(folder / PART) as file, _opened(folder / ROWS) as rows:
         with naming(folder / PART):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ class Pretrained:
             raise ConfigError(
                 f"teacher_config is for a teacher in a single file, and {name} is none: leave --teacher-config out"
             )
-        size = {key: getattr(settings, key) for key in ("sample_shape", "height", "width", "frames")}
+        size = {key: getattr(settings, key) for key in ("sample_shape", "height", "width", "frames", "sizes")}
         for key, value in size.items():
             if value is not None and (":" in name or self._is_edm):
                 option = key.replace("_", "-")
@@ -82,7 +82,8 @@ class Pretrained:
                 raise ConfigError(str(error)) from None
         where = of_folders or device
         guidance = {key: getattr(settings, key) for key in ("embedded_guidance", "guidance_2")}
-        teacher = folders.load(name, config=config or None, device=where, **guidance, **size)
+        dtype = getattr(torch, settings.prompt_dtype)
+        teacher = folders.load(name, config=config or None, device=where, prompt_dtype=dtype, **guidance, **size)
         teacher.check_t_star(self.config.emd.first_time)
         with_shift(self.config.emd, teacher)  # for its errors, before prompts are encoded
         if self._has_texts() and teacher.takes.tensors:
@@ -138,7 +139,10 @@ class Pretrained:
             if text:
                 raise ConfigError("this teacher takes prompts: give --prompts FILE, text or .safetensors")
             return None
+        negative = self.config.pretrained.negative_prompt
         if name.endswith(".safetensors"):
+            if negative:
+                raise ConfigError(f"negative_prompt is for prompts as text, and {name} has its own null condition")
             try:
                 table = conditions.Mapped(name)
                 encoded.check_table(Path(name), folder)
@@ -147,7 +151,7 @@ class Pretrained:
         elif not text:
             raise ConfigError(f"this teacher takes no prompts, got --prompts {name}")
         else:
-            table = conditions.Mapped(encoded.encoded(teacher, Path(name), folder, on_step), finite=True)
+            table = conditions.Mapped(encoded.encoded(teacher, Path(name), folder, on_step, negative), finite=True)
             self._encoded_in = folder
         _check_taken(teacher, table[table.extremes()], f"the conditions in {name}")
         if teacher.null_cond is None and table.null_cond is not None:
@@ -240,8 +244,9 @@ def _check_taken(teacher: Denoiser, cond: Condition, what: str) -> None:
     cond = pytree.tree_map(lambda leaf: leaf.to(device), cond)
     n = len(pytree.tree_leaves(cond)[0])
     try:
-        output = teacher(torch.zeros(n, *teacher.sample_shape, device=device), _times(teacher, n).to(device), cond)
-        conditions.check_finite(output, "it returns NaN or infinite values for them")
+        for shape, sized in _by_size(teacher, cond):
+            output = teacher(torch.zeros(n, *shape, device=device), _times(teacher, n).to(device), sized)
+            conditions.check_finite(output, "it returns NaN or infinite values for them")
     except torch.OutOfMemoryError:
         raise
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -257,18 +262,25 @@ def _check_pass(teacher: folders.DiffusersDenoiser) -> None:
     Raises:
         ConfigError: the pass fails, or returns values that are not finite.
     """
-    device, shape = next(teacher.parameters()).device, teacher.sample_shape or ()
+    device = next(teacher.parameters()).device
     cond = torch.zeros(1, dtype=torch.int64, device=device) if teacher.num_classes else None
     try:
-        output = teacher(torch.zeros(1, *shape, device=device), _times(teacher, 1).to(device), cond)
-        if not output.isfinite().all():
-            raise ValueError("it returns values that are not finite")
+        for shape, _ in _by_size(teacher, cond):
+            output = teacher(torch.zeros(1, *shape, device=device), _times(teacher, 1).to(device), cond)
+            if not output.isfinite().all():
+                raise ValueError("it returns values that are not finite")
     except torch.OutOfMemoryError:
         raise
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(
             f"the network in {teacher.folder.model} fails in its first pass: {reason(error)}; correct its config.json"
         ) from error
+
+
+def _by_size(teacher: Denoiser, cond: Condition) -> Iterator[tuple[tuple[int, ...], Condition]]:
+    """Shape and condition of each size of a run."""
+    for shape in teacher.sample_shapes:
+        yield shape, teacher.sized(cond, shape) if teacher.other_shapes else cond
 
 
 def _times(teacher: Denoiser, n: int) -> Tensor:

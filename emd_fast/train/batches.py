@@ -5,7 +5,7 @@ docs/algorithm.md lists the streams.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,11 +14,11 @@ from torch.utils import _pytree as pytree
 
 from emd_fast import distributed, ops
 from emd_fast.config import EMDConfig, StepSize, TimeDistribution
-from emd_fast.diffusion.denoiser import Condition
-from emd_fast.diffusion.schedules import Schedule
+from emd_fast.diffusion.denoiser import Condition, Denoiser
 from emd_fast.noise import Noise, NoiseStream
 from emd_fast.train.conditions import Table
-from emd_fast.train.times import log_ratios
+from emd_fast.train.step_sizes import Shape, StepSizes
+from emd_fast.train.times import at_size, log_ratios
 
 
 @dataclass(frozen=True)
@@ -42,45 +42,48 @@ class BatchSampler:
     Args:
         noise: noise at step 0. `at` moves it to a step. Every method that draws, except `times`,
             moves it to the first sample of its call.
-        latent_shape, sample_shape: shape of one z, of one x.
+        shapes: of one z and one x, for each size of the run.
         prompts: conditions to draw from.
-        heard: (t) -> the times that the networks compute with.
+        teacher: has the schedule, the times that networks compute with, and the conditions that state a size.
+        dtype: of the networks' passes.
     """
 
     def __init__(
         self,
         config: EMDConfig,
-        schedule: Schedule,
         noise: Noise,
-        latent_shape: tuple[int, ...],
-        sample_shape: tuple[int, ...],
+        shapes: Sequence[Shape],
         prompts: Table | None,
-        heard: Callable[[Tensor], Tensor],
+        teacher: Denoiser,
+        dtype: torch.dtype,
     ) -> None:
-        self.config, self.schedule, self.noise = config, schedule, noise
-        self.latent_shape, self.sample_shape, self.prompts = latent_shape, sample_shape, prompts
-        self._step, self._heard = 0, heard
+        self.config, self.schedule, self.noise, self.prompts = config, teacher.schedule, noise, prompts
+        self.sizes = StepSizes(shapes, teacher, config.seed)
+        self._step, self._teacher, self._dtype = 0, teacher, dtype
         self._tables: dict[tuple[tuple[float, ...], ...], Tensor] = {}
 
     def at(self, step: int) -> None:
         """Moves to an optimizer step."""
         self.noise.set(step=step)
+        self.sizes.at(step)
         self._step = step
 
     def e_step(self, first: int, size: int) -> tuple[Tensor, Tensor]:
         """Draws z_0 and eps_0 of the E-step for `size` samples."""
         self.noise.set(first_sample=first)
+        latent, sample = self.sizes.shape
         return (
-            ops.normal((size, *self.latent_shape), self.noise, stream=NoiseStream.E_STEP_Z),
-            ops.normal((size, *self.sample_shape), self.noise, stream=NoiseStream.E_STEP_EPS),
+            ops.normal((size, *latent), self.noise, stream=NoiseStream.E_STEP_Z),
+            ops.normal((size, *sample), self.noise, stream=NoiseStream.E_STEP_EPS),
         )
 
     def fake_score(self, first: int, size: int, substep: int) -> tuple[Tensor, Tensor]:
         """Draws z and eps of one update of the fake score."""
         self.noise.set(first_sample=first)
+        latent, sample = self.sizes.shape
         return (
-            ops.normal((size, *self.latent_shape), self.noise, stream=NoiseStream.FAKE_SCORE_Z, substep=substep),
-            ops.normal((size, *self.sample_shape), self.noise, stream=NoiseStream.FAKE_SCORE_EPS, substep=substep),
+            ops.normal((size, *latent), self.noise, stream=NoiseStream.FAKE_SCORE_Z, substep=substep),
+            ops.normal((size, *sample), self.noise, stream=NoiseStream.FAKE_SCORE_EPS, substep=substep),
         )
 
     def rungs(self, first: int, size: int, use: int) -> Tensor:
@@ -96,14 +99,17 @@ class BatchSampler:
         """Draws z of a rung before those of the samples. `use` as for `rungs`."""
         self.noise.set(first_sample=first)
         substep = use * self.config.calls + rung
-        return ops.normal((size, *self.latent_shape), self.noise, stream=NoiseStream.EARLIER_RUNG_Z, substep=substep)
+        shape = (size, *self.sizes.shape.latent)
+        return ops.normal(shape, self.noise, stream=NoiseStream.EARLIER_RUNG_Z, substep=substep)
 
     def times(self, distribution: TimeDistribution, size: int, *, stream: int, substep: int = 0) -> Tensor:
         """Draws t (size,) float32, from the sample on that the noise was moved to."""
         draw = ops.normal if distribution.kind == "log_normal" else ops.uniform
+        distribution = at_size(distribution, self.sizes.index)
         log_ratio = log_ratios(distribution, draw((size,), self.noise, stream=stream, substep=substep))
         # Rounded to what the network is told before alpha and sigma are computed.
-        return self._heard(self.schedule.t_from_log_snr(-2 * log_ratio).clamp(self.schedule.t_min, self.schedule.t_max))
+        t = self.schedule.t_from_log_snr(-2 * log_ratio).clamp(self.schedule.t_min, self.schedule.t_max)
+        return self._teacher.heard(t, self._dtype)
 
     def step_size(self, size: StepSize, t: Tensor) -> float | Tensor:
         """Evaluates a step size at t (B,): a number as it is, pairs by interpolation to (B,).
@@ -126,27 +132,31 @@ class BatchSampler:
 
     def micro_batch(self, cond: Condition, substep: int, samples: range) -> MicroBatch:
         """The samples of this range of the global batch."""
-        drawn = self.conditions(cond, samples.start, samples.stop, substep)
+        drawn = self.sizes.cond(self.conditions(cond, samples.start, samples.stop, substep))
         return MicroBatch(samples.start, len(samples), drawn)
 
-    def shown(self, n: int, first_sample: int = 0) -> tuple[Tensor, Condition]:
-        """Draws the z (n, ...) of samples that are shown to people.
+    def shown(
+        self, n: int, first_sample: int = 0, cond: Condition = None, shape: Sequence[int] | None = None
+    ) -> tuple[Tensor, Condition]:
+        """Draws the z (n, ...) of samples that are shown to people, and returns it with their conditions.
 
-        Their conditions are the prompts or classes in turn, or None without any.
+        Args:
+            cond: their conditions; the prompts or classes in turn when None, or None without any.
+            shape: of one x; that of the first size when None.
         """
-        z = self.shown_z(n, first_sample, 0)
+        sizes = self.sizes.shown(shape)
         which = range(first_sample, first_sample + n)
-        if self.prompts is not None:
-            return z, self.looked_up(torch.tensor(which, dtype=torch.int64) % len(self.prompts))
-        if self.config.num_classes:
-            return z, torch.tensor(which, dtype=torch.int64, device=self.noise.device) % self.config.num_classes
-        return z, None
+        if cond is None and self.prompts is not None:
+            cond = self.looked_up(torch.tensor(which, dtype=torch.int64) % len(self.prompts))
+        elif cond is None and self.config.num_classes:
+            cond = torch.tensor(which, dtype=torch.int64, device=self.noise.device) % self.config.num_classes
+        return self.shown_z(n, first_sample, 0, sizes.latent), self.sizes.cond(cond, sizes)
 
-    def shown_z(self, n: int, first_sample: int, rung: int) -> Tensor:
-        """Draws z (n, ...) of a rung for samples that are shown to people."""
+    def shown_z(self, n: int, first_sample: int, rung: int, shape: Sequence[int]) -> Tensor:
+        """Draws z (n, *shape) of a rung for samples that are shown to people."""
         noise = Noise(self.config.seed, first_sample=first_sample, device=self.noise.device)
         substep = NoiseStream.shown_substep(rung)
-        return ops.normal((n, *self.latent_shape), noise, stream=NoiseStream.SHOWN, substep=substep)
+        return ops.normal((n, *shape), noise, stream=NoiseStream.SHOWN, substep=substep)
 
     def conditions(self, cond: Condition, start: int, end: int, substep: int) -> Condition:
         """Conditions of the samples start .. end - 1: their rows of `cond`, or drawn when it is None."""

@@ -22,6 +22,7 @@ from emd_fast.train.adapted_rows import AdaptedRows
 from emd_fast.train.cast_weights import cast_weights, trainable
 from emd_fast.train.fingerprint import fingerprint, process_of
 from emd_fast.train.precision import compute_dtype
+from emd_fast.train.step_sizes import Shape
 
 # Of alpha at t_star where noise is predicted. The rounding of an output in float16 or TF32, 2^-11, times
 # 1 / alpha is then half of the data's standard deviation.
@@ -38,10 +39,10 @@ class Prepared:
         ema: average of the generator's weights.
         own: by network with an adapter, and "ema": names of its tensors that are not the teacher's.
         teacher_facts: {"path": origin or None, "sha256": fingerprint, "process": `process_of`}, of the
-            teacher as passed in.
+            teacher as passed in; with several sizes also {"shapes": of x}.
         device, compute_dtype: where and in which dtype the networks run.
         parallel: "replicate" or "fsdp", and why, in one line.
-        sample_shape, latent_shape: shapes of one x and one z.
+        shapes: of one z and one x, for each size of the run.
     """
 
     three: tuple[nn.Module, Denoiser, Denoiser]
@@ -51,8 +52,7 @@ class Prepared:
     device: torch.device
     compute_dtype: torch.dtype
     parallel: str
-    sample_shape: tuple[int, ...]
-    latent_shape: tuple[int, ...]
+    shapes: tuple[Shape, ...]
 
 
 def prepare(teacher: Denoiser, config: EMDConfig, generator: nn.Module | None, fake_score: Denoiser | None) -> Prepared:
@@ -65,7 +65,7 @@ def prepare(teacher: Denoiser, config: EMDConfig, generator: nn.Module | None, f
         raise ConfigError(
             f"batch_size must be at least the number of ranks, {distributed.world_size()}, got {config.batch_size}"
         )
-    shape = _sample_shape(generator, teacher)
+    shapes = _shapes(generator, teacher)
     _check_bare(teacher=teacher, generator=generator, fake_score=fake_score)
     _check_finite("teacher", unwrap(teacher))
     start: nn.Module = teacher if generator is None else generator
@@ -83,6 +83,7 @@ def prepare(teacher: Denoiser, config: EMDConfig, generator: nn.Module | None, f
             "path": unwrap(given).source,
             "sha256": fingerprint(unwrap(given)),
             "process": process_of(unwrap(given)),
+            **({"shapes": [list(shape.sample) for shape in shapes]} if len(shapes) > 1 else {}),
         }
     )
     trained = {"generator": generator, "fake_score": fake_score}
@@ -92,7 +93,7 @@ def prepare(teacher: Denoiser, config: EMDConfig, generator: nn.Module | None, f
             network.requires_grad_(name != "teacher")
     three = (generator, teacher, fake_score)
     if config.compute.fuse:
-        _fuse_all(*three, compile=config.compute.compile)
+        _fuse_all(*three, compile=config.compute.compile, sizes=len(shapes))
     if config.adapter.score_passes == "joint":
         fake_score.without_adapter = AdaptedRows(fake_score).without
     lasting = adapters.lasting_tensors(generator) if "generator" in adapted else None
@@ -108,8 +109,7 @@ def prepare(teacher: Denoiser, config: EMDConfig, generator: nn.Module | None, f
         distributed.broadcast(t for key, t in network.state_dict(keep_vars=True).items() if key in own[name])
     if config.compute.activation_checkpointing:
         _check_blocks(generator=generator, fake_score=fake_score)
-    latent_shape = getattr(generator, "latent_shape", None) or shape
-    return Prepared(three, ema, own, facts, device, dtype, f"{mode}: {reason}", shape, latent_shape)
+    return Prepared(three, ema, own, facts, device, dtype, f"{mode}: {reason}", shapes)
 
 
 def _frozen(teacher: Denoiser, dtype: torch.dtype, mode: str) -> Denoiser:
@@ -178,21 +178,28 @@ def _check_start(generator: nn.Module) -> None:
     )
 
 
-def _sample_shape(*owners: Any) -> tuple[int, ...]:
-    """The `sample_shape` of the first owner that has one.
+def _shapes(generator: nn.Module | None, teacher: Denoiser) -> tuple[Shape, ...]:
+    """Shapes of z and x of all sizes: those of a generator that has its own, else those of the teacher.
 
     Raises:
-        ValueError: no owner has one.
+        ValueError: neither has one, or a teacher has several and the generator makes one.
     """
-    for owner in owners:
-        shape = getattr(owner, "sample_shape", None)
-        if shape is not None:
-            return tuple(shape)
-    raise ValueError("give the teacher's Denoiser a sample_shape, so that the trainer knows what to generate")
+    samples = unwrap(teacher).sample_shapes
+    own, latent = (getattr(generator, name, None) for name in ("sample_shape", "latent_shape"))
+    if len(samples) > 1 and latent is not None:
+        raise ValueError(f"a generator with a latent_shape makes samples of one size, and the teacher has {samples}")
+    if own is not None and len(samples) < 2:
+        samples = (tuple(own),)
+    if not samples:
+        raise ValueError("give the teacher's Denoiser a sample_shape, so that the trainer knows what to generate")
+    return tuple(Shape(tuple(latent or shape), shape) for shape in samples)
 
 
-def _fuse_all(*networks: nn.Module, compile: bool) -> None:
+def _fuse_all(*networks: nn.Module, compile: bool, sizes: int) -> None:
     """Fuses all networks, or none.
+
+    Args:
+        sizes: number of sizes of a sample that blocks are compiled for.
 
     Raises:
         ConfigError: `fuse` refuses one of them.
@@ -203,7 +210,7 @@ def _fuse_all(*networks: nn.Module, compile: bool) -> None:
             if compile:
                 unfuse(network)  # a network that came fused is not compiled yet
             bare = not fusion_report(network).fused
-            fuse_known(network, compile=compile)
+            fuse_known(network, compile=compile, sizes=sizes)
             if bare:
                 done.append(network)
     except ValueError as error:

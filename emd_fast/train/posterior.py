@@ -35,11 +35,8 @@ class PosteriorSampler:
         self._config, self._networks, self._noise, self._batches = config, networks, noise, batches
         self.steps = 1 if config.objective == "vsd" else config.langevin_steps
         self.captured, self.why = captures(config, networks, device_type)
-        self._graphed: GraphedEStep | None = None
-        if self.captured:
-            self._graphed = GraphedEStep(
-                *networks, steps=self.steps, noise=noise, guidance=config.guidance, integrator=config.integrator
-            )
+        # One for each size, because the null condition may state the size.
+        self._graphed: dict[int, GraphedEStep] = {}
 
     def __call__(self, batch: MicroBatch, watch: Watch | None = None) -> EStep:
         """Makes the E-step of a micro-batch. `watch` is called after each Langevin step."""
@@ -48,13 +45,27 @@ class PosteriorSampler:
         t = batches.times(config.time_distribution, batch.size, stream=NoiseStream.E_STEP_TIME)
         gamma_eps = batches.step_size(config.gamma_eps, t)
         gamma_z = 0.0 if config.objective == "vsd" else batches.step_size(config.gamma_z, t)
-        if self._graphed is not None and watch is None:
-            return self._graphed(z, eps, t, batch.cond, gamma_eps=gamma_eps, gamma_z=gamma_z)
+        if self.captured and watch is None:
+            return self._graph()(z, eps, t, batch.cond, gamma_eps=gamma_eps, gamma_z=gamma_z)
         sample = sample_x_z if config.sampling == "x_z" else sample_eps_z
         settings = LangevinSettings(
-            self.steps, gamma_eps, gamma_z, self._noise, config.guidance, integrator=config.integrator
+            self.steps, gamma_eps, gamma_z, self._noise, config.guidance, batches.sizes.null_cond(), config.integrator
         )
         return sample(self._networks, z, eps, t, batch.cond, settings, watch)
+
+    def _graph(self) -> GraphedEStep:
+        """The E-step of the current size as a graph, which is captured at its first call."""
+        sizes, config = self._batches.sizes, self._config
+        if sizes.index not in self._graphed:
+            self._graphed[sizes.index] = GraphedEStep(
+                *self._networks,
+                steps=self.steps,
+                noise=self._noise,
+                guidance=config.guidance,
+                null_cond=sizes.null_cond(),
+                integrator=config.integrator,
+            )
+        return self._graphed[sizes.index]
 
 
 def captures(config: EMDConfig, networks: Networks, device_type: str) -> tuple[bool, str]:

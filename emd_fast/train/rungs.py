@@ -145,7 +145,7 @@ def generated(
     calls = rungs if calls is None else check_calls(calls, rungs)
     if not isinstance(generator, FewStepGenerator):
         return generator(z, cond)
-    return generator.sample([z, *(batches.shown_z(len(z), first, j) for j in range(1, calls))], cond)[-1]
+    return generator.sample([z, *(batches.shown_z(len(z), first, j, z.shape[1:]) for j in range(1, calls))], cond)[-1]
 
 
 def by_calls(trainer: EMDTrainer, n: int, cond: Condition, first_sample: int = 0) -> dict[str, Tensor]:

@@ -212,14 +212,23 @@ def check_process(path: str | Path, saved: Mapping[str, Any], here: Mapping[str,
 
 
 def check_teacher(path: str | Path, saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    """Checks that the teacher of a checkpoint has the weights of the one given now.
+    """Checks that the teacher of a checkpoint has the weights and the sizes of the one given now.
 
     Raises:
-        CheckpointError: the fingerprints differ.
+        CheckpointError: the fingerprints differ, or the run draws from other sizes.
     """
+    if saved.get("shapes") != here.get("shapes"):
+        raise CheckpointError(
+            f"{path} was made with samples of {_told(saved)}, not of {_told(here)}: give the teacher the same sizes, "
+            "or distil into another folder"
+        )
     if saved["sha256"] != here["sha256"]:
         was, now = (f"{facts['path'] or 'no file'}, SHA-256 {facts['sha256'][:12]}" for facts in (saved, here))
         raise CheckpointError(
             f"{path} was made with a teacher of other weights ({was}) than this one ({now}): "
             "give the one it was made with, or distil into another folder"
         )
+
+
+def _told(facts: Mapping[str, Any]) -> str:
+    return f"the shapes {facts['shapes']}" if facts.get("shapes") else "one shape"

@@ -5,7 +5,6 @@ Reading order: `step`, then the three parts that it calls, in the words of docs/
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -83,7 +82,7 @@ class EMDTrainer:
         self.generator, self.teacher, self.fake_score = three = prepared.three
         self.ema, self.parallel = prepared.ema, prepared.parallel
         self.device, self.compute_dtype = prepared.device, prepared.compute_dtype
-        self.sample_shape, self.latent_shape = prepared.sample_shape, prepared.latent_shape
+        self.latent_shape, self.sample_shape = prepared.shapes[0]  # of the first size
         self.teacher_facts = prepared.teacher_facts  # origin and fingerprint of the teacher as passed in
         self.schedule = unwrap(teacher).schedule
         self.noise = Noise(config.seed, device=self.device)
@@ -92,9 +91,8 @@ class EMDTrainer:
             "fake_score": Learner(self.fake_score, config.optimizer.fake_score_lr, self.compute_dtype, config),
         }
         self.prompts = None if prompts is None else conditions.table(prompts)
-        heard = functools.partial(unwrap(self.teacher).heard, dtype=self.compute_dtype)
-        shapes = self.latent_shape, self.sample_shape
-        self.batches = BatchSampler(config, self.schedule, self.noise, *shapes, self.prompts, heard)
+        inner = unwrap(self.teacher)
+        self.batches = BatchSampler(config, self.noise, prepared.shapes, self.prompts, inner, self.compute_dtype)
         self.rollout = Rollout(self.generator, self.batches)
         self.posterior = PosteriorSampler(config, three, self.noise, self.batches, self.device.type)
         self.steps_done, self.skipped = 0, torch.zeros((), device=self.device)
@@ -130,9 +128,8 @@ class EMDTrainer:
         self.ema.update(self.generator, self.steps_done)
         self.timer.end("m_step")
         self.steps_done += 1
-        fake_score_loss = torch.stack([loss for loss, _ in fake_score]).mean()
         drift, z = (self._mean_square(getattr(s, name) for s in posteriors) for name in ("drift", "z"))
-        means = torch.stack([generator_loss, fake_score_loss, drift, z])
+        means = torch.stack([generator_loss, torch.stack([loss for loss, _ in fake_score]).mean(), drift, z])
         if distributed.world_size() > 1:
             dist.all_reduce(means)
         return {
@@ -194,8 +191,7 @@ class EMDTrainer:
         return loss, self._update("fake_score")
 
     def _e_steps(self, cond: Condition) -> list[EStep]:
-        # Gathers each network once for all Langevin steps of all micro-batches, and frees two of the
-        # three before the M-step needs memory for activations.
+        # Gathers each network once for all micro-batches, and frees two before the M-step's activations.
         with gathered(self.generator, self.teacher, self.fake_score):
             return [self._e_step(batch) for batch in self.batches.micro_batches(cond, 0)]
 
@@ -251,7 +247,14 @@ class EMDTrainer:
 
     @torch.no_grad()
     def generate(
-        self, n: int, cond: Condition = None, ema: bool = True, *, first_sample: int = 0, calls: int | None = None
+        self,
+        n: int,
+        cond: Condition = None,
+        ema: bool = True,
+        *,
+        first_sample: int = 0,
+        calls: int | None = None,
+        shape: Sequence[int] | None = None,
     ) -> Tensor:
         """Returns n samples (n, ...) float32 of the generator. The same seed gives the same samples.
 
@@ -260,16 +263,15 @@ class EMDTrainer:
             ema: use the average of the weights.
             first_sample: index of the first sample in the noise stream of shown samples.
             calls: stop after that many rungs; all when None.
+            shape: of one sample; that of the first size when None.
 
         Raises:
-            ValueError: more calls than rungs.
+            ValueError: more calls than rungs; another shape for a generator that makes one.
         """
-        z, in_turn = self.batches.shown(n, first_sample)
+        z, cond = self.batches.shown(n, first_sample, cond, shape)
         network = self.ema.module if ema else self.generator
-        # PyTorch rounds some matmuls differently for weights that require a gradient, even under
-        # no_grad, and an exported generator must give the same samples.
+        # PyTorch rounds some matmuls otherwise for weights that require a gradient, and exports must agree.
         with gathered(network), self.autocast(), frozen(network) as generator:
-            cond = in_turn if cond is None else cond
             return generated(generator, self.batches, z, cond, first_sample, calls).float()
 
     # Checkpoints ------------------------------------------------------------------------------------------------------
@@ -327,10 +329,8 @@ class EMDTrainer:
 
         Args:
             config: replaces the saved one; only keys that may change at a resume may differ.
-            generator, fake_score: as for the constructor, if they are not copies of the teacher.
-            prompts: as for the constructor; a checkpoint does not hold them.
-            trains: False for sampling and export, for which the teacher's architecture and schedule are
-                enough.
+            generator, fake_score, prompts: as for the constructor; a checkpoint does not hold prompts.
+            trains: False for sampling and export, for which another teacher of the architecture is enough.
 
         Raises:
             CheckpointError: a missing, damaged or foreign folder; another architecture, configuration

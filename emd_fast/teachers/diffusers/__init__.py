@@ -23,6 +23,7 @@ from emd_fast.teachers.diffusers.folder import Folder, import_diffusers
 from emd_fast.teachers.diffusers.scheduler import SchedulerInfo, read
 from emd_fast.teachers.diffusers.shift import shift_of
 from emd_fast.teachers.diffusers.single_file import SingleFile
+from emd_fast.teachers.diffusers.sizes import resized, shapes_of
 
 __all__ = ["DiffusersDenoiser", "load"]
 
@@ -37,10 +38,12 @@ class DiffusersDenoiser(Denoiser):
         channels: channels of a sample.
         embedded_guidance: guidance that `encode` adds to the conditions; None for the default of the pipeline.
         guidance_2: guidance weight of the second of two networks, where the first is guided; None for the same.
+        prompt_dtype: dtype of the embeddings that `encode` returns.
         num_classes: number of labels that may be drawn; 0 without labels.
     """
 
     network: Network
+    prompt_dtype = torch.float32
 
     def __init__(
         self,
@@ -48,24 +51,26 @@ class DiffusersDenoiser(Denoiser):
         folder: Folder,
         training: SchedulerInfo,
         scheduler_config: Mapping[str, Any],
-        sample_shape: Sequence[int],
+        shapes: Sequence[tuple[int, ...]],
         null_cond: Condition,
         embedded_guidance: float | None,
         guidance_2: float | None = None,
     ) -> None:
-        channels = sample_shape[0]
+        channels = shapes[0][0]
         super().__init__(
             network,
             training.schedule,
             training.parametrization,
             c_noise=training.index,
             output=lambda returned: returned[:, :channels],  # without a learned variance
-            sample_shape=sample_shape,
+            sample_shape=shapes[0],
+            other_shapes=shapes[1:],
             null_cond=null_cond,
             rescale=network.architecture.rescale,
         )
         self.channels, self.embedded_guidance, self.guidance_2 = channels, embedded_guidance, guidance_2
         self.folder, self.trained, self.scheduler_config = folder, training, dict(scheduler_config)
+        self._vae_config = folder.vae_config()
 
     @property
     def takes(self) -> ConditionSpec:
@@ -80,7 +85,10 @@ class DiffusersDenoiser(Denoiser):
     @property
     def shift(self) -> float | None:
         assert self.sample_shape is not None
-        return shift_of(self.scheduler_config, functools.partial(self.network.architecture.mu, self.sample_shape))
+        return self.shift_of(self.sample_shape)
+
+    def shift_of(self, shape: Sequence[int]) -> float | None:
+        return shift_of(self.scheduler_config, functools.partial(self.network.architecture.mu, shape))
 
     def at(self, times: Sequence[float]) -> DiffusersDenoiser:
         network = self.network
@@ -89,9 +97,9 @@ class DiffusersDenoiser(Denoiser):
         below = network.below(self.trained.index(torch.tensor(times, dtype=torch.float32, device="cpu"))).tolist()
         if any(below) != all(below):
             return self
-        facts = self.folder, self.trained, self.scheduler_config, self.sample_shape or ()
+        facts = self.folder, self.trained, self.scheduler_config, self.sample_shapes
         one = DiffusersDenoiser(network.alone(all(below)), *facts, self.null_cond, self.embedded_guidance)
-        one.source, one.weights_dtype = self.source, self.weights_dtype
+        one.source, one.weights_dtype, one.prompt_dtype = self.source, self.weights_dtype, self.prompt_dtype
         return one.train(self.training)
 
     def weight(self, t: Tensor, guidance: float | Tensor | None) -> float | Tensor | None:
@@ -99,6 +107,21 @@ class DiffusersDenoiser(Denoiser):
             return guidance
         below = self.network.below(self.trained.index(t))
         return torch.where(below, torch.full_like(t, self.guidance_2), torch.as_tensor(guidance).to(t))
+
+    def sized(self, cond: Condition, shape: Sequence[int]) -> Condition:
+        return self.network.sized(cond, shape, self._vae_config)
+
+    def resized(
+        self, height: int | None = None, width: int | None = None, frames: int | None = None
+    ) -> tuple[int, ...]:
+        """The shape of a sample of a size in pixels; None keeps a side of `sample_shape`.
+
+        Raises:
+            ConfigError: a size that VAE or patches do not divide.
+        """
+        assert self.sample_shape is not None
+        architecture = self.network.architecture
+        return resized(architecture, self._vae_config, self.sample_shape, height=height, width=width, frames=frames)
 
     def heard(self, t: Tensor, dtype: torch.dtype) -> Tensor:
         return self.network.architecture.heard(t, dtype)
@@ -144,7 +167,9 @@ class DiffusersDenoiser(Denoiser):
         if not self.takes.tensors:
             raise ConfigError(f"this {self.folder.model_class} takes {self.takes}, not prompts")
         assert self.sample_shape is not None
-        return self.folder.text_encoder(self.network.model, self.sample_shape, self.embedded_guidance)
+        encoder = self.folder.text_encoder(self.network.model, self.sample_shape, self.embedded_guidance)
+        encoder.dtype = self.prompt_dtype
+        return encoder
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decodes latents to images (B, 3, H, W) or videos (B, 3, F, H, W) float32 with the folder's VAE.
@@ -165,8 +190,10 @@ def load(
     height: int | None = None,
     width: int | None = None,
     frames: int | None = None,
+    sizes: Sequence[Sequence[int]] | None = None,
     embedded_guidance: float | None = None,
     guidance_2: float | None = None,
+    prompt_dtype: torch.dtype = torch.float32,
     null_cond: Condition = None,
 ) -> DiffusersDenoiser:
     """Loads a teacher from a diffusers folder, in eval mode.
@@ -186,10 +213,14 @@ def load(
             width and frames.
         height, width, frames: size in pixels. None takes the size of the configuration, or the
             default of the pipeline.
+        sizes: several sizes in pixels, [height, width] or [height, width, frames] each, in place of
+            height and width. A run draws one of them for each step. The first is that of pictures
+            and exports. A video of two numbers has `frames` frames.
         embedded_guidance: guidance that the network takes as an input, which `encode` adds to the
             conditions. None takes the default of the pipeline.
         guidance_2: guidance weight of the second of two networks, wherever the teacher is guided. None
             takes that of the first.
+        prompt_dtype: dtype of the embeddings that `encode` returns. The encoders compute in float32.
         null_cond: the unconditional condition for guidance. A DiT has its own. For text it is
             usually `teacher.encode([""])`, which can be assigned to `teacher.null_cond` later.
 
@@ -208,20 +239,17 @@ def load(
     network = source.load_network(dtype, steps=training.index_scale, on_meta=on_meta)
     architecture = network.architecture
     architecture.check_channels()
-    if sample_shape is None:
-        sample_shape = architecture.sample_shape(source.vae_config(), height, width, frames)
-    elif (height, width, frames) != (None, None, None):
-        raise ConfigError("sample_shape and height, width, frames give the size twice: leave one of them out")
-    shape = tuple(sample_shape)
-    architecture.check_shape(shape)
+    vae = source.vae_config()
+    size = {"height": height, "width": width, "frames": frames}
+    shapes = shapes_of(architecture, vae, sample_shape=sample_shape, sizes=sizes, **size)
     if embedded_guidance is not None and GUIDANCE not in network.takes.tensors:
         raise ConfigError(f"this {source.model_class} has no embedded guidance: leave embedded_guidance out")
     if guidance_2 is not None and not isinstance(network, Experts):
         raise ConfigError(f"this {source.model_class} is one network: leave guidance_2 out")
     if null_cond is None:
         null_cond = architecture.null_label
-    teacher = DiffusersDenoiser(network, source, training, chain, shape, null_cond, embedded_guidance, guidance_2)
-    teacher.source = str(source.root.resolve())
+    teacher = DiffusersDenoiser(network, source, training, chain, shapes, null_cond, embedded_guidance, guidance_2)
+    teacher.source, teacher.prompt_dtype = str(source.root.resolve()), prompt_dtype
     if source.file is not None:
         teacher.source = f"{source.file.path.resolve()} of SHA-256 {source.file.sha256}, described by {teacher.source}"
     return teacher.to(device).eval().requires_grad_(False)

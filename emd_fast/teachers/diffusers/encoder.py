@@ -35,11 +35,15 @@ class TextEncoder:
         device: where its encoders run.
         root: its folder, for errors.
 
+    Attributes:
+        dtype: of the floating tensors that it returns, besides the constants; None for that of the encoders.
+
     Raises:
         ConfigError: a tokenizer that makes more tokens than its encoder takes.
     """
 
     batch = BATCH
+    dtype: torch.dtype | None = None
 
     def __init__(
         self,
@@ -99,6 +103,8 @@ class TextEncoder:
             cond = {
                 name: ragged.padded(value, tokens) if LENGTH in takes[name] else value for name, value in cond.items()
             }
+        if self.dtype is not None:
+            cond = pytree.tree_map(lambda leaf: leaf.to(self.dtype) if leaf.is_floating_point() else leaf, cond)
         if not self._constants:
             return cond
         rows = {name: torch.tensor(row, dtype=torch.float32) for name, row in self._constants.items()}

@@ -231,6 +231,14 @@ class Architecture:
             vae: configuration of the VAE; empty without one.
             guidance: the embedded guidance; None for the default of the pipeline.
         """
-        if GUIDANCE not in self.takes.tensors:
-            return {}
-        return {GUIDANCE: self.guidance if guidance is None else guidance}
+        guided = GUIDANCE in self.takes.tensors
+        given = {GUIDANCE: self.guidance if guidance is None else guidance} if guided else {}
+        return {**self.of_size(shape, vae), **given}
+
+    def of_size(self, shape: Sequence[int], vae: Config) -> dict[str, list[float]]:
+        """Tensors of the condition that state the size of a sample (C, H, W) or (C, F, H, W): name -> its row.
+
+        Args:
+            vae: configuration of the VAE; empty without one.
+        """
+        return {}

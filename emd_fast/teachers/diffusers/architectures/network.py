@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
 from emd_fast.diffusion.denoiser import Condition
@@ -43,3 +47,20 @@ class Network(nn.Module):
                 f"this {type(self.model).__name__} takes {self.takes}; for a batch of {batch} got {told(cond)}"
             )
         return given
+
+    def sized(self, cond: Condition, shape: Sequence[int], vae: Mapping[str, Any]) -> Condition:
+        """Returns a condition (B, ...) with the tensors that state the size of a sample set to that of `shape`.
+
+        Args:
+            vae: configuration of the VAE; empty without one.
+        """
+        if not isinstance(cond, Mapping):
+            return cond
+        stated = self.architecture.of_size(shape, vae)
+        fits = {name: row for name, row in stated.items() if name in cond and cond[name].dim() == 2}
+        return {**cond, **{name: _filled(cond[name], row) for name, row in fits.items()}}
+
+
+def _filled(like: Tensor, row: Sequence[float]) -> Tensor:
+    """(B, n) of one row. A tensor made from a list would be copied to the device, and the host would wait."""
+    return torch.stack([torch.full_like(like[:, 0], number) for number in row], 1)

@@ -38,7 +38,7 @@ class PixArtTransformer2DModel(Architecture):
             added_cond_kwargs={name: cond.get(name) for name in (RESOLUTION, RATIO)},
         ).sample
 
-    def constants(self, shape: Sequence[int], vae: Config, guidance: float | None) -> dict[str, Any]:
+    def of_size(self, shape: Sequence[int], vae: Config) -> dict[str, list[float]]:
         _, height, width = self.pixels(shape, vae)
         return {RESOLUTION: [height, width], RATIO: [height / width]} if RATIO in self.takes.tensors else {}
 

@@ -50,6 +50,6 @@ class UNet2DConditionModel(Architecture):
     def condition(self, returned: tuple[Any, ...]) -> Condition:
         return {TOKENS: returned[0], POOLED: returned[2]} if self.xl else returned[0]
 
-    def constants(self, shape: Sequence[int], vae: Config, guidance: float | None) -> dict[str, Any]:
+    def of_size(self, shape: Sequence[int], vae: Config) -> dict[str, list[float]]:
         _, height, width = self.pixels(shape, vae)
         return {SIZES: [height, width, 0, 0, height, width]} if self.xl else {}
