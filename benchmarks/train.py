@@ -34,9 +34,10 @@ from emd_fast import Denoiser, EMDConfig, EMDTrainer
 from emd_fast.config import ConfigError
 from emd_fast.io.files import write_text
 from emd_fast.reporting.progress import summary
-from emd_fast.run.plan import GIB, available, plan
-from emd_fast.run.sizes import Sizes
+from emd_fast.run.plan import plan
 from emd_fast.train import throughput
+from emd_fast.train.memory import GIB, available
+from emd_fast.train.sizes import Sizes
 
 SCHEMA = 1
 BATCHES = {"small": 128, "adm": 64, "sd15": 16}

@@ -7,9 +7,10 @@ import torch
 from test_trainer import config
 
 from emd_fast import Denoiser, Generator, schedules
-from emd_fast.run.plan import GIB, plan
-from emd_fast.run.sizes import Sizes
+from emd_fast.run.plan import plan
 from emd_fast.train import networks
+from emd_fast.train.memory import GIB
+from emd_fast.train.sizes import Sizes
 
 pytest.importorskip("peft")
 

@@ -18,8 +18,8 @@ from emd_fast.diffusion.schedules import EDM
 from emd_fast.run import distill
 from emd_fast.run.folder import RunError
 from emd_fast.run.plan import estimate
-from emd_fast.run.sizes import Sizes
 from emd_fast.train.cast_weights import cast_weights, matmul_weights, trainable
+from emd_fast.train.sizes import Sizes
 
 BF16 = torch.bfloat16
 

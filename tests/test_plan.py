@@ -1,5 +1,6 @@
 """What the plan says against what a trainer holds and sends."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,10 @@ from emd_fast.config import ConfigError
 from emd_fast.diffusion.schedules import EDM
 from emd_fast.distributed import GroupError
 from emd_fast.run import distill
-from emd_fast.run.plan import GIB, Ceilings, estimate, plan
-from emd_fast.run.sizes import Sizes, Work
+from emd_fast.run.plan import Ceilings, estimate, plan
+from emd_fast.run.work import Work
+from emd_fast.train.memory import GIB
+from emd_fast.train.sizes import Sizes
 
 
 def teacher() -> Denoiser:
@@ -50,8 +53,8 @@ class Received(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def measured(mode: str, precision: str) -> tuple[dict, dict]:
-    trainer = EMDTrainer(teacher(), settings(parallel=mode, precision=precision))
+def measured(mode: str, precision: str, changes: dict) -> tuple[dict, dict]:
+    trainer = EMDTrainer(teacher(), settings(parallel=mode, precision=precision, **changes))
     trainer.step()
     with Received() as received:
         trainer.step()
@@ -72,15 +75,24 @@ def measured(mode: str, precision: str) -> tuple[dict, dict]:
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("mode", ["replicate", "fsdp"])
-def test_the_plan_is_what_a_trainer_holds_and_sends(ranks, mode, precision):
+@pytest.mark.parametrize(
+    ("mode", "changes"),
+    [
+        ("replicate", {}),
+        ("fsdp", {}),
+        ("fsdp", {"gather": "block"}),
+        ("fsdp", {"gather": "block", "sampling": "x_z", "rungs": [2.0, 1.0, 0.5], "fake_score_updates": 1}),
+        ("fsdp", {"gather": "block", "gamma_z": 0.0, "micro_batch_size": 2}),
+    ],
+)
+def test_the_plan_is_what_a_trainer_holds_and_sends(ranks, mode, changes, precision):
     network = teacher()
     sizes = Sizes.of(network, network, network)
     assert sizes.generator == sum(p.numel() for p in network.parameters()) and sizes.largest_block == 8 * 8 + 8
-    planned = estimate(sizes, settings(), mode, 2, reduced=precision == "bfloat16")
-    for held, received in ranks(2, measured, mode, precision):
-        if mode == "fsdp":
-            held["gradients"] += 4 * sizes.largest_block  # the one that is in the works
+    planned = estimate(sizes, settings(**changes), mode, 2, reduced=precision == "bfloat16")
+    for held, received in ranks(2, measured, mode, precision, changes):
+        if mode == "fsdp":  # the one that is in the works
+            held["gradients"] += 4 * (sizes.generator if "micro_batch_size" in changes else sizes.largest_block)
         for name, size in held.items():
             assert size == pytest.approx(planned.memory[name], rel=1e-6), name
         for name, size in received.items():
@@ -111,6 +123,59 @@ def test_what_cannot_fit_is_refused_with_what_helps():
         made(parallel="hybrid", shard_group=5)
     with pytest.raises(GroupError, match="got 0"):  # how many a machine has is not known here
         made(parallel="hybrid")
+
+
+AT_A_TIME = dict.fromkeys(("generator", "teacher", "fake_score"), 10**9)
+SMALL_BLOCKS = Sizes(12 * 10**9, 12 * 10**9, 12 * 10**9, 2 * 10**8, at_a_time=AT_A_TIME)
+
+
+def gathered_by(available, sizes=SMALL_BLOCKS, **changes):
+    made = plan(sizes, config(batch_size=8, parallel="fsdp", **changes), devices=8, reduced=True, available=available)
+    return made.chosen.gather, made
+
+
+def test_gather_is_chosen_by_memory_and_says_why():
+    by = {}
+    for room in (300, 180, 150, 120):
+        gather, _ = gathered_by(room * GIB)
+        by[room] = [gather.by[name] for name in ("teacher", "fake_score", "generator")]
+        assert f"of {room} GiB" in gather.reason and "auto" in gather.reason
+    assert by == {
+        300: ["phase", "phase", "phase"],
+        180: ["block", "phase", "phase"],
+        150: ["block", "block", "phase"],
+        120: ["block", "block", "block"],
+    }
+    gather, made = gathered_by(None)
+    assert set(gather.by.values()) == {"phase"} and "no memory of a GPU is known" in gather.reason
+    table = made.table()
+    assert "gather: auto" in table and all(f"{name} is gathered by" in table for name in gather.by)
+    # Activations that are known leave more room than those that are not.
+    known = plan(
+        SMALL_BLOCKS,
+        config(batch_size=8, parallel="fsdp"),
+        devices=8,
+        reduced=True,
+        available=180 * GIB,
+        activations=1e6,
+    )
+    assert set(known.chosen.gather.by.values()) == {"phase"}
+    # Adapters follow their base; a network without blocks gains nothing.
+    adapted = dataclasses.replace(SMALL_BLOCKS, generator=10**8, fake_score=10**8, adapters=("generator", "fake_score"))
+    gather, _ = gathered_by(40 * GIB, adapted, adapter_rank=64)
+    assert set(gather.by.values()) == {"block"}
+    whole = dataclasses.replace(SMALL_BLOCKS, at_a_time={})
+    assert set(gathered_by(40 * GIB, whole)[0].by.values()) == {"phase"}
+
+
+def test_phase_that_cannot_fit_is_refused_with_what_helps():
+    _, made = gathered_by(120 * GIB, gather="phase")
+    with pytest.raises(ConfigError, match=r"with gather = 'phase' needs .*: try --gather block, which needs") as error:
+        made.check(120 * GIB)
+    assert "\n" not in str(error.value)
+    gathered_by(120 * GIB, gather="block")[1].check(120 * GIB)
+    with pytest.raises(ConfigError, match="batch_size must be a multiple of the 8 devices where gather is 'block'"):
+        plan(SMALL_BLOCKS, config(batch_size=9, micro_batch_size=1, parallel="fsdp", gather="block"), devices=8)
 
 
 CHANGES = [
@@ -179,7 +244,7 @@ def test_plan_prints_the_configuration_and_the_table_and_writes_nothing(call, re
 
 
 def test_what_cannot_fit_is_refused_before_it_is_allocated(refused, monkeypatch):
-    monkeypatch.setattr(distill, "available", lambda: float(GIB))
+    monkeypatch.setattr(distill, "available", lambda device: float(GIB))
     width = ["--mixture.generator-width", "60000", "--mixture.fake-score-width", "60000"]
     refused(2, "GiB a device, and there are 1: try", "distill", "gmm", "--out", "x", *width)
 

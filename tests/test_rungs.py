@@ -22,7 +22,7 @@ from emd_fast.export import export
 from emd_fast.export import load as load_exported
 from emd_fast.reporting import journal
 from emd_fast.run import distill
-from emd_fast.run.sizes import Work
+from emd_fast.run.work import Work
 from emd_fast.teachers.mlp import PointGenerator, TimeMLP
 from emd_fast.train import rungs
 from emd_fast.train.checkpoint import CheckpointError

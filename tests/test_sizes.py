@@ -14,7 +14,7 @@ from emd_fast import Denoiser, EMDConfig, EMDTrainer, Generator, fuse, schedules
 from emd_fast.config import ConfigError
 from emd_fast.export import export
 from emd_fast.export import load as load_exported
-from emd_fast.run.sizes import Work
+from emd_fast.run.work import Work
 from emd_fast.teachers.mlp import TimeMLP
 from emd_fast.train.checkpoint import CheckpointError
 

@@ -112,7 +112,8 @@ def _plan(options: argparse.Namespace, rest: Sequence[str]) -> int:
     import tomli_w
 
     from emd_fast.run import distill
-    from emd_fast.run.plan import GIB, Ceilings
+    from emd_fast.run.plan import Ceilings
+    from emd_fast.train.memory import GIB
 
     settings = _settings(options, rest)
     print(tomli_w.dumps(config.to_dict(settings)))
@@ -120,10 +121,11 @@ def _plan(options: argparse.Namespace, rest: Sequence[str]) -> int:
         None if options.tflops is None else options.tflops * 1e12,
         None if options.gb_per_second is None else options.gb_per_second * 1e9,
     )
-    plan = distill.plan_of(settings, options.devices or int(os.environ.get("WORLD_SIZE", 1)), ceilings)
+    room = None if options.device_memory is None else options.device_memory * GIB
+    plan = distill.plan_of(settings, options.devices or int(os.environ.get("WORLD_SIZE", 1)), ceilings, room)
     print(plan.table())
-    if options.device_memory is not None:
-        plan.check(options.device_memory * GIB)
+    if room is not None:
+        plan.check(room)
     return 0
 
 

@@ -122,6 +122,11 @@ class ParallelismConfig:
         ge=0,
         resumable=True,
     )
+    gather: Literal["auto", "phase", "block"] = setting(
+        "auto",
+        "sharded networks whole for all passes of a phase, or block by block at each pass; auto by memory",
+        resumable=True,
+    )
 
     def __post_init__(self) -> None:
         validate(self)

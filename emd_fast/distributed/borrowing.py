@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
-from emd_fast.distributed.fsdp import Use, is_sharded, lend
+from emd_fast.distributed.fsdp import Use, gather_by_block, gathers_by_block, is_sharded, lend
+from emd_fast.distributed.sharding import apply_fsdp
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class Borrowers:
@@ -39,14 +45,38 @@ class Borrowers:
                             uses.setdefault(owner[id(tensor)], []).append((module, name))
             self._uses.append((network, uses))
 
-    def follow(self) -> None:
-        """Gives the networks the tensors that the lender has now. They are gathered with it if it is sharded."""
+    def follow(self, mesh: DeviceMesh | None = None) -> None:
+        """Gives the networks the tensors that the lender has now.
+
+        If the lender is sharded, the networks are gathered with it. If it gathers by block, each of
+        them gathers by block too, from the same shards.
+
+        Args:
+            mesh: that of the lender; needed where it gathers by block.
+        """
         for network, uses in self._uses:
+            if gathers_by_block(self._lender):
+                _shard_without_memory(network, uses, mesh)
             for (lender, name), borrowers in uses.items():
                 for module, its_name in borrowers:
                     if name in lender._parameters:
                         module._parameters[its_name] = lender._parameters[name]
                     else:
                         module._buffers[its_name] = lender._buffers[name]
-            if is_sharded(self._lender):
+            if gathers_by_block(self._lender):
+                gather_by_block(network)  # which takes over the shards that it finds
+            elif is_sharded(self._lender):
                 lend(self._lender, network, uses)
+
+
+def _shard_without_memory(network: nn.Module, uses: Mapping[Use, Sequence[Use]], mesh: DeviceMesh | None) -> None:
+    """Applies FSDP2 to a network, with tensors on the meta device where the lender's shards will be."""
+    stand_ins = set()
+    for (lender, name), borrowers in uses.items():
+        lent = lender._parameters.get(name)
+        if lent is not None and hasattr(lent, "device_mesh"):
+            stand_in = nn.Parameter(torch.empty(lent.shape, dtype=lent.dtype, device="meta"), requires_grad=False)
+            stand_ins.add(stand_in)
+            for module, its_name in borrowers:
+                module._parameters[its_name] = stand_in
+    apply_fsdp(network, mesh, whole_on_every_rank=set(network.parameters()) - stand_ins)

@@ -15,6 +15,7 @@ from torch import nn
 
 Use = tuple[nn.Module, str]
 _HELD: WeakSet[nn.Module] = WeakSet()
+_BY_BLOCK: WeakSet[nn.Module] = WeakSet()
 # The attribute of a network whose parameters are those of a sharded one: that network.
 _LENDER = "_emd_fast_lender"
 
@@ -28,6 +29,26 @@ def is_fsdp(module: Any) -> bool:
 def is_sharded(network: nn.Module) -> bool:
     """Whether `fully_shard` was applied to any module of this network."""
     return any(True for _ in _fsdp_modules(network))
+
+
+def gather_by_block(network: nn.Module) -> None:
+    """Makes a sharded network gather each block at each pass, also inside `gathered`.
+
+    FSDP2's own hooks gather a block before its forward pass, free it after, and do the same around
+    its backward pass. They start the next block's all-gather while a block computes.
+
+    Args:
+        network: sharded as a whole, with its weights, by `shard`. No pass was made yet.
+    """
+    root: Any = network
+    # FSDP2 reads the dtype of gradients here, once. A first pass inside `frozen` would find none.
+    root._get_fsdp_state()._lazy_init()
+    _BY_BLOCK.update(_fsdp_modules(network))
+
+
+def gathers_by_block(network: Any) -> bool:
+    """Whether `gather_by_block` was applied to a network. Its ranks must then make the same passes."""
+    return any(module in _BY_BLOCK for module in _fsdp_modules(network))
 
 
 def sync_gradients(network: nn.Module, wanted: bool) -> None:
@@ -44,8 +65,11 @@ def gathered(*modules: Any) -> Iterator[None]:
     block that freezes parameters freezes the gathered ones. FSDP2 reads the dtype of its gradients
     once, from the sharded parameters. Blocks may nest. All modules are resharded at the end, also
     after an error. Plain modules, DDP modules and arguments that are not modules are ignored.
+    Networks that gather by block (`gather_by_block`) go on doing so.
     """
-    mine = [m for m in _unique(_fsdp_modules(*modules)) if m not in _HELD]
+    found = _unique(_fsdp_modules(*modules))
+    by_block = [m for m in found if m in _BY_BLOCK]
+    mine = [m for m in found if m not in _HELD and m not in _BY_BLOCK]
     undo: list[Callable[[], None]] = []
     failed = True
     try:
@@ -60,10 +84,12 @@ def gathered(*modules: Any) -> Iterator[None]:
             _HELD.discard(module)
         for restore in undo:
             restore()
-        for module in mine:
+        for module in (*mine, *by_block):
             if failed:
                 _forget_pass(module)
-            module.reshard()
+            _forget_order(module)
+            if failed or module not in _BY_BLOCK:
+                module.reshard()
 
 
 def _hold(module: Any) -> Callable[[], None]:
@@ -108,6 +134,20 @@ def _forget_pass(module: Any) -> None:
     state._comm_ctx.post_forward_order.clear()
     state._state_ctx.iter_forward_root = None
     state._state_ctx.post_backward_final_callback_queued = False
+
+
+def _forget_order(module: Any) -> None:
+    """Empties the list of passes by which FSDP2 finds the block to gather next in a backward pass.
+
+    FSDP2 itself empties it at the end of a backward pass only. It would grow with every pass without
+    gradients, and the first block would gather a block of an earlier pass.
+    """
+    state = module._get_fsdp_state()
+    if state._is_root is None:  # no pass has started
+        return
+    state._comm_ctx.post_forward_order.clear()
+    for group in _groups(state):
+        group._post_forward_indices.clear()
 
 
 def _groups(state: Any) -> list[Any]:

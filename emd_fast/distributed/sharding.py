@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from emd_fast.distributed import group
-from emd_fast.distributed.fsdp import is_sharded
+from emd_fast.distributed.fsdp import gather_by_block, is_sharded
 from emd_fast.distributed.modes import make_mesh, resolve
 from emd_fast.distributed.trainable_parameters import local
 
@@ -26,6 +26,7 @@ def shard(
     mesh: DeviceMesh | None = None,
     device: torch.device | str | None = None,
     blocks: Sequence[nn.Module] | None = None,
+    gather: str = "phase",
 ) -> nn.Module:
     """Replicates or shards a network over the process group, in place, from the weights of rank 0.
 
@@ -44,6 +45,8 @@ def shard(
         mesh: result of `make_mesh`, shared by the networks of one trainer. Created here when None.
         device: the target device; `device_of(network)` when None.
         blocks: modules that are gathered one at a time; `blocks_of(network)` when None.
+        gather: "phase": `gathered` holds the whole network. "block": every pass gathers the blocks
+            one after the other, also inside `gathered`.
 
     Returns:
         The network. Networks that already use FSDP2 are left unchanged.
@@ -62,8 +65,6 @@ def shard(
             _take_from_rank_0(network, whole, device)
         broadcast(_named(network).values())
         return network
-    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-
     if whole is None:
         broadcast(_named(network).values())
     if precision is not None and not any(p.requires_grad for p in parameters):
@@ -73,33 +74,54 @@ def shard(
         # FSDP2 does not accept channels_last weights, which `fuse` makes on a GPU. Its gathered
         # copies are contiguous.
         parameter.data = parameter.data.contiguous()
+    # FSDP2 cannot shard a 0-d parameter (EDM2 has some). Every rank keeps a copy, and
+    # `TrainableParameters` sums its gradient.
+    scalars = {p for p in network.parameters() if not p.dim()}
+    mesh = mesh if mesh is not None else make_mesh(mode, device)
+    apply_fsdp(network, mesh, whole_on_every_rank=scalars, precision=precision, blocks=blocks)
+    if whole is not None:
+        _take_from_rank_0(network, whole, device)
+        broadcast(_named(network).values())
+    if gather == "block":
+        gather_by_block(network)
+    return network
+
+
+def apply_fsdp(
+    network: nn.Module,
+    mesh: DeviceMesh | None,
+    *,
+    whole_on_every_rank: set[nn.Parameter],
+    precision: torch.dtype | None = None,
+    blocks: Sequence[nn.Module] | None = None,
+) -> None:
+    """Applies FSDP2 to the blocks of a network and to the network.
+
+    Args:
+        whole_on_every_rank: parameters that FSDP2 leaves alone.
+        precision, blocks: as for `shard`.
+    """
+    from torch.distributed import fsdp
+
     # Inputs are not cast: the time input would keep three digits in bfloat16. Autocast casts at
     # each matmul.
-    policy = MixedPrecisionPolicy(
+    policy = fsdp.MixedPrecisionPolicy(
         param_dtype=precision,
         reduce_dtype=torch.float32 if precision is not None else None,
         cast_forward_inputs=False,
     )
-    mesh = mesh if mesh is not None else make_mesh(mode, device)
-    # FSDP2 cannot shard a 0-d parameter (EDM2 has some). Every rank keeps a copy, and
-    # `TrainableParameters` sums its gradient.
-    scalars = {p for p in network.parameters() if not p.dim()}
-    options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "ignored_params": scalars}
+    options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "ignored_params": whole_on_every_rank}
     for module in blocks_of(network) if blocks is None else blocks:
-        fully_shard(module, **options)
+        fsdp.fully_shard(module, **options)
     # Also at the root: if it stayed gathered after a pass without gradients, it would miss the
     # next optimizer step.
-    fully_shard(network, **options, reshard_after_forward=True)
+    fsdp.fully_shard(network, **options, reshard_after_forward=True)
     for module in network.modules():
-        if isinstance(module, FSDPModule):
+        if isinstance(module, fsdp.FSDPModule):
             # Sum, as "replicate" does: each rank's loss is already its part of the mean over the
             # global batch.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-    if whole is not None:
-        _take_from_rank_0(network, whole, device)
-        broadcast(_named(network).values())
-    return network
 
 
 def device_of(network: nn.Module) -> torch.device:

@@ -23,13 +23,16 @@ from emd_fast.reporting.progress import Progress, say
 from emd_fast.run.best import best_of_run
 from emd_fast.run.folder import RunError, finished_metrics, open_folder, settings_of, write_metrics
 from emd_fast.run.loop import train
-from emd_fast.run.plan import UNKNOWN, Ceilings, Plan, available, plan
+from emd_fast.run.plan import UNKNOWN, Ceilings, Plan, plan
 from emd_fast.run.signals import Interrupted, end_on_signals, stop_on_signals
-from emd_fast.run.sizes import Sizes, Work
+from emd_fast.run.work import Work
 from emd_fast.run.writes import FolderWrites
 from emd_fast.tasks import Task, task_of
 from emd_fast.train import checkpoint, optimizers, run_checkpoints, rungs
 from emd_fast.train.checkpoint import CheckpointError, CheckpointGone
+from emd_fast.train.memory import available
+from emd_fast.train.precision import compute_dtype
+from emd_fast.train.sizes import Sizes
 from emd_fast.train.trainer import EMDTrainer
 
 T = TypeVar("T")
@@ -68,11 +71,12 @@ def _distill(settings: RunConfig, folder: Path, sinks: tuple[str, ...], held: co
         say(f"{folder} is finished: {settings.emd.steps} steps, report in {folder / 'report.md'}")
         return metrics
     writes = FolderWrites(folder, held)
-    needs = plan_of(settings)
+    task = task_of(settings)
+    room = available(task.device)
+    needs = plan_of(settings, room=room if task.device.type == "cuda" else None)
     if distributed.world_size() > 1:
         say(needs.table())
-    needs.check(available())
-    task = task_of(settings)
+    needs.check(room)
     task.open_references()
     teacher, seconds = _teacher(task, folder)
     writes.check()
@@ -98,12 +102,13 @@ def _distill(settings: RunConfig, folder: Path, sinks: tuple[str, ...], held: co
     return metrics
 
 
-def plan_of(settings: RunConfig, devices: int = 0, ceilings: Ceilings = UNKNOWN) -> Plan:
+def plan_of(settings: RunConfig, devices: int = 0, ceilings: Ceilings = UNKNOWN, room: float | None = None) -> Plan:
     """Plans memory and traffic of a run on each device, and a lower bound on a step's time.
 
     Args:
         devices: number of devices; that of the process group when 0.
         ceilings: peak rates of the hardware, which the times follow from.
+        room: bytes of memory of a device, by which gather = "auto" is decided; None if not known.
 
     Raises:
         ConfigError: fewer samples than devices, or rungs that do not fit the teacher.
@@ -123,10 +128,10 @@ def plan_of(settings: RunConfig, devices: int = 0, ceilings: Ceilings = UNKNOWN)
         Sizes.of(*networks, settings.emd.adapter),
         settings.emd,
         devices=devices,
-        # The tasks here run on the CPU, where "auto" is float32.
-        reduced=settings.emd.compute.precision == "bfloat16",
+        reduced=compute_dtype(settings.emd.compute.precision, task.device) == torch.bfloat16,
         work=work,
         ceilings=ceilings,
+        available=room,
     )
 
 

@@ -15,7 +15,6 @@ from emd_fast.config import RunConfig, to_dict
 from emd_fast.reporting import journal, pictures, report
 from emd_fast.reporting.progress import Progress, say, summary
 from emd_fast.run.best import Best
-from emd_fast.run.plan import GIB
 from emd_fast.run.signals import Interrupted, stop_on_signals
 from emd_fast.run.writes import FAILED, FolderWrites, RunStopped
 from emd_fast.tasks import Task
@@ -23,6 +22,7 @@ from emd_fast.train import diagnostics, run_checkpoints, throughput
 from emd_fast.train.checkpoint import CheckpointError
 from emd_fast.train.divergence import cause
 from emd_fast.train.health import Diverged, HealthCheck
+from emd_fast.train.memory import GIB
 from emd_fast.train.preview import denoised
 from emd_fast.train.trainer import EMDTrainer
 

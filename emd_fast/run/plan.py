@@ -1,25 +1,23 @@
 """Plans memory, network traffic and time of a run per device, before anything is allocated.
 
-Weights, gradients, optimizer state, average and gathered copies are computed from the sizes of the
-networks. The memory of activations depends on networks and kernels, and the speed of devices and
-network on the machine. Both are arguments; without them the plan says "not known".
+Memory is that of `train.memory`. The memory of activations depends on networks and kernels, and the
+speed of devices and network on the machine. Both are arguments; without them the plan says "not
+known".
 """
 
 from __future__ import annotations
 
-import os
+import dataclasses
+import functools
 from dataclasses import dataclass
-
-import torch
 
 from emd_fast import distributed
 from emd_fast.config import ConfigError, EMDConfig
-from emd_fast.run.sizes import Sizes, Work
+from emd_fast.run.work import Work
 from emd_fast.train.adapters import NAMES
-
-GIB = 2**30
-# Per parameter: two moments; in 8 bits, with a scale for each 256 values.
-_OPTIMIZER_BYTES = {"adamw": 8.0, "apex_adamw": 8.0, "adamw_8bit": 2.03}
+from emd_fast.train.gathering import Gather, check_passes, choose_gather
+from emd_fast.train.memory import GIB, gib, memory, shards
+from emd_fast.train.sizes import NETWORKS, Sizes
 
 
 @dataclass(frozen=True)
@@ -48,6 +46,7 @@ class Footprint:
         memory: peak bytes on each device during a step, by purpose.
         traffic: bytes that each device receives in a step, by purpose.
         seconds: lower bounds on the time of a step from the peak rates, None where not known.
+        gather: how each network is gathered.
     """
 
     mode: str
@@ -55,6 +54,7 @@ class Footprint:
     memory: dict[str, float]
     traffic: dict[str, float]
     seconds: dict[str, float | None]
+    gather: Gather
 
     @property
     def total(self) -> float:
@@ -69,9 +69,10 @@ def estimate(
     *,
     reduced: bool,
     shard_group: int = 0,
-    activations: float = 0.0,
+    activations: float | None = None,
     work: Work | None = None,
     ceilings: Ceilings = UNKNOWN,
+    available: float | None = None,
 ) -> Footprint:
     """Estimates the requirements of one parallel mode.
 
@@ -83,51 +84,40 @@ def estimate(
         reduced: whether the networks compute in bfloat16.
         shard_group: number of devices that share one copy of the weights under "hybrid".
         activations: bytes of activations per sample in the M-step, of the largest of several sizes;
-            0 leaves them out.
+            None if not known.
         work, ceilings: operations of the networks and peak rates, which the times follow from.
+        available: bytes of memory of a device, by which gather = "auto" is decided. None if not known.
     """
-    trained = sizes.generator + sizes.fake_score
-    updates = config.fake_score_updates
-    optimizer = _OPTIMIZER_BYTES[config.optimizer.name]
-    compute = 2 if reduced else 4
     share = -(-config.batch_size // devices)
     samples = min(config.compute.micro_batch_size or share, share)
-    if mode == "replicate" or devices == 1:
-        among = 1
-        memory = {
-            "weights": 4.0 * (sizes.teacher + trained) - (4.0 - compute) * sizes.matmul_weights,
-            "gradients": 4.0 * trained,
-            # All gradients of a network are summed in one buffer.
-            "gathered": 4.0 * max(sizes.generator, sizes.fake_score) if devices > 1 else 0.0,
-        }
-        gathers = scatters = 0.0
-        reduces = {devices: 4.0 * (sizes.generator + updates * sizes.fake_score)}
-    else:
-        among = devices if mode == "fsdp" else shard_group or distributed.local_size()
-        pieces = -(-share // samples)
-        sharded = {name: getattr(sizes, name) for name in NAMES if name not in sizes.adapters}
-        # With micro-batches the whole float32 gradient is kept until it is reduced once.
-        waiting = max(sharded.values(), default=0) if pieces > 1 else sizes.largest_block
-        memory = {
-            "weights": (4.0 * sizes.whole + compute * sizes.teacher) / among + 4.0 * sizes.small,
-            "gradients": 4.0 * sizes.whole / among + 4.0 * (waiting + sizes.small),
-            # All gradients of an adapter are summed in one buffer.
-            "gathered": compute * (sizes.teacher + sizes.whole)
-            + 4.0 * max((getattr(sizes, name) for name in sizes.adapters), default=0),
-        }
-        # A network with an adapter is gathered with the teacher, once for both.
-        with_teacher = sizes.teacher if sizes.adapters else 0
-        gathers = compute * (sizes.teacher + sizes.whole + updates * (sizes.whole + with_teacher))
+    updates = config.fake_score_updates
+    chosen = choose_gather(
+        sizes,
+        config,
+        mode,
+        devices,
+        reduced=reduced,
+        shard_group=shard_group,
+        activations=activations,
+        available=available,
+    )
+    among = shards(mode, devices, shard_group)
+    if chosen.by:
+        passes = {name: _gathers(config, name, chosen.by[name], -(-share // samples)) for name in NETWORKS}
+        parameters = {name: getattr(sizes, name) for name in NETWORKS}
+        if sizes.adapters:  # the base is gathered once for all that share it, or in each of their passes
+            tied = ("teacher", *sizes.adapters)
+            by_block = chosen.by["teacher"] == "block"
+            passes["teacher"] = sum(passes[name] for name in tied) if by_block else 1 + updates
+            parameters |= dict.fromkeys(sizes.adapters, 0)
+        gathers = (2 if reduced else 4) * sum(passes[name] * parameters[name] for name in NETWORKS)
         of = {name: 4.0 * getattr(sizes, name) * (updates if name == "fake_score" else 1) for name in NAMES}
-        scatters = sum(of[name] for name in sharded)
+        scatters = sum(of[name] for name in NAMES if name not in sizes.adapters)
         reduces = {devices // among: scatters / among}
         reduces[devices] = reduces.get(devices, 0.0) + sum(of[name] for name in sizes.adapters)
-    replicated = {name: 1 if name in sizes.adapters else among for name in NAMES}
-    memory |= {
-        "optimizer": sum(optimizer * getattr(sizes, name) / replicated[name] for name in NAMES),
-        "average": 4.0 * sizes.generator / replicated["generator"],
-        "activations": activations * samples,
-    }
+    else:
+        gathers = scatters = 0
+        reduces = {devices: 4.0 * (sizes.generator + updates * sizes.fake_score)}
     traffic = {
         "gathering weights": gathers * (among - 1) / among,
         "scattering gradients": scatters * (among - 1) / among,
@@ -142,7 +132,42 @@ def estimate(
         "network": network,
         "a step, at least": None if computing is None or network is None else max(computing, network),
     }
-    return Footprint(mode, devices, memory, traffic, seconds)
+    held = memory(
+        sizes,
+        config,
+        mode,
+        devices,
+        reduced=reduced,
+        gather=chosen.by,
+        shard_group=shard_group,
+        activations=activations or 0.0,
+    )
+    return Footprint(mode, devices, held, traffic, seconds, chosen)
+
+
+def _gathers(config: EMDConfig, name: str, gather: str, pieces: int) -> int:
+    """How often a step gathers each parameter of a network.
+
+    Args:
+        name: "generator", "teacher" or "fake_score".
+        gather: "phase" or "block".
+        pieces: micro-batches of a device.
+    """
+    updates = config.fake_score_updates
+    if gather == "phase":
+        return 1 if name == "teacher" else 1 + updates
+    k = 1 if config.objective == "vsd" else config.langevin_steps
+    if name == "teacher":
+        return pieces * (0 if config.adapter.score_passes == "joint" else k)
+    if name == "fake_score":  # an update has a forward and a backward pass
+        return pieces * (k + 2 * updates)
+    if config.sampling == "x_z":
+        chain = 2 * k + 2
+    else:
+        chain = 2 * k if config.objective != "vsd" and config.gamma_z != 0 else 1
+    earlier = (1 + updates) * (config.calls - 1)
+    m_step = 2
+    return pieces * (chain + earlier + updates + m_step)
 
 
 @dataclass(frozen=True)
@@ -153,12 +178,14 @@ class Plan:
         chosen: the selected mode; reason: why it was selected.
         others: the other modes.
         activations_known: whether the memory of activations is included.
+        by_block: the selected mode with every network gathered by block, where it is not so.
     """
 
     chosen: Footprint
     others: tuple[Footprint, ...]
     reason: str
     activations_known: bool
+    by_block: Footprint | None = None
 
     def table(self) -> str:
         """Formats the plan as text, with a column for each mode."""
@@ -174,6 +201,9 @@ class Plan:
             values = cells([c.memory[name] for c in columns])
             rows.append([name, *(["not known"] * len(columns) if self._unknown(name) else values)])
         rows.append(["a device, in all", *cells([c.total for c in columns])])
+        for name in NETWORKS:
+            if any(c.gather.by for c in columns):
+                rows.append([f"{name} is gathered by", *(c.gather.by.get(name, "-") for c in columns)])
         for name in self.chosen.traffic:
             rows.append([f"{name}, a step", *cells([c.traffic[name] for c in columns])])
         for name in self.chosen.seconds:
@@ -181,7 +211,10 @@ class Plan:
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         devices = f"{self.chosen.devices} device{'s' if self.chosen.devices > 1 else ''}"
-        return "\n".join([f"{devices}, {unit} on each; * {self.reason}", *lines])
+        head = [f"{devices}, {unit} on each; * {self.reason}"]
+        if self.chosen.gather.by:
+            head.append(f"gather: {self.chosen.gather.reason}")
+        return "\n".join([*head, *lines])
 
     def _unknown(self, name: str) -> bool:
         return name == "activations" and not self.activations_known
@@ -194,17 +227,21 @@ class Plan:
         """
         if self.chosen.total <= available:
             return
-        need = f"{_gib(self.chosen.total)} GiB a device, and there are {_gib(available)}"
+        need = f"{gib(self.chosen.total)} GiB a device, and there are {gib(available)}"
         smaller = min(self.others, key=lambda other: other.total, default=self.chosen)
-        if smaller.total <= available:
-            helps = f"--parallel {smaller.mode}, which needs {_gib(smaller.total)}"
+        by_phase = ""
+        if self.by_block is not None and self.by_block.total <= available:
+            by_phase = " with gather = 'phase'"
+            helps = f"--gather block, which needs {gib(self.by_block.total)}"
+        elif smaller.total <= available:
+            helps = f"--parallel {smaller.mode}, which needs {gib(smaller.total)}"
         elif self.chosen.memory["activations"] > available / 2:
             helps = "a smaller --micro-batch-size, or --activation-checkpointing true"
         elif self.chosen.memory["optimizer"] > available / 4:
             helps = "more devices, or --optimizer-name adamw_8bit"
         else:
             helps = "more devices"
-        raise ConfigError(f"parallel = {self.chosen.mode!r} needs {need}: try {helps}")
+        raise ConfigError(f"parallel = {self.chosen.mode!r}{by_phase} needs {need}: try {helps}")
 
 
 def plan(
@@ -216,17 +253,19 @@ def plan(
     activations: float | None = None,
     work: Work | None = None,
     ceilings: Ceilings = UNKNOWN,
+    available: float | None = None,
 ) -> Plan:
     """Plans every parallel mode that the devices allow, and selects the configured one.
 
     Args:
-        sizes, config, reduced, work, ceilings: as for `estimate`.
+        sizes, config, reduced, work, ceilings, available: as for `estimate`.
         devices: number of devices; that of the process group when 0.
         activations: bytes of activations per sample in the M-step, None if not known. Of several
             sizes, those of the largest.
 
     Raises:
-        ConfigError: fewer samples than devices.
+        ConfigError: fewer samples than devices, or numbers of samples with which networks cannot be
+            gathered by block.
         GroupError: shard groups that do not make up the devices.
     """
     devices = devices or distributed.world_size()
@@ -240,32 +279,25 @@ def plan(
         distributed.check_group(devices, group)
     if devices > 1 and group and 1 < group < devices and devices % group == 0:
         modes.append("hybrid")
-    made = {
-        each: estimate(
-            sizes,
-            config,
-            each,
-            devices,
-            reduced=reduced,
-            shard_group=group,
-            activations=activations or 0.0,
-            work=work,
-            ceilings=ceilings,
+    estimated = functools.partial(
+        estimate,
+        sizes,
+        devices=devices,
+        reduced=reduced,
+        shard_group=group,
+        activations=activations,
+        work=work,
+        ceilings=ceilings,
+        available=available,
+    )
+    made = {each: estimated(config, each) for each in dict.fromkeys([mode, *modes])}
+    chosen, by_block = made.pop(mode), None
+    check_passes(config, chosen.gather, devices)
+    if "phase" in chosen.gather.by.values():
+        by_block = estimated(
+            dataclasses.replace(config, parallelism=dataclasses.replace(config.parallelism, gather="block")), mode
         )
-        for each in dict.fromkeys([mode, *modes])
-    }
-    return Plan(made.pop(mode), tuple(made.values()), reason, activations is not None)
-
-
-def available(device: torch.device | str = "cpu") -> float:
-    """Bytes of memory for one rank: that of its GPU, or its share of the host's."""
-    if torch.device(device).type == "cuda":
-        return float(torch.cuda.get_device_properties(device).total_memory)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / distributed.local_size()
-
-
-def _gib(size: float) -> str:
-    return f"{size / GIB:.3g}"
+    return Plan(chosen, tuple(made.values()), reason, activations is not None, by_block)
 
 
 def _seconds(value: float | None) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 
 from emd_fast.config import RunConfig
@@ -24,6 +25,10 @@ class Task(Protocol):
     """One task. Constructing it trains and reads nothing."""
 
     prompts: Any  # conditions for the trainer; set by make_teacher
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks run."""
 
     def __init__(self, config: RunConfig) -> None: ...
 

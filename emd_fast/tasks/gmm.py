@@ -29,6 +29,7 @@ from emd_fast.train.trainer import EMDTrainer
 
 class Mixture:
     prompts = None
+    device = torch.device("cpu")
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config

@@ -31,6 +31,7 @@ class LabelledImages(abc.ABC):
     """A task whose teacher is trained here, and whose metrics compare with held-out images."""
 
     prompts = None
+    device = torch.device("cpu")
     interim = ("frechet", "recall", "precision", "accuracy")
 
     def __init__(self, config: RunConfig, data: ImageData) -> None:

@@ -43,6 +43,10 @@ class Pretrained:
         self._is_judged = False  # whether the run ends with an evaluation
         self._encoded_in: Path | None = None  # folder of the run whose prompts were encoded
 
+    @property
+    def device(self) -> torch.device:
+        return _device()
+
     def make_teacher(self, folder: Path, on_step: OnStep | None) -> Denoiser:
         teacher = self._load(_device())
         self._check_classes(teacher)

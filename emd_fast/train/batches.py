@@ -17,7 +17,7 @@ from emd_fast.config import EMDConfig, StepSize, TimeDistribution
 from emd_fast.diffusion.denoiser import Condition, Denoiser
 from emd_fast.noise import Noise, NoiseStream
 from emd_fast.train.conditions import Table
-from emd_fast.train.step_sizes import Shape, StepSizes
+from emd_fast.train.sample_sizes import SampleSizes, Shape
 from emd_fast.train.times import at_size, log_ratios
 
 
@@ -58,7 +58,7 @@ class BatchSampler:
         dtype: torch.dtype,
     ) -> None:
         self.config, self.schedule, self.noise, self.prompts = config, teacher.schedule, noise, prompts
-        self.sizes = StepSizes(shapes, teacher, config.seed)
+        self.sizes = SampleSizes(shapes, teacher, config.seed)
         self._step, self._teacher, self._dtype = 0, teacher, dtype
         self._tables: dict[tuple[tuple[float, ...], ...], Tensor] = {}
 

@@ -21,8 +21,11 @@ from emd_fast.train import adapters, average, rungs
 from emd_fast.train.adapted_rows import AdaptedRows
 from emd_fast.train.cast_weights import cast_weights, trainable
 from emd_fast.train.fingerprint import fingerprint, process_of
+from emd_fast.train.gathering import Gather, check_passes, check_phase, choose_gather
+from emd_fast.train.memory import available
 from emd_fast.train.precision import compute_dtype
-from emd_fast.train.step_sizes import Shape
+from emd_fast.train.sample_sizes import Shape
+from emd_fast.train.sizes import Sizes
 
 # Of alpha at t_star where noise is predicted. The rounding of an output in float16 or TF32, 2^-11, times
 # 1 / alpha is then half of the data's standard deviation.
@@ -41,7 +44,7 @@ class Prepared:
         teacher_facts: {"path": origin or None, "sha256": fingerprint, "process": `process_of`}, of the
             teacher as passed in; with several sizes also {"shapes": of x}.
         device, compute_dtype: where and in which dtype the networks run.
-        parallel: "replicate" or "fsdp", and why, in one line.
+        parallel: the parallel mode and how networks are gathered, and why, in one line.
         shapes: of one z and one x, for each size of the run.
     """
 
@@ -102,14 +105,16 @@ def prepare(teacher: Denoiser, config: EMDConfig, generator: nn.Module | None, f
         trained["ema"] = ema.module
     own = {name: adapters.own_names(trained[name], teacher) for name in (*adapted, *trained.keys() & {"ema"})}
     borrowers = {name: trained[name] for name in own}
-    _spread(three, ema.module, borrowers, mode, device=device, dtype=dtype, config=config)
+    gather = _gather(three, config, mode, device, dtype)
+    _spread(three, ema.module, borrowers, mode, gather.by, device=device, dtype=dtype, config=config)
     for name, network in borrowers.items():
         if not any(p.is_meta for p in teacher.parameters()):  # else only shapes and sizes are wanted
             adapters.initialise(network, device, config.seed)
         distributed.broadcast(t for key, t in network.state_dict(keep_vars=True).items() if key in own[name])
     if config.compute.activation_checkpointing:
         _check_blocks(generator=generator, fake_score=fake_score)
-    return Prepared(three, ema, own, facts, device, dtype, f"{mode}: {reason}", shapes)
+    parallel = f"{mode}: {reason}" + (f"; gather {gather}" if gather.by else "")
+    return Prepared(three, ema, own, facts, device, dtype, parallel, shapes)
 
 
 def _frozen(teacher: Denoiser, dtype: torch.dtype, mode: str) -> Denoiser:
@@ -224,6 +229,7 @@ def _spread(
     average: nn.Module,
     borrowers: Mapping[str, nn.Module],
     mode: str,
+    gather: Mapping[str, str],
     *,
     device: torch.device,
     dtype: torch.dtype,
@@ -236,16 +242,50 @@ def _spread(
         average: computes in float32, since it is the result of a run.
         borrowers: those that share the teacher's tensors; their adapters are on every rank.
         mode: as `distributed.resolve` returns it.
+        gather: "phase" or "block" by network; "phase" where it is not named. That of the average
+            is the generator's.
     """
     if distributed.world_size() == 1:
         return
     mesh = distributed.make_mesh(mode, device, config.parallelism.shard_group)
     following = distributed.Borrowers(networks[1], list(borrowers.values()))
-    for network in (*networks, average):
-        if not any(network is borrower for borrower in borrowers.values()):
-            precision = torch.bfloat16 if dtype == torch.bfloat16 and network is not average else None
-            distributed.shard(network, mode, precision=precision, mesh=mesh, device=device)
-    following.follow()
+    named = {**dict(zip(("generator", "teacher", "fake_score"), networks, strict=True)), "ema": average}
+    for name, network in named.items():
+        if name not in borrowers:
+            precision = torch.bfloat16 if dtype == torch.bfloat16 and name != "ema" else None
+            how = gather.get("generator" if name == "ema" else name, "phase")
+            distributed.shard(network, mode, precision=precision, mesh=mesh, device=device, gather=how)
+    following.follow(mesh)
+
+
+def _gather(
+    networks: Sequence[nn.Module], config: EMDConfig, mode: str, device: torch.device, dtype: torch.dtype
+) -> Gather:
+    """Chooses how the networks are gathered, by the memory of a GPU; once a phase on a CPU.
+
+    Args:
+        networks: generator, teacher and fake score, not spread yet.
+        mode: as `distributed.resolve` returns it.
+
+    Raises:
+        ConfigError: gather = "phase" that cannot fit, or numbers of samples with which networks
+            cannot be gathered by block.
+    """
+    ranks = distributed.world_size()
+    if ranks == 1 or mode == "replicate":
+        return Gather({}, "nothing is sharded")
+    generator, teacher, fake_score = networks
+    sizes = Sizes.of(teacher, generator, fake_score, config.adapter)
+    options: dict[str, Any] = {
+        "reduced": dtype == torch.bfloat16,
+        "shard_group": config.parallelism.shard_group,
+        "available": available(device) if device.type == "cuda" else None,
+    }
+    if options["available"] is not None:
+        check_phase(sizes, config, mode, ranks, **options)
+    chosen = choose_gather(sizes, config, mode, ranks, **options)
+    check_passes(config, chosen, ranks)
+    return chosen
 
 
 def _check_blocks(**networks: nn.Module) -> None:

@@ -16,6 +16,7 @@ from emd_fast.diffusion.denoiser import Condition, Denoiser
 from emd_fast.diffusion.few_step import FewStepGenerator, check_calls
 from emd_fast.diffusion.generator import Generator
 from emd_fast.diffusion.schedules import VP, Schedule
+from emd_fast.distributed import gathers_by_block
 from emd_fast.em.few_step import rollout
 from emd_fast.train.batches import BatchSampler, MicroBatch
 
@@ -121,7 +122,9 @@ class Rollout:
         def draw(i: int) -> Tensor:
             return self._batches.earlier_z(batch.first, batch.size, use, i)
 
-        return dataclasses.replace(batch, cond=rollout(self._generator, rung, draw, batch.cond))
+        # Each pass of a network that gathers by block is a collective: no rank may leave one out.
+        passes = self._rungs - 1 if gathers_by_block(self._generator) else None
+        return dataclasses.replace(batch, cond=rollout(self._generator, rung, draw, batch.cond, passes))
 
 
 def generated(

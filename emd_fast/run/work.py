@@ -1,4 +1,4 @@
-"""Parameter counts and floating-point operations of the three networks."""
+"""Floating-point operations of the three networks in a step."""
 
 from __future__ import annotations
 
@@ -8,73 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from emd_fast import distributed
-from emd_fast.config import AdapterConfig, EMDConfig
+from emd_fast.config import EMDConfig
 from emd_fast.diffusion.denoiser import Denoiser
-from emd_fast.train import adapters
 from emd_fast.train.adapters import NAMES
-from emd_fast.train.cast_weights import matmul_weights
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Parameter counts of the three networks. An analytic teacher has 0 parameters.
-
-    Args:
-        teacher, generator, fake_score: parameters of each network.
-        largest_block: parameters of the largest block of generator and fake score.
-        matmul_weights: parameters of the teacher that a bfloat16 run stores in bfloat16 where it
-            does not shard (`emd_fast.train.cast_weights`).
-        adapters: networks that are the teacher with an adapter; their count is that of the adapter.
-    """
-
-    teacher: int
-    generator: int
-    fake_score: int
-    largest_block: int
-    matmul_weights: int = 0
-    adapters: tuple[str, ...] = ()
-
-    @classmethod
-    def of(
-        cls, teacher: nn.Module, generator: nn.Module, fake_score: nn.Module, adapter: AdapterConfig | None = None
-    ) -> Sizes:
-        """Counts the parameters of networks on any device, including meta.
-
-        Args:
-            adapter: of the run; None for whole networks.
-
-        Raises:
-            ConfigError: targets of adapters that match nothing.
-        """
-        networks = {"generator": generator, "fake_score": fake_score}
-        adapted = adapter.networks if adapter is not None and adapter.rank else ()
-        counts = {name: _count(network) for name, network in networks.items()}
-        frozen, held = _count(teacher), {id(p) for p in teacher.parameters()}
-        for name in adapted:
-            assert adapter is not None
-            if not any(id(p) in held for p in networks[name].parameters()):
-                frozen += counts[name]  # a base of its own
-            counts[name] = adapters.count(networks[name], adapter)
-        whole = [network for name, network in networks.items() if name not in adapted]
-        blocks = [_count(block) for network in whole for block in distributed.blocks_of(network)]
-        largest = max(blocks, default=max((_count(network) for network in whole), default=0))
-        cast = sum(p.numel() for p in matmul_weights(teacher))
-        return cls(frozen, counts["generator"], counts["fake_score"], largest, cast, tuple(adapted))
-
-    @property
-    def whole(self) -> int:
-        """Parameters of the trained networks that have no adapter."""
-        return sum(getattr(self, name) for name in NAMES if name not in self.adapters)
-
-    @property
-    def small(self) -> int:
-        """Parameters of the adapters."""
-        return sum(getattr(self, name) for name in self.adapters)
-
-
-def _count(network: nn.Module) -> int:
-    return sum(p.numel() for p in network.parameters())
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ class Shape(NamedTuple):
     sample: tuple[int, ...]
 
 
-class StepSizes:
+class SampleSizes:
     """The size of the current step, the same on every rank and for every update of the step.
 
     Attributes:

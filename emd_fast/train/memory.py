@@ -1,0 +1,89 @@
+"""Memory of a device in a step, by purpose, from the sizes of the networks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import torch
+
+from emd_fast import distributed
+from emd_fast.config import EMDConfig
+from emd_fast.train.adapters import NAMES
+from emd_fast.train.sizes import NETWORKS, Sizes
+
+GIB = 2**30
+# Per parameter: two moments; in 8 bits, with a scale for each 256 values.
+_OPTIMIZER_BYTES = {"adamw": 8.0, "apex_adamw": 8.0, "adamw_8bit": 2.03}
+
+
+def memory(
+    sizes: Sizes,
+    config: EMDConfig,
+    mode: str,
+    devices: int,
+    *,
+    reduced: bool,
+    gather: Mapping[str, str],
+    shard_group: int = 0,
+    activations: float = 0.0,
+) -> dict[str, float]:
+    """Peak bytes on each device during a step, by purpose.
+
+    Args:
+        sizes, config, mode, devices, reduced, shard_group, activations: as for `run.plan.estimate`.
+        gather: "phase" or "block" by network; not read where nothing is sharded.
+    """
+    trained = sizes.generator + sizes.fake_score
+    compute = 2 if reduced else 4
+    among = shards(mode, devices, shard_group)
+    share = -(-config.batch_size // devices)
+    samples = min(config.compute.micro_batch_size or share, share)
+    if mode == "replicate" or devices == 1:
+        found = {
+            "weights": 4.0 * (sizes.teacher + trained) - (4.0 - compute) * sizes.matmul_weights,
+            "gradients": 4.0 * trained,
+            # All gradients of a network are summed in one buffer.
+            "gathered": 4.0 * max(sizes.generator, sizes.fake_score) if devices > 1 else 0.0,
+        }
+    else:
+        sharded = {name: getattr(sizes, name) for name in NETWORKS if name not in sizes.adapters}
+        # With micro-batches the whole float32 gradient is kept until it is reduced once.
+        whole = max((size for name, size in sharded.items() if name != "teacher"), default=0)
+        waiting = whole if share > samples else sizes.largest_block
+        by_phase = sum(size for name, size in sharded.items() if gather[name] == "phase")
+        # One network passes at a time.
+        by_block = max((sizes.at_a_time.get(n, size) for n, size in sharded.items() if gather[n] == "block"), default=0)
+        found = {
+            "weights": (4.0 * sizes.whole + compute * sizes.teacher) / among + 4.0 * sizes.small,
+            "gradients": 4.0 * sizes.whole / among + 4.0 * (waiting + sizes.small),
+            # All gradients of an adapter are summed in one buffer.
+            "gathered": compute * (by_phase + by_block)
+            + 4.0 * max((getattr(sizes, name) for name in sizes.adapters), default=0),
+        }
+    copies = {name: 1 if name in sizes.adapters else among for name in NAMES}
+    moments = _OPTIMIZER_BYTES[config.optimizer.name]
+    return found | {
+        "optimizer": sum(moments * getattr(sizes, name) / copies[name] for name in NAMES),
+        "average": 4.0 * sizes.generator / copies["generator"],
+        "activations": activations * samples,
+    }
+
+
+def shards(mode: str, devices: int, shard_group: int = 0) -> int:
+    """Number of devices that share one copy of a network."""
+    if mode == "replicate" or devices == 1:
+        return 1
+    return devices if mode == "fsdp" else shard_group or distributed.local_size()
+
+
+def available(device: torch.device | str = "cpu") -> float:
+    """Bytes of memory for one rank: that of its GPU, or its share of the host's."""
+    if torch.device(device).type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / distributed.local_size()
+
+
+def gib(size: float) -> str:
+    """Bytes in GiB, with three digits."""
+    return f"{size / GIB:.3g}"
