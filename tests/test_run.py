@@ -320,3 +320,17 @@ def test_a_study_writes_its_table(tmp_path, monkeypatch):
     assert [line.split(" | ")[0] for line in lines[-2:]] == ["| A", "| B"] and "±" in lines[-1]
     rows = json.loads((tmp_path / "study.json").read_text())
     assert len(rows["A"]) == 5 and len({row["frechet"] for row in rows["A"]}) == 5
+
+
+def test_a_study_of_adapters_varies_the_rank_and_its_learning_rates(tmp_path):
+    whole, *adapted = study._adapters(config.load("digits", {"emd.steps": 7}))
+    assert whole.settings == config.load("digits", {"emd.steps": 7})
+    assert [variant.settings.emd.adapter.rank for variant in adapted] == [8, 32]
+    for variant in adapted:
+        optimizer = variant.settings.emd.optimizer
+        assert (optimizer.generator_lr, optimizer.fake_score_lr) == pytest.approx((3e-3, 6e-3))
+        assert variant.settings.emd.steps == 7
+    for recipe, changes in (("gmm", {}), ("digits", {"emd.adapter.rank": 4})):
+        with pytest.raises(ConfigError, match="a study of adapters"):
+            study.conduct(config.load(recipe, changes), tmp_path / "study", "adapters")
+    assert not (tmp_path / "study").exists()

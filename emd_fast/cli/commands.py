@@ -97,9 +97,10 @@ def _study(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from emd_fast.run import study
 
     settings = _settings(options, rest)
-    folder = options.out or Path("runs") / f"{Path(options.recipe).stem}-study"
+    suffix = "study" if options.of == "langevin" else f"study-of-{options.of}"
+    folder = options.out or Path("runs") / f"{Path(options.recipe).stem}-{suffix}"
     with distributed.process_group(report):
-        study.conduct(settings, folder)
+        study.conduct(settings, folder, options.of)
         if distributed.is_main():
             print(folder / "study.md")
     return 0

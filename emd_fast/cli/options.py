@@ -80,12 +80,20 @@ def _parser() -> argparse.ArgumentParser:
 
     study = commands.add_parser(
         "study",
-        help="compare several K over several seeds",
+        help="compare several K, or adapters with whole networks, over several seeds",
         description="Runs the study of digits or gmm. The same command on the same folder resumes it.",
         epilog="takes the keys of the configuration too: see emd-fast distill --help",
     )
     _settings(study)
-    study.add_argument("--out", type=Path, help="folder of the study (default: runs/RECIPE-study)")
+    study.add_argument(
+        "--of",
+        choices=("langevin", "adapters"),
+        default="langevin",
+        help="vary K and noise cancellation (default), or train adapters instead of whole networks (digits)",
+    )
+    study.add_argument(
+        "--out", type=Path, help="folder of the study (default: runs/RECIPE-study, runs/RECIPE-study-of-adapters)"
+    )
 
     plan = commands.add_parser(
         "plan",

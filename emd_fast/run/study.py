@@ -1,4 +1,4 @@
-"""Studies of the Langevin step count K and of noise cancellation over several seeds.
+"""Studies over several seeds: of the Langevin step count K and noise cancellation, and of adapters.
 
 Each variant and seed is an ordinary run in its own folder, so an interrupted study resumes where
 it stopped.
@@ -14,7 +14,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from emd_fast.config import ConfigError, EMDConfig, RunConfig
 from emd_fast.io.files import write_text
@@ -33,15 +33,33 @@ class Variant:
     settings: RunConfig
 
 
-def conduct(settings: RunConfig, folder: Path) -> Path:
+Subject = Literal["langevin", "adapters"]
+
+# Learning rates of adapters over those of whole networks. Of 1, 3 and 10, in one trial each
+# (docs/studies.md).
+_ADAPTER_RATE = 3.0
+
+
+def conduct(settings: RunConfig, folder: Path, of: Subject = "langevin") -> Path:
     """Runs each variant with each seed; writes study.json and study.md. Returns study.md's path.
 
+    Args:
+        of: "langevin" varies K; "adapters", for digits, compares adapters with whole networks.
+
     Raises:
-        ConfigError: the task is "pretrained", which has no study.
+        ConfigError: the task is "pretrained", which has no study, or "gmm" with adapters; adapter_rank
+            is set for a study that varies it.
     """
     if settings.task == "pretrained":
         raise ConfigError("a teacher from a file has no study: its generators have no metric to be compared by")
-    variants, seeds = (_digits(settings), 3) if settings.task == "digits" else (_mixture(settings), 5)
+    if of == "adapters" and settings.task != "digits":
+        raise ConfigError(
+            "a study of adapters needs the task digits: the networks of gmm do not start from its teacher"
+        )
+    if of == "adapters" and settings.emd.adapter.rank:
+        raise ConfigError("a study of adapters varies adapter_rank: leave it out")
+    make = {"langevin": _digits if settings.task == "digits" else _mixture, "adapters": _adapters}[of]
+    variants, seeds = make(settings), 3 if settings.task == "digits" else 5
     folder.mkdir(parents=True, exist_ok=True)
     if settings.task == "digits":
         # The variants share one teacher, since they compare distillations.
@@ -61,7 +79,7 @@ def conduct(settings: RunConfig, folder: Path) -> Path:
     lines = [
         f"# {'Digits' if settings.task == 'digits' else 'A mixture'}: the study",
         "",
-        _question(settings, seeds),
+        _question(settings, seeds, of),
         "",
     ]
     write_text(folder / "study.md", "\n".join([*lines, _table(results), ""]))
@@ -76,6 +94,21 @@ def _digits(settings: RunConfig) -> list[Variant]:
         *(variant(f"K = {k}", langevin_steps=k) for k in (1, 4, 8)),
         variant("K = 8, no cancellation", langevin_steps=8, noise_cancellation=False),
     ]
+
+
+def _adapters(settings: RunConfig) -> list[Variant]:
+    """Whole networks, and adapters of two ranks; the same steps."""
+    emd = settings.emd
+    rates = dataclasses.replace(
+        emd.optimizer,
+        generator_lr=_ADAPTER_RATE * emd.optimizer.generator_lr,
+        fake_score_lr=_ADAPTER_RATE * emd.optimizer.fake_score_lr,
+    )
+    variants = [Variant("whole networks", settings)]
+    for rank in (8, 32):
+        changed = dataclasses.replace(emd, adapter=dataclasses.replace(emd.adapter, rank=rank), optimizer=rates)
+        variants.append(Variant(f"adapters, rank {rank}", dataclasses.replace(settings, emd=changed)))
+    return variants
 
 
 def _mixture(settings: RunConfig) -> list[Variant]:
@@ -132,7 +165,12 @@ def _gradient_norm(folder: Path) -> dict[str, float]:
     return {"gradient norm": statistics.median(norms) if norms else math.nan}
 
 
-def _question(settings: RunConfig, seeds: int) -> str:
+def _question(settings: RunConfig, seeds: int, of: Subject) -> str:
+    if of == "adapters":
+        return (
+            f"Adapters instead of whole networks on digits: {seeds} seeds each, one teacher, {settings.emd.steps} "
+            f"optimizer steps for all. Learning rates of adapters are {_ADAPTER_RATE:g} times those of whole networks."
+        )
     if settings.task == "digits":
         return (
             f"Effect of K and of noise cancellation on digits: {seeds} seeds each, one teacher, "
