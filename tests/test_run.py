@@ -323,7 +323,7 @@ def test_a_study_writes_its_table(tmp_path, monkeypatch):
 
 
 def test_a_study_of_adapters_varies_the_rank_and_its_learning_rates(tmp_path):
-    whole, *adapted = study._adapters(config.load("digits", {"emd.steps": 7}))
+    whole, *adapted = study._adapters(config.load("digits", {"emd.steps": 7}), 3.0)
     assert whole.settings == config.load("digits", {"emd.steps": 7})
     assert [variant.settings.emd.adapter.rank for variant in adapted] == [8, 32]
     for variant in adapted:

@@ -100,7 +100,7 @@ def _study(options: argparse.Namespace, rest: Sequence[str]) -> int:
     suffix = "study" if options.of == "langevin" else f"study-of-{options.of}"
     folder = options.out or Path("runs") / f"{Path(options.recipe).stem}-{suffix}"
     with distributed.process_group(report):
-        study.conduct(settings, folder, options.of)
+        study.conduct(settings, folder, options.of, options.adapter_rate)
         if distributed.is_main():
             print(folder / "study.md")
     return 0

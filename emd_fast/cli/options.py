@@ -92,6 +92,9 @@ def _parser() -> argparse.ArgumentParser:
         help="vary K and noise cancellation (default), or train adapters instead of whole networks (digits)",
     )
     study.add_argument(
+        "--adapter-rate", type=_above_0, default=1.0, help="learning rates of adapters over those of whole networks"
+    )
+    study.add_argument(
         "--out", type=Path, help="folder of the study (default: runs/RECIPE-study, runs/RECIPE-study-of-adapters)"
     )
 

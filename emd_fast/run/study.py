@@ -35,16 +35,13 @@ class Variant:
 
 Subject = Literal["langevin", "adapters"]
 
-# Learning rates of adapters over those of whole networks. Of 1, 3 and 10, in one trial each
-# (docs/studies.md).
-_ADAPTER_RATE = 3.0
 
-
-def conduct(settings: RunConfig, folder: Path, of: Subject = "langevin") -> Path:
+def conduct(settings: RunConfig, folder: Path, of: Subject = "langevin", adapter_rate: float = 1.0) -> Path:
     """Runs each variant with each seed; writes study.json and study.md. Returns study.md's path.
 
     Args:
         of: "langevin" varies K; "adapters", for digits, compares adapters with whole networks.
+        adapter_rate: learning rates of adapters over those of whole networks.
 
     Raises:
         ConfigError: the task is "pretrained", which has no study, or "gmm" with adapters; adapter_rank
@@ -58,8 +55,11 @@ def conduct(settings: RunConfig, folder: Path, of: Subject = "langevin") -> Path
         )
     if of == "adapters" and settings.emd.adapter.rank:
         raise ConfigError("a study of adapters varies adapter_rank: leave it out")
-    make = {"langevin": _digits if settings.task == "digits" else _mixture, "adapters": _adapters}[of]
-    variants, seeds = make(settings), 3 if settings.task == "digits" else 5
+    if of == "adapters":
+        variants = _adapters(settings, adapter_rate)
+    else:
+        variants = _digits(settings) if settings.task == "digits" else _mixture(settings)
+    seeds = 3 if settings.task == "digits" else 5
     folder.mkdir(parents=True, exist_ok=True)
     if settings.task == "digits":
         # The variants share one teacher, since they compare distillations.
@@ -79,7 +79,7 @@ def conduct(settings: RunConfig, folder: Path, of: Subject = "langevin") -> Path
     lines = [
         f"# {'Digits' if settings.task == 'digits' else 'A mixture'}: the study",
         "",
-        _question(settings, seeds, of),
+        _question(settings, seeds, adapter_rate if of == "adapters" else None),
         "",
     ]
     write_text(folder / "study.md", "\n".join([*lines, _table(results), ""]))
@@ -96,13 +96,13 @@ def _digits(settings: RunConfig) -> list[Variant]:
     ]
 
 
-def _adapters(settings: RunConfig) -> list[Variant]:
+def _adapters(settings: RunConfig, rate: float) -> list[Variant]:
     """Whole networks, and adapters of two ranks; the same steps."""
     emd = settings.emd
     rates = dataclasses.replace(
         emd.optimizer,
-        generator_lr=_ADAPTER_RATE * emd.optimizer.generator_lr,
-        fake_score_lr=_ADAPTER_RATE * emd.optimizer.fake_score_lr,
+        generator_lr=rate * emd.optimizer.generator_lr,
+        fake_score_lr=rate * emd.optimizer.fake_score_lr,
     )
     variants = [Variant("whole networks", settings)]
     for rank in (8, 32):
@@ -165,11 +165,11 @@ def _gradient_norm(folder: Path) -> dict[str, float]:
     return {"gradient norm": statistics.median(norms) if norms else math.nan}
 
 
-def _question(settings: RunConfig, seeds: int, of: Subject) -> str:
-    if of == "adapters":
+def _question(settings: RunConfig, seeds: int, adapter_rate: float | None) -> str:
+    if adapter_rate is not None:
         return (
             f"Adapters instead of whole networks on digits: {seeds} seeds each, one teacher, {settings.emd.steps} "
-            f"optimizer steps for all. Learning rates of adapters are {_ADAPTER_RATE:g} times those of whole networks."
+            f"optimizer steps for all. Learning rates of adapters are {adapter_rate:g} times those of whole networks."
         )
     if settings.task == "digits":
         return (
