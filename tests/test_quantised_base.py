@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import subprocess
 import sys
 
 import pytest
@@ -11,7 +12,7 @@ from test_adapters import Blocks, moved
 from test_trainer import assert_same_state, config, digits_teacher, points_teacher
 from torch import nn
 
-from emd_fast import Denoiser, EMDTrainer, Generator, schedules
+from emd_fast import Denoiser, EMDTrainer, Generator, distributed, schedules
 from emd_fast.config import ConfigError
 from emd_fast.export.pipeline import export, load
 from emd_fast.run import distill
@@ -205,6 +206,43 @@ def test_auto_keeps_a_quantised_base_whole():
     settings = config(adapter_rank=4, base_dtype="int8")
     assert quantised_base.resolve(settings, 2 * 10**9, 4) == ("replicate", "a quantised base is whole on every rank")
     assert quantised_base.resolve(dataclasses.replace(settings, base_dtype="auto"), 2 * 10**9, 4)[0] == "fsdp"
+
+
+def steps(from_rank_0: bool) -> dict:
+    teacher = wide_teacher()
+    if from_rank_0 and distributed.rank():
+        teacher.to("meta")
+    trainer = adapted(teacher, "fp8", batch_size=6)
+    metrics = trainer.step()
+    kept = [b for layer in layers(trainer.teacher).values() for b in layer.buffers()]
+    assert {id(b) for m in layers(trainer.ema.module).values() for b in m.buffers()} == set(map(id, kept))
+    return {"shown": trainer.generate(3), **{key: value.item() for key, value in metrics.items()}}
+
+
+@pytest.mark.parametrize("from_rank_0", [False, True])
+@pytest.mark.slow
+def test_every_rank_holds_the_same_bits(ranks, from_rank_0):
+    alone = steps(False)
+    for rank in ranks(2, steps, from_rank_0):
+        torch.testing.assert_close(rank.pop("shown"), alone["shown"], rtol=1e-4, atol=1e-5)
+        assert rank == pytest.approx({k: v for k, v in alone.items() if k != "shown"}, rel=1e-3, abs=1e-7)
+
+
+IMPORTS = """
+import diffusers, torch, warnings
+warnings.simplefilter("error")
+from emd_fast.teachers.diffusers.folder import import_diffusers
+from emd_fast.train import adapters, quantised_base
+import_diffusers().DiTTransformer2DModel
+adapters._peft(), quantised_base.quantiser("int8")
+"""
+
+
+@pytest.mark.slow
+def test_its_import_says_nothing():
+    pytest.importorskip("diffusers")
+    done = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True, check=True)
+    assert done.stderr == done.stdout == ""
 
 
 # Bad input ------------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from emd_fast.train import adapters
 FILE = "pytorch_lora_weights.safetensors"  # the name that `load_lora_weights` looks for in a folder
 
 
-def write(out: Path, generator: nn.Module, teacher_hash: str, steps: int) -> Path:
+def write(out: Path, generator: nn.Module, teacher_hash: str, steps: int, base_dtype: str) -> Path:
     """Writes a folder with the LoRA file, the scheduler of one step, and a model card (README.md).
 
     Args:
@@ -28,6 +28,7 @@ def write(out: Path, generator: nn.Module, teacher_hash: str, steps: int) -> Pat
         generator: with an adapter in a network of diffusers.
         teacher_hash: fingerprint of the teacher.
         steps: of the training.
+        base_dtype: of the base that the adapter was trained on.
 
     Raises:
         ValueError: a generator without an adapter of plain LoRA, or one that no stock pipeline samples.
@@ -54,7 +55,9 @@ def write(out: Path, generator: nn.Module, teacher_hash: str, steps: int) -> Pat
             unfinished / FILE,
             {"format": "pt", "lora_adapter_metadata": json.dumps(told, sort_keys=True)},
         )
-        (unfinished / "README.md").write_text(_card(pipeline, type(scheduler).__name__, config, teacher_hash, steps))
+        (unfinished / "README.md").write_text(
+            _card(pipeline, type(scheduler).__name__, config, teacher_hash, steps, base_dtype)
+        )
         if out.exists():
             out.rmdir()
         os.replace(unfinished, out)
@@ -89,7 +92,10 @@ def lora_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, {"r": rank, "lora_alpha": alpha, "target_modules": sorted(layers)}
 
 
-def _card(pipeline: str, scheduler: str, config: Mapping[str, Any], teacher_hash: str, steps: int) -> str:
+def _card(
+    pipeline: str, scheduler: str, config: Mapping[str, Any], teacher_hash: str, steps: int, base_dtype: str
+) -> str:
+    base = "" if base_dtype == "auto" else f"| base in training | {base_dtype}, without gradients |\n"
     return f"""---
 library_name: diffusers
 tags: [lora, one-step, em-distillation]
@@ -103,7 +109,7 @@ the {pipeline} of its teacher.
 | teacher | SHA-256 {teacher_hash} (emd_fast's fingerprint of its weights) |
 | steps of training | {steps} |
 | rank, alpha | {config["r"]}, {config["lora_alpha"]:g} |
-
+{base}
     from diffusers import {pipeline}, {scheduler}
 
     pipeline = {pipeline}.from_pretrained(TEACHER)

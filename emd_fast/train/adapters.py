@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from emd_fast import ops
 from emd_fast.config import AdapterConfig, ConfigError
 from emd_fast.diffusion.denoiser import Denoiser
+from emd_fast.io import quiet
 from emd_fast.noise import Noise, NoiseStream
 from emd_fast.train.quantised_base import dequantised
 
@@ -190,6 +191,7 @@ def own_names(network: nn.Module, base: nn.Module) -> frozenset[str]:
 
 
 def _peft() -> Any:
+    quiet.import_with_torchao()
     try:
         import peft
     except ModuleNotFoundError as error:

@@ -19,6 +19,7 @@ from emd_fast import distributed
 from emd_fast.config import ConfigError, EMDConfig
 from emd_fast.diffusion.denoiser import Denoiser
 from emd_fast.fusion.fusing import unfuse
+from emd_fast.io import quiet
 from emd_fast.train.cast_weights import matmul_weights
 
 _PREFIX = "quantised_"  # of the buffers of a layer
@@ -147,6 +148,7 @@ def quantiser(base_dtype: str) -> Any:
     Raises:
         ConfigError: torchao is not installed, or lacks the format.
     """
+    quiet.import_with_torchao()
     try:
         from torchao import quantization
         from torchao.quantization import NF4Tensor, quantize_
