@@ -47,9 +47,7 @@ def untrained(config: TeacherConfig, data: ImageData) -> Denoiser:
         layer.starts_at_zero = True
     initialise(model, config.seed)
     network = architectures.network(model.eval())  # in training mode it drops labels at random
-    return Denoiser(
-        network, EDM(), "edm", sigma_data=data.sigma_data, c_noise=index_of, sample_shape=data.shape
-    )
+    return Denoiser(network, EDM(), "edm", sigma_data=data.sigma_data, c_noise=index_of, sample_shape=data.shape)
 
 
 def index_of(t: Tensor) -> Tensor:
