@@ -338,3 +338,15 @@ def test_a_study_writes_its_table(tmp_path, monkeypatch):
     assert len(rows["A"]) == 2 and len({row["frechet"] for row in rows["A"]}) == 2
     metrics = [metrics_of(tmp_path / f"B-seed{seed}") for seed in (0, 1)]
     assert [row["frechet"] for row in rows["C"]] == [each["frechet"]["init"] for each in metrics]
+
+
+def test_a_study_of_adapters_varies_the_rank(tmp_path):
+    base = config.load("digits", {"emd.steps": 7})
+    whole, *adapted = comparison(base, "adapters").variants
+    assert whole.settings == base
+    assert [variant.settings.emd.adapter.rank for variant in adapted] == [8, 32]
+    assert all(variant.settings.emd.steps == 7 for variant in adapted)
+    for recipe, changes in (("gmm", {}), ("digits", {"emd.adapter.rank": 4})):
+        with pytest.raises(ConfigError, match="adapter"):
+            study.conduct(config.load(recipe, changes), tmp_path / "study", "adapters")
+    assert not (tmp_path / "study").exists()

@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
 
     study = commands.add_parser(
         "study",
-        help="compare several K, or several numbers of calls, over several seeds",
+        help="compare several K, numbers of calls, or adapters with whole networks, over several seeds",
         description="Runs a study of digits or gmm. The same command on the same folder resumes it.",
         epilog="takes the keys of the configuration too: see emd-fast distill --help",
     )
@@ -90,9 +90,10 @@ def _parser() -> argparse.ArgumentParser:
     study.add_argument("--out", type=Path, help="folder of the study (default: runs/RECIPE-study)")
     study.add_argument(
         "--vary",
-        choices=("langevin_steps", "calls"),
+        choices=("langevin_steps", "calls", "adapters"),
         default="langevin_steps",
-        help="compare several K (the default), or generators of 1, 2 and 4 calls (digits)",
+        help="compare several K (the default), generators of 1, 2 and 4 calls, or adapters with whole networks "
+        "(both of digits)",
     )
 
     plan = commands.add_parser(

@@ -30,13 +30,16 @@ def of_folder(generator: Generator | FewStepGenerator, teacher_hash: str, steps:
     )
 
 
-def of_lora(generator: Generator | FewStepGenerator, teacher_hash: str, steps: int, config: Mapping[str, Any]) -> str:
+def of_lora(
+    generator: Generator | FewStepGenerator, teacher_hash: str, steps: int, config: Mapping[str, Any], base_dtype: str
+) -> str:
     """The card of a LoRA folder.
 
     Args:
         teacher_hash: fingerprint of the teacher.
         steps: of the training.
         config: "r" and "lora_alpha" of the adapter.
+        base_dtype: of the base that the adapter was trained on.
     """
     assert isinstance(generator.denoiser, DiffusersDenoiser)
     pipeline, scheduler = stock.pipeline_class(generator.denoiser), type(stock.scheduler(generator)).__name__
@@ -54,6 +57,7 @@ def of_lora(generator: Generator | FewStepGenerator, teacher_hash: str, steps: i
             "teacher": _teacher(teacher_hash),
             "steps of training": str(steps),
             "rank, alpha": f"{config['r']}, {config['lora_alpha']:g}",
+            **({} if base_dtype == "auto" else {"base in training": f"{base_dtype}, without gradients"}),
         },
         ["lora"],
     )

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from emd_fast import distributed
 from emd_fast.config import ConfigError, EMDConfig
 from emd_fast.run.work import Work
+from emd_fast.train import quantised_base
 from emd_fast.train.adapters import NAMES
 from emd_fast.train.gathering import Gather, check_passes, choose_gather
 from emd_fast.train.memory import GIB, gib, memory, shards
@@ -272,12 +273,13 @@ def plan(
     if config.batch_size < devices:
         raise ConfigError(f"batch_size must be at least the number of devices, {devices}, got {config.batch_size}")
     network = sizes.teacher if "generator" in sizes.adapters else sizes.generator
-    mode, reason = distributed.resolve(config.parallelism.parallel, network, devices)
-    modes = ["replicate", "fsdp"] if devices > 1 else ["replicate"]
+    mode, reason = quantised_base.resolve(config, network, devices)
+    whole = config.adapter.base_dtype != "auto"  # on every device
+    modes = ["replicate", "fsdp"] if devices > 1 and not whole else ["replicate"]
     group = config.parallelism.shard_group or (distributed.local_size() if distributed.world_size() == devices else 0)
     if mode == "hybrid":
         distributed.check_group(devices, group)
-    if devices > 1 and group and 1 < group < devices and devices % group == 0:
+    if len(modes) > 1 and group and 1 < group < devices and devices % group == 0:
         modes.append("hybrid")
     estimated = functools.partial(
         estimate,

@@ -39,7 +39,7 @@ def comparison(settings: RunConfig, vary: str) -> Comparison:
     """The study of a recipe.
 
     Args:
-        vary: "langevin_steps" or "calls".
+        vary: "langevin_steps", "calls" or "adapters".
 
     Raises:
         ConfigError: the task has no such study.
@@ -114,6 +114,26 @@ def _calls_of_digits(settings: RunConfig) -> Comparison:
     )
 
 
+def _adapters_of_digits(settings: RunConfig) -> Comparison:
+    if settings.emd.adapter.rank:
+        raise ConfigError("a study of adapters varies adapter_rank: leave it out")
+    seeds, adapter = 3, settings.emd.adapter
+    return Comparison(
+        "Digits: adapters",
+        f"Adapters instead of whole networks on digits: {seeds} seeds each, one teacher, {settings.emd.steps} "
+        "optimizer steps and the same learning rates for all.",
+        [
+            _with(settings, "whole networks"),
+            *(
+                _with(settings, f"adapters, rank {rank}", adapter=dataclasses.replace(adapter, rank=rank))
+                for rank in (8, 32)
+            ),
+        ],
+        seeds,
+        {},
+    )
+
+
 def _langevin_steps_of_a_mixture(settings: RunConfig) -> Comparison:
     """Variants that spend as many network passes as the recipe; K = 1 is VSD, without a z step."""
     seeds = 5
@@ -141,5 +161,6 @@ def _langevin_steps_of_a_mixture(settings: RunConfig) -> Comparison:
 _STUDIES: dict[tuple[str, str], Callable[[RunConfig], Comparison]] = {
     ("digits", "langevin_steps"): _langevin_steps_of_digits,
     ("digits", "calls"): _calls_of_digits,
+    ("digits", "adapters"): _adapters_of_digits,
     ("gmm", "langevin_steps"): _langevin_steps_of_a_mixture,
 }

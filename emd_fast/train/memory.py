@@ -41,7 +41,9 @@ def memory(
     samples = min(config.compute.micro_batch_size or share, share)
     if mode == "replicate" or devices == 1:
         found = {
-            "weights": 4.0 * (sizes.teacher + trained) - (4.0 - compute) * sizes.matmul_weights,
+            "weights": 4.0 * (sizes.teacher + trained)
+            - (4.0 - compute) * sizes.matmul_weights
+            - (compute * sizes.quantised - sizes.quantised_bytes),
             "gradients": 4.0 * trained,
             # All gradients of a network are summed in one buffer.
             "gathered": 4.0 * max(sizes.generator, sizes.fake_score) if devices > 1 else 0.0,

@@ -9,7 +9,7 @@ from torch import nn
 
 from emd_fast import distributed
 from emd_fast.config import AdapterConfig
-from emd_fast.train import adapters
+from emd_fast.train import adapters, quantised_base
 from emd_fast.train.adapters import NAMES
 from emd_fast.train.cast_weights import matmul_weights
 
@@ -29,6 +29,8 @@ class Sizes:
         matmul_weights: parameters of the teacher that a bfloat16 run stores in bfloat16 where it
             does not shard (`emd_fast.train.cast_weights`).
         adapters: networks that are the teacher with an adapter; their count is that of the adapter.
+        quantised: parameters of the teacher that are held in 8 or 4 bits.
+        quantised_bytes: bytes that these take.
         at_a_time: parameters in memory at a time where a network is gathered by block, by network:
             those outside of blocks, and three of the largest block. All of a network that is not there.
     """
@@ -39,6 +41,8 @@ class Sizes:
     largest_block: int
     matmul_weights: int = 0
     adapters: tuple[str, ...] = ()
+    quantised: int = 0
+    quantised_bytes: float = 0.0
     at_a_time: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
@@ -71,8 +75,11 @@ class Sizes:
         blocks = [_count(block) for network in whole for block in distributed.blocks_of(network)]
         largest = max(blocks, default=max((_count(network) for network in whole), default=0))
         cast = sum(p.numel() for p in matmul_weights(teacher))
+        bits = (0, 0.0)
+        if adapter is not None and adapter.base_dtype != "auto":
+            bits = quantised_base.held(teacher, adapter.base_dtype)
         trained = counts["generator"], counts["fake_score"]
-        return cls(frozen, *trained, largest, cast, tuple(adapted), at_a_time)
+        return cls(frozen, *trained, largest, cast, tuple(adapted), *bits, at_a_time)
 
     @property
     def whole(self) -> int:
