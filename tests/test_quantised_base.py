@@ -7,7 +7,6 @@ import sys
 
 import pytest
 import torch
-from emd_fast.run.sizes import Sizes
 from helpers import assert_within, seeded
 from test_adapters import Blocks, moved
 from test_trainer import assert_same_state, config, digits_teacher, points_teacher
@@ -22,6 +21,7 @@ from emd_fast.train import networks, quantised_base
 from emd_fast.train.checkpoint import CheckpointError
 from emd_fast.train.fingerprint import fingerprint
 from emd_fast.train.quantised_base import QuantisedLinear, dequantised, quantised
+from emd_fast.train.sizes import Sizes
 
 pytest.importorskip("peft")
 pytest.importorskip("torchao")
