@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from emd_fast import distributed
 from emd_fast.config import AdapterConfig, EMDConfig
-from emd_fast.diffusion.denoiser import Denoiser
+from emd_fast.diffusion.denoiser import Condition, Denoiser
 from emd_fast.train import adapters
 from emd_fast.train.adapters import NAMES
 from emd_fast.train.cast_weights import matmul_weights
@@ -90,14 +91,15 @@ class Work:
         """Counts the matmuls, convolutions and attention that PyTorch knows, from shapes alone.
 
         Args:
-            classes: number of classes; 0 if the condition is not a label.
+            classes: number of classes; 0 if the condition is not a label. Texts have the most tokens that
+                the teacher's pipeline makes.
 
         Raises:
             RuntimeError: a network depends on values, which only a real pass provides.
         """
         shape = tuple(teacher.sample_shape or ())
         latent = getattr(generator, "latent_shape", None) or shape
-        cond = torch.zeros(1, dtype=torch.int64) if classes else None
+        cond = torch.zeros(1, dtype=torch.int64) if classes else teacher.blank_condition()
         x, z, t = torch.zeros(1, *shape), torch.zeros(1, *latent), torch.ones(1)
         return cls(
             _operations(teacher, x, t, cond), _operations(generator, z, cond), _operations(fake_score, x, t, cond)
@@ -126,12 +128,14 @@ class Work:
         return fake_score + scores + generated + earlier + learning["generator"] * self.generator
 
 
-def _operations(network: nn.Module, *arguments: Tensor | None) -> float:
+def _operations(network: nn.Module, *arguments: Condition) -> float:
     tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
     # An analytic network without parameters may need values, and is cheap to compute.
     device = "meta" if any(True for _ in network.parameters()) else "cpu"
     moved = {name: tensor.detach().to(device) for name, tensor in tensors.items()}
-    given = tuple(None if argument is None else argument.to(device) for argument in arguments)
+    given = pytree.tree_map_only(
+        Tensor, lambda leaf: leaf if leaf.device.type == device else leaf.to(device), arguments
+    )
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         torch.func.functional_call(network, moved, given)
     return float(counter.get_total_flops())

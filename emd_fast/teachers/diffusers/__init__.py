@@ -82,6 +82,9 @@ class DiffusersDenoiser(Denoiser):
         assert self.sample_shape is not None
         return shift_of(self.scheduler_config, functools.partial(self.network.architecture.mu, self.sample_shape))
 
+    def blank_condition(self) -> Condition:
+        return self.takes.blank(self.network.architecture.text_tokens())
+
     def at(self, times: Sequence[float]) -> DiffusersDenoiser:
         network = self.network
         if not isinstance(network, Experts):
