@@ -18,12 +18,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from emd_fast import cli, ops
+from benchmarks.delta_levels import levels, ratios_of, table
+from emd_fast import cli
 from emd_fast.em.score_difference import ScoreDifference
-from emd_fast.noise import NoiseStream
 from emd_fast.run.distill import open_run
 from emd_fast.train.trainer import EMDTrainer
 
@@ -89,27 +88,13 @@ def delta_errors(trainer: EMDTrainer, samples: int, ratios: Tensor) -> list[dict
     """
     if trainer.config.compute.fuse:
         raise ValueError("fused ops cannot be rounded: distil the run with --fuse false")
-    noise = trainer.noise
-    noise.set(step=0)
-    cond = trainer.batches.micro_batch(None, 0, range(samples)).cond
-    x0 = trainer.generate(samples, cond)
-    eps = ops.normal(tuple(x0.shape), noise, stream=NoiseStream.SHOWN)
     rows = []
-    for ratio in ratios.tolist():
-        log_snr = -2 * torch.full((samples,), ratio, dtype=torch.float64).log()
-        t = trainer.schedule.t_from_log_snr(log_snr.float())
-        x = ops.perturb(x0, trainer.schedule.alpha(t), trainer.schedule.sigma(t), eps=eps)
-        difference = ScoreDifference(trainer.teacher, trainer.fake_score, t, cond, None, trainer.config.guidance)
-        delta = difference.at(x).double()
-        row = {
-            "log-SNR": log_snr[0].item(),
-            "delta / score": (delta.norm() / trainer.teacher.score(x, t, cond).double().norm()).item(),
-        }
+    for level in levels(trainer, samples, ratios):
+        row, difference = level.row, level.difference(trainer.teacher, trainer.fake_score)
         for name, rounding in ROUNDINGS.items():
             with RoundedOperands(rounding):
-                found = difference.at(x).double()
-            row[f"{name} cosine"] = cosine_similarity(found.flatten(1), delta.flatten(1)).mean().item()
-            row[f"{name} error"] = ((found - delta).norm() / delta.norm()).item()
+                found = difference.at(level.x)
+            row |= {f"{name} cosine": level.cosine(found), f"{name} error": level.error(found)}
         rows.append(row)
     return rows
 
@@ -138,12 +123,7 @@ def main(arguments: list[str]) -> int:
     if chosen.command == "distil":
         return distil(ROUNDINGS[chosen.rounding], rest)
     _, _, trainer = open_run(chosen.run, trains=True)
-    times = trainer.config.time_distribution
-    ratios = torch.logspace(torch.tensor(times.low).log10(), torch.tensor(times.high).log10(), 8)
-    rows = delta_errors(trainer, chosen.samples, ratios)
-    print("| " + " | ".join(rows[0]) + " |\n|" + " ---: |" * len(rows[0]))
-    for row in rows:
-        print("| " + " | ".join(f"{value:.3g}" for value in row.values()) + " |")
+    print(table(delta_errors(trainer, chosen.samples, ratios_of(trainer))))
     return 0
 
 

@@ -91,6 +91,26 @@ def test_the_lora_file_has_the_names_of_peft_and_its_alpha(made, tmp_path):
     assert trainer.teacher_facts["sha256"] in card and "StableDiffusionPipeline" in card and str(tmp_path) not in card
 
 
+@needs_text
+def test_a_lora_of_a_quantised_base_goes_with_the_weights_as_they_came(tmp_path):
+    pytest.importorskip("torchao")
+    teacher = teachers.load(folders.stable_diffusion(tmp_path / "teacher"))
+    trainer = trained(teacher, prompts=teacher.encode(["a b", "c"]), base_dtype="int8", **LORA)
+    out = silent(tmp_path / "lora", trainer, format="lora")
+    assert "| base in training | int8, without gradients |" in (out / "README.md").read_text()
+    pipeline = pipeline_of(tmp_path / "teacher")
+    scheduler = json.loads((out / "scheduler" / "scheduler_config.json").read_text())["_class_name"]
+    pipeline.scheduler = getattr(diffusers, scheduler).from_pretrained(out, subfolder="scheduler")
+    pipeline.load_lora_weights(out)
+    z = noise((2, 4, 8, 8))
+    options = {"num_inference_steps": 1, "guidance_scale": 1.0, "output_type": "latent", "height": 16, "width": 16}
+    found = pipeline(["a b", "c"], latents=z, **options).images
+    with torch.no_grad():
+        ours = trainer.ema.module(z, trainer.teacher.encode(["a b", "c"]))
+    error = ((found - ours).norm() / ours.norm()).item()
+    assert 1e-5 < error < 0.05  # the rounding of the base
+
+
 def test_what_is_no_lora_is_refused(made, tmp_path):
     whole = trained(teachers.load(folders.unet(tmp_path / "teacher")), steps=0)
     with pytest.raises(ValueError, match="has no adapter: train it with adapter_rank"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import randomised, threads
 
-from emd_fast.config import TeacherConfig
+from emd_fast.config import ConfigError, TeacherConfig
 from emd_fast.diffusion.sampler import heun
 from emd_fast.noise import Noise
 from emd_fast.ops import normal
@@ -194,3 +194,41 @@ def test_the_teacher_makes_digits():
     assert metrics["frechet"]["teacher"] < 1.4 * metrics["frechet"]["real"]
     assert metrics["accuracy"]["teacher"] > 0.97
     assert metrics["recall"]["teacher"] > 0.8
+
+
+# The transformer ------------------------------------------------------------------------------------------------------
+
+DIT = dataclasses.replace(SHORT, network="dit", channels=4)
+
+
+@pytest.fixture
+def dit():
+    pytest.importorskip("diffusers")
+    return image_teacher.untrained(DIT, DIGITS)
+
+
+def test_the_transformer_starts_at_0_and_takes_the_noise_level_in_log_steps(dit):
+    labels = torch.arange(4)
+    assert not dit(normal((4, 1, 8, 8), Noise(0), stream=0), torch.full((4,), 0.5), labels).any()
+    t = torch.tensor([0.002, 0.4, 80.0])
+    torch.testing.assert_close(dit.network_inputs(t)[1], torch.tensor([0.0, 500.0, 1000.0]))
+    names = {name.split(".")[-2] for name, p in dit.named_parameters() if not p.any() and name.endswith("weight")}
+    assert names == {"linear", "proj_out_2"}
+
+
+def test_the_transformer_learns_and_its_weights_are_those_of_the_seed(dit):
+    losses = []
+    trained = image_teacher.train(DIT, DIGITS, lambda step, loss: losses.append(loss.item()))
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+    again = image_teacher.untrained(DIT, DIGITS)
+    assert all(torch.equal(p, q) for p, q in zip(dit.parameters(), again.parameters(), strict=True))
+    other = image_teacher.untrained(dataclasses.replace(DIT, seed=1), DIGITS)
+    name = "network.model.proj_out_1.weight"
+    assert not torch.equal(other.get_parameter(name), dit.get_parameter(name))
+    assert not trained.training  # a label would be dropped at random
+
+
+def test_the_transformer_needs_labels():
+    for changes in ({"conditional": False}, {"label_dropout": 0.1}):
+        with pytest.raises(ConfigError, match='conditional must be true and label_dropout 0 for network = "dit"'):
+            TeacherConfig(network="dit", **changes)

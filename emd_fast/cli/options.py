@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
 
     study = commands.add_parser(
         "study",
-        help="compare several K, or several numbers of calls, over several seeds",
+        help="compare several K, numbers of calls, or adapters with whole networks, over several seeds",
         description="Runs a study of digits or gmm. The same command on the same folder resumes it.",
         epilog="takes the keys of the configuration too: see emd-fast distill --help",
     )
@@ -90,9 +90,9 @@ def _parser() -> argparse.ArgumentParser:
     study.add_argument("--out", type=Path, help="folder of the study (default: runs/RECIPE-study)")
     study.add_argument(
         "--vary",
-        choices=("langevin_steps", "calls"),
+        choices=("langevin_steps", "calls", "adapters"),
         default="langevin_steps",
-        help="compare several K (the default), or generators of 1, 2 and 4 calls (digits)",
+        help="compare several K (the default), generators of 1, 2 and 4 calls, or adapters with whole networks (digits)",
     )
 
     plan = commands.add_parser(
@@ -145,6 +145,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument("--raw", action="store_true", help="use the raw weights, not their average")
     export.add_argument("--best", action="store_true", help="use the best checkpoint, not the last")
+
+    export.add_argument(
+        "--push-to-hub", metavar="NAME", help="upload the folder to this model of the Hugging Face hub, with a card"
+    )
+    export.add_argument("--public", action="store_true", help="make a new model on the hub public (default: private)")
 
     evaluate = commands.add_parser(
         "evaluate",

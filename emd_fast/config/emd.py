@@ -113,6 +113,12 @@ class EMDConfig:
         _check_rungs(self)
         if self.compute.cuda_graph is True and self.sampling == "x_z":
             raise ConfigError('cuda_graph must be False or "auto" for sampling "x_z", got True')
+        parallel, base_dtype = self.parallelism.parallel, self.adapter.base_dtype
+        if base_dtype != "auto" and parallel in ("fsdp", "hybrid"):
+            raise ConfigError(
+                f'parallel must be "replicate" for base_dtype "{base_dtype}", got "{parallel}": a quantised base is '
+                "not sharded"
+            )
 
     @property
     def calls(self) -> int:

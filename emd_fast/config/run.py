@@ -15,6 +15,7 @@ from emd_fast.config.tables import validate
 class TeacherConfig:
     """Training of a teacher of small images: denoising score matching with EDM preconditioning."""
 
+    network: Literal["unet", "dit"] = setting("unet", "the small UNet, or a small DiT of diffusers")
     steps: int = setting(2000, "optimizer steps", unit="steps", gt=0)
     batch_size: int = setting(128, "samples in a step", unit="samples", gt=0)
     lr: float = setting(4e-3, "learning rate of AdamW", gt=0)
@@ -22,7 +23,9 @@ class TeacherConfig:
     ema: float = setting(0.995, "decay of the average of the weights", ge=0, lt=1)
     log_sigma_mean: float = setting(-0.8, "mean of log sigma", unit="log sigma")
     log_sigma_std: float = setting(1.2, "standard deviation of log sigma", gt=0)
-    channels: int = setting(16, "channels of the UNet at full resolution", unit="channels", gt=0)
+    channels: int = setting(
+        16, "channels of the UNet at full resolution, or of a head of the DiT", unit="channels", gt=0
+    )
     conditional: bool = setting(True, "condition on the class label")
     label_dropout: float = setting(
         0.0,
@@ -36,6 +39,8 @@ class TeacherConfig:
         validate(self)
         if self.label_dropout and not self.conditional:
             raise ConfigError(f"label_dropout must be 0 without conditional, got {self.label_dropout!r}")
+        if self.network == "dit" and (self.label_dropout or not self.conditional):
+            raise ConfigError('conditional must be true and label_dropout 0 for network = "dit"')
 
 
 @documented

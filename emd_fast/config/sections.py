@@ -51,6 +51,11 @@ class AdapterConfig:
     networks: tuple[Literal["generator", "fake_score"], ...] = setting(
         ("generator", "fake_score"), "networks that are the base with an adapter", flat="adapter_networks"
     )
+    base_dtype: Literal["auto", "int8", "fp8", "nf4"] = setting(
+        "auto",
+        "linear weights of the frozen base: the compute dtype (auto), or 8 or 4 bits, for which torchao is needed",
+        flat="base_dtype",
+    )
     score_passes: Literal["separate", "joint"] = setting(
         "separate",
         "teacher and fake score as two passes of the base, or as one of twice the batch",
@@ -66,6 +71,11 @@ class AdapterConfig:
             )
         if self.score_passes == "joint" and not (self.rank and "fake_score" in self.networks):
             raise ConfigError('score_passes must be "separate" where the fake score has no adapter, got "joint"')
+        if self.base_dtype != "auto" and not (self.rank and "fake_score" in self.networks):
+            raise ConfigError(
+                f'base_dtype must be "auto" where the fake score has no adapter, got "{self.base_dtype}": its rounding '
+                "would be in the difference of the scores"
+            )
         if "" in self.targets:
             raise ConfigError("adapter_targets must be names of layers, got an empty one")
 

@@ -19,7 +19,7 @@ from emd_fast.train import adapters
 FILE = "pytorch_lora_weights.safetensors"  # the name that `load_lora_weights` looks for in a folder
 
 
-def write(out: Path, generator: nn.Module, teacher_hash: str, steps: int) -> Path:
+def write(out: Path, generator: nn.Module, teacher_hash: str, steps: int, base_dtype: str = "auto") -> Path:
     """Writes a folder with the LoRA file, the scheduler, and a model card (README.md).
 
     Args:
@@ -27,6 +27,7 @@ def write(out: Path, generator: nn.Module, teacher_hash: str, steps: int) -> Pat
         generator: with an adapter in a network of diffusers.
         teacher_hash: fingerprint of the teacher.
         steps: of the training.
+        base_dtype: of the base that the adapter was trained on.
 
     Raises:
         ValueError: a generator without an adapter of plain LoRA, or one that no stock pipeline samples.
@@ -54,7 +55,7 @@ def write(out: Path, generator: nn.Module, teacher_hash: str, steps: int) -> Pat
             unfinished / FILE,
             {"format": "pt", "lora_adapter_metadata": json.dumps(told, sort_keys=True)},
         )
-        (unfinished / "README.md").write_text(card.of_lora(generator, teacher_hash, steps, config))
+        (unfinished / "README.md").write_text(card.of_lora(generator, teacher_hash, steps, config, base_dtype))
         if out.exists():
             out.rmdir()
         os.replace(unfinished, out)

@@ -83,7 +83,8 @@ def export(
         trainer = EMDTrainer.resume(Path(trainer), teacher, trains=False)
     generator = trainer.ema.module if ema else trainer.generator
     if format == "lora":
-        return lora.write(Path(out), generator, trainer.teacher_facts["sha256"], trainer.steps_done)
+        facts_of_training = trainer.teacher_facts["sha256"], trainer.steps_done, trainer.config.adapter.base_dtype
+        return lora.write(Path(out), generator, *facts_of_training)
     generator = adapters.merged(generator)
     metadata = _metadata(trainer, generator, ema)
     if format == "diffusers":

@@ -28,7 +28,7 @@ from emd_fast.run.signals import Interrupted, end_on_signals, stop_on_signals
 from emd_fast.run.sizes import Sizes, Work
 from emd_fast.run.writes import FolderWrites
 from emd_fast.tasks import Task, task_of
-from emd_fast.train import checkpoint, optimizers, run_checkpoints, rungs
+from emd_fast.train import checkpoint, optimizers, quantised_base, run_checkpoints, rungs
 from emd_fast.train.checkpoint import CheckpointError, CheckpointGone
 from emd_fast.train.trainer import EMDTrainer
 
@@ -62,6 +62,8 @@ def _distill(settings: RunConfig, folder: Path, sinks: tuple[str, ...], held: co
     # A missing package is reported before a teacher is trained.
     distributed.on_main(lambda: journal.check(sinks))
     optimizers.make(settings.emd.optimizer, [torch.nn.Parameter(torch.zeros(1))], 1.0)
+    if settings.emd.adapter.base_dtype != "auto":
+        quantised_base.quantiser(settings.emd.adapter.base_dtype)
     distributed.on_main(lambda: open_folder(folder, settings, held))
     metrics = finished_metrics(folder, settings)
     if metrics is not None:

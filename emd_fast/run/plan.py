@@ -15,6 +15,7 @@ import torch
 from emd_fast import distributed
 from emd_fast.config import ConfigError, EMDConfig
 from emd_fast.run.sizes import Sizes, Work
+from emd_fast.train import quantised_base
 from emd_fast.train.adapters import NAMES
 
 GIB = 2**30
@@ -95,7 +96,9 @@ def estimate(
     if mode == "replicate" or devices == 1:
         among = 1
         memory = {
-            "weights": 4.0 * (sizes.teacher + trained) - (4.0 - compute) * sizes.matmul_weights,
+            "weights": 4.0 * (sizes.teacher + trained)
+            - (4.0 - compute) * sizes.matmul_weights
+            - (compute * sizes.quantised - sizes.quantised_bytes),
             "gradients": 4.0 * trained,
             # All gradients of a network are summed in one buffer.
             "gathered": 4.0 * max(sizes.generator, sizes.fake_score) if devices > 1 else 0.0,
@@ -233,12 +236,13 @@ def plan(
     if config.batch_size < devices:
         raise ConfigError(f"batch_size must be at least the number of devices, {devices}, got {config.batch_size}")
     network = sizes.teacher if "generator" in sizes.adapters else sizes.generator
-    mode, reason = distributed.resolve(config.parallelism.parallel, network, devices)
-    modes = ["replicate", "fsdp"] if devices > 1 else ["replicate"]
+    mode, reason = quantised_base.resolve(config, network, devices)
+    whole = config.adapter.base_dtype != "auto"  # on every device
+    modes = ["replicate", "fsdp"] if devices > 1 and not whole else ["replicate"]
     group = config.parallelism.shard_group or (distributed.local_size() if distributed.world_size() == devices else 0)
     if mode == "hybrid":
         distributed.check_group(devices, group)
-    if devices > 1 and group and 1 < group < devices and devices % group == 0:
+    if len(modes) > 1 and group and 1 < group < devices and devices % group == 0:
         modes.append("hybrid")
     made = {
         each: estimate(

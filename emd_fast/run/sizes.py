@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from emd_fast import distributed
 from emd_fast.config import AdapterConfig, EMDConfig
 from emd_fast.diffusion.denoiser import Denoiser
-from emd_fast.train import adapters
+from emd_fast.train import adapters, quantised_base
 from emd_fast.train.adapters import NAMES
 from emd_fast.train.cast_weights import matmul_weights
 
@@ -26,6 +26,8 @@ class Sizes:
         matmul_weights: parameters of the teacher that a bfloat16 run stores in bfloat16 where it
             does not shard (`emd_fast.train.cast_weights`).
         adapters: networks that are the teacher with an adapter; their count is that of the adapter.
+        quantised: parameters of the teacher that are held in 8 or 4 bits.
+        quantised_bytes: bytes that these take.
     """
 
     teacher: int
@@ -34,6 +36,8 @@ class Sizes:
     largest_block: int
     matmul_weights: int = 0
     adapters: tuple[str, ...] = ()
+    quantised: int = 0
+    quantised_bytes: float = 0.0
 
     @classmethod
     def of(
@@ -60,7 +64,10 @@ class Sizes:
         blocks = [_count(block) for network in whole for block in distributed.blocks_of(network)]
         largest = max(blocks, default=max((_count(network) for network in whole), default=0))
         cast = sum(p.numel() for p in matmul_weights(teacher))
-        return cls(frozen, counts["generator"], counts["fake_score"], largest, cast, tuple(adapted))
+        bits = (0, 0.0)
+        if adapter is not None and adapter.base_dtype != "auto":
+            bits = quantised_base.held(teacher, adapter.base_dtype)
+        return cls(frozen, counts["generator"], counts["fake_score"], largest, cast, tuple(adapted), *bits)
 
     @property
     def whole(self) -> int:

@@ -1,4 +1,4 @@
-"""Studies over several seeds: of the Langevin step count K with noise cancellation, and of the number of calls.
+"""Studies over several seeds: of the Langevin step count K with noise cancellation, of calls, and of adapters.
 
 Each variant and seed is an ordinary run in its own folder, so an interrupted study resumes where
 it stopped.
@@ -29,7 +29,7 @@ def conduct(settings: RunConfig, folder: Path, vary: str = "langevin_steps") -> 
     """Runs each variant with each seed; writes study.json and study.md. Returns study.md's path.
 
     Args:
-        vary: what the variants differ in, "langevin_steps" or "calls".
+        vary: what the variants differ in, "langevin_steps", "calls" or "adapters".
 
     Raises:
         ConfigError: the task has no such study; "pretrained" has none.

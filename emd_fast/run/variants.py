@@ -39,10 +39,10 @@ def comparison(settings: RunConfig, vary: str) -> Comparison:
     """The study of a recipe.
 
     Args:
-        vary: "langevin_steps" or "calls".
+        vary: "langevin_steps", "calls" or "adapters".
 
     Raises:
-        ConfigError: the task has no such study.
+        ConfigError: the task has no such study, or adapter_rank is set for a study that varies it.
     """
     if settings.task == "pretrained":
         raise ConfigError("a teacher from a file has no study: its generators have no metric to be compared by")
@@ -138,8 +138,31 @@ def _langevin_steps_of_a_mixture(settings: RunConfig) -> Comparison:
     )
 
 
+def _adapters_of_digits(settings: RunConfig) -> Comparison:
+    """Whole networks, and adapters of two ranks, with the same steps."""
+    seeds, emd, rate = 3, settings.emd, _ADAPTER_RATES[settings.teacher.network]
+    if emd.adapter.rank:
+        raise ConfigError("a study of adapters varies adapter_rank: leave it out")
+    rates = {name: rate * getattr(emd.optimizer, name) for name in ("generator_lr", "fake_score_lr")}
+    return Comparison(
+        "Digits: adapters instead of whole networks",
+        f"Adapters instead of whole networks on digits: {seeds} seeds each, one teacher, {emd.steps} optimizer steps "
+        f"for all. Learning rates of adapters are {rate:g} times those of whole networks.",
+        [
+            Variant("whole networks", settings),
+            *(_with(settings, f"adapters, rank {rank}", adapter_rank=rank, **rates) for rank in (8, 32)),
+        ],
+        seeds,
+        {},
+    )
+
+
+# Learning rates of adapters over those of whole networks. On the UNet every layer has an adapter, on
+# the DiT the projections of attention do. docs/studies.md has the trials.
+_ADAPTER_RATES = {"unet": 1.0, "dit": 3.0}
 _STUDIES: dict[tuple[str, str], Callable[[RunConfig], Comparison]] = {
     ("digits", "langevin_steps"): _langevin_steps_of_digits,
     ("digits", "calls"): _calls_of_digits,
+    ("digits", "adapters"): _adapters_of_digits,
     ("gmm", "langevin_steps"): _langevin_steps_of_a_mixture,
 }

@@ -1,4 +1,4 @@
-"""The teacher of labelled images: a small UNet, trained here on the real images."""
+"""The teacher of labelled images: a small UNet or DiT, trained here on the real images."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from emd_fast.config import TeacherConfig
 from emd_fast.diffusion.denoiser import Denoiser
 from emd_fast.diffusion.schedules import EDM
 from emd_fast.noise import Noise, NoiseStream
+from emd_fast.tasks import image_transformer
 from emd_fast.tasks.image_data import ImageData
 from emd_fast.teachers.small_unet import SmallUNet, initialise
 from emd_fast.train.average import EMA
@@ -24,9 +25,11 @@ _GRAD_CLIP = 1.0
 def untrained(config: TeacherConfig, data: ImageData) -> Denoiser:
     """Builds the denoiser with the weights of `config.seed` (noise stream 13), for sigma in [0.002, 80].
 
-    Of `config` it uses channels, conditional, label_dropout and seed. With label_dropout the network
+    Of `config` it uses network, channels, conditional, label_dropout and seed. With label_dropout the network
     has one more label, which stands for no class: it is `null_cond`, and what a condition of None means.
     """
+    if config.network == "dit":
+        return image_transformer.untrained(config, data)
     classes = data.classes if config.conditional else 0
     null_label = classes if config.label_dropout else None
     network = SmallUNet(data.shape[0], config.channels, num_classes=classes, null_label=null_label)

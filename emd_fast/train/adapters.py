@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from emd_fast import ops
 from emd_fast.config import AdapterConfig, ConfigError
 from emd_fast.diffusion.denoiser import Denoiser
+from emd_fast.io import quiet
 from emd_fast.noise import Noise, NoiseStream
+from emd_fast.train.quantised_base import dequantised
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -128,10 +130,14 @@ def has_adapter(network: nn.Module) -> bool:
 
 @torch.no_grad()
 def merged(network: Module) -> Module:
-    """Returns a copy with the adapters added to the weights, in float32; a network without any as it is."""
+    """Returns a copy with the adapters added to the weights, in float32; a network without any as it is.
+
+    Weights of a quantised base are those that its bits stand for.
+    """
     if not has_adapter(network):
         return network
     copied = copy.deepcopy(network)
+    dequantised(copied)
     for tensor in (*copied.parameters(), *copied.buffers()):
         if tensor.is_floating_point() and tensor.itemsize < 4:
             tensor.data = tensor.data.float()
@@ -185,6 +191,7 @@ def own_names(network: nn.Module, base: nn.Module) -> frozenset[str]:
 
 
 def _peft() -> Any:
+    quiet.import_with_torchao()
     try:
         import peft
     except ModuleNotFoundError as error:

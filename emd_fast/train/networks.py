@@ -17,7 +17,7 @@ from emd_fast.diffusion.denoiser import Denoiser, unwrap
 from emd_fast.diffusion.few_step import FewStepGenerator
 from emd_fast.diffusion.generator import Generator
 from emd_fast.fusion.fusing import fuse_known, fusion_report, unfuse
-from emd_fast.train import adapters, average, rungs
+from emd_fast.train import adapters, average, quantised_base, rungs
 from emd_fast.train.adapted_rows import AdaptedRows
 from emd_fast.train.cast_weights import cast_weights, trainable
 from emd_fast.train.fingerprint import fingerprint, process_of
@@ -71,11 +71,18 @@ def prepare(teacher: Denoiser, config: EMDConfig, generator: nn.Module | None, f
     start: nn.Module = teacher if generator is None else generator
     device = distributed.device_of(start)
     dtype = compute_dtype(config.compute.precision, device)
-    mode, reason = distributed.resolve(config.parallelism.parallel, sum(p.numel() for p in start.parameters()))
-    given, teacher = teacher, _frozen(teacher, dtype, mode)
+    mode, reason = quantised_base.resolve(config, sum(p.numel() for p in start.parameters()))
     adapted = config.adapter.networks if config.adapter.rank else ()
     if fake_score is not None and config.adapter.score_passes == "joint":
         raise ConfigError("score_passes must be 'separate' for a fake score that is given, got 'joint'")
+    if fake_score is not None and config.adapter.base_dtype != "auto":
+        raise ConfigError(
+            f"base_dtype must be 'auto' for a fake score that is given, got '{config.adapter.base_dtype}': it is not "
+            "on the same base"
+        )
+    given, teacher = teacher, _frozen(teacher, dtype, mode)
+    if config.adapter.base_dtype != "auto":
+        teacher = quantised_base.quantised(teacher, config.adapter.base_dtype)
     generator, fake_score = _make_trained(given, teacher, generator, fake_score, config)
     # Rank 0 computes the fingerprint; the other ranks may hold a teacher on the meta device.
     facts: dict[str, Any] = distributed.on_main(

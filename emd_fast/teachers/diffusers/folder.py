@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from emd_fast.config import ConfigError
-from emd_fast.io import models, paths, reading
+from emd_fast.io import models, paths, quiet, reading
 from emd_fast.teachers.diffusers import architectures, files, text, weights
 from emd_fast.teachers.diffusers.architectures import ARCHITECTURES, Architecture, Experts, Network, known
 from emd_fast.teachers.diffusers.encoder import TextEncoder
@@ -35,6 +35,7 @@ def import_diffusers() -> Any:
         raise ModuleNotFoundError(
             'teachers from diffusers folders need diffusers: `pip install "emd_fast[diffusers]"`', name=error.name
         ) from error
+    quiet.import_with_torchao("diffusers.quantizers")
     return diffusers
 
 
