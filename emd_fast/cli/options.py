@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
         "--vary",
         choices=("langevin_steps", "calls", "adapters"),
         default="langevin_steps",
-        help="compare several K (the default), generators of 1, 2 and 4 calls, or adapters with whole networks (digits)",
+        help="compare several K (the default), 1, 2 and 4 calls, or adapters with whole networks (digits)",
     )
 
     plan = commands.add_parser(
