@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from emd_fast.run.sizes import Work
 from torch._dynamo.utils import counters
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
@@ -20,6 +19,7 @@ from emd_fast import EMDConfig, EMDTrainer, Generator, distributed, fuse
 from emd_fast.config import ConfigError
 from emd_fast.diffusion import ragged
 from emd_fast.export.pipeline import export, load
+from emd_fast.run.work import Work
 
 diffusers = pytest.importorskip("diffusers")
 

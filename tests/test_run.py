@@ -323,6 +323,22 @@ def test_a_study_counts_the_passes_of_the_rollouts():
     assert passes(dataclasses.replace(emd, rungs=4)) - passes(emd) == (2 + 1) * (4 - 1) / 2
 
 
+def test_a_study_of_adapters_varies_the_rank_and_its_learning_rates(tmp_path):
+    for network, rate in (("unet", 1), ("dit", 3)):
+        found = config.load("digits", {"emd.steps": 7, "teacher.network": network})
+        whole, *adapted = comparison(found, "adapters").variants
+        assert whole.settings == found
+        assert [variant.settings.emd.adapter.rank for variant in adapted] == [8, 32]
+        for variant in adapted:
+            optimizer = variant.settings.emd.optimizer
+            assert (optimizer.generator_lr, optimizer.fake_score_lr) == pytest.approx((rate * 1e-3, rate * 2e-3))
+            assert variant.settings.emd.steps == 7
+    for recipe, changes in (("gmm", {}), ("digits", {"emd.adapter.rank": 4})):
+        with pytest.raises(ConfigError, match="study of adapters"):
+            study.conduct(config.load(recipe, changes), tmp_path / "study", "adapters")
+    assert not (tmp_path / "study").exists()
+
+
 @pytest.mark.slow
 def test_a_study_writes_its_table(tmp_path, monkeypatch):
     def compared(found, vary):
@@ -338,15 +354,3 @@ def test_a_study_writes_its_table(tmp_path, monkeypatch):
     assert len(rows["A"]) == 2 and len({row["frechet"] for row in rows["A"]}) == 2
     metrics = [metrics_of(tmp_path / f"B-seed{seed}") for seed in (0, 1)]
     assert [row["frechet"] for row in rows["C"]] == [each["frechet"]["init"] for each in metrics]
-
-
-def test_a_study_of_adapters_varies_the_rank(tmp_path):
-    base = config.load("digits", {"emd.steps": 7})
-    whole, *adapted = comparison(base, "adapters").variants
-    assert whole.settings == base
-    assert [variant.settings.emd.adapter.rank for variant in adapted] == [8, 32]
-    assert all(variant.settings.emd.steps == 7 for variant in adapted)
-    for recipe, changes in (("gmm", {}), ("digits", {"emd.adapter.rank": 4})):
-        with pytest.raises(ConfigError, match="adapter"):
-            study.conduct(config.load(recipe, changes), tmp_path / "study", "adapters")
-    assert not (tmp_path / "study").exists()

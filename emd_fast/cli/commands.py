@@ -222,16 +222,20 @@ def _shape(options: argparse.Namespace, owner: Any) -> tuple[int, ...] | None:
 
 
 def _export(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    from emd_fast.export import pipeline
+    from emd_fast.export import hub, pipeline
     from emd_fast.reporting.progress import say
-    from emd_fast.run import distill
+    from emd_fast.run import distill, folder
 
+    is_file = options.out.suffix == ".safetensors"
+    for option, given in (("--lora", options.lora), ("--push-to-hub", options.push_to_hub)):
+        if given and is_file:
+            raise ConfigError(f"{option} writes a folder, got {options.out}")
+    if options.public and not options.push_to_hub:
+        raise ConfigError("--public is for --push-to-hub NAME")
+    repository = hub.Repository(options.push_to_hub) if options.push_to_hub else None
     _, _, trainer = distill.open_run(options.run, best=options.best)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", UserWarning)
-        is_file = options.out.suffix == ".safetensors"
-        if options.lora and is_file:
-            raise ConfigError(f"--lora writes a folder, got {options.out}")
         form: Any = "lora" if options.lora else "safetensors" if is_file else "diffusers"
         pipeline.export(trainer, options.out, form, ema=not options.raw)
     for warning in said:
@@ -240,6 +244,11 @@ def _export(options: argparse.Namespace, rest: Sequence[str]) -> int:
     print(options.out)
     if (options.out / "model_index.json").exists():
         say(f"diffusers samples it with these lines:\n{pipeline.example(trainer, options.out)}")
+    if repository is not None:
+        # What a run has measured is the average of the last weights.
+        metrics = None if options.raw or options.best else folder.metrics_of(options.run)
+        hub.write_card(options.out, repository.name, trainer, metrics)
+        print(repository.push(options.out, public=options.public))
     return 0
 
 

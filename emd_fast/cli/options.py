@@ -92,8 +92,7 @@ def _parser() -> argparse.ArgumentParser:
         "--vary",
         choices=("langevin_steps", "calls", "adapters"),
         default="langevin_steps",
-        help="compare several K (the default), generators of 1, 2 and 4 calls, or adapters with whole networks "
-        "(both of digits)",
+        help="compare several K (the default), 1, 2 and 4 calls, or adapters with whole networks (digits)",
     )
 
     plan = commands.add_parser(
@@ -146,6 +145,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument("--raw", action="store_true", help="use the raw weights, not their average")
     export.add_argument("--best", action="store_true", help="use the best checkpoint, not the last")
+
+    export.add_argument(
+        "--push-to-hub", metavar="NAME", help="upload the folder to this model of the Hugging Face hub, with a card"
+    )
+    export.add_argument("--public", action="store_true", help="make a new model on the hub public (default: private)")
 
     evaluate = commands.add_parser(
         "evaluate",

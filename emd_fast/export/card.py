@@ -104,3 +104,43 @@ Generator of {number}, distilled by EM Distillation (arXiv 2405.16852) with emd_
 
 {python}
 {_SEVERAL if calls > 1 else ""}"""
+
+
+def for_hub(card: str, name: str, metrics: Mapping[str, Any] | None) -> str:
+    """A card of `of_folder` or `of_lora` with the name on the hub, and the figures of the generator.
+
+    Args:
+        metrics: those that a run has measured, as in metrics.json.
+    """
+    text = card.replace("(FOLDER", f'("{name}"')
+    found = {
+        what: value["generator"]
+        for what, value in (metrics or {}).items()
+        if isinstance(value, dict) and isinstance(value.get("generator"), (int, float))
+    }
+    if not found:
+        return text
+    table = "\n".join(f"| {what} | {value:.4g} |" for what, value in found.items())
+    return f"{text}\nFigures of its run:\n\n| | |\n|---|---:|\n{table}\n"
+
+
+def of_no_pipeline(teacher_hash: str, steps: int) -> str:
+    """The card of a folder that `emd_fast.export.load` alone reads."""
+    return f"""---
+library_name: diffusers
+tags: [em-distillation]
+---
+
+Generator, distilled by EM Distillation (arXiv 2405.16852) with emd_fast, which samples it: no stock
+pipeline does.
+
+| | |
+|---|---|
+| teacher | {_teacher(teacher_hash)} |
+| steps of training | {steps} |
+
+    from emd_fast.export import load
+    from huggingface_hub import snapshot_download
+
+    images = load(snapshot_download(FOLDER)).sample(4)
+"""

@@ -42,7 +42,7 @@ def comparison(settings: RunConfig, vary: str) -> Comparison:
         vary: "langevin_steps", "calls" or "adapters".
 
     Raises:
-        ConfigError: the task has no such study.
+        ConfigError: the task has no such study, or adapter_rank is set for a study that varies it.
     """
     if settings.task == "pretrained":
         raise ConfigError("a teacher from a file has no study: its generators have no metric to be compared by")
@@ -114,26 +114,6 @@ def _calls_of_digits(settings: RunConfig) -> Comparison:
     )
 
 
-def _adapters_of_digits(settings: RunConfig) -> Comparison:
-    if settings.emd.adapter.rank:
-        raise ConfigError("a study of adapters varies adapter_rank: leave it out")
-    seeds, adapter = 3, settings.emd.adapter
-    return Comparison(
-        "Digits: adapters",
-        f"Adapters instead of whole networks on digits: {seeds} seeds each, one teacher, {settings.emd.steps} "
-        "optimizer steps and the same learning rates for all.",
-        [
-            _with(settings, "whole networks"),
-            *(
-                _with(settings, f"adapters, rank {rank}", adapter=dataclasses.replace(adapter, rank=rank))
-                for rank in (8, 32)
-            ),
-        ],
-        seeds,
-        {},
-    )
-
-
 def _langevin_steps_of_a_mixture(settings: RunConfig) -> Comparison:
     """Variants that spend as many network passes as the recipe; K = 1 is VSD, without a z step."""
     seeds = 5
@@ -158,6 +138,28 @@ def _langevin_steps_of_a_mixture(settings: RunConfig) -> Comparison:
     )
 
 
+def _adapters_of_digits(settings: RunConfig) -> Comparison:
+    """Whole networks, and adapters of two ranks, with the same steps."""
+    seeds, emd, rate = 3, settings.emd, _ADAPTER_RATES[settings.teacher.network]
+    if emd.adapter.rank:
+        raise ConfigError("a study of adapters varies adapter_rank: leave it out")
+    rates = {name: rate * getattr(emd.optimizer, name) for name in ("generator_lr", "fake_score_lr")}
+    return Comparison(
+        "Digits: adapters instead of whole networks",
+        f"Adapters instead of whole networks on digits: {seeds} seeds each, one teacher, {emd.steps} optimizer steps "
+        f"for all. Learning rates of adapters are {rate:g} times those of whole networks.",
+        [
+            Variant("whole networks", settings),
+            *(_with(settings, f"adapters, rank {rank}", adapter_rank=rank, **rates) for rank in (8, 32)),
+        ],
+        seeds,
+        {},
+    )
+
+
+# Learning rates of adapters over those of whole networks. On the UNet every layer has an adapter, on
+# the DiT the projections of attention do. docs/studies.md has the trials.
+_ADAPTER_RATES = {"unet": 1.0, "dit": 3.0}
 _STUDIES: dict[tuple[str, str], Callable[[RunConfig], Comparison]] = {
     ("digits", "langevin_steps"): _langevin_steps_of_digits,
     ("digits", "calls"): _calls_of_digits,
