@@ -20,7 +20,7 @@ from emd_fast.fusion.published import is_published, unpublished
 _DIFFUSERS = ("time_proj", "time_embedding", "class_embedding", "add_time_proj", "add_embedding", "encoder_hid_proj")
 _EDM = ("map_noise", "map_label", "map_augment", "map_layer0", "map_layer1")
 _EDM2 = ("emb_fourier", "emb_noise", "emb_label")
-_SMALL = ("noise_embedding", "class_embedding", "embedding", "modulation")
+_SMALL = ("noise_embedding", "class_embedding", "rung_embedding", "embedding", "modulation")
 _OWN = "emd_fast.teachers."
 # (package, class): the embedding layers.
 _KNOWN: dict[tuple[str, str], tuple[str, ...]] = {
