@@ -1,6 +1,7 @@
 """Runs with several rungs: their times, the noise, the same step on any ranks, resume, replay and the plan."""
 
 import copy
+import importlib.util
 import itertools
 import json
 import math
@@ -331,6 +332,21 @@ def test_the_passes_of_the_rollout_are_planned():
         trainer.step()
         alone.step()
     assert sum(samples) / 640 == pytest.approx((2 + 1) * 3 / 2, rel=0.05)
+
+
+def test_the_fake_score_learns_the_rungs_apart():
+    trainer = EMDTrainer(digits_teacher(), config(rungs=3, num_classes=3))
+    embedding = trainer.fake_score.network.rung_embedding
+    assert embedding.weight.shape[0] == 3 and not embedding.weight.any()
+    trainer.step()
+    assert embedding.weight.any(1).all()
+    assert trainer.teacher.network.rung_embedding is trainer.generator.denoiser.network.rung_embedding is None
+    one = EMDTrainer(digits_teacher(), config(num_classes=3))
+    assert one.fake_score.network.rung_embedding is None
+    # An adapter shares its base with the teacher, which knows no rung.
+    if importlib.util.find_spec("peft"):
+        adapted = EMDTrainer(digits_teacher(), config(rungs=3, num_classes=3, adapter_rank=2))
+        assert adapted.fake_score.network.rung_embedding is None
 
 
 def test_diagnostics_tell_the_rungs_apart():

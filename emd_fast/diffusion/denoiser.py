@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from emd_fast.cache.conditioning import same
 from emd_fast.cache.weights import autocast_dtype
 from emd_fast.diffusion import ragged
-from emd_fast.diffusion.rung import plain
+from emd_fast.diffusion.rung import given, plain
 from emd_fast.diffusion.schedules import Schedule
 
 Pair = tuple[Tensor, Tensor]
@@ -159,6 +159,7 @@ class Denoiser(nn.Module):
         # Where the network is the teacher's with an adapter, and both may be one pass: a context manager
         # (n, of) inside which the first n of `of` equal parts of a batch pass without the adapter.
         self.without_adapter: Callable[[int, int], contextlib.AbstractContextManager[None]] | None = None
+        self.takes_rung = False  # set by take_rungs
         self._form = _edm(sigma_data) if sigma_data is not None else _FORMS[parametrization]
         self._check_schedule()
         if sigma_data is not None:
@@ -202,7 +203,7 @@ class Denoiser(nn.Module):
             x_t: (B, ...) floating.
             t: (B,) float32.
             cond: None, a tensor, or a pytree of tensors batched on dimension 0. Of an OnRung the
-                network gets the plain condition.
+                network gets the plain condition, and the rung if it takes it.
 
         Raises:
             ValueError: t has another shape, or the output has another shape than x_t.
@@ -212,7 +213,9 @@ class Denoiser(nn.Module):
             raise ValueError(f"t must have shape (B,) for x_t (B, ...), got {tuple(t.shape)} for {tuple(x_t.shape)}")
         scaled = x_t if self._c_in is None else column(self._c_in(t), x_t) * x_t
         with self._products(x_t):
-            returned = self.network(scaled.to(self._input_dtype(x_t)), same(self._c_noise, t), plain(cond))
+            returned = self.network(
+                scaled.to(self._input_dtype(x_t)), same(self._c_noise, t), *given(cond, self.takes_rung)
+            )
         output = returned if self._output is None else self._output(returned)
         if not isinstance(output, Tensor):
             raise TypeError(
@@ -225,6 +228,12 @@ class Denoiser(nn.Module):
                 "Denoiser an `output` that takes it there, for instance output=lambda returned: returned[:, :3]"
             )
         return output
+
+    def take_rungs(self, rungs: int) -> None:
+        """Calls the network with (x, c_noise, cond, rung) where cond is an OnRung, if it has a method `take_rungs`."""
+        if take := getattr(self.network, "take_rungs", None):
+            take(rungs)
+        self.takes_rung = take is not None
 
     @property
     def has_output(self) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 class OnRung(NamedTuple):
     """Condition of B samples on the rungs of a `FewStepGenerator`. PyTorch takes it as a pytree.
 
-    A `Denoiser` takes it as a condition too, and gives its network the plain condition alone.
+    A `Denoiser` takes it as a condition too. Its network gets the plain condition, and the rung if it takes it.
 
     Attributes:
         before: (B, ...) float32, the samples of the rung before. The first rung multiplies them by 0.
@@ -26,3 +26,8 @@ class OnRung(NamedTuple):
 def plain(cond: Any) -> Any:
     """The plain condition inside an OnRung; any other condition unchanged."""
     return cond.cond if isinstance(cond, OnRung) else cond
+
+
+def given(cond: Any, takes_rung: bool) -> tuple[Any, ...]:
+    """What a network gets for a condition: the plain one; of an OnRung the rung too, if the network takes it."""
+    return (cond.cond, cond.rung) if takes_rung and isinstance(cond, OnRung) else (plain(cond),)

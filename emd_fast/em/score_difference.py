@@ -48,6 +48,7 @@ class ScoreDifference:
         self.teacher, self.fake_score, self.t = teacher, fake_score, t
         inner_teacher, inner_fake_score = unwrap(teacher), unwrap(fake_score)
         self.cond, self.null_cond, self.guided = plain(cond), None, guidance is not None
+        self._on_rung = cond  # a fake score may take the rung
         if self.guided:
             self.null_cond = null_like(inner_teacher.null_cond if null_cond is None else null_cond, self.cond, len(t))
         if inner_teacher.schedule != inner_fake_score.schedule:
@@ -77,7 +78,7 @@ class ScoreDifference:
             with without_adapter(passes - 1, passes):
                 *plain, adapted = self.fake_score(torch.cat([x] * passes), times, cond).chunk(passes)
             return [*self._combined(plain), adapted]
-        teacher, fake_score = side_by_side(lambda: self._teacher(x), lambda: self.fake_score(x, self.t, self.cond))
+        teacher, fake_score = side_by_side(lambda: self._teacher(x), lambda: self.fake_score(x, self.t, self._on_rung))
         return [*teacher, fake_score]
 
     def _teacher(self, x: Tensor) -> list[Tensor]:

@@ -22,7 +22,7 @@ _DIFFUSERS = ("time_proj", "time_embedding", "class_embedding", "add_time_proj",
 _CROSS = ("caption_projection", "attn2.to_k", "attn2.to_v")
 _EDM = ("map_noise", "map_label", "map_augment", "map_layer0", "map_layer1")
 _EDM2 = ("emb_fourier", "emb_noise", "emb_label")
-_SMALL = ("noise_embedding", "class_embedding", "embedding", "modulation")
+_SMALL = ("noise_embedding", "class_embedding", "rung_embedding", "embedding", "modulation")
 _OWN = "emd_fast.teachers."
 # (package, class): the embedding layers, by the ends of their names.
 _KNOWN: dict[tuple[str, str], tuple[str, ...]] = {

@@ -57,6 +57,7 @@ class SmallUNet(nn.Module):
         self.noise_embedding = nn.Linear(2 * channels, embedding)
         self.class_embedding = nn.Embedding(self.num_classes, embedding) if num_classes else None
         self.embedding = nn.Linear(embedding, embedding)
+        self.rung_embedding: nn.Embedding | None = None
 
         self.first = nn.Conv2d(in_channels, channels, 3, padding=1)
         self.down_block = ResidualBlock(channels, channels)
@@ -75,7 +76,13 @@ class SmallUNet(nn.Module):
         self._modulated = [2 * block.channels for block in blocks]
         self.modulation = nn.Linear(embedding, sum(self._modulated))
 
-    def forward(self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None) -> Tensor:
+    def take_rungs(self, rungs: int) -> None:
+        """Adds the rung, of `rungs`, to the inputs (`Denoiser.take_rungs`). The first outputs do not depend on it."""
+        weight = self.embedding.weight
+        self.rung_embedding = nn.Embedding(rungs, len(weight), device=weight.device, dtype=weight.dtype)
+        nn.init.zeros_(self.rung_embedding.weight)
+
+    def forward(self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None, rung: Tensor | None = None) -> Tensor:
         """Returns the output (B, C, H, W), in the dtype of the parameters.
 
         Args:
@@ -83,6 +90,7 @@ class SmallUNet(nn.Module):
             c_noise: (B,), log(sigma) / 4 for EDM.
             labels: (B,) int64 in [0, num_classes], num_classes only where it is the null label; None
                 for a network without labels, or for the null label.
+            rung: (B,) int64, of a network that takes rungs.
 
         Raises:
             ValueError: labels that are missing, not expected, of a wrong shape or (CPU tensors)
@@ -91,7 +99,7 @@ class SmallUNet(nn.Module):
         """
         if x.shape[2] % 2 or x.shape[3] % 2:
             raise ValueError(f"x must have even height and width, got {tuple(x.shape)}")
-        modulation = self.modulation(self._embed(c_noise, labels)).split(self._modulated, dim=1)
+        modulation = self.modulation(self._embed(c_noise, labels, rung)).split(self._modulated, dim=1)
         # Convolutions and norms of this size are faster in channels_last.
         full = self.first(x).contiguous(memory_format=torch.channels_last)
         full = self.down_block(full, modulation[0])
@@ -101,7 +109,7 @@ class SmallUNet(nn.Module):
         full = self.up_block(torch.cat([raised, full], dim=1), modulation[3])
         return self.last(silu(self.norm(full)))
 
-    def _embed(self, c_noise: Tensor, labels: Tensor | None) -> Tensor:
+    def _embed(self, c_noise: Tensor, labels: Tensor | None, rung: Tensor | None) -> Tensor:
         angles = c_noise.float()[:, None] * self.frequencies
         waves = torch.cat([angles.cos(), angles.sin()], dim=1)
         embedded = self.noise_embedding(waves.to(self.noise_embedding.weight.dtype))
@@ -116,6 +124,8 @@ class SmallUNet(nn.Module):
         if labels is not None and self.class_embedding is not None:
             check_labels(labels, len(c_noise), self.num_classes)
             embedded = embedded + self.class_embedding(labels)
+        if rung is not None and self.rung_embedding is not None:
+            embedded = embedded + self.rung_embedding(rung)
         return silu(self.embedding(silu(embedded)))
 
 

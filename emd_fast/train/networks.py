@@ -163,6 +163,8 @@ def _make_trained(
     _check_start(generator)
     if fake_score is None:
         fake_score = started("fake_score")
+        if config.calls > 1 and "fake_score" not in adapted:
+            fake_score.take_rungs(config.calls)
     for name, network in {"generator": generator, "fake_score": fake_score}.items():
         if name in adapted:
             adapters.add(network, config.adapter, name, config.seed)
