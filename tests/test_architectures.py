@@ -11,12 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
+from torch.utils.flop_counter import FlopCounterMode
 
-from emd_fast import EMDConfig, EMDTrainer, distributed, fuse
+from emd_fast import EMDConfig, EMDTrainer, Generator, distributed, fuse
 from emd_fast.config import ConfigError
 from emd_fast.diffusion import ragged
 from emd_fast.export.pipeline import export, load
+from emd_fast.run.work import Work
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -136,6 +139,8 @@ def test_prompts_are_encoded_as_by_the_stock_pipeline(tmp_path, name):
     ((output, time, latents, _), *_), _ = sampled(pipeline, row, {**asked, "prompt": list(prompts)})
     encoder = teacher.text_encoder()
     cond = encoder(prompts)
+    tokens = (cond["prompt_embeds"] if isinstance(cond, dict) else cond).shape[1]
+    assert tokens == teacher.network.architecture.text_tokens()
     x, theirs = row.latents(pipeline, latents).float(), row.latents(pipeline, output).float()
     t = time if teacher.parametrization == "flow" else torch.tensor(teacher.time(time.item()))
     with torch.no_grad():
@@ -492,6 +497,20 @@ PUBLISHED = {  # class, what its published config.json has, parameters in thousa
 }
 
 
+@pytest.mark.parametrize("name", architectures.ROWS)
+def test_the_operations_of_a_pass_are_counted_for_the_longest_text(tmp_path, name):
+    row = architectures.ROWS[name]
+    pipeline_of(row).save_pretrained(tmp_path / "teacher")
+    planned, teacher = (teachers.load(tmp_path / "teacher", device=where, **row.size) for where in ("meta", "cpu"))
+    work = Work.of(planned, Generator(planned, 1.0), planned)
+    assert work.teacher == work.generator == work.fake_score
+    cond = tree_map(lambda leaf: torch.ones(leaf.shape, dtype=leaf.dtype), teacher.blank_condition())
+    # The counter does not know the CPU's own attention.
+    with sdpa_kernel(SDPBackend.MATH), torch.no_grad(), FlopCounterMode(display=False) as counted:
+        teacher(torch.zeros(1, *teacher.sample_shape), torch.ones(1), cond)
+    assert work.teacher == pytest.approx(counted.get_total_flops(), rel=0.01)
+
+
 @pytest.mark.slow  # building the modules of the largest takes seconds
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_plan_of_a_published_configuration_has_its_parameters(tmp_path, capsys, name):
@@ -501,12 +520,15 @@ def test_a_plan_of_a_published_configuration_has_its_parameters(tmp_path, capsys
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": kind, **config}))
     words = ["plan", "--teacher", str(tmp_path), "--t-star=1", "--lr-warmup=0", "--batch-size=8", "--devices=8"]
     words += ["--optimizer-name=adamw", "--parallel=fsdp", *(["--t-star=0.5"] if kind.startswith("UNet") else [])]
+    words += ["--tflops=1000", "--gb-per-second=400"]
     assert commands.main(words) == 0, capsys.readouterr().err
     out = capsys.readouterr().out
     (row,) = (line.split() for line in out.splitlines() if line.startswith("average"))
     # A float32 average of the generator, over eight devices.
     parameters = float(row[1]) * 2**30 * 8 / 4 if "GiB" in out else float(row[1]) * 2**20 * 8 / 4
     assert parameters == pytest.approx(published * 1e9, rel=0.01)
+    (row,) = (line.split() for line in out.splitlines() if line.startswith("computing"))
+    assert 0 < float(row[2]) < 10000
 
 
 def test_every_architecture_has_a_row_and_a_file_of_its_name():

@@ -102,7 +102,7 @@ def wan(channels=4):
 
 def zimage():
     sizes = {"in_channels": 4, "dim": 32, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2}
-    return diffusers.ZImageTransformer2DModel(**sizes, cap_feat_dim=24, axes_dims=[4, 6, 6], axes_lens=[64, 32, 32])
+    return diffusers.ZImageTransformer2DModel(**sizes, cap_feat_dim=24, axes_dims=[4, 6, 6], axes_lens=[640, 32, 32])
 
 
 def zimage_call(cond, null):

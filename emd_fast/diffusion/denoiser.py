@@ -240,6 +240,10 @@ class Denoiser(nn.Module):
         """Shift of the times at which a rectified flow is sampled; None where no scheduler says one."""
         return None
 
+    def blank_condition(self) -> Condition:
+        """Returns a condition (1, ...) on the meta device, to count the operations of a pass; None where not known."""
+        return None
+
     def at(self, times: Sequence[float]) -> Denoiser:
         """Returns a denoiser of the networks that these times need. Most have one network for all times."""
         return self

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from emd_fast.config import EMDConfig
-from emd_fast.diffusion.denoiser import Denoiser
+from emd_fast.diffusion.denoiser import Condition, Denoiser
 from emd_fast.train.adapters import NAMES
 
 
@@ -26,12 +27,13 @@ class Work:
         """Counts the matmuls, convolutions and attention that PyTorch knows, from shapes alone.
 
         Args:
-            classes: number of classes; 0 if the condition is not a label.
+            classes: number of classes; 0 if the condition is not a label. Texts have the most tokens that
+                the teacher's pipeline makes.
 
         Raises:
             RuntimeError: a network depends on values, which only a real pass provides.
         """
-        cond, t = torch.zeros(1, dtype=torch.int64) if classes else None, torch.ones(1)
+        cond, t = torch.zeros(1, dtype=torch.int64) if classes else teacher.blank_condition(), torch.ones(1)
         shapes, latent = teacher.sample_shapes or ((),), getattr(generator, "latent_shape", None)
 
         def counted(shape: tuple[int, ...]) -> tuple[float, float, float]:
@@ -64,12 +66,14 @@ class Work:
         return fake_score + scores + generated + earlier + learning["generator"] * self.generator
 
 
-def _operations(network: nn.Module, *arguments: Tensor | None) -> float:
+def _operations(network: nn.Module, *arguments: Condition) -> float:
     tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
     # An analytic network without parameters may need values, and is cheap to compute.
     device = "meta" if any(True for _ in network.parameters()) else "cpu"
     moved = {name: tensor.detach().to(device) for name, tensor in tensors.items()}
-    given = tuple(None if argument is None else argument.to(device) for argument in arguments)
+    given = pytree.tree_map_only(
+        Tensor, lambda leaf: leaf if leaf.device.type == device else leaf.to(device), arguments
+    )
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         torch.func.functional_call(network, moved, given)
     return float(counter.get_total_flops())

@@ -90,6 +90,9 @@ class DiffusersDenoiser(Denoiser):
     def shift_of(self, shape: Sequence[int]) -> float | None:
         return shift_of(self.scheduler_config, functools.partial(self.network.architecture.mu, shape))
 
+    def blank_condition(self) -> Condition:
+        return self.takes.blank(self.network.architecture.text_tokens())
+
     def at(self, times: Sequence[float]) -> DiffusersDenoiser:
         network = self.network
         if not isinstance(network, Experts):

@@ -54,5 +54,8 @@ class CogVideoXTransformer3DModel(Architecture):
     def to_vae(self, latents: Tensor, vae: Any) -> Tensor:
         return latents / vae.config.scaling_factor
 
+    def text_tokens(self) -> int:
+        return int(self.config["max_text_seq_length"])
+
     def condition(self, returned: tuple[Any, ...]) -> Condition:
         return returned[0]

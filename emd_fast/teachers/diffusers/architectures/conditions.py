@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,6 +46,15 @@ class ConditionSpec:
         said = [f"{_KINDS.get(name, name)} {_shape(row)}" for name, row in self.tensors.items()]
         return said[0] if len(said) == 1 else f"a dict of {', '.join(self.tensors)}: {', '.join(said)}"
 
+    def blank(self, tokens: int) -> Condition:
+        """The condition of one prompt of that many tokens on the meta device, to count a pass; None without tensors."""
+        given = {}
+        for name, row in self.tensors.items():
+            shape = (1, *(tokens if size == LENGTH else int(size) for size in row))
+            value = torch.zeros(shape, dtype=torch.bool if name == MASK else torch.float32, device="meta")
+            given[name] = value.as_subclass(_FullMask) if name == MASK else value
+        return None if not given else next(iter(given.values())) if len(given) == 1 else given
+
     def arguments(self, cond: Condition, batch: int) -> dict[str, Tensor] | None:
         """The tensors of a condition by name; None where it is another one."""
         if self.num_classes:
@@ -68,6 +78,18 @@ class ConditionSpec:
                 return None
             lengths |= {size for size, wanted in zip(value.shape[1:], row, strict=True) if wanted == LENGTH}
         return {name: given[name] for name in self.tensors} if len(lengths) < 2 else None
+
+
+class _FullMask(Tensor):
+    """A mask on the meta device of which all tokens count: networks that read their number can be counted."""
+
+    # What is computed from it are plain tensors.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def sum(self, dim: Any, **options: Any) -> Tensor:  # type: ignore[override]
+        if options:  # by PyTorch itself
+            return self.as_subclass(Tensor).sum(dim, **options)
+        return torch.full(self.shape[:1], self.shape[dim], device="cpu")
 
 
 def told(cond: Condition) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ Config = Mapping[str, Any]
 VAES = ("AutoencoderKL", "AutoencoderTiny", "AsymmetricAutoencoderKL")
 CLIP = ("CLIPTextModel", "CLIPTextModelWithProjection", "CLIPTokenizer", "CLIPTokenizerFast")
 GEMMA = ("Gemma2Model", "GemmaTokenizer", "GemmaTokenizerFast")
+CLIP_TOKENS = 77
 T5 = ("T5EncoderModel", "T5Tokenizer", "T5TokenizerFast")
 
 
@@ -218,6 +220,14 @@ class Architecture:
         return image
 
     # Prompts ------------------------------------------------------------------------------------------------------
+
+    def text_tokens(self) -> int:
+        """Tokens that the pipeline makes of a prompt at most, with padding."""
+        import diffusers
+
+        taken = inspect.signature(getattr(diffusers, self.pipelines[0]).__call__).parameters
+        tokens: int = taken["max_sequence_length"].default if "max_sequence_length" in taken else CLIP_TOKENS
+        return tokens
 
     def condition(self, returned: tuple[Any, ...]) -> Condition:
         """The tensors of a condition that depend on the prompts, from what `encode_prompt` returns."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from emd_fast.diffusion.denoiser import Condition
 from emd_fast.teachers.diffusers.architectures.conditions import POOLED, TOKENS, ConditionSpec
-from emd_fast.teachers.diffusers.architectures.form import CLIP, T5, Architecture, Config
+from emd_fast.teachers.diffusers.architectures.form import CLIP, CLIP_TOKENS, T5, Architecture, Config
 
 
 class SD3Transformer2DModel(Architecture):
@@ -24,6 +24,9 @@ class SD3Transformer2DModel(Architecture):
     def call(self, model: Any, x: Tensor, time: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         tokens, pooled = cond[TOKENS].to(x.dtype), cond[POOLED].to(x.dtype)
         return model(x, timestep=time, encoder_hidden_states=tokens, pooled_projections=pooled).sample
+
+    def text_tokens(self) -> int:
+        return CLIP_TOKENS + super().text_tokens()  # one after the other
 
     def condition(self, returned: tuple[Any, ...]) -> Condition:
         return {TOKENS: returned[0], POOLED: returned[2]}
