@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 SUPPORTED = (
     "diffusers' UNet2DModel, UNet2DConditionModel and their blocks; the UNets of EDM and EDM2, NVlabs' and those of "
-    "emd_fast.teachers; emd_fast's SmallUNet; of other networks GroupNorm, SiLU behind it in an nn.Sequential, and "
-    "diffusers' Attention"
+    "emd_fast.teachers; emd_fast's SmallUNet; diffusers' Sana and PixArt; of other networks GroupNorm, SiLU behind it "
+    "in an nn.Sequential, and diffusers' Attention"
 )
 
 

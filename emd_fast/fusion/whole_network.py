@@ -18,15 +18,18 @@ from emd_fast.fusion.published import is_published, unpublished
 # The layers of each network that turn time and condition into embeddings. The blocks remember their
 # own projections. The EDM networks of emd_fast.teachers remember their embeddings themselves.
 _DIFFUSERS = ("time_proj", "time_embedding", "class_embedding", "add_time_proj", "add_embedding", "encoder_hid_proj")
+# Of transformers with cross-attention to the text in every block.
+_CROSS = ("caption_projection", "attn2.to_k", "attn2.to_v")
 _EDM = ("map_noise", "map_label", "map_augment", "map_layer0", "map_layer1")
 _EDM2 = ("emb_fourier", "emb_noise", "emb_label")
 _SMALL = ("noise_embedding", "class_embedding", "embedding", "modulation")
 _OWN = "emd_fast.teachers."
-# (package, class): the embedding layers.
+# (package, class): the embedding layers, by the ends of their names.
 _KNOWN: dict[tuple[str, str], tuple[str, ...]] = {
     **{(_OWN, name): () for name in ("SongUNet", "DhariwalUNet", "EDM2UNet")},
     (_OWN, "SmallUNet"): _SMALL,
     **{("diffusers.", name): _DIFFUSERS for name in ("UNet2DModel", "UNet2DConditionModel")},
+    **{("diffusers.", name): _CROSS for name in ("SanaTransformer2DModel", "PixArtTransformer2DModel")},
 }
 _PUBLISHED = {"SongUNet": _EDM, "DhariwalUNet": _EDM, "UNet": _EDM2}
 # The attribute that holds the network of a preconditioner.
@@ -48,7 +51,7 @@ def _layers(module: nn.Module) -> tuple[str, ...] | None:
 
 
 class Network(Fused):
-    """A UNet or its preconditioner. All arguments but the first are time and condition."""
+    """A network of images or its preconditioner. All arguments but the first are time and condition."""
 
     does = "inside conditioning_cache, what depends on time and condition alone is computed once"
 
@@ -109,9 +112,10 @@ class Conditioning(Fused):
 def conditioning_layers(network: nn.Module) -> Iterator[nn.Module]:
     """Of every network inside that Network recognises."""
     for module in network.modules():
-        for name in _layers(module) or ():
-            layer = getattr(module, name, None)
-            if isinstance(layer, nn.Module) and "forward" not in vars(layer):
+        names = _layers(module) or ()
+        inside = tuple(f".{name}" for name in names if "." in name)  # of every block
+        for path, layer in module.named_modules() if names else ():
+            if (path in names or path.endswith(inside)) and "forward" not in vars(layer):
                 yield layer
 
 

@@ -105,6 +105,16 @@ def _shape(row: tuple[int | str, ...]) -> str:
     return f"({', '.join(map(str, ('B', *row)))}{',' if not row else ''})"
 
 
+def in_dtype(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """The values in a dtype, the same tensor in each step of an E-step: the conditioning cache knows it by identity."""
+    found: Tensor = same(_in_dtype, value, dtype)
+    return found
+
+
+def _in_dtype(value: Tensor, dtype: torch.dtype) -> Tensor:
+    return value.to(dtype)
+
+
 def lengths(mask: Tensor) -> list[int]:
     """Tokens of each prompt. The host waits for them, once in an E-step."""
     found: list[int] = same(_lengths, mask)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from emd_fast.diffusion.denoiser import Condition
-from emd_fast.teachers.diffusers.architectures.conditions import MASK, TOKENS, ConditionSpec, Rows
+from emd_fast.teachers.diffusers.architectures.conditions import MASK, TOKENS, ConditionSpec, Rows, in_dtype
 from emd_fast.teachers.diffusers.architectures.form import T5, Architecture, Config
 
 RESOLUTION, RATIO = "resolution", "aspect_ratio"  # height and width in pixels, height / width
@@ -33,7 +33,7 @@ class PixArtTransformer2DModel(Architecture):
         return model(
             x,
             timestep=time,
-            encoder_hidden_states=cond[TOKENS].to(x.dtype),
+            encoder_hidden_states=in_dtype(cond[TOKENS], x.dtype),
             encoder_attention_mask=cond[MASK],
             added_cond_kwargs={name: cond.get(name) for name in (RESOLUTION, RATIO)},
         ).sample

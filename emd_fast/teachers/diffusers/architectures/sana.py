@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+from emd_fast.cache.conditioning import same
 from emd_fast.diffusion.denoiser import Condition
-from emd_fast.teachers.diffusers.architectures.conditions import MASK, TOKENS, ConditionSpec
+from emd_fast.teachers.diffusers.architectures.conditions import MASK, TOKENS, ConditionSpec, in_dtype
 from emd_fast.teachers.diffusers.architectures.form import GEMMA, Architecture, Config
 
 
@@ -32,10 +33,14 @@ class SanaTransformer2DModel(Architecture):
     def call(self, model: Any, x: Tensor, time: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         return model(
             x,
-            timestep=time * self.config["timestep_scale"],
-            encoder_hidden_states=cond[TOKENS].to(x.dtype),
+            timestep=same(self._scaled, time),
+            encoder_hidden_states=in_dtype(cond[TOKENS], x.dtype),
             encoder_attention_mask=cond[MASK],
         ).sample
+
+    def _scaled(self, time: Tensor) -> Tensor:
+        scaled: Tensor = time * self.config["timestep_scale"]
+        return scaled
 
     def condition(self, returned: tuple[Any, ...]) -> Condition:
         return {TOKENS: returned[0], MASK: returned[1].bool()}
