@@ -102,6 +102,17 @@ def test_a_backward_pass_keeps_no_copy_of_the_weight():
     assert not kept
 
 
+@pytest.mark.parametrize("base_dtype", FORMATS)
+def test_it_compiles_without_a_graph_break(base_dtype):
+    layer = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
+    plain = nn.Sequential(QuantisedLinear.of(layer, quantised_base.quantiser(base_dtype)(layer.weight)), nn.Tanh())
+    compiled = torch.compile(plain, backend="aot_eager", fullgraph=True)
+    x = torch.randn(3, WIDTH, requires_grad=True)
+    mine, its = compiled(x), plain(x)
+    assert torch.equal(mine, its)
+    assert torch.equal(*(torch.autograd.grad(y.sum(), x)[0] for y in (mine, its)))
+
+
 TEACHERS = {"images": (digits_teacher, {"num_classes": 3}), "vectors": (wide_teacher, {})}
 
 
@@ -208,22 +219,22 @@ def test_auto_keeps_a_quantised_base_whole():
     assert quantised_base.resolve(dataclasses.replace(settings, base_dtype="auto"), 2 * 10**9, 4)[0] == "fsdp"
 
 
-def steps(from_rank_0: bool) -> dict:
+def steps(base_dtype: str, from_rank_0: bool) -> dict:
     teacher = wide_teacher()
     if from_rank_0 and distributed.rank():
         teacher.to("meta")
-    trainer = adapted(teacher, "fp8", batch_size=6)
+    trainer = adapted(teacher, base_dtype, batch_size=6)
     metrics = trainer.step()
     kept = [b for layer in layers(trainer.teacher).values() for b in layer.buffers()]
     assert {id(b) for m in layers(trainer.ema.module).values() for b in m.buffers()} == set(map(id, kept))
     return {"shown": trainer.generate(3), **{key: value.item() for key, value in metrics.items()}}
 
 
-@pytest.mark.parametrize("from_rank_0", [False, True])
+@pytest.mark.parametrize(("base_dtype", "from_rank_0"), [("int8", False), ("fp8", True), ("nf4", True)])
 @pytest.mark.slow
-def test_every_rank_holds_the_same_bits(ranks, from_rank_0):
-    alone = steps(False)
-    for rank in ranks(2, steps, from_rank_0):
+def test_every_rank_holds_the_same_bits(ranks, base_dtype, from_rank_0):
+    alone = steps(base_dtype, False)
+    for rank in ranks(2, steps, base_dtype, from_rank_0):
         torch.testing.assert_close(rank.pop("shown"), alone["shown"], rtol=1e-4, atol=1e-5)
         assert rank == pytest.approx({k: v for k, v in alone.items() if k != "shown"}, rel=1e-3, abs=1e-7)
 

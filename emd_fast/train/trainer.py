@@ -49,8 +49,8 @@ class EMDTrainer:
     Args:
         teacher: a Denoiser; its weights never change. It is set to eval mode and to require no
             gradients, fused if compute.fuse is set, and sharded if parallelism says so.
-            Replicas and single processes that compute in bfloat16 leave it as it is and keep a copy
-            with bfloat16 weights: delete yours to free its float32 weights.
+            Replicas and single processes that compute in bfloat16, or on a quantised base, leave it as
+            it is and keep a copy with rounded weights: delete yours to free its float32 weights.
         config: configuration of the distillation.
         generator: callable module (z, cond) -> x; a copy of the teacher at noise level t_star when None.
         fake_score: a Denoiser of the teacher's schedule; a copy of the teacher when None.
