@@ -59,7 +59,7 @@ class ScoreDifference:
         a_teacher, b_teacher = inner_teacher.score_coefficients(t)
         a_fake_score, b_fake_score = inner_fake_score.score_coefficients(t)
         self.needs_x = not inner_teacher.same_form(inner_fake_score)
-        guidance = inner_teacher.weight(t, guidance)
+        guidance = self.guidance = inner_teacher.weight(t, guidance)
         k_x = [a_teacher - a_fake_score] if self.needs_x else []
         # A rescaled output is no affine combination of the two outputs: it is one term.
         self.rescaled = guidance if inner_teacher.rescale is not None else None
@@ -81,6 +81,37 @@ class ScoreDifference:
         teacher, fake_score = side_by_side(lambda: self._teacher(x), lambda: self.fake_score(x, self.t, self._on_rung))
         return [*teacher, fake_score]
 
+    def at(self, x: Tensor) -> Tensor:
+        """Returns delta (B, ...) float32 in plain PyTorch, with the passes that it needs."""
+        return self.of(x, self.outputs(x))
+
+    def teacher_distance(self, x0: Tensor, x: Tensor, outputs: Sequence[Tensor]) -> Tensor:
+        """Returns the mean of |x0 - D_teacher(x_t)| over the elements of each sample, (B,) float32.
+
+        Args:
+            x0: (B, ...), the sample of the generator.
+            x: x_t (B, ...).
+            outputs: what `outputs(x)` returned.
+        """
+        return (x0.float() - self.denoised_by_teacher(x, outputs)).abs().flatten(1).mean(1)
+
+    def denoised_by_teacher(self, x: Tensor, outputs: Sequence[Tensor]) -> Tensor:
+        """Returns D (B, ...) float32 of the teacher, with its guidance, from what `outputs(x)` returned."""
+        *teacher, _ = outputs
+        c_skip, c_out = unwrap(self.teacher).coefficients(self.t)
+        if len(teacher) == 1:
+            output = teacher[0].float()
+        else:
+            conditional, unconditional = teacher
+            assert self.guidance is not None
+            output = unwrap(self.teacher).combined(conditional, unconditional, self.guidance)
+        return column(c_skip, x) * x + column(c_out, x) * output
+
+    def denoised_by_fake_score(self, x: Tensor, outputs: Sequence[Tensor]) -> Tensor:
+        """Returns D (B, ...) float32 of the fake score, from what `outputs(x)` returned."""
+        c_skip, c_out = unwrap(self.fake_score).coefficients(self.t)
+        return column(c_skip, x) * x + column(c_out, x) * outputs[-1].float()
+
     def _teacher(self, x: Tensor) -> list[Tensor]:
         if self.guided:
             return self._combined(conditional_and_unconditional(self.teacher, x, self.t, self.cond, self.null_cond))
@@ -93,9 +124,14 @@ class ScoreDifference:
         conditional, unconditional = outputs
         return [unwrap(self.teacher).combined(conditional, unconditional, self.rescaled)]
 
-    def at(self, x: Tensor) -> Tensor:
-        """Returns delta (B, ...) float32 in plain PyTorch, for code that uses no fused op."""
-        terms = [*([x] if self.needs_x else []), *self.outputs(x)]
+    def of(self, x: Tensor, outputs: Sequence[Tensor]) -> Tensor:
+        """Returns delta (B, ...) float32 in plain PyTorch, for code that uses no fused op.
+
+        Args:
+            x: x_t (B, ...).
+            outputs: what `outputs(x)` returned.
+        """
+        terms = [*([x] if self.needs_x else []), *outputs]
         delta = torch.zeros_like(x, dtype=torch.float32)
         for k, term in zip(self.coefs.unbind(1), terms, strict=True):
             delta = delta + column(k, x) * term.float()
