@@ -92,3 +92,26 @@ def parts(*pairs):
         end = f"_{i + 1}" if i else ""
         found |= {f"text_encoder{end}": encoder, f"tokenizer{end}": tokenizer}
     return found
+
+
+class PixtralProcessor(transformers.ProcessorMixin):
+    """A processor of texts alone. That of transformers needs torchvision, for images."""
+
+    def __init__(self, tokenizer=None, chat_template=None):
+        super().__init__(tokenizer, chat_template=chat_template)
+
+
+def mistral(width):
+    tokenizer, words = qwen_tokenizer()
+    sizes = {"hidden_size": width, "head_dim": 8, "num_key_value_heads": 1, **SIZES, "num_hidden_layers": 30}
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = transformers.Mistral3Config(
+        text_config=transformers.MistralConfig(vocab_size=words, **sizes),
+        vision_config=transformers.PixtralVisionConfig(image_size=16, patch_size=16, **vision),
+        image_token_index=0,
+    )
+    parts = (
+        "{% for message in messages %}{% for part in message['content'] %}{{ part['text'] }} x{% endfor %}{% endfor %}"
+    )
+    processor = PixtralProcessor(tokenizer, chat_template=parts)
+    return seeded(transformers.Mistral3ForConditionalGeneration, config), processor

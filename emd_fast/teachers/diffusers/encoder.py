@@ -62,6 +62,7 @@ class TextEncoder:
             if name.startswith("text_encoder") and part is not None:
                 part.to(device)
                 tokenizer = getattr(pipeline, name.replace("text_encoder", "tokenizer"))
+                tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # that of a processor
                 if "CLIP" in type(part).__name__ or limit is None:
                     makes = getattr(pipeline, "tokenizer_max_length", tokenizer.model_max_length)
                 else:

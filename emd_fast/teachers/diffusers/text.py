@@ -36,7 +36,11 @@ def text_parts(index: Mapping[str, Any], architecture: Architecture) -> dict[str
 
 def _of(kind: str, classes: tuple[str, ...]) -> tuple[str, ...]:
     """The classes of tokenizers, or those of text encoders."""
-    return tuple(name for name in classes if ("Tokenizer" in name or "Processor" in name) == (kind == "tokenizer"))
+    return tuple(name for name in classes if _is_tokenizer(name) == (kind == "tokenizer"))
+
+
+def _is_tokenizer(name: str) -> bool:
+    return "Tokenizer" in name or "Processor" in name  # a processor holds a tokenizer
 
 
 def pipeline_class(index: Mapping[str, Any], architecture: Architecture) -> str:
@@ -129,7 +133,11 @@ def _loaded(folder: Path, name: str, part: Part | None) -> Any:
             'text encoders need transformers: `pip install "emd_fast[diffusers]"`', name=error.name
         ) from error
     kind = getattr(transformers, name)
-    if "Tokenizer" not in name:
+    if missing := getattr(kind, "_backends", ()):  # transformers puts a class without contents in its place
+        raise ModuleNotFoundError(
+            f"the {name} in {folder} needs {' and '.join(map(str, missing))}: install it", name=str(missing[0])
+        )
+    if not _is_tokenizer(name):
         return weights.load_encoder(kind, folder, part).requires_grad_(False)
     try:
         reading.check_regular(folder)
