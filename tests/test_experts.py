@@ -228,7 +228,14 @@ def updates(folder, **changes):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "options", [{"parallel": "fsdp"}, {"parallel": "replicate"}, {"parallel": "fsdp", "adapter_rank": 2}]
+    "options",
+    [
+        {"parallel": "fsdp"},
+        {"parallel": "replicate"},
+        {"parallel": "fsdp", "adapter_rank": 2},
+        {"parallel": "fsdp", "gather": "block"},
+        {"parallel": "fsdp", "gather": "block", "adapter_rank": 2},
+    ],
 )
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_ranks_whose_rows_need_different_networks_do_what_one_process_does(folder, ranks, options, precision):

@@ -18,9 +18,9 @@ class Experts(Network):
     The rows of a batch that needs both are grouped by network. The host waits for the number of rows:
     once for each batch of times, which are fixed in an E-step.
 
-    Where gradients are wanted, a network that no row needs passes one patch, whose output counts 0
-    times. All parameters then have a gradient, and all ranks make the same passes in the same order,
-    which FSDP2 needs.
+    A network that no row needs passes one patch, whose output counts 0 times, where its gradients are
+    wanted or FSDP2 gathers it in its passes. All parameters then have a gradient, and all ranks make
+    the same passes in the same order.
 
     Args:
         model: for training indices from the boundary on.
@@ -53,7 +53,7 @@ class Experts(Network):
         for network, rows, (times, conds) in zip((self.model, self.second), (x[:first], x[first:]), parts, strict=True):
             if len(rows):
                 outputs.append(self.architecture.call(network, rows, times, conds))
-            elif torch.is_grad_enabled() and any(p.requires_grad for p in network.parameters()):
+            elif any(_counts(parameter) for parameter in network.parameters()):
                 unused.append(self._one_patch(network, x, times, conds))
         output = torch.cat(outputs)[back] if mixed else outputs[0]
         return output + 0 * unused[0].sum() if unused else output
@@ -68,6 +68,11 @@ class Experts(Network):
         sides = self.architecture.patch[-(x.dim() - 2) :]
         patch = x[(slice(1), slice(None), *map(slice, sides))]
         return self.architecture.call(network, patch, index[:1], {name: value[:1] for name, value in given.items()})
+
+
+def _counts(parameter: Tensor) -> bool:
+    """Whether a gradient is wanted, or the parameter is sharded: FSDP2 then gathers it in the pass."""
+    return (torch.is_grad_enabled() and parameter.requires_grad) or hasattr(parameter, "device_mesh")
 
 
 def _split(
