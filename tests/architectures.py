@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import diffusers_folders as folders
 import text_encoders as texts
 import tiny_architectures as tiny
 import torch
@@ -100,6 +101,14 @@ ROWS = {
         called("guidance_scale"),
         scheduler=tiny.chain,
         vae=tiny.vae(**tiny.STATISTICS),
+    ),
+    "SD3Transformer2DModel": Row(
+        folders.sd3_transformer,
+        "StableDiffusion3Pipeline",
+        lambda lengths: {"prompt_embeds": tiny.embeds(lengths, 16), "pooled_projections": tiny.pooled(lengths, 16)},
+        called("guidance_scale"),
+        vae=tiny.vae(shift_factor=0.1),
+        text=lambda: texts.parts(texts.clip(8, 8), texts.clip(8, 8), texts.t5(16)),
     ),
     "FluxTransformer2DModel": Row(
         tiny.flux,

@@ -32,7 +32,7 @@ from emd_fast.train import conditions  # noqa: E402
 
 STEPS = 3
 TEACHERS = Path(__file__).resolve().parents[1] / "docs" / "teachers.md"
-KNOWN_ELSEWHERE = {"UNet2DModel", "DiTTransformer2DModel", "SD3Transformer2DModel"}  # in test_diffusers_export.py
+KNOWN_ELSEWHERE = {"UNet2DModel", "DiTTransformer2DModel"}  # in test_diffusers_export.py
 
 
 def pipeline_of(row, **text):
