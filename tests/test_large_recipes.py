@@ -25,7 +25,8 @@ def planned(call, tmp_path, recipe, *words):
     assert code == 0, err
     table = out[out.index("8 devices, GiB on each") :].splitlines()
     (total,) = (line.removeprefix("a device, in all") for line in table if line.startswith("a device, in all"))
-    return dict(zip((word for word in table[1].split() if word != "*"), total.split(), strict=True))
+    modes = next(line for line in table if "replicate" in line).split()
+    return dict(zip((word for word in modes if word != "*"), total.split(), strict=True))
 
 
 @pytest.mark.slow  # the modules of the networks are built
@@ -37,6 +38,8 @@ def test_the_memory_that_a_recipe_states_is_that_of_its_plan(call, tmp_path, rec
     assert set(totals) == {"fsdp", "replicate"}
     for total in totals.values():
         assert f"{total} GiB" in text
+    if recipe == "flux":
+        assert f"{planned(call, tmp_path, recipe, '--parallel=fsdp', '--gather=block')['fsdp']} GiB" in text
     assert float(totals[settings.emd.parallelism.parallel]) == min(map(float, totals.values()))
 
 
