@@ -137,9 +137,16 @@ class ParallelismConfig:
         "sharded networks whole for all passes of a phase, or block by block at each pass; auto by memory",
         resumable=True,
     )
+    offload: tuple[Literal["teacher", "fake_score"], ...] = setting(
+        (),
+        "sharded networks whose shards are in host memory, with their gradients and optimizer state",
+        resumable=True,
+    )
 
     def __post_init__(self) -> None:
         validate(self)
+        if len(set(self.offload)) < len(self.offload):
+            raise ConfigError(f"offload must name each network once, got {list(self.offload)}")
 
 
 @documented

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -69,7 +69,9 @@ class TrainableParameters:
         The result is the same on every rank.
         """
         gradients = self._gradients()
-        norms = torch.stack(list(torch._foreach_norm([g for _, g in gradients])))
+        # Shards in host memory have their gradients there; a parameter of one number is not sharded.
+        device = self.last_bad.device
+        norms = torch.stack([norm.to(device) for norm in torch._foreach_norm([g for _, g in gradients])])
         if (sharers := self._shard_group()) is not None:
             # A replicated gradient must count once, and the all-reduce adds it once per rank.
             squares = norms.square()
@@ -107,6 +109,12 @@ class TrainableParameters:
             return tensor
         from torch.distributed.tensor import DTensor
 
+        if tensor.device.type != whole.device_mesh.device_type:
+            # from_local would copy state in host memory to the device, and what is then read into
+            # the copy would be lost.
+            found: Any = self.like(index, torch.empty_like(tensor, device="meta"))
+            found._local_tensor = tensor
+            return cast(Tensor, found)
         return DTensor.from_local(
             tensor,
             whole.device_mesh,

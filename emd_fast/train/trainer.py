@@ -86,9 +86,10 @@ class EMDTrainer:
         self.teacher_facts = prepared.teacher_facts  # origin and fingerprint of the teacher as passed in
         self.schedule = unwrap(teacher).schedule
         self.noise = Noise(config.seed, device=self.device)
+        passes, rates = (self.compute_dtype, config, self.device), config.optimizer
         self.learners = {
-            "generator": Learner(self.generator, config.optimizer.generator_lr, self.compute_dtype, config),
-            "fake_score": Learner(self.fake_score, config.optimizer.fake_score_lr, self.compute_dtype, config),
+            "generator": Learner(self.generator, rates.generator_lr, *passes),
+            "fake_score": Learner(self.fake_score, rates.fake_score_lr, *passes),
         }
         self.prompts = None if prompts is None else conditions.table(prompts)
         inner = unwrap(self.teacher)
