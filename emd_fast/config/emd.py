@@ -120,6 +120,8 @@ class EMDConfig:
                 f'parallel must be "replicate" for base_dtype "{base_dtype}", got "{parallel}": a quantised base is '
                 "not sharded"
             )
+        if self.compute.cuda_graph is True and self.compute.activation_checkpointing == "all":
+            raise ConfigError('cuda_graph must be False or "auto" for activation_checkpointing "all", got True')
 
     @property
     def calls(self) -> int:

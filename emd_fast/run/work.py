@@ -54,13 +54,14 @@ class Work:
         k = 1 if config.objective == "vsd" else config.langevin_steps
         moves_z = config.objective != "vsd" and config.gamma_z != 0
         adapted = config.adapter.networks if config.adapter.rank else ()
-        learning = {name: 3 - (name in adapted) + config.compute.activation_checkpointing for name in NAMES}
+        again = config.compute.activation_checkpointing
+        learning = {name: 3 - (name in adapted) + bool(again) for name in NAMES}
         fake_score = config.fake_score_updates * (self.generator + learning["fake_score"] * self.fake_score)
         scores = k * ((1 if config.guidance is None else 2) * self.teacher + self.fake_score)
         if config.sampling == "x_z":
-            generated = 2 * (k + 1) * self.generator
+            generated = (2 * (k + 1) + k * (again == "all")) * self.generator
         else:
-            generated = (2 * k if moves_z else 1) * self.generator
+            generated = ((2 + (again == "all")) * k if moves_z else 1) * self.generator
         # A rung is drawn evenly for every update and E-step, and the rungs before it are run.
         earlier = (config.fake_score_updates + 1) * (config.calls - 1) / 2 * self.generator
         return fake_score + scores + generated + earlier + learning["generator"] * self.generator

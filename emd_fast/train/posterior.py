@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from typing import Any
 
 from emd_fast import distributed
 from emd_fast.config import EMDConfig
@@ -11,6 +13,7 @@ from emd_fast.em.e_step import sample_eps_z
 from emd_fast.em.e_step_xz import sample_x_z
 from emd_fast.em.types import EStep, LangevinSettings, Networks, Watch
 from emd_fast.noise import Noise, NoiseStream
+from emd_fast.train.activation_checkpoint import activation_checkpoint
 from emd_fast.train.batches import BatchSampler, MicroBatch
 
 _logger = logging.getLogger("emd_fast")
@@ -48,10 +51,13 @@ class PosteriorSampler:
         if self.captured and watch is None:
             return self._graph()(z, eps, t, batch.cond, gamma_eps=gamma_eps, gamma_z=gamma_z)
         sample = sample_x_z if config.sampling == "x_z" else sample_eps_z
+        recomputed = config.compute.activation_checkpointing == "all"
+        generator: Any = self._networks[0]
         settings = LangevinSettings(
             self.steps, gamma_eps, gamma_z, self._noise, config.guidance, batches.sizes.null_cond(), config.integrator
         )
-        return sample(self._networks, z, eps, t, batch.cond, settings, watch)
+        with activation_checkpoint(generator) if recomputed else contextlib.nullcontext():
+            return sample(self._networks, z, eps, t, batch.cond, settings, watch)
 
     def _graph(self) -> GraphedEStep:
         """The E-step of the current size as a graph, which is captured at its first call."""
@@ -75,8 +81,12 @@ def captures(config: EMDConfig, networks: Networks, device_type: str) -> tuple[b
         return chosen, f"cuda_graph is {str(chosen).lower()}"
     first, last = distributed.share(config.batch_size)
     samples = min(config.compute.micro_batch_size or last - first, last - first)
-    sampled = 'sampling "x_z" has no graph' if config.sampling == "x_z" else None
-    pays, reason = worth_a_graph(GraphFacts(device_type, sampled or obstacle(networks), samples))
+    chain = None
+    if config.sampling == "x_z":
+        chain = 'sampling "x_z" has no graph'
+    elif config.compute.activation_checkpointing == "all":
+        chain = "activations of the Langevin steps are recomputed"
+    pays, reason = worth_a_graph(GraphFacts(device_type, chain or obstacle(networks), samples))
     said = f"cuda_graph is auto: {'on' if pays else 'off'}: {reason}"
     _logger.info(said)
     return pays, said
