@@ -3,15 +3,19 @@
 On a CPU host and device memory are one, so the copies between them are not seen here.
 """
 
+import unittest.mock
+
 import pytest
 import torch
 from test_distributed import STEP, config, points, whole
 from test_distributed import teacher as points_teacher
 from test_gathering import ADAPTERS, even_settings, even_teacher
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy
 
 from emd_fast import EMDTrainer, distributed
 from emd_fast.config import ConfigError
+from emd_fast.distributed import rows
 from emd_fast.run.plan import plan
 from emd_fast.train.memory import offloaded
 from emd_fast.train.sizes import Sizes
@@ -91,6 +95,23 @@ def test_a_run_resumes_with_other_networks_in_host_memory_bit_for_bit(ranks, tmp
     ranks(2, saved, tmp_path / "checkpoint")
     for found, expected in zip(ranks(2, resumed, tmp_path / "checkpoint"), ranks(2, straight), strict=True):
         assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def wrapped_as_on_a_gpu() -> None:
+    trainer = EMDTrainer(*points({"parallel": "fsdp", "offload": ["fake_score"]}))
+    trainable = trainer.learners["fake_score"].trainable
+    index = next(i for i, p in enumerate(trainable.whole) if hasattr(p, "device_mesh"))
+    state = torch.ones_like(trainable.parameters[index])
+    with unittest.mock.patch.object(DeviceMesh, "device_type", "cuda"):
+        found = trainable.like(index, state)
+        held = rows.held(found)  # as a checkpoint reads and writes it
+    assert held.values.data_ptr() == state.data_ptr()
+    assert found.shape == trainable.whole[index].shape and found.device.type == "cpu"
+    assert distributed.local(found).data_ptr() == state.data_ptr()  # what is read into it reaches the optimizer
+
+
+def test_state_in_host_memory_is_wrapped_where_it_is(ranks):
+    ranks(2, wrapped_as_on_a_gpu)
 
 
 def test_host_memory_is_pinned_for_a_gpu_alone():

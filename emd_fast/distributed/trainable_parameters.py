@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, cast
 
 import torch
@@ -109,12 +110,12 @@ class TrainableParameters:
             return tensor
         from torch.distributed.tensor import DTensor
 
-        if tensor.device.type != whole.device_mesh.device_type:
+        if tensor.device.type not in (whole.device_mesh.device_type, "meta"):
             # from_local would copy state in host memory to the device, and what is then read into
-            # the copy would be lost.
-            found: Any = self.like(index, torch.empty_like(tensor, device="meta"))
-            found._local_tensor = tensor
-            return cast(Tensor, found)
+            # the copy would be lost. FSDP2 makes its own shards in host memory in this way.
+            meta = whole._spec.tensor_meta._replace(dtype=tensor.dtype)
+            make: Any = DTensor
+            return cast(Tensor, make(tensor, dataclasses.replace(whole._spec, tensor_meta=meta), requires_grad=False))
         return DTensor.from_local(
             tensor,
             whole.device_mesh,
