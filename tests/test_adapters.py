@@ -1,6 +1,7 @@
 """One frozen base with adapters against three networks: the same numbers, a fraction of the memory and of the files."""
 
 import dataclasses
+import sys
 
 import diffusers_folders as folders
 import pytest
@@ -311,6 +312,27 @@ def test_a_peft_model_of_the_user_is_the_generator(tmp_path):
 def test_targets_that_match_nothing_name_the_layers_there_are():
     with pytest.raises(ConfigError, match=r"adapter_targets names 'to_qq'.*there are .*qkv"):
         adapted(digits_teacher(), adapter_targets=["qkv", "to_qq"])
+
+
+def test_a_layer_that_peft_refuses_is_reported_in_one_line():
+    class Grouped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(2, 2, 1, groups=2)
+
+        def forward(self, x, t, cond=None):
+            return self.conv(x)
+
+    teacher = Denoiser(Grouped(), schedules.EDM(), "edm", sigma_data=0.5, sample_shape=(2, 4, 4))
+    with pytest.raises(ConfigError, match="peft gives the generator no adapter: ") as error:
+        adapted(teacher, adapter_rank=3)
+    assert "\n" not in str(error.value)
+
+
+def test_adapters_without_peft_say_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ConfigError, match="adapter_rank needs peft: `pip install"):
+        adapted(digits_teacher(), num_classes=3)
 
 
 def test_a_network_without_layers_is_refused():

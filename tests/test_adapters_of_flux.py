@@ -1,14 +1,16 @@
 """Adapters on Flux.1, 12 billion parameters on the meta device: memory, plan, size of a checkpoint."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 from test_trainer import config
 
 from emd_fast import Denoiser, Generator, schedules
+from emd_fast.config import AdapterConfig
 from emd_fast.run.plan import plan
-from emd_fast.train import networks
+from emd_fast.train import adapters, networks
 from emd_fast.train.memory import GIB
 from emd_fast.train.sizes import Sizes
 
@@ -68,3 +70,10 @@ def test_a_checkpoint_of_a_base_of_12_billion_parameters_is_below_a_gigabyte(flu
     )  # fmt: skip
     moments = 2 * sum(p.nbytes for part in (generator, fake_score) for p in part.parameters() if p.requires_grad)
     assert 100e6 < weights + moments < 1e9
+    # The table of the docs: seven numbers for each parameter of an adapter.
+    sizes = {rank: 7 * 4 * adapters.count(flux, AdapterConfig(rank=rank)) for rank in (4, 8, 16, 32, 64, 128, 21, 22)}
+    assert weights + moments == sizes[16] and sizes[21] < 1e9 < sizes[22]
+    row = " | ".join(f"{sizes[rank] / 1e9:.2f}" for rank in (4, 8, 16, 32, 64, 128))
+    page = (Path(__file__).resolve().parents[1] / "docs" / "distributed.md").read_text()
+    assert f"| a checkpoint of Flux.1, GB | {row} |" in page, row
+    assert f"Five are {sizes[64] * 5 / 7 / 1e9:.1f} GB at rank 64" in page

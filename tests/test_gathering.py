@@ -180,6 +180,7 @@ CHANGES = [
     STEP,
     {"micro_batch_size": 2, **STEP},
     {"activation_checkpointing": True, "micro_batch_size": 3},
+    {"activation_checkpointing": "all", **STEP},
     {"precision": "bfloat16"},
     {"rungs": [2.0, 1.0, 0.5]},
     {"sampling": "x_z"},

@@ -205,6 +205,10 @@ def test_activations_that_are_computed_again_are_a_forward_pass_more():
     work = Work(teacher=1.0, generator=10.0, fake_score=100.0)
     again = config(activation_checkpointing=True)
     assert work.step(again) - work.step(config()) == 10.0 + again.fake_score_updates * 100.0
+    for changes in ({}, {"sampling": "x_z"}, {"gamma_z": 0.0}):
+        every = work.step(config(activation_checkpointing="all", **changes))
+        steps = 0 if "gamma_z" in changes else again.langevin_steps
+        assert every - work.step(config(activation_checkpointing=True, **changes)) == steps * 10.0
 
 
 def test_times_are_those_of_the_ceilings():

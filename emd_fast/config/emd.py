@@ -112,6 +112,7 @@ class EMDConfig:
         for name in ("gamma_eps", "gamma_z"):
             _check_step_size(name, getattr(self, name))
         _check_rungs(self)
+        _check_offload(self)
         if self.compute.cuda_graph is True and self.sampling == "x_z":
             raise ConfigError('cuda_graph must be False or "auto" for sampling "x_z", got True')
         if self.objective == "sid":
@@ -122,6 +123,8 @@ class EMDConfig:
                 f'parallel must be "replicate" for base_dtype "{base_dtype}", got "{parallel}": a quantised base is '
                 "not sharded"
             )
+        if self.compute.cuda_graph is True and self.compute.activation_checkpointing == "all":
+            raise ConfigError('cuda_graph must be False or "auto" for activation_checkpointing "all", got True')
 
     @property
     def calls(self) -> int:
@@ -156,6 +159,20 @@ def _check_rungs(config: EMDConfig) -> None:
         raise ConfigError(
             f"rungs times (1 + fake_score_updates + fake_score_warmup) must be at most 2^16, the substeps of a noise "
             f"stream, got {config.calls} times {uses}"
+        )
+
+
+def _check_offload(config: EMDConfig) -> None:
+    if "fake_score" not in config.parallelism.offload:
+        return
+    if config.adapter.rank and "fake_score" in config.adapter.networks:
+        raise ConfigError(
+            "offload must leave the fake_score out where it has an adapter, which every device holds: its base is that "
+            'of the teacher, offload ["teacher"]'
+        )
+    if config.optimizer.name == "apex_adamw":
+        raise ConfigError(
+            "offload must leave the fake_score out under optimizer_name 'apex_adamw', which has no step on the CPU"
         )
 
 

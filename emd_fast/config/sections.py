@@ -137,9 +137,16 @@ class ParallelismConfig:
         "sharded networks whole for all passes of a phase, or block by block at each pass; auto by memory",
         resumable=True,
     )
+    offload: tuple[Literal["teacher", "fake_score"], ...] = setting(
+        (),
+        "sharded networks whose shards are in host memory, with their gradients and optimizer state",
+        resumable=True,
+    )
 
     def __post_init__(self) -> None:
         validate(self)
+        if len(set(self.offload)) < len(self.offload):
+            raise ConfigError(f"offload must name each network once, got {list(self.offload)}")
 
 
 @documented
@@ -153,8 +160,11 @@ class ComputeConfig:
     micro_batch_size: int = setting(
         0, "samples of a device per pass; 0 for its whole share", unit="samples", ge=0, resumable=True
     )
-    activation_checkpointing: bool = setting(
-        False, "recompute activations in the backward pass, to save memory", resumable=True
+    activation_checkpointing: bool | Literal["all"] = setting(
+        False,
+        "recompute activations in the backward passes of M-step and fake-score step, to save memory; all for those of "
+        "the Langevin steps too",
+        resumable=True,
     )
     fuse: bool = setting(True, "run norms, attention and conditioning by the fused ops", resumable=True)
     compile: bool = setting(False, "torch.compile the repeated blocks; needs fuse", resumable=True)

@@ -10,7 +10,7 @@ from emd_fast.distributed.borrowing import Borrowers
 from emd_fast.distributed.fsdp import gathered, gathers_by_block, is_fsdp, is_sharded, sync_gradients
 from emd_fast.distributed.group import LostRank, barrier, is_main, local_size, process_group, rank, share, world_size
 from emd_fast.distributed.modes import check_group, make_mesh, resolve
-from emd_fast.distributed.sharding import blocks_of, broadcast, device_of, shard
+from emd_fast.distributed.sharding import blocks_of, broadcast, device_of, offload_policy, shard
 from emd_fast.distributed.trainable_parameters import TrainableParameters, local
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "local",
     "local_size",
     "make_mesh",
+    "offload_policy",
     "on_main",
     "process_group",
     "raise_together",

@@ -13,6 +13,7 @@ from emd_fast.distributed.sharding import apply_fsdp
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import OffloadPolicy
 
 
 class Borrowers:
@@ -45,18 +46,18 @@ class Borrowers:
                             uses.setdefault(owner[id(tensor)], []).append((module, name))
             self._uses.append((network, uses))
 
-    def follow(self, mesh: DeviceMesh | None = None) -> None:
+    def follow(self, mesh: DeviceMesh | None = None, offload: OffloadPolicy | None = None) -> None:
         """Gives the networks the tensors that the lender has now.
 
         If the lender is sharded, the networks are gathered with it. If it gathers by block, each of
         them gathers by block too, from the same shards.
 
         Args:
-            mesh: that of the lender; needed where it gathers by block.
+            mesh, offload: those of the lender; needed where it gathers by block.
         """
         for network, uses in self._uses:
             if gathers_by_block(self._lender):
-                _shard_without_memory(network, uses, mesh)
+                _shard_without_memory(network, uses, mesh, offload)
             for (lender, name), borrowers in uses.items():
                 for module, its_name in borrowers:
                     if name in lender._parameters:
@@ -69,7 +70,9 @@ class Borrowers:
                 lend(self._lender, network, uses)
 
 
-def _shard_without_memory(network: nn.Module, uses: Mapping[Use, Sequence[Use]], mesh: DeviceMesh | None) -> None:
+def _shard_without_memory(
+    network: nn.Module, uses: Mapping[Use, Sequence[Use]], mesh: DeviceMesh | None, offload: OffloadPolicy | None
+) -> None:
     """Applies FSDP2 to a network, with tensors on the meta device where the lender's shards will be."""
     stand_ins = set()
     for (lender, name), borrowers in uses.items():
@@ -79,4 +82,4 @@ def _shard_without_memory(network: nn.Module, uses: Mapping[Use, Sequence[Use]],
             stand_ins.add(stand_in)
             for module, its_name in borrowers:
                 module._parameters[its_name] = stand_in
-    apply_fsdp(network, mesh, whole_on_every_rank=set(network.parameters()) - stand_ins)
+    apply_fsdp(network, mesh, whole_on_every_rank=set(network.parameters()) - stand_ins, offload=offload)

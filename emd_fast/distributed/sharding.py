@@ -16,6 +16,7 @@ from emd_fast.distributed.trainable_parameters import local
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import OffloadPolicy
 
 
 def shard(
@@ -27,6 +28,7 @@ def shard(
     device: torch.device | str | None = None,
     blocks: Sequence[nn.Module] | None = None,
     gather: str = "phase",
+    offload: bool = False,
 ) -> nn.Module:
     """Replicates or shards a network over the process group, in place, from the weights of rank 0.
 
@@ -47,6 +49,8 @@ def shard(
         blocks: modules that are gathered one at a time; `blocks_of(network)` when None.
         gather: "phase": `gathered` holds the whole network. "block": every pass gathers the blocks
             one after the other, also inside `gathered`.
+        offload: whether the shards are in host memory, pinned if the device is a GPU, with their
+            gradients and the state of an optimizer. The optimizer's step is then one of the CPU.
 
     Returns:
         The network. Networks that already use FSDP2 are left unchanged.
@@ -78,9 +82,10 @@ def shard(
     # `TrainableParameters` sums its gradient.
     scalars = {p for p in network.parameters() if not p.dim()}
     mesh = mesh if mesh is not None else make_mesh(mode, device)
-    apply_fsdp(network, mesh, whole_on_every_rank=scalars, precision=precision, blocks=blocks)
+    policy = offload_policy(offload, device)
+    apply_fsdp(network, mesh, whole_on_every_rank=scalars, precision=precision, blocks=blocks, offload=policy)
     if whole is not None:
-        _take_from_rank_0(network, whole, device)
+        _take_from_rank_0(network, whole, device, offload)
         broadcast(_named(network).values())
     if gather == "block":
         gather_by_block(network)
@@ -94,12 +99,14 @@ def apply_fsdp(
     whole_on_every_rank: set[nn.Parameter],
     precision: torch.dtype | None = None,
     blocks: Sequence[nn.Module] | None = None,
+    offload: OffloadPolicy | None = None,
 ) -> None:
     """Applies FSDP2 to the blocks of a network and to the network.
 
     Args:
         whole_on_every_rank: parameters that FSDP2 leaves alone.
         precision, blocks: as for `shard`.
+        offload: result of `offload_policy`; shards stay on the device when None.
     """
     from torch.distributed import fsdp
 
@@ -111,6 +118,8 @@ def apply_fsdp(
         cast_forward_inputs=False,
     )
     options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "ignored_params": whole_on_every_rank}
+    if offload is not None:
+        options["offload_policy"] = offload
     for module in blocks_of(network) if blocks is None else blocks:
         fsdp.fully_shard(module, **options)
     # Also at the root: if it stayed gathered after a pass without gradients, it would miss the
@@ -122,6 +131,15 @@ def apply_fsdp(
             # global batch.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def offload_policy(wanted: bool, device: torch.device) -> OffloadPolicy | None:
+    """FSDP2's policy of shards in host memory, pinned for copies to a GPU; None if it is not wanted."""
+    if not wanted:
+        return None
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    return CPUOffloadPolicy(pin_memory=device.type == "cuda")
 
 
 def device_of(network: nn.Module) -> torch.device:
@@ -163,14 +181,26 @@ def _leave_to_rank_0(network: nn.Module) -> dict[str, Tensor] | None:
 
 
 @torch.no_grad()
-def _take_from_rank_0(network: nn.Module, whole: dict[str, Tensor], device: torch.device) -> None:
+def _take_from_rank_0(
+    network: nn.Module, whole: dict[str, Tensor], device: torch.device, offload: bool = False
+) -> None:
     """Allocates a network on the meta device and fills it from the weights of rank 0.
 
     Shards are distributed one tensor at a time. Tensors that are not sharded are filled on rank 0
     only; `broadcast` sends them on.
+
+    Args:
+        offload: whether shards are allocated in host memory.
     """
-    network.to_empty(device=device)
     tensor: Any
+    if offload:
+        # Shards first: FSDP2 pads and pins what it finds. The rest is on the device.
+        network.to_empty(device="cpu")
+        for tensor in _named(network).values():
+            if not hasattr(tensor, "device_mesh"):
+                tensor.data = torch.empty_like(tensor, device=device)
+    else:
+        network.to_empty(device=device)
     for name, tensor in _named(network).items():
         own = local(tensor)
         if hasattr(tensor, "device_mesh"):

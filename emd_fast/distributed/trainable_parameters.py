@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -69,7 +70,9 @@ class TrainableParameters:
         The result is the same on every rank.
         """
         gradients = self._gradients()
-        norms = torch.stack(list(torch._foreach_norm([g for _, g in gradients])))
+        # Shards in host memory have their gradients there; a parameter of one number is not sharded.
+        device = self.last_bad.device
+        norms = torch.stack([norm.to(device) for norm in torch._foreach_norm([g for _, g in gradients])])
         if (sharers := self._shard_group()) is not None:
             # A replicated gradient must count once, and the all-reduce adds it once per rank.
             squares = norms.square()
@@ -107,6 +110,12 @@ class TrainableParameters:
             return tensor
         from torch.distributed.tensor import DTensor
 
+        if tensor.device.type not in (whole.device_mesh.device_type, "meta"):
+            # from_local would copy state in host memory to the device, and what is then read into
+            # the copy would be lost. FSDP2 makes its own shards in host memory in this way.
+            meta = whole._spec.tensor_meta._replace(dtype=tensor.dtype)
+            make: Any = DTensor
+            return cast(Tensor, make(tensor, dataclasses.replace(whole._spec, tensor_meta=meta), requires_grad=False))
         return DTensor.from_local(
             tensor,
             whole.device_mesh,

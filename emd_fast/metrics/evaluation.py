@@ -199,10 +199,18 @@ def moments_of(detector: Detector, images: Images, n: int, batch: int) -> Moment
 
 
 def _share(images: Images, n: int, batch: int) -> Iterator[tuple[int, Tensor]]:
-    """Yields this rank's share of n images in batches: (global index of the first, images)."""
+    """Yields this rank's share of n images in batches: (global index of the first, images).
+
+    Every rank calls `images` equally often, because a call may be a collective of sharded networks.
+    """
     start, end = distributed.share(n)
-    for first in range(start, end, batch):
-        yield first, images(first, min(batch, end - first))
+    largest = -(-n // distributed.world_size())
+    for first in range(start, start + largest, batch):
+        size = min(batch, end - first)
+        if size > 0:
+            yield first, images(first, size)
+        else:  # of a share that is smaller by one
+            images(start, 1)
 
 
 def _check_count(evaluator: Evaluator, n: int) -> None:

@@ -17,7 +17,7 @@ from emd_fast.run.work import Work
 from emd_fast.train import quantised_base
 from emd_fast.train.adapters import NAMES
 from emd_fast.train.gathering import Gather, check_passes, choose_gather
-from emd_fast.train.memory import GIB, gib, memory, shards
+from emd_fast.train.memory import GIB, gib, memory, offloaded, shards
 from emd_fast.train.sizes import NETWORKS, Sizes
 
 
@@ -48,6 +48,7 @@ class Footprint:
         traffic: bytes that each device receives in a step, by purpose.
         seconds: lower bounds on the time of a step from the peak rates, None where not known.
         gather: how each network is gathered.
+        host: bytes in host memory for each device.
     """
 
     mode: str
@@ -56,6 +57,7 @@ class Footprint:
     traffic: dict[str, float]
     seconds: dict[str, float | None]
     gather: Gather
+    host: float = 0.0
 
     @property
     def total(self) -> float:
@@ -143,7 +145,8 @@ def estimate(
         shard_group=shard_group,
         activations=activations or 0.0,
     )
-    return Footprint(mode, devices, held, traffic, seconds, chosen)
+    host = sum(offloaded(sizes, config, mode, devices, reduced=reduced, shard_group=shard_group).values())
+    return Footprint(mode, devices, held, traffic, seconds, chosen, host)
 
 
 def _gathers(config: EMDConfig, name: str, gather: str, pieces: int) -> int:
@@ -202,6 +205,8 @@ class Plan:
             values = cells([c.memory[name] for c in columns])
             rows.append([name, *(["not known"] * len(columns) if self._unknown(name) else values)])
         rows.append(["a device, in all", *cells([c.total for c in columns])])
+        if any(c.host for c in columns):
+            rows.append(["the host, for a device", *cells([c.host for c in columns])])
         for name in NETWORKS:
             if any(c.gather.by for c in columns):
                 rows.append([f"{name} is gathered by", *(c.gather.by.get(name, "-") for c in columns)])

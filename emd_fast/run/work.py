@@ -54,19 +54,20 @@ class Work:
         k = config.langevin_steps if config.objective == "emd" else 1
         moves_z = config.objective == "emd" and config.gamma_z != 0
         adapted = config.adapter.networks if config.adapter.rank else ()
-        learning = {name: 3 - (name in adapted) + config.compute.activation_checkpointing for name in NAMES}
+        again = config.compute.activation_checkpointing
+        learning = {name: 3 - (name in adapted) + bool(again) for name in NAMES}
         fake_score = config.fake_score_updates * (self.generator + learning["fake_score"] * self.fake_score)
         scores = k * ((1 if config.guidance is None else 2) * self.teacher + self.fake_score)
         if config.objective == "sid":
             scores *= 2  # backward passes to the input
         if config.sampling == "x_z":
-            generated = (2 * (k + 1) if moves_z else 1) * self.generator
+            chain = 2 * (k + 1) + k * (again == "all")
+            generated = (chain if moves_z else 1) * self.generator
         else:
             # Where z does not move, one pass serves E-step and M-step, unless the M-step recomputes activations
             # or takes the batch in parts.
-            compute = config.compute
-            again = bool(compute.activation_checkpointing or compute.micro_batch_size)
-            generated = (2 * k if moves_z else again) * self.generator
+            alone = bool(again or config.compute.micro_batch_size)
+            generated = ((2 + (again == "all")) * k if moves_z else alone) * self.generator
         # A rung is drawn evenly for every update and E-step, and the rungs before it are run.
         earlier = (config.fake_score_updates + 1) * (config.calls - 1) / 2 * self.generator
         return fake_score + scores + generated + earlier + learning["generator"] * self.generator

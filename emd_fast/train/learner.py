@@ -24,18 +24,21 @@ class Learner:
         lr: learning rate before warm-up and schedule.
         compute_dtype: of the forward and backward passes, by autocast.
         config: the distillation.
+        device: of the passes; shards may be in host memory.
 
     Raises:
         ConfigError: the optimizer is not installed.
         ValueError: no parameter requires a gradient.
     """
 
-    def __init__(self, network: nn.Module, lr: float, compute_dtype: torch.dtype, config: EMDConfig) -> None:
+    def __init__(
+        self, network: nn.Module, lr: float, compute_dtype: torch.dtype, config: EMDConfig, device: torch.device
+    ) -> None:
         self.network, self.lr = network, lr
         self.trainable = TrainableParameters(network)
         self.optimizer = optimizers.make(config.optimizer, self.trainable.parameters, lr)
         self._dtype, self._config = compute_dtype, config
-        self._device = self.trainable.parameters[0].device
+        self._device = device
 
     def schedule(self, step: int) -> None:
         """Sets the learning rate of an optimizer step."""
@@ -82,7 +85,7 @@ class Learner:
             self.optimizer.step()
         elif bool(finite):
             self.optimizer.step()
-        return norm
+        return norm.to(self._device, non_blocking=True)
 
     def _checkpointing(self) -> contextlib.AbstractContextManager[None]:
         if self._config.compute.activation_checkpointing:

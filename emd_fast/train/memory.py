@@ -65,10 +65,32 @@ def memory(
         }
     copies = {name: 1 if name in sizes.adapters else among for name in NAMES}
     moments = _OPTIMIZER_BYTES[config.optimizer.name]
-    return found | {
+    found |= {
         "optimizer": sum(moments * getattr(sizes, name) / copies[name] for name in NAMES),
         "average": 4.0 * sizes.generator / copies["generator"],
         "activations": activations * samples,
+    }
+    away = offloaded(sizes, config, mode, devices, reduced=reduced, shard_group=shard_group)
+    return {name: size - away.get(name, 0.0) for name, size in found.items()}
+
+
+def offloaded(
+    sizes: Sizes, config: EMDConfig, mode: str, devices: int, *, reduced: bool, shard_group: int = 0
+) -> dict[str, float]:
+    """Bytes of one device that are in host memory, by purpose.
+
+    Args:
+        sizes, config, mode, devices, reduced, shard_group: as for `memory`.
+    """
+    if mode == "replicate" or devices == 1:
+        return {}
+    among, away = shards(mode, devices, shard_group), config.parallelism.offload
+    teacher = sizes.teacher / among if "teacher" in away else 0.0
+    fake_score = sizes.fake_score / among if "fake_score" in away else 0.0
+    return {
+        "weights": 4.0 * fake_score + (2 if reduced else 4) * teacher,
+        "gradients": 4.0 * fake_score,
+        "optimizer": _OPTIMIZER_BYTES[config.optimizer.name] * fake_score,
     }
 
 

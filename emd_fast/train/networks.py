@@ -263,8 +263,9 @@ def _spread(
         if name not in borrowers:
             precision = torch.bfloat16 if dtype == torch.bfloat16 and name != "ema" else None
             how = gather.get("generator" if name == "ema" else name, "phase")
-            distributed.shard(network, mode, precision=precision, mesh=mesh, device=device, gather=how)
-    following.follow(mesh)
+            offload = name in config.parallelism.offload
+            distributed.shard(network, mode, precision=precision, mesh=mesh, device=device, gather=how, offload=offload)
+    following.follow(mesh, distributed.offload_policy("teacher" in config.parallelism.offload, device))
 
 
 def _gather(
@@ -281,6 +282,11 @@ def _gather(
             cannot be gathered by block.
     """
     ranks = distributed.world_size()
+    if ranks > 1 and mode == "replicate" and config.parallelism.offload:
+        raise ConfigError(
+            f"offload must be empty where every rank holds whole networks, got {list(config.parallelism.offload)}: set "
+            "parallel to fsdp or hybrid"
+        )
     if ranks == 1 or mode == "replicate":
         return Gather({}, "nothing is sharded")
     generator, teacher, fake_score = networks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from typing import Any
 
@@ -13,6 +14,7 @@ from emd_fast.em.e_step_xz import sample_x_z
 from emd_fast.em.sid import sample_sid
 from emd_fast.em.types import EStep, LangevinSettings, Networks, Watch
 from emd_fast.noise import Noise, NoiseStream
+from emd_fast.train.activation_checkpoint import activation_checkpoint
 from emd_fast.train.batches import BatchSampler, MicroBatch
 
 _logger = logging.getLogger("emd_fast")
@@ -53,6 +55,8 @@ class PosteriorSampler:
         sample = sample_x_z if config.sampling == "x_z" else sample_eps_z
         if config.objective == "sid":
             sample = sample_sid
+        recomputed = config.compute.activation_checkpointing == "all"
+        generator: Any = self._networks[0]
         settings = LangevinSettings(
             self.steps,
             gamma_eps,
@@ -64,7 +68,8 @@ class PosteriorSampler:
             self._measures,
             keeps_pass=watch is None and self._keeps_pass(batch),
         )
-        return sample(self._networks, z, eps, t, batch.cond, settings, watch)
+        with activation_checkpoint(generator) if recomputed else contextlib.nullcontext():
+            return sample(self._networks, z, eps, t, batch.cond, settings, watch)
 
     def _keeps_pass(self, batch: MicroBatch) -> bool:
         """Whether the M-step may use the E-step's pass of the generator: one graph, of a network that is whole."""
@@ -96,10 +101,14 @@ def captures(config: EMDConfig, networks: Networks, device_type: str) -> tuple[b
         return chosen, f"cuda_graph is {str(chosen).lower()}"
     first, last = distributed.share(config.batch_size)
     samples = min(config.compute.micro_batch_size or last - first, last - first)
-    sampled = 'sampling "x_z" has no graph' if config.sampling == "x_z" else None
-    if config.objective == "sid":
-        sampled = 'objective "sid" has no graph'
-    pays, reason = worth_a_graph(GraphFacts(device_type, sampled or obstacle(networks), samples))
+    chain = None
+    if config.sampling == "x_z":
+        chain = 'sampling "x_z" has no graph'
+    elif config.objective == "sid":
+        chain = 'objective "sid" has no graph'
+    elif config.compute.activation_checkpointing == "all":
+        chain = "activations of the Langevin steps are recomputed"
+    pays, reason = worth_a_graph(GraphFacts(device_type, chain or obstacle(networks), samples))
     said = f"cuda_graph is auto: {'on' if pays else 'off'}: {reason}"
     _logger.info(said)
     return pays, said

@@ -86,10 +86,9 @@ class EMDTrainer:
         self.teacher_facts = prepared.teacher_facts  # origin and fingerprint of the teacher as passed in
         self.schedule = unwrap(teacher).schedule
         self.noise = Noise(config.seed, device=self.device)
-        self.learners = {
-            "generator": Learner(self.generator, config.optimizer.generator_lr, self.compute_dtype, config),
-            "fake_score": Learner(self.fake_score, config.optimizer.fake_score_lr, self.compute_dtype, config),
-        }
+        rates = {"generator": config.optimizer.generator_lr, "fake_score": config.optimizer.fake_score_lr}
+        where = self.compute_dtype, config, self.device
+        self.learners = {name: Learner(getattr(self, name), lr, *where) for name, lr in rates.items()}
         self.prompts = None if prompts is None else conditions.table(prompts)
         inner = unwrap(self.teacher)
         self.batches = BatchSampler(config, self.noise, prepared.shapes, self.prompts, inner, self.compute_dtype)
