@@ -96,13 +96,22 @@ def _distill(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def _study(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from emd_fast import distributed
-    from emd_fast.run import study
+    from emd_fast.run import fashion_cells, fashion_study, study
 
     settings = _settings(options, rest)
     of = "study" if options.vary == "langevin_steps" else f"study-of-{options.vary}"
     folder = options.out or Path("runs") / f"{Path(options.recipe).stem}-{of}"
+    fashion = settings.task == "fashion"
+    if not fashion and (options.cells is not None or options.seeds is not None):
+        raise ConfigError(f"--cells and --seeds are for the study of fashion, not of {settings.task}")
+    if fashion and options.vary != "langevin_steps":
+        raise ConfigError(f"--vary {options.vary} is not for the study of fashion, which has cells")
+    cells = fashion_cells.chosen(options.cells) if options.cells is not None else fashion_cells.ALL
     with distributed.process_group(report):
-        study.conduct(settings, folder, options.vary)
+        if fashion:
+            fashion_study.conduct(settings, folder, cells, options.seeds or 3)
+        else:
+            study.conduct(settings, folder, options.vary)
         if distributed.is_main():
             print(folder / "study.md")
     return 0

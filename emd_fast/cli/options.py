@@ -82,8 +82,8 @@ def _parser() -> argparse.ArgumentParser:
 
     study = commands.add_parser(
         "study",
-        help="compare several K, numbers of calls, or adapters with whole networks, over several seeds",
-        description="Runs a study of digits or gmm. The same command on the same folder resumes it.",
+        help="compare several K, numbers of calls, adapters, or EMD with score distillation, over several seeds",
+        description="Runs a study of digits, gmm or fashion. The same command on the same folder resumes it.",
         epilog="takes the keys of the configuration too: see emd-fast distill --help",
     )
     _settings(study)
@@ -94,6 +94,8 @@ def _parser() -> argparse.ArgumentParser:
         default="langevin_steps",
         help="compare several K (the default), 1, 2 and 4 calls, or adapters with whole networks (digits)",
     )
+    study.add_argument("--cells", metavar="a,b", help="cells of the study of fashion to run (default: all)")
+    study.add_argument("--seeds", type=_positive, help="seeds of each variant of the study of fashion (default 3)")
 
     plan = commands.add_parser(
         "plan",

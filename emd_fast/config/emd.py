@@ -60,8 +60,8 @@ class EMDConfig:
     objective: Literal["emd", "vsd"] = setting(
         "emd", "vsd is score distillation: K = 1, gamma_z = 0, gradient / gamma_eps"
     )
-    weighting: Literal["one", "sigma", "sigma2", "sigma_over_alpha"] = setting(
-        "sigma2", "weight of a sample in the M-step"
+    weighting: Literal["one", "sigma", "sigma2", "sigma_over_alpha", "adaptive"] = setting(
+        "sigma2", "weight of a sample in the M-step; adaptive is that of DMD"
     )
     guidance: float | None = setting(None, "classifier-free guidance weight of the teacher")
     num_classes: int = setting(0, "draw labels below it as conditions; 0 for none", ge=0)

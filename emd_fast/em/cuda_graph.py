@@ -96,6 +96,7 @@ class GraphedEStep:
         generator, teacher, fake_score, guidance, null_cond, integrator, steps, noise: as for
             e_step.
         gamma_eps, gamma_z: as for e_step, or None if they are given with every call.
+        measures: as for LangevinSettings.
         parallel: whether teacher and fake score run on two streams. None: for batches up to
             SMALL_BATCH.
     """
@@ -113,6 +114,7 @@ class GraphedEStep:
         guidance: float | Tensor | None = None,
         null_cond: Condition = None,
         integrator: str = "euler",
+        measures: bool = False,
         parallel: bool | None = None,
     ) -> None:
         self.networks: tuple[Any, Any, Any] = (generator, teacher, fake_score)
@@ -124,6 +126,7 @@ class GraphedEStep:
             "guidance": guidance,
             "null_cond": null_cond,
             "integrator": integrator,
+            "measures": measures,
         }
         self._parallel = parallel
         self._captured: dict[Hashable, _Captured] = {}

@@ -41,8 +41,12 @@ def sample_eps_z(
     difference = ScoreDifference(teacher, fake_score, t, cond, settings.null_cond, settings.guidance)
     z, eps = _copied(z), _copied(eps)
     drift = torch.zeros_like(eps)
+    generated = distance = None
+    if settings.keeps_pass and not settings.moves_z:
+        with torch.enable_grad():
+            generated = generator(z, cond)
     with gathered(*networks), frozen(generator) as g, weight_cache(*networks), conditioning_cache():
-        x0 = None
+        x0 = None if generated is None else generated.detach()
         for k in range(settings.steps):
             if settings.moves_z:
                 with torch.enable_grad():
@@ -53,11 +57,14 @@ def sample_eps_z(
                     x0 = g(z, cond)
             with torch.no_grad():
                 x = ops.perturb(x0.detach(), alpha, sigma, eps=eps, dtype=torch.float32)
+                outputs = difference.outputs(x)
+                if settings.measures and k == settings.steps - 1:
+                    distance = difference.teacher_distance(x0.detach(), x, outputs)
                 alpha_delta = ops.langevin_eps(
                     eps,
                     drift,
                     x if difference.needs_x else None,
-                    difference.outputs(x),
+                    outputs,
                     difference.coefs,
                     alpha,
                     sigma,
@@ -80,7 +87,7 @@ def sample_eps_z(
             if watch is not None:
                 delta = alpha_delta.float() / column(alpha, alpha_delta)
                 watch(LangevinStep(k, x0.detach(), delta, z, eps, drift))
-    return EStep(z, eps, drift, alpha, sigma, t, cond)
+    return EStep(z, eps, drift, alpha, sigma, t, cond, distance, generated)
 
 
 def _copied(x: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ def sample_x_z(
     noise, schedule = settings.noise, unwrap(teacher).schedule
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
     difference = ScoreDifference(teacher, fake_score, t, cond, settings.null_cond, settings.guidance)
-    z, noises = z.detach().float(), eps.detach().float()
+    z, noises, distance = z.detach().float(), eps.detach().float(), None
     alpha_x, sigma_x = column(alpha, eps), column(sigma, eps)
     exact = settings.integrator == "exact"
     step_x, step_z = _column(settings.gamma_eps, eps), _column(settings.gamma_z, z)
@@ -52,24 +52,32 @@ def sample_x_z(
         conditioning_cache(),
         torch.no_grad(),
     ):
-        x = alpha_x * g(z, cond).float() + sigma_x * noises
+        mean = alpha_x * g(z, cond).float()
+        x = mean + sigma_x * noises
         for k in range(settings.steps):
-            with torch.enable_grad():
-                latent = z.detach().requires_grad_()
-                mean = alpha_x * g(latent, cond).float()
+            if settings.moves_z:
+                with torch.enable_grad():
+                    latent = z.detach().requires_grad_()
+                    mean = alpha_x * g(latent, cond).float()
             residual = (x - mean.detach()) / sigma_x**2
-            (z_grad,) = torch.autograd.grad(mean, latent, residual)
             n = ops.normal(x.shape, noise, stream=NoiseStream.LANGEVIN_EPS, substep=k)
-            m = ops.normal(z.shape, noise, stream=NoiseStream.LANGEVIN_Z, substep=k)
-            delta = difference.at(x)
+            outputs = difference.outputs(x)
+            delta = difference.of(x, outputs)
+            if settings.measures and k == settings.steps - 1:
+                distance = difference.teacher_distance(mean.detach() / alpha_x, x, outputs)
             x = x + step_x * sigma_x**2 * (delta - residual) + _noise_scale(step_x, exact) * sigma_x * n
             noises = (1 - step_x) * noises + _noise_scale(step_x, exact) * n
-            z = z + step_z * (z_grad - z) + _noise_scale(step_z, exact) * m
+            if settings.moves_z:
+                (z_grad,) = torch.autograd.grad(mean, latent, residual)
+                m = ops.normal(z.shape, noise, stream=NoiseStream.LANGEVIN_Z, substep=k)
+                z = z + step_z * (z_grad - z) + _noise_scale(step_z, exact) * m
             if watch is not None:
                 eps = (x - alpha_x * g(z, cond).float()) / sigma_x
                 watch(LangevinStep(k, mean.detach() / alpha_x, delta, z, eps, eps - noises))
-        eps = (x - alpha_x * g(z, cond).float()) / sigma_x
-    return EStep(z, eps, eps - noises, alpha, sigma, t, cond)
+        if settings.moves_z:
+            mean = alpha_x * g(z, cond).float()
+        eps = (x - mean) / sigma_x
+    return EStep(z, eps, eps - noises, alpha, sigma, t, cond, distance)
 
 
 def _noise_scale(step: Tensor, exact: bool) -> Tensor:

@@ -16,6 +16,26 @@ WEIGHTINGS = {
     "sigma2": lambda alpha, sigma: sigma.square(),
     "sigma_over_alpha": lambda alpha, sigma: sigma / alpha,
 }
+_LEAST_DISTANCE = 1e-5  # of a sample that the teacher does not change
+
+
+def weight_of(weighting: str, sampled: EStep) -> Tensor:
+    """Weight (B,) float32 of each sample in the M-step.
+
+    "adaptive" is (sigma / alpha)^2 divided by the mean of |x - D_teacher(x_t)| over the sample. With K = 1
+    and gamma_z = 0 the update of x is then D_teacher - D_fake divided by that mean, as in DMD (Yin et
+    al., arXiv 2311.18828). The other names are those of WEIGHTINGS.
+
+    Raises:
+        ValueError: "adaptive" of an E-step that did not measure the distance.
+    """
+    if weighting != "adaptive":
+        return WEIGHTINGS[weighting](sampled.alpha, sampled.sigma)
+    if sampled.teacher_distance is None:
+        raise ValueError(
+            'the weighting "adaptive" needs an E-step with teacher_distance: sample it with measures = True'
+        )
+    return (sampled.sigma / sampled.alpha).square() / sampled.teacher_distance.clamp(min=_LEAST_DISTANCE)
 
 
 def m_step(generator: GeneratorLike, sampled: EStep, weight: Tensor, *, noise_cancellation: bool = True) -> Tensor:

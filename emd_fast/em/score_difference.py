@@ -49,6 +49,7 @@ class ScoreDifference:
         inner_teacher, inner_fake_score = unwrap(teacher), unwrap(fake_score)
         self.cond, self.null_cond, self.guided = plain(cond), None, guidance is not None
         self._on_rung = cond  # a fake score may take the rung
+        self.guidance = guidance
         if self.guided:
             self.null_cond = null_like(inner_teacher.null_cond if null_cond is None else null_cond, self.cond, len(t))
         if inner_teacher.schedule != inner_fake_score.schedule:
@@ -81,6 +82,31 @@ class ScoreDifference:
         teacher, fake_score = side_by_side(lambda: self._teacher(x), lambda: self.fake_score(x, self.t, self._on_rung))
         return [*teacher, fake_score]
 
+    def at(self, x: Tensor) -> Tensor:
+        """Returns delta (B, ...) float32 in plain PyTorch, with the passes that it needs."""
+        return self.of(x, self.outputs(x))
+
+    def teacher_distance(self, x0: Tensor, x: Tensor, outputs: Sequence[Tensor]) -> Tensor:
+        """Returns the mean of |x0 - D_teacher(x_t)| over the elements of each sample, (B,) float32.
+
+        D is that of the guided teacher where it is guided. It comes from the outputs that delta needs.
+
+        Args:
+            x0: (B, ...), the sample of the generator.
+            x: x_t (B, ...).
+            outputs: what `outputs(x)` returned.
+        """
+        *teacher, _ = outputs
+        c_skip, c_out = unwrap(self.teacher).coefficients(self.t)
+        if len(teacher) == 1:
+            (output,) = (term.float() for term in teacher)
+        else:
+            conditional, unconditional = (term.float() for term in teacher)
+            weight = column(torch.as_tensor(self.guidance, dtype=torch.float32, device=x.device), x)
+            output = unconditional + weight * (conditional - unconditional)
+        denoised = column(c_skip, x) * x + column(c_out, x) * output
+        return (x0.float() - denoised).abs().flatten(1).mean(1)
+
     def _teacher(self, x: Tensor) -> list[Tensor]:
         if self.guided:
             return self._combined(conditional_and_unconditional(self.teacher, x, self.t, self.cond, self.null_cond))
@@ -93,9 +119,14 @@ class ScoreDifference:
         conditional, unconditional = outputs
         return [unwrap(self.teacher).combined(conditional, unconditional, self.rescaled)]
 
-    def at(self, x: Tensor) -> Tensor:
-        """Returns delta (B, ...) float32 in plain PyTorch, for code that uses no fused op."""
-        terms = [*([x] if self.needs_x else []), *self.outputs(x)]
+    def of(self, x: Tensor, outputs: Sequence[Tensor]) -> Tensor:
+        """Returns delta (B, ...) float32 in plain PyTorch, for code that uses no fused op.
+
+        Args:
+            x: x_t (B, ...).
+            outputs: what `outputs(x)` returned.
+        """
+        terms = [*([x] if self.needs_x else []), *outputs]
         delta = torch.zeros_like(x, dtype=torch.float32)
         for k, term in zip(self.coefs.unbind(1), terms, strict=True):
             delta = delta + column(k, x) * term.float()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,9 @@ class LangevinSettings:
         guidance: classifier-free guidance weight of the teacher: None, a number or (B,) float32.
         null_cond: the unconditional condition for guidance; the teacher's own when None.
         integrator: "euler" or "exact": the scale of the noise, as for `ops.langevin_eps`.
+        measures: also compute how far the teacher moves each sample (`EStep.teacher_distance`).
+        keeps_pass: where z does not move, keep the one pass of the generator with its graph for the
+            M-step (`EStep.generated`).
     """
 
     steps: int
@@ -37,6 +41,8 @@ class LangevinSettings:
     guidance: float | Tensor | None = None
     null_cond: Condition = None
     integrator: str = "euler"
+    measures: bool = False
+    keeps_pass: bool = False
 
     @property
     def moves_z(self) -> bool:
@@ -55,6 +61,9 @@ class EStep:
         alpha, sigma: of the schedule at t, (B,) float32.
         t: (B,) float32.
         cond: the condition.
+        teacher_distance: mean of |x - D_teacher(x_t)| over the elements of each sample, (B,) float32, at the
+            last Langevin step, where x is g(z) at its start; None if it was not asked for.
+        generated: g(z_K) with its graph to the parameters; None where the M-step has to compute it.
     """
 
     z: Tensor
@@ -64,6 +73,12 @@ class EStep:
     sigma: Tensor
     t: Tensor
     cond: Condition
+    teacher_distance: Tensor | None = None
+    generated: Tensor | None = None
+
+    def bare(self) -> EStep:
+        """Returns the same samples without `generated`, whose graph holds memory."""
+        return dataclasses.replace(self, generated=None)
 
 
 @dataclass(frozen=True)

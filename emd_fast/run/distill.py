@@ -80,7 +80,7 @@ def _distill(settings: RunConfig, folder: Path, sinks: tuple[str, ...], held: co
         say(needs.table())
     needs.check(room)
     task.open_references()
-    teacher, seconds = _teacher(task, folder)
+    teacher, seconds = teacher_of(task, folder)
     writes.check()
     if paths := _found(folder):
         trainer = _last_readable(paths, settings, task, teacher)
@@ -165,11 +165,11 @@ def open_run(
             raise RunError(f"{folder} has no best checkpoint: distil with --evaluation.every IMAGES to keep one")
         _retried(lambda: checkpoint.facts(path))  # raises for a damaged file before the teacher is loaded
         task = task_of(settings)
-        teacher, _ = _teacher(task, folder)
+        teacher, _ = teacher_of(task, folder)
         return settings, task, _retried(lambda: _resumed(path, settings, task, teacher, trains))
     _listed(folder, up_to)  # raises before the teacher is loaded
     task = task_of(settings)
-    teacher, _ = _teacher(task, folder)
+    teacher, _ = teacher_of(task, folder)
     trainer = _retried(lambda: _last_readable(_listed(folder, up_to), settings, task, teacher, trains))
     return settings, task, trainer
 
@@ -222,7 +222,7 @@ def evaluate(
     began = time.monotonic()
     teacher = trainer.teacher
     if distributed.is_sharded(teacher):  # a sharded network cannot be copied
-        teacher, _ = _teacher(task, folder)
+        teacher, _ = teacher_of(task, folder)
     untrained = EMDTrainer(teacher, trainer.config, *task.make_networks(), prompts=task.prompts)
     with distributed.gathered(trainer.teacher):
         metrics = task.evaluate(trainer, untrained, folder)
@@ -246,7 +246,7 @@ def evaluate(
     return metrics
 
 
-def _teacher(task: Task, folder: Path) -> tuple[Denoiser, dict[str, float]]:
+def teacher_of(task: Task, folder: Path) -> tuple[Denoiser, dict[str, float]]:
     """Loads or trains the teacher. Returns it, and the seconds that it took."""
     progress: Progress | None = None
     made: list[Denoiser] = []

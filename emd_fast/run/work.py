@@ -58,9 +58,13 @@ class Work:
         fake_score = config.fake_score_updates * (self.generator + learning["fake_score"] * self.fake_score)
         scores = k * ((1 if config.guidance is None else 2) * self.teacher + self.fake_score)
         if config.sampling == "x_z":
-            generated = 2 * (k + 1) * self.generator
+            generated = (2 * (k + 1) if moves_z else 1) * self.generator
         else:
-            generated = (2 * k if moves_z else 1) * self.generator
+            # Where z does not move, one pass serves E-step and M-step, unless the M-step recomputes activations
+            # or takes the batch in parts.
+            compute = config.compute
+            again = bool(compute.activation_checkpointing or compute.micro_batch_size)
+            generated = (2 * k if moves_z else again) * self.generator
         # A rung is drawn evenly for every update and E-step, and the rungs before it are run.
         earlier = (config.fake_score_updates + 1) * (config.calls - 1) / 2 * self.generator
         return fake_score + scores + generated + earlier + learning["generator"] * self.generator

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +42,24 @@ class Fashion(LabelledImages):
     def metrics(self, samples: dict[str, LabelledSet], seed: int) -> dict[str, Any]:
         judge = self._judge
         n = check_sets(samples, most=len(judge.images), default=len(judge.images))
-        found = {name: judge.reference.full(images, labels) for name, (images, labels) in samples.items()}
+        found = {name: self._metrics_of(name, images, labels) for name, (images, labels) in samples.items()}
         return {
             **by_metric({"real": judge.real(), **found}),
             "n": n,
             "seed": seed,
             "classifier_accuracy": judge.accuracy,
         }
+
+    def _metrics_of(self, name: str, images: Tensor, labels: Tensor | None) -> dict[str, Any]:
+        """The metrics of a set. Those of teacher and untrained generator are cached: many runs share them."""
+        judge = self._judge
+        if name not in ("teacher", "init"):
+            return judge.reference.full(images, labels)
+        parts = [images] if labels is None else [images, labels]
+        digest = hashlib.sha256(b"".join(part.contiguous().cpu().numpy().tobytes() for part in parts)).hexdigest()
+        made = cached("set", {**judge.key, "set": digest}, lambda: {"metrics": judge.reference.full(images, labels)})
+        found: dict[str, Any] = made["metrics"]
+        return found
 
     def of_teacher(self, trainer: EMDTrainer, cond: Tensor | None) -> Tensor:
         config = trainer.config
@@ -80,12 +92,13 @@ class Judge:
         images: held-out images (N, 1, H, W): all of the test split, or as many as the train split has.
         reference: compares with them.
         accuracy: of the classifier on the test split.
+        key: what all of it depends on, as `cached` takes it.
     """
 
     def __init__(self, folder: Path, resolution: int, steps: int) -> None:
         self._data = fashion_data.data(str(folder), resolution)
         training = Training(_WIDTHS, steps, _NOISE, flip=True)
-        self._key = {
+        self.key = {
             "data": fashion_data.digest(folder),
             "resolution": resolution,
             "widths": list(training.widths),
@@ -95,7 +108,7 @@ class Judge:
             "seed": training.seed,
         }
         test, train = self._data.load("test"), self._data.load("train")
-        made = cached("classifier", self._key, lambda: self._trained(training))
+        made = cached("classifier", self.key, lambda: self._trained(training))
         network = image_classifier.untrained(self._data, training)
         network.load_state_dict(made["classifier"])
         self.accuracy: float = made["accuracy"]
@@ -107,7 +120,7 @@ class Judge:
         """The metrics of real images of the train split: the result of a perfect copy of them."""
         n = len(self.images)
         drawn = subset(self._data.load("train"), n, _SEED, _PICK_TRAIN)
-        found: dict[str, Any] = cached("real", self._key, lambda: {"metrics": self.reference.full(*drawn)})["metrics"]
+        found: dict[str, Any] = cached("real", self.key, lambda: {"metrics": self.reference.full(*drawn)})["metrics"]
         return found
 
     def _trained(self, training: Training) -> dict[str, Any]:

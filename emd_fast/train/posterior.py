@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 from emd_fast import distributed
 from emd_fast.config import EMDConfig
@@ -34,6 +35,7 @@ class PosteriorSampler:
     ) -> None:
         self._config, self._networks, self._noise, self._batches = config, networks, noise, batches
         self.steps = 1 if config.objective == "vsd" else config.langevin_steps
+        self._measures = config.weighting == "adaptive"
         self.captured, self.why = captures(config, networks, device_type)
         # One for each size, because the null condition may state the size.
         self._graphed: dict[int, GraphedEStep] = {}
@@ -49,9 +51,24 @@ class PosteriorSampler:
             return self._graph()(z, eps, t, batch.cond, gamma_eps=gamma_eps, gamma_z=gamma_z)
         sample = sample_x_z if config.sampling == "x_z" else sample_eps_z
         settings = LangevinSettings(
-            self.steps, gamma_eps, gamma_z, self._noise, config.guidance, batches.sizes.null_cond(), config.integrator
+            self.steps,
+            gamma_eps,
+            gamma_z,
+            self._noise,
+            config.guidance,
+            batches.sizes.null_cond(),
+            config.integrator,
+            self._measures,
+            keeps_pass=watch is None and self._keeps_pass(batch),
         )
         return sample(self._networks, z, eps, t, batch.cond, settings, watch)
+
+    def _keeps_pass(self, batch: MicroBatch) -> bool:
+        """Whether the M-step may use the E-step's pass of the generator: one graph, of a network that is whole."""
+        first, last = distributed.share(self._config.batch_size)
+        whole = batch.size == last - first and not self._config.compute.activation_checkpointing
+        generator: Any = self._networks[0]
+        return whole and not distributed.is_sharded(generator)
 
     def _graph(self) -> GraphedEStep:
         """The E-step of the current size as a graph, which is captured at its first call."""
@@ -64,6 +81,7 @@ class PosteriorSampler:
                 guidance=config.guidance,
                 null_cond=sizes.null_cond(),
                 integrator=config.integrator,
+                measures=self._measures,
             )
         return self._graphed[sizes.index]
 

@@ -19,7 +19,7 @@ from emd_fast.diffusion.denoiser import Condition, Denoiser, unwrap
 from emd_fast.distributed import gathered
 from emd_fast.em.fake_score_step import fake_score_step
 from emd_fast.em.frozen import frozen
-from emd_fast.em.m_step import WEIGHTINGS, m_step
+from emd_fast.em.m_step import m_step, weight_of
 from emd_fast.em.types import EStep, Watch
 from emd_fast.noise import Noise, NoiseStream
 from emd_fast.train import checkpoint, conditions, diagnostics, networks, precision
@@ -204,15 +204,15 @@ class EMDTrainer:
         first, _ = distributed.share(self.config.batch_size)
 
         def losses(posterior: EStep) -> Tensor:
-            weight = WEIGHTINGS[self.config.weighting](posterior.alpha, posterior.sigma)
+            weight = weight_of(self.config.weighting, posterior)
             if self.config.objective == "vsd":
                 # The gradient is linear in drift, and drift is gamma_eps times that of score distillation.
                 weight = weight / self.batches.step_size(self.config.gamma_eps, posterior.t)
 
             def recorded(z: Tensor, cond: Condition) -> Tensor:
-                generated = self.generator(z, cond)
+                generated = posterior.generated if posterior.generated is not None else self.generator(z, cond)
                 before = sum(len(record.posterior.t) for record in self._records)
-                self._records.append(StepRecord(posterior, first + before, generated.detach(), weight))
+                self._records.append(StepRecord(posterior.bare(), first + before, generated.detach(), weight))
                 return generated
 
             return m_step(recorded, posterior, weight, noise_cancellation=self.config.noise_cancellation)
