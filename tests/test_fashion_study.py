@@ -67,6 +67,8 @@ def test_every_variant_is_valid_and_makes_as_many_passes():
         {"gamma_z": 0.0},
         {"sampling": "x_z"},
         {"guidance": 2.0},
+        {"objective": "sid", "weighting": "adaptive"},
+        {"objective": "sid", "guidance": 2.0},
         {"sampling": "x_z", "gamma_z": 0.0},
         {"fake_score_updates": 3},
     ],
@@ -103,7 +105,7 @@ def test_cells_share_the_runs_of_one_configuration(tmp_path):
     assert place("a", "K = 8") == place("c", "(eps, z)") == place("d", "with") == place("f", "K = 8, guidance 1")
     assert place("a", "K = 4") == place("e", "euler, gamma_eps 0.16") == place("g", "2 updates")
     every = [place(letter, name) for letter, cell in CELLS.items() for name in cell.variants]
-    assert len(set(every)) == 31
+    assert len(set(every)) == 33
     assert fashion_study._has_curve(study, CELLS["a"].variants["K = 8"])
     assert not fashion_study._has_curve(study, CELLS["a"].variants["K = 4"])
 

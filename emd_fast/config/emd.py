@@ -57,8 +57,9 @@ class EMDConfig:
     )
     noise_cancellation: bool = setting(True, "regress the generator on drift (true) or on eps_K (false)")
     sampling: Literal["eps_z", "x_z"] = setting("eps_z", "variables of the Langevin chain; x_z is the ablation")
-    objective: Literal["emd", "vsd"] = setting(
-        "emd", "vsd is score distillation: K = 1, gamma_z = 0, gradient / gamma_eps"
+    objective: Literal["emd", "vsd", "sid"] = setting(
+        "emd",
+        "vsd is score distillation: K = 1, gamma_z = 0, gradient / gamma_eps; sid is score identity distillation",
     )
     weighting: Literal["one", "sigma", "sigma2", "sigma_over_alpha", "adaptive"] = setting(
         "sigma2", "weight of a sample in the M-step; adaptive is that of DMD"
@@ -113,6 +114,8 @@ class EMDConfig:
         _check_rungs(self)
         if self.compute.cuda_graph is True and self.sampling == "x_z":
             raise ConfigError('cuda_graph must be False or "auto" for sampling "x_z", got True')
+        if self.objective == "sid":
+            _check_sid(self)
         parallel, base_dtype = self.parallelism.parallel, self.adapter.base_dtype
         if base_dtype != "auto" and parallel in ("fsdp", "hybrid"):
             raise ConfigError(
@@ -129,6 +132,17 @@ class EMDConfig:
     def first_time(self) -> float:
         """Noise level of the first call: t_star, or the first of the rungs that are given as times."""
         return self.rungs[0] if isinstance(self.rungs, list) else self.t_star
+
+
+def _check_sid(config: EMDConfig) -> None:
+    """Whether no key asks for a Langevin chain, which sid does not have."""
+    for name, found, wanted in (
+        ("noise_cancellation", config.noise_cancellation, True),
+        ("sampling", config.sampling, "eps_z"),
+        ("cuda_graph", config.compute.cuda_graph is True, False),
+    ):
+        if found != wanted:
+            raise ConfigError(f'{name} must be {wanted!r} for objective "sid", got {found!r}')
 
 
 def _check_rungs(config: EMDConfig) -> None:

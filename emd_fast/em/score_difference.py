@@ -89,13 +89,15 @@ class ScoreDifference:
     def teacher_distance(self, x0: Tensor, x: Tensor, outputs: Sequence[Tensor]) -> Tensor:
         """Returns the mean of |x0 - D_teacher(x_t)| over the elements of each sample, (B,) float32.
 
-        D is that of the guided teacher where it is guided. It comes from the outputs that delta needs.
-
         Args:
             x0: (B, ...), the sample of the generator.
             x: x_t (B, ...).
             outputs: what `outputs(x)` returned.
         """
+        return (x0.float() - self.denoised_by_teacher(x, outputs)).abs().flatten(1).mean(1)
+
+    def denoised_by_teacher(self, x: Tensor, outputs: Sequence[Tensor]) -> Tensor:
+        """Returns D (B, ...) float32 of the teacher, with its guidance, from what `outputs(x)` returned."""
         *teacher, _ = outputs
         c_skip, c_out = unwrap(self.teacher).coefficients(self.t)
         if len(teacher) == 1:
@@ -104,8 +106,12 @@ class ScoreDifference:
             conditional, unconditional = (term.float() for term in teacher)
             weight = column(torch.as_tensor(self.guidance, dtype=torch.float32, device=x.device), x)
             output = unconditional + weight * (conditional - unconditional)
-        denoised = column(c_skip, x) * x + column(c_out, x) * output
-        return (x0.float() - denoised).abs().flatten(1).mean(1)
+        return column(c_skip, x) * x + column(c_out, x) * output
+
+    def denoised_by_fake_score(self, x: Tensor, outputs: Sequence[Tensor]) -> Tensor:
+        """Returns D (B, ...) float32 of the fake score, from what `outputs(x)` returned."""
+        c_skip, c_out = unwrap(self.fake_score).coefficients(self.t)
+        return column(c_skip, x) * x + column(c_out, x) * outputs[-1].float()
 
     def _teacher(self, x: Tensor) -> list[Tensor]:
         if self.guided:

@@ -14,6 +14,7 @@ _VSD, _ADAPTIVE = {"objective": "vsd"}, {"objective": "vsd", "weighting": "adapt
 _ALL: dict[str, dict[str, Any]] = {
     "VSD": _VSD,
     "VSD, adaptive": _ADAPTIVE,
+    "SiD": {"objective": "sid", "weighting": "adaptive"},
     **{f"K = {k}": {"langevin_steps": k} for k in STEPS},
 }
 _GUIDED: dict[str, dict[str, Any]] = {
@@ -47,7 +48,8 @@ _COST = ("passes", "steps", "seconds")
 CELLS = {
     "a": Cell(
         "Langevin steps, with classes",
-        "VSD is score distillation. Adaptive weights are those of DMD. Each sample has a class.",
+        "VSD is score distillation, with the adaptive weights of DMD in the second row. SiD is score identity "
+        "distillation with alpha = 1.2. Each sample has a class.",
         _ALL,
         (*_QUALITY, "accuracy", "gradient norm", *_COST),
     ),
@@ -135,10 +137,12 @@ def passes(config: EMDConfig) -> int:
     A forward pass counts 1, a backward pass to the input 1, and a full backward pass 2. Where z does not
     move, E-step and M-step share one pass of the generator.
     """
-    k = 1 if config.objective == "vsd" else config.langevin_steps
-    moves_z = config.objective != "vsd" and config.gamma_z != 0
+    k = config.langevin_steps if config.objective == "emd" else 1
+    moves_z = config.objective == "emd" and config.gamma_z != 0
     fake_score = config.fake_score_updates * (1 + 1 + 2)
     scores = k * ((1 if config.guidance is None else 2) + 1)
+    if config.objective == "sid":
+        scores *= 2  # backward passes to the input
     if config.sampling == "x_z":
         generated = 2 * (k + 1) if moves_z else 1
     else:

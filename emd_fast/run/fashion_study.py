@@ -258,7 +258,7 @@ def _time(settings: RunConfig, folder: Path, teacher: Denoiser) -> None:
     if (folder / "times.json").exists():
         return
     say("study: cell h, time of a step")
-    variants = {name: changes for name, changes in CELLS["a"].variants.items() if name != "VSD, adaptive"}
+    variants = {name: changes for name, changes in CELLS["a"].variants.items() if "adaptive" not in name}
     trainers = {name: EMDTrainer(teacher, settings_of(settings, changes, 0).emd) for name, changes in variants.items()}
     found: dict[str, dict[str, float]] = {}
     for round_ in range(1 + _ROUNDS):

@@ -51,12 +51,14 @@ class Work:
         activations are recomputed. The extra operations of attention's backward pass, and those of
         adapters, are ignored.
         """
-        k = 1 if config.objective == "vsd" else config.langevin_steps
-        moves_z = config.objective != "vsd" and config.gamma_z != 0
+        k = config.langevin_steps if config.objective == "emd" else 1
+        moves_z = config.objective == "emd" and config.gamma_z != 0
         adapted = config.adapter.networks if config.adapter.rank else ()
         learning = {name: 3 - (name in adapted) + config.compute.activation_checkpointing for name in NAMES}
         fake_score = config.fake_score_updates * (self.generator + learning["fake_score"] * self.fake_score)
         scores = k * ((1 if config.guidance is None else 2) * self.teacher + self.fake_score)
+        if config.objective == "sid":
+            scores *= 2  # backward passes to the input
         if config.sampling == "x_z":
             generated = (2 * (k + 1) if moves_z else 1) * self.generator
         else:

@@ -10,6 +10,7 @@ from emd_fast.config import EMDConfig
 from emd_fast.em.cuda_graph import GraphedEStep, GraphFacts, obstacle, worth_a_graph
 from emd_fast.em.e_step import sample_eps_z
 from emd_fast.em.e_step_xz import sample_x_z
+from emd_fast.em.sid import sample_sid
 from emd_fast.em.types import EStep, LangevinSettings, Networks, Watch
 from emd_fast.noise import Noise, NoiseStream
 from emd_fast.train.batches import BatchSampler, MicroBatch
@@ -34,7 +35,7 @@ class PosteriorSampler:
         self, config: EMDConfig, networks: Networks, noise: Noise, batches: BatchSampler, device_type: str
     ) -> None:
         self._config, self._networks, self._noise, self._batches = config, networks, noise, batches
-        self.steps = 1 if config.objective == "vsd" else config.langevin_steps
+        self.steps = config.langevin_steps if config.objective == "emd" else 1
         self._measures = config.weighting == "adaptive"
         self.captured, self.why = captures(config, networks, device_type)
         # One for each size, because the null condition may state the size.
@@ -46,10 +47,12 @@ class PosteriorSampler:
         z, eps = batches.e_step(batch.first, batch.size)
         t = batches.times(config.time_distribution, batch.size, stream=NoiseStream.E_STEP_TIME)
         gamma_eps = batches.step_size(config.gamma_eps, t)
-        gamma_z = 0.0 if config.objective == "vsd" else batches.step_size(config.gamma_z, t)
+        gamma_z = batches.step_size(config.gamma_z, t) if config.objective == "emd" else 0.0
         if self.captured and watch is None:
             return self._graph()(z, eps, t, batch.cond, gamma_eps=gamma_eps, gamma_z=gamma_z)
         sample = sample_x_z if config.sampling == "x_z" else sample_eps_z
+        if config.objective == "sid":
+            sample = sample_sid
         settings = LangevinSettings(
             self.steps,
             gamma_eps,
@@ -94,6 +97,8 @@ def captures(config: EMDConfig, networks: Networks, device_type: str) -> tuple[b
     first, last = distributed.share(config.batch_size)
     samples = min(config.compute.micro_batch_size or last - first, last - first)
     sampled = 'sampling "x_z" has no graph' if config.sampling == "x_z" else None
+    if config.objective == "sid":
+        sampled = 'objective "sid" has no graph'
     pays, reason = worth_a_graph(GraphFacts(device_type, sampled or obstacle(networks), samples))
     said = f"cuda_graph is auto: {'on' if pays else 'off'}: {reason}"
     _logger.info(said)
