@@ -12,6 +12,7 @@ from emd_fast.config import TeacherConfig
 from emd_fast.run import distill
 from emd_fast.tasks import fashion_data, image_cache, image_classifier, image_teacher
 from emd_fast.tasks.fashion import Fashion, Judge
+from emd_fast.tasks.image_metrics import METRICS
 
 FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 TINY = {"teacher.steps": 2, "teacher.channels": 4, "fashion.classifier_steps": 2, "emd.steps": 2}
@@ -223,7 +224,7 @@ def test_interim_metrics_are_those_of_the_end(tmp_path):
     metrics = distill.distill(chosen, tmp_path / "run")
     rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     (row,) = (row for row in rows if "evaluation_frechet" in row)
-    for name in Fashion.interim:
+    for name in METRICS:
         assert row[f"evaluation_{name}"] == metrics[name]["generator"], name
     assert Fashion(chosen).basis() == {"data": fashion_data.digest(folder)}
 

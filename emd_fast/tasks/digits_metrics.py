@@ -14,7 +14,7 @@ from torch import Tensor
 
 from emd_fast.tasks import digits_data, image_classifier
 from emd_fast.tasks.image_classifier import ImageFeatures, Training
-from emd_fast.tasks.image_metrics import Reference, by_metric, check_sets, subset
+from emd_fast.tasks.image_metrics import METRICS, Reference, by_metric, check_sets, subset
 
 # Substeps of noise stream 9 for the subsets drawn here. Samples use low substeps of that stream.
 _PICK_TEST, _PICK_TRAIN = 60_000, 60_001
@@ -68,4 +68,4 @@ def digits_metrics(
     reference = Reference(features, *subset(test, n, seed, _PICK_TEST))
     compared: dict[str, tuple[Tensor, Tensor | None]] = {"real": subset(train, n, seed, _PICK_TRAIN), **samples}
     found = by_metric({name: reference.basic(images, labels) for name, (images, labels) in compared.items()})
-    return {"accuracy": {}, **found, "n": n, "seed": seed}
+    return {**{name: found.get(name, {}) for name in METRICS}, "n": n, "seed": seed}

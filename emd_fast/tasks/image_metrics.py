@@ -20,6 +20,8 @@ from emd_fast.metrics.neighbours import Manifold
 from emd_fast.noise import Noise, NoiseStream
 from emd_fast.tasks.image_classifier import ImageFeatures
 
+METRICS = ("frechet", "recall", "precision", "accuracy")
+"""What `Reference.basic` returns, in the order of tables."""
 LabelledSet = tuple[Tensor, Tensor | None]
 """Images (N, C, H, W) in [-1, 1], and the labels (N,) int64 that they were generated for, or None."""
 
@@ -41,7 +43,7 @@ class Reference:
         return Manifold(self.features)
 
     def basic(self, images: Tensor, labels: Tensor | None) -> dict[str, Any]:
-        """Returns "frechet", "precision", "recall" (k = 3) and, with labels, "accuracy" of a set.
+        """Returns "frechet", "recall", "precision" (k = 3) and, with labels, "accuracy" of a set.
 
         The accuracy is the share of images for which the classifier predicts the label.
         """
@@ -76,8 +78,8 @@ class Reference:
         in_real, covered = self._manifold.compare(found)
         metrics = {
             "frechet": frechet(self.features, found),
-            "precision": _mean(in_real),
             "recall": _mean(covered),
+            "precision": _mean(in_real),
         }
         if labels is not None:
             metrics["accuracy"] = _mean(self.classifier.logits(found).argmax(1) == labels.to(found.device))

@@ -18,7 +18,7 @@ from emd_fast.noise import Noise, NoiseStream
 from emd_fast.reporting import pictures
 from emd_fast.tasks import OnStep, image_teacher
 from emd_fast.tasks.image_data import ImageData
-from emd_fast.tasks.image_metrics import LabelledSet
+from emd_fast.tasks.image_metrics import METRICS, LabelledSet
 from emd_fast.train import checkpoint, run_checkpoints
 from emd_fast.train.rungs import by_calls
 from emd_fast.train.trainer import EMDTrainer
@@ -32,7 +32,6 @@ class LabelledImages(abc.ABC):
 
     prompts = None
     device = torch.device("cpu")
-    interim = ("frechet", "recall", "precision", "accuracy")
 
     def __init__(self, config: RunConfig, data: ImageData) -> None:
         self.config, self.data = config, data
@@ -82,7 +81,7 @@ class LabelledImages(abc.ABC):
         cond = self._conditions(trainer)
         images = self._in_chunks(lambda first, n, cond: trainer.generate(n, cond, first_sample=first), cond)
         metrics = self.metrics({"generator": (images, cond)}, trainer.config.seed)
-        return {name: metrics[name]["generator"] for name in self.interim if "generator" in metrics[name]}
+        return {name: metrics[name]["generator"] for name in METRICS if "generator" in metrics[name]}
 
     def evaluate(self, trainer: EMDTrainer, untrained: EMDTrainer, folder: Path) -> dict[str, Any]:
         cond = self._conditions(trainer)
