@@ -135,6 +135,17 @@ def test_the_same_step_on_any_number_of_ranks(ranks, world, modes):
         assert_same_step([ranks[index] for ranks in results], alone[each.batch_size])
 
 
+@pytest.mark.slow
+def test_the_same_step_where_e_step_and_m_step_share_a_pass(ranks):
+    """Replicas share the generator's pass, and sharded generators do not."""
+    objectives = [{"objective": "vsd", "weighting": "adaptive"}, {"objective": "sid"}, {"gamma_z": 0.0}]
+    settings = [config(parallel=mode, **STEP, **changes) for changes in objectives for mode in BOTH]
+    results = ranks(2, several, settings)
+    for index, each in enumerate(settings):
+        alone = one_step(dataclasses.replace(each, parallel="auto"))
+        assert_same_step([ranks[index] for ranks in results], alone)
+
+
 def images(changes=None) -> tuple[Denoiser, EMDConfig]:
     """A network that fuse() knows, and a configuration for it."""
     network = randomised(SmallUNet(1, 8, num_classes=3), 4)
