@@ -324,4 +324,5 @@ def shortened(settings: RunConfig) -> RunConfig:
         settings.emd, steps=tenth(settings.emd.steps), fake_score_warmup=settings.emd.fake_score_warmup // 10
     )
     teacher = dataclasses.replace(settings.teacher, steps=tenth(settings.teacher.steps))
-    return dataclasses.replace(settings, emd=emd, teacher=teacher)
+    fashion = dataclasses.replace(settings.fashion, classifier_steps=tenth(settings.fashion.classifier_steps))
+    return dataclasses.replace(settings, emd=emd, teacher=teacher, fashion=fashion)

@@ -114,7 +114,7 @@ def run_folder(folder: Path, settings: RunConfig, changes: dict[str, Any], seed:
     differing = {key: value for key, value in emd.items() if value != plain.get(key) and key not in ("steps", "seed")}
     words = [f"{key}-{value}" for key, value in sorted(differing.items())] or ["plain"]
     name = re.sub("[^A-Za-z0-9.]+", "-", "-".join(words))
-    digest = hashlib.sha256(json.dumps(emd, sort_keys=True).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(json.dumps(differing, sort_keys=True).encode()).hexdigest()[:8]
     return folder / "runs" / f"{name}-{digest}-seed{seed}"
 
 
