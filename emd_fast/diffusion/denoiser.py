@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from emd_fast.cache.conditioning import same
 from emd_fast.cache.weights import autocast_dtype
 from emd_fast.diffusion import ragged
+from emd_fast.diffusion.null_condition import null_like
 from emd_fast.diffusion.rung import given, plain
 from emd_fast.diffusion.schedules import Schedule
 
@@ -213,9 +214,8 @@ class Denoiser(nn.Module):
             raise ValueError(f"t must have shape (B,) for x_t (B, ...), got {tuple(t.shape)} for {tuple(x_t.shape)}")
         scaled = x_t if self._c_in is None else column(self._c_in(t), x_t) * x_t
         with self._products(x_t):
-            returned = self.network(
-                scaled.to(self._input_dtype(x_t)), same(self._c_noise, t), *given(cond, self.takes_rung)
-            )
+            inputs = scaled.to(self._input_dtype(x_t)), same(self._c_noise, t)
+            returned = self.network(*inputs, *given(cond, self.takes_rung))
         output = returned if self._output is None else self._output(returned)
         if not isinstance(output, Tensor):
             raise TypeError(
@@ -231,9 +231,9 @@ class Denoiser(nn.Module):
 
     def take_rungs(self, rungs: int) -> None:
         """Calls the network with (x, c_noise, cond, rung) where cond is an OnRung, if it has a method `take_rungs`."""
-        if take := getattr(self.network, "take_rungs", None):
-            take(rungs)
-        self.takes_rung = take is not None
+        self.takes_rung = hasattr(self.network, "take_rungs")
+        if self.takes_rung:
+            self.network.take_rungs(rungs)
 
     @property
     def has_output(self) -> bool:
@@ -360,35 +360,6 @@ def unwrap(network: Any) -> Denoiser:
         if inner is None:
             raise TypeError(f"expected an emd_fast.Denoiser, bare or wrapped, got {type(network).__name__}")
     return inner
-
-
-def null_like(null_cond: Condition, cond: Condition, batch: int) -> Condition:
-    """Expands null_cond to a batch, with the structure, dtypes and devices of cond.
-
-    Raises:
-        ValueError: cond or null_cond is None, or they have different structures or shapes.
-    """
-    if cond is None:
-        raise ValueError("guidance needs a condition: give cond, or leave guidance None")
-    if null_cond is None:
-        raise ValueError("guidance needs a null condition: give null_cond, here or to the Denoiser")
-    if isinstance(null_cond, int) and isinstance(cond, Tensor):
-        return torch.full_like(cond, null_cond)
-    if isinstance(cond, dict) and isinstance(null_cond, dict) and cond.keys() == null_cond.keys():
-        null_cond = {name: null_cond[name] for name in cond}  # in one order
-    leaves, structure = pytree.tree_flatten(cond)
-    null_leaves, null_structure = pytree.tree_flatten(null_cond)
-    if structure != null_structure:
-        raise ValueError(f"null_cond must have the structure of cond, {structure}, got {null_structure}")
-    masks = ragged.mask_of(cond), ragged.mask_of(null_cond)
-    tokens, null_tokens = (-1 if mask is None else mask.shape[1] for mask in masks)
-    for null, leaf in zip(null_leaves, leaves, strict=True):
-        # Another number of tokens is padded.
-        longer = ragged.has_tokens(leaf, tokens) and ragged.has_tokens(null, null_tokens)
-        if null.shape[1 + longer :] != leaf.shape[1 + longer :]:
-            raise ValueError(f"null_cond must have the shape of cond, {tuple(leaf.shape)}, got {tuple(null.shape)}")
-    matched = [null.to(leaf).expand(batch, *null.shape[1:]) for null, leaf in zip(null_leaves, leaves, strict=True)]
-    return pytree.tree_unflatten(matched, structure)
 
 
 def conditional_and_unconditional(network: Any, x_t: Tensor, t: Tensor, cond: Condition, null_cond: Condition) -> Pair:

@@ -12,7 +12,8 @@ from torch.utils import _pytree as pytree
 
 from emd_fast.cache.conditioning import same
 from emd_fast.diffusion import ragged
-from emd_fast.diffusion.denoiser import Condition, column, conditional_and_unconditional, null_like, unwrap
+from emd_fast.diffusion.denoiser import Condition, column, conditional_and_unconditional, unwrap
+from emd_fast.diffusion.null_condition import null_like
 from emd_fast.diffusion.rung import plain
 from emd_fast.em.streams import side_by_side
 
