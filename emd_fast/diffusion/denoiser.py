@@ -231,9 +231,10 @@ class Denoiser(nn.Module):
 
     def take_rungs(self, rungs: int) -> None:
         """Calls the network with (x, c_noise, cond, rung) where cond is an OnRung, if it has a method `take_rungs`."""
-        self.takes_rung = hasattr(self.network, "take_rungs")
+        network: Any = self.network
+        self.takes_rung = hasattr(network, "take_rungs")
         if self.takes_rung:
-            self.network.take_rungs(rungs)
+            network.take_rungs(rungs)
 
     @property
     def has_output(self) -> bool:
