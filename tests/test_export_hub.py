@@ -17,7 +17,7 @@ class Api:
     """HfApi that records its calls; `fails` is by the name of a call."""
 
     def __init__(self, fails):
-        self.fails, self.calls = fails, []
+        self.fails, self.calls, self.files = fails, [], []
 
     def __call__(self, **options):
         return self
@@ -29,6 +29,11 @@ class Api:
 
     def whoami(self):
         self._record("whoami")
+        return {"name": "me"}
+
+    def list_repo_files(self, repo_id):
+        self._record("list_repo_files", repo_id=repo_id)
+        return self.files
 
     def create_repo(self, name, **options):
         self._record("create_repo", name=name, **options)
@@ -68,9 +73,9 @@ def status(code):
 @pytest.mark.slow
 def test_a_pipeline_is_uploaded_whole_with_its_card(api, run, tmp_path, capsys):
     assert commands.main(["export", str(run), str(tmp_path / "one-step"), "--push-to-hub", "me/mine"]) == 0
-    assert [name for name, _ in api.calls] == ["whoami", "create_repo", "upload_folder"]
+    assert [name for name, _ in api.calls] == ["whoami", "create_repo", "list_repo_files", "upload_folder"]
     assert api.calls[1][1] == {"name": "me/mine", "private": True, "exist_ok": True}
-    sent = api.calls[2][1]
+    sent = api.calls[3][1]
     assert sent["repo_id"] == "me/mine"
     here = {p.relative_to(tmp_path / "one-step").as_posix() for p in (tmp_path / "one-step").rglob("*") if p.is_file()}
     assert sent["files"] == here >= {"README.md", "model_index.json", "emd_fast.json"}
@@ -85,9 +90,9 @@ def test_a_lora_is_uploaded_and_may_be_public(api, run, tmp_path):
     words = ["--lora", "--raw", "--push-to-hub", "mine", "--public"]
     assert commands.main(["export", str(run), str(tmp_path / "lora"), *words]) == 0
     assert api.calls[1][1]["private"] is False
-    sent = api.calls[2][1]
+    sent = api.calls[3][1]
     assert sent["repo_id"] == "me/mine" and "pytorch_lora_weights.safetensors" in sent["files"]
-    assert 'load_lora_weights("mine")' in sent["card"] and "FOLDER" not in sent["card"]
+    assert 'load_lora_weights("me/mine")' in sent["card"] and "FOLDER" not in sent["card"]
     assert "Figures" not in sent["card"]  # they are of the average
 
 
@@ -117,6 +122,17 @@ def test_errors_of_the_hub_are_one_line(api, tmp_path, call, error, what, remedy
     assert str(caught.value).startswith(f"{what} me/mine on the Hugging Face hub: ")
     assert remedy in str(caught.value) and "\n" not in str(caught.value)
     assert api.calls[-1][0] == call
+
+
+def test_a_model_with_other_files_is_left_alone(api, tmp_path):
+    (tmp_path / "README.md").write_text("a card")
+    api.files = [".gitattributes", "README.md"]
+    hub.Repository("mine").push(tmp_path)
+    assert api.calls[-1][0] == "upload_folder"
+    api.files.append("vae/config.json")
+    with pytest.raises(hub.HubError, match=r"^me/mine on the Hugging Face hub has files .* as vae/config.json"):
+        hub.Repository("mine").push(tmp_path)
+    assert api.calls[-1][0] == "list_repo_files"
 
 
 def test_without_a_network_or_token_nothing_begins(monkeypatch, tmp_path, capsys):
@@ -154,7 +170,7 @@ def test_figures_are_those_of_the_generator():
 
 
 def test_a_folder_for_emd_fast_alone_gets_a_card(tmp_path):
-    trainer = types.SimpleNamespace(teacher_facts={"sha256": "ab12"}, steps_done=3)
+    trainer = types.SimpleNamespace(teacher=None, teacher_facts={"sha256": "ab12"}, steps_done=3)
     hub.write_card(tmp_path, "me/mine", trainer, None)
     text = (tmp_path / "README.md").read_text()
     assert 'snapshot_download("me/mine")' in text and "ab12" in text and "| steps of training | 3 |" in text

@@ -13,6 +13,7 @@ from emd_fast.run import distill
 from emd_fast.tasks import fashion_data, image_cache, image_classifier, image_teacher
 from emd_fast.tasks.fashion import Fashion, Judge
 from emd_fast.tasks.image_metrics import METRICS
+from emd_fast.train.checkpoint import CheckpointError
 
 FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 TINY = {"teacher.steps": 2, "teacher.channels": 4, "fashion.classifier_steps": 2, "emd.steps": 2}
@@ -234,3 +235,23 @@ def test_the_words_of_the_command_line(tmp_path, call):
     folder = written(tmp_path / "data")
     code, said, _ = call("distill", "fashion", "--data", folder, "--resolution", 14, "--out", tmp_path / "run", *words)
     assert code == 0 and said.endswith("report.md\n")
+
+
+def test_a_run_does_not_go_on_with_other_images(tmp_path):
+    one, other = written(tmp_path / "one"), written(tmp_path / "other", seed=1)
+    Fashion(settings(one)).make_teacher(tmp_path, None)
+    again = Fashion(settings(other))
+    again.make_teacher(tmp_path, None)  # to sample, which needs no images
+    with pytest.raises(CheckpointError, match="trained on other images"):
+        again.open_references()
+    again = Fashion(settings(other))
+    again.open_references()
+    with pytest.raises(CheckpointError, match="trained on other images"):
+        again.make_teacher(tmp_path, None)
+    again = Fashion(settings(written(tmp_path / "moved", packed=True)))
+    again.open_references()
+    again.make_teacher(tmp_path, None)
+
+
+def test_other_tasks_have_no_folder_of_images(refused):
+    refused(2, "for the task fashion", "distill", "digits", "--data", "images")

@@ -9,8 +9,9 @@ from test_fashion import TINY, written
 from emd_fast import config
 from emd_fast.config import ConfigError
 from emd_fast.run import distill, fashion_cells, fashion_study
-from emd_fast.run.fashion_cells import CELLS, Cell, passes, settings_of
+from emd_fast.run.fashion_cells import CELLS, Cell, settings_of
 from emd_fast.run.folder import RunError
+from emd_fast.run.passes import passes
 from emd_fast.tasks import image_cache
 from emd_fast.train.health import Diverged
 
@@ -177,3 +178,20 @@ def test_another_study_in_the_folder_is_refused(tmp_path, two):
 def test_cells_and_seeds_are_words_of_this_study_alone(refused):
     refused(2, "--cells and --seeds are for the study of fashion, not of gmm", "study", "gmm", "--cells", "a")
     refused(2, "--cells must be letters of", "study", "fashion", "--cells", "q")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"emd.guidance": 2.0}, "guidance must be None for the study of fashion"),
+        ({"emd.objective": "vsd"}, "objective must be emd"),
+        ({"emd.sampling": "x_z"}, "sampling must be eps_z"),
+        ({"emd.noise_cancellation": False}, "noise_cancellation must be True"),
+        ({"emd.rungs": 2}, "rungs must be 1"),
+        ({"teacher.label_dropout": 0.0}, "label_dropout must be above 0"),
+    ],
+)
+def test_settings_that_the_cells_vary_are_refused_before_anything_is_written(tmp_path, changes, said):
+    with pytest.raises(ConfigError, match=said):
+        fashion_study.conduct(config.load("fashion", changes), tmp_path / "study", ["a"], 1)
+    assert not (tmp_path / "study").exists()

@@ -247,7 +247,7 @@ def test_a_teacher_that_was_damaged_is_named_and_not_used(tmp_path):
     teacher = image_teacher.untrained(config, DIGITS)
     path, draw = tmp_path / "teacher", random.Random(1)
     checkpoint.save(path, {"config": to_dict(config), "teacher": teacher.state_dict()})
-    read = labelled_images.read_teacher(path, config, DIGITS).state_dict()
+    read = labelled_images.read_teacher(path, config, DIGITS)[0].state_dict()
     assert all(torch.equal(read[name], value) for name, value in teacher.state_dict().items())
     remedy = "remove it to train the teacher again"
     for name in ("manifest.json", "rank-00000.bin"):

@@ -300,3 +300,13 @@ def test_what_torchao_refuses_is_told_in_one_line(monkeypatch):
         ConfigError, match=r'base_dtype must be "auto" here: torchao makes no fp8 of last: no such conversion$'
     ):
         adapted(wide_teacher(), "fp8")
+
+
+def test_sid_differentiates_through_one_pass_of_teacher_and_fake_score():
+    found = []
+    for passes in ("separate", "joint"):
+        trainer = adapted(wide_teacher(), "int8", score_passes=passes, objective="sid", weighting="adaptive")
+        trainer.step()
+        found.append(trainer.step())
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-4, atol=1e-7)

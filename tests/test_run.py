@@ -24,8 +24,9 @@ from emd_fast.io.files import write_atomic
 from emd_fast.reporting import journal, report
 from emd_fast.run import distill, study
 from emd_fast.run.folder import RunError, locked, metrics_of, open_folder
+from emd_fast.run.passes import passes
 from emd_fast.run.signals import Interrupted
-from emd_fast.run.variants import Comparison, Variant, comparison, passes
+from emd_fast.run.variants import Comparison, Variant, comparison
 from emd_fast.train import checkpoint, run_checkpoints
 from emd_fast.train.checkpoint import CheckpointError
 from emd_fast.train.health import Diverged

@@ -77,6 +77,8 @@ def _settings(options: argparse.Namespace, rest: Sequence[str]) -> RunConfig:
             keys[f"fashion.{key}"] = getattr(options, key)
     keys |= {f"evaluation.{key}": value for key, value in files_of(options).items()}
     settings = config.load(options.recipe, keys)
+    if settings.task != "fashion" and (options.data, options.resolution) != (None, None):
+        raise ConfigError(f"--data and --resolution are for the task fashion, not for {settings.task}: leave them out")
     return shortened(settings) if options.short else settings
 
 
@@ -256,6 +258,8 @@ def _export(options: argparse.Namespace, rest: Sequence[str]) -> int:
     if repository is not None:
         # What a run has measured is the average of the last weights.
         metrics = None if options.raw or options.best else folder.metrics_of(options.run)
+        if metrics is not None and metrics.get("steps") != trainer.steps_done:
+            metrics = None  # `evaluate --best` measured other weights
         hub.write_card(options.out, repository.name, trainer, metrics)
         print(repository.push(options.out, public=options.public))
     return 0

@@ -44,8 +44,8 @@ def _evaluate_run(options: argparse.Namespace) -> dict[str, Any]:
     settings = settings_of(folder)
     changes: dict[str, Any] = {"evaluation": dataclasses.replace(settings.evaluation, **files_of(options))}
     if options.samples:
-        if settings.task == "digits":
-            raise ConfigError("--samples is not for digits: it is the number of held-out images")
+        if settings.task in ("digits", "fashion"):
+            raise ConfigError(f"--samples is not for {settings.task}: it is the number of held-out images")
         changes["samples"] = options.samples
     settings = dataclasses.replace(settings, **changes)
     # Evaluation samples the teacher too, so its weights must be those of the run.

@@ -177,6 +177,10 @@ class RunConfig:
                     raise ConfigError(f"{name} is for pretrained teachers; the task {self.task!r} has its own figures")
         elif judged.every and not (judged.detector and judged.reference):
             raise ConfigError("evaluation.every needs a Fréchet distance: give --detector FILE and --reference FILE")
+        for name in ("guidance_2", "negative_prompt"):
+            if getattr(self.pretrained, name) and self.emd.guidance is None:
+                option = name.replace("_", "-")
+                raise ConfigError(f"{name} is for a guided teacher: give --guidance, or leave --{option} out")
         self._check_classes()
 
     def _check_classes(self) -> None:

@@ -160,7 +160,7 @@ class Denoiser(nn.Module):
         # Where the network is the teacher's with an adapter, and both may be one pass: a context manager
         # (n, of) inside which the first n of `of` equal parts of a batch pass without the adapter.
         self.without_adapter: Callable[[int, int], contextlib.AbstractContextManager[None]] | None = None
-        self.takes_rung = False  # set by take_rungs
+        self.rungs = 0  # set by take_rungs
         self._form = _edm(sigma_data) if sigma_data is not None else _FORMS[parametrization]
         self._check_schedule()
         if sigma_data is not None:
@@ -232,9 +232,14 @@ class Denoiser(nn.Module):
     def take_rungs(self, rungs: int) -> None:
         """Calls the network with (x, c_noise, cond, rung) where cond is an OnRung, if it has a method `take_rungs`."""
         network: Any = self.network
-        self.takes_rung = hasattr(network, "take_rungs")
-        if self.takes_rung:
+        if hasattr(network, "take_rungs"):
             network.take_rungs(rungs)
+            self.rungs = rungs
+
+    @property
+    def takes_rung(self) -> bool:
+        """Whether the network takes the rung of an OnRung."""
+        return self.rungs > 0
 
     @property
     def has_output(self) -> bool:
@@ -258,7 +263,7 @@ class Denoiser(nn.Module):
         """Returns a denoiser of the networks that these times need. Most have one network for all times."""
         return self
 
-    def weight(self, t: Tensor, guidance: float | Tensor | None) -> float | Tensor | None:
+    def guidance_at(self, t: Tensor, guidance: float | Tensor | None) -> float | Tensor | None:
         """Returns the guidance weight at t (B,) for the one that was asked for."""
         return guidance
 
@@ -313,7 +318,7 @@ class Denoiser(nn.Module):
         Raises:
             ValueError: guidance without a condition or without a null condition.
         """
-        weight = self.weight(t, guidance)
+        weight = self.guidance_at(t, guidance)
         if weight is None:
             return self(x_t, t, cond).float()
         return self.combined(*conditional_and_unconditional(self, x_t, t, cond, None), weight)

@@ -22,8 +22,8 @@ _LEAST_DISTANCE = 1e-5  # of a sample that the teacher does not change
 def weight_of(weighting: str, sampled: EStep) -> Tensor:
     """Weight (B,) float32 of each sample in the M-step.
 
-    "adaptive" is (sigma / alpha)^2 divided by the mean of |x - D_teacher(x_t)| over the sample. With K = 1
-    and gamma_z = 0 the update of x is then D_teacher - D_fake divided by that mean, as in DMD (Yin et
+    "adaptive" is (sigma / alpha)^2 divided by the mean of |x - D_teacher(x_t)| over the sample. With
+    `objective = "vsd"` the update of x is then D_teacher - D_fake divided by that mean, as in DMD (Yin et
     al., arXiv 2311.18828). The other names are those of WEIGHTINGS.
 
     Raises:

@@ -60,7 +60,7 @@ class ScoreDifference:
         a_teacher, b_teacher = inner_teacher.score_coefficients(t)
         a_fake_score, b_fake_score = inner_fake_score.score_coefficients(t)
         self.needs_x = not inner_teacher.same_form(inner_fake_score)
-        guidance = self.guidance = inner_teacher.weight(t, guidance)
+        guidance = self.guidance = inner_teacher.guidance_at(t, guidance)
         k_x = [a_teacher - a_fake_score] if self.needs_x else []
         # A rescaled output is no affine combination of the two outputs: it is one term.
         self.rescaled = guidance if inner_teacher.rescale is not None else None

@@ -33,7 +33,7 @@ def sample_sid(
 
     dL/dx goes through the inputs of teacher and fake score. The M-step with weight w gives x the gradient
     w (alpha / sigma)^2 dL/dx / n, so that `weighting = "adaptive"` is SiD's own. There is no chain: z and eps
-    stay, and of `settings` only guidance, measures and keeps_pass count.
+    stay, and of `settings` only guidance, null_cond, measures and keeps_pass count.
 
     Source: Zhou et al., arXiv 2404.04057.
     """

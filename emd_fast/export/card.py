@@ -124,10 +124,11 @@ def for_hub(card: str, name: str, metrics: Mapping[str, Any] | None) -> str:
     return f"{text}\nFigures of its run:\n\n| | |\n|---|---:|\n{table}\n"
 
 
-def of_no_pipeline(teacher_hash: str, steps: int) -> str:
+def of_no_pipeline(teacher: Any, teacher_hash: str, steps: int) -> str:
     """The card of a folder that `emd_fast.export.load` alone reads."""
+    given = ', generator.encode(["a cat"])' if isinstance(teacher, DiffusersDenoiser) and teacher.takes.tensors else ""
     return f"""---
-library_name: diffusers
+library_name: emd_fast
 tags: [em-distillation]
 ---
 
@@ -142,5 +143,6 @@ pipeline does.
     from emd_fast.export import load
     from huggingface_hub import snapshot_download
 
-    images = load(snapshot_download(FOLDER)).sample(4)
+    generator = load(snapshot_download(FOLDER))
+    images = generator.decode(generator.sample(1{given}))
 """

@@ -29,6 +29,9 @@ _LARGEST = 2**28  # elements of a sample
 _MOST_CALLS = 2**16
 
 
+_LATER = {"rungs", "embedded_guidance"}  # keys that earlier releases did not write
+
+
 def encoded(facts: Mapping[str, Any], indent: int | None = None) -> str:
     """Facts as JSON, with their SHA-256 in the last field."""
     return json_of({"version": VERSION, **facts}, indent)
@@ -65,9 +68,9 @@ def decoded(path: Path, content: str | bytes, names: set[str], indent: int | Non
 
 
 def table_of_metadata(metadata: Metadata) -> dict[str, Any]:
-    """Metadata as facts. Those of a generator of one call have no rungs, as in earlier releases."""
+    """Metadata as facts. What a generator of earlier releases did not have is left out where it is not set."""
     table = dataclasses.asdict(metadata)
-    return table if metadata.rungs else {name: value for name, value in table.items() if name != "rungs"}
+    return {name: value for name, value in table.items() if name not in _LATER or value not in (None, (), [])}
 
 
 def metadata(path: Path, table: object) -> Metadata:
@@ -77,7 +80,7 @@ def metadata(path: Path, table: object) -> Metadata:
         ValueError: keys that are missing or unknown, or values of other types or outside their range.
     """
     names = {item.name for item in dataclasses.fields(Metadata)}
-    if not isinstance(table, dict) or not names - {"rungs"} <= table.keys() <= names:
+    if not isinstance(table, dict) or not names - _LATER <= table.keys() <= names:
         raise ValueError(f"{path} is no generator of emd_fast.export: its metadata has other keys")
     for name, value in table.items():
         if not _METADATA[name](value):
@@ -121,6 +124,7 @@ _METADATA: dict[str, Any] = {
     "ema": lambda value: type(value) is bool,
     "t_star": lambda value: value is None or _is_number(value),
     "rungs": _are_calls,
+    "embedded_guidance": _is_number,
 }
 
 

@@ -20,9 +20,8 @@ def write_card(folder: Path, name: str, trainer: EMDTrainer, metrics: Mapping[st
         metrics: as for `card.for_hub`.
     """
     path = folder / "README.md"
-    text = (
-        path.read_text() if path.exists() else card.of_no_pipeline(trainer.teacher_facts["sha256"], trainer.steps_done)
-    )
+    facts = trainer.teacher_facts["sha256"], trainer.steps_done
+    text = path.read_text() if path.exists() else card.of_no_pipeline(trainer.teacher, *facts)
     path.write_text(card.for_hub(text, name, metrics))
 
 
@@ -57,7 +56,8 @@ class Repository:
         except ValueError as error:
             raise ValueError(f"{name!r} is no name on the hub: {reason(error)}") from None
         self.name, self._api = name, hub.HfApi(library_name="emd_fast")
-        self._ask("log in to", self._api.whoami)
+        user = self._ask("log in to", self._api.whoami)["name"]
+        self.name = name if "/" in name else f"{user}/{name}"
 
     def push(self, folder: Path, *, public: bool = False) -> str:
         """Uploads the files of a folder in one commit; returns the address of the model.
@@ -67,13 +67,20 @@ class Repository:
             public: of a model that is not there yet. One that is there stays as visible as it is.
 
         Raises:
-            HubError: the hub refuses it, or the connection is lost. The folder is intact.
+            HubError: the hub refuses it, the connection is lost, or the model has files of something else,
+                which would be read with the upload. The folder is intact.
         """
         made = self._ask("make", lambda: self._api.create_repo(self.name, private=not public, exist_ok=True))
+        there = self._ask("read", lambda: self._api.list_repo_files(made.repo_id))
+        own = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+        if others := sorted(set(there) - own - {".gitattributes"}):
+            raise HubError(
+                f"{self.name} on the Hugging Face hub has files of something else, as {others[0]}: give another name"
+            )
         self._ask(
             "upload to",
             lambda: self._api.upload_folder(
-                repo_id=made.repo_id, folder_path=folder, commit_message="One-step generator, exported by emd_fast"
+                repo_id=made.repo_id, folder_path=folder, commit_message="Generator, exported by emd_fast"
             ),
         )
         return str(made)
@@ -85,12 +92,13 @@ class Repository:
             raise
         except Exception as error:  # of its HTTP client, too, whose classes differ between its releases
             raise HubError(
-                f"cannot {what} {self.name} on the Hugging Face hub: {reason(error)}; {_remedy(error)}"
+                f"cannot {what} {self.name} on the Hugging Face hub: {reason(error)}; {self._remedy(error, what)}"
             ) from error
 
-
-def _remedy(error: Any) -> str:
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if type(error).__name__ == "LocalTokenNotFoundError" or status in (401, 403):
-        return "give a token that may write, by `hf auth login` or HF_TOKEN"
-    return "export again once it can be reached, or upload the folder by `hf upload`"
+    def _remedy(self, error: Any, what: str) -> str:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if type(error).__name__ == "LocalTokenNotFoundError" or status in (401, 403):
+            return "give a token that may write, by `hf auth login` or HF_TOKEN"
+        if what == "log in to":
+            return "try again once it can be reached"
+        return f"`hf upload {self.name} FOLDER` sends the folder later"

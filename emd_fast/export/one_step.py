@@ -49,6 +49,7 @@ class Metadata:
         t_star: noise level in the teacher's t, for information only.
         rungs: a `Call` for each call of a generator of several; the numbers above are those of the first.
             Empty for one call.
+        embedded_guidance: guidance that the network was given as an input; None for the default of its pipeline.
     """
 
     c_skip: float
@@ -66,6 +67,7 @@ class Metadata:
     ema: bool
     t_star: float | None
     rungs: Sequence[Sequence[float]] = ()
+    embedded_guidance: float | None = None
 
 
 class OneStep(nn.Module):
@@ -162,16 +164,15 @@ class OneStep(nn.Module):
         """Encodes prompts with the text encoders in the folder.
 
         Args:
-            embedded_guidance: for networks that take it as an input; None for the default of their pipeline.
+            embedded_guidance: for networks that take it as an input; None for that of the training.
 
         Raises:
             ValueError: there is no text encoder.
         """
         if self.folder is None or not isinstance(self.network, Network):
             raise ValueError("this generator has no text encoder")
-        return ragged.trimmed(
-            self.folder.text_encoder(self.network.model, self.sample_shape, embedded_guidance)(prompts)
-        )
+        guidance = self.metadata.embedded_guidance if embedded_guidance is None else embedded_guidance
+        return ragged.trimmed(self.folder.text_encoder(self.network.model, self.sample_shape, guidance)(prompts))
 
     def resized(
         self, height: int | None = None, width: int | None = None, frames: int | None = None

@@ -37,6 +37,7 @@ from emd_fast.teachers.small_unet import SmallUNet
 from emd_fast.train import adapters
 from emd_fast.train.trainer import EMDTrainer
 
+_ORIGINS = ("_name_or_path", "name_or_path")  # keys with a path of this machine, which must not be published
 _OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")  # pipelines run without them
 
 
@@ -117,6 +118,7 @@ def _metadata(trainer: EMDTrainer, generator: nn.Module, ema: bool) -> Metadata:
         ema=ema,
         t_star=generator.t_star if isinstance(generator, (Generator, FewStepGenerator)) else None,
         rungs=calls if len(calls) > 1 else (),
+        embedded_guidance=getattr(getattr(generator, "denoiser", None), "embedded_guidance", None),
     )
 
 
@@ -146,7 +148,7 @@ def _write_folder(out: Path, generator: nn.Module, metadata: Metadata, teacher_h
     models: dict[str, Any] = {component: denoiser.network.model}
     if isinstance(denoiser.network, Experts):
         models["transformer_2"] = denoiser.network.second
-    index = {name: value for name, value in source.index.items() if name != "scheduler"}
+    index = {name: value for name, value in source.index.items() if name not in ("scheduler", *_ORIGINS)}
     index |= {component: ["diffusers", source.model_class], "_diffusers_version": import_diffusers().__version__}
     if "transformer_2" in index and len(models) == 1:
         index |= {"transformer_2": [None, None], "boundary_ratio": None}
@@ -168,9 +170,8 @@ def _write_folder(out: Path, generator: nn.Module, metadata: Metadata, teacher_h
     try:
         for name, model in models.items():
             model.save_pretrained(unfinished / name)
-            # The path of the teacher on this machine must not be published.
             config = read_json(unfinished / name / "config.json")
-            config = {key: value for key, value in config.items() if key != "_name_or_path"}
+            config = {key: value for key, value in config.items() if key not in _ORIGINS}
             # Pipelines of UNets take the size of their samples from here. A DiT has its own size.
             sides = list(metadata.sample_shape[1:])
             if component == "unet" and config.get("sample_size") not in (sides, sides[0]):
@@ -181,6 +182,7 @@ def _write_folder(out: Path, generator: nn.Module, metadata: Metadata, teacher_h
                 index[name] = [None, None]  # many downloads leave it out
             elif name not in (component, "transformer_2", "scheduler") and source.has(name):
                 source.copy(name, unfinished / name)
+                _forget_origin(unfinished / name)
         if scheduler is not None:
             scheduler.save_pretrained(unfinished / "scheduler")
             _write_json(unfinished / "model_index.json", index)
@@ -202,6 +204,13 @@ def _write_folder(out: Path, generator: nn.Module, metadata: Metadata, teacher_h
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def _forget_origin(folder: Path) -> None:
+    """Removes the path that a component was once read from out of its configuration files."""
+    for path in (folder / "config.json", folder / "tokenizer_config.json"):
+        if path.exists() and (config := read_json(path)).keys() & set(_ORIGINS):
+            _write_json(path, {key: value for key, value in config.items() if key not in _ORIGINS})
 
 
 def _write_file(out: Path, generator: nn.Module, metadata: Metadata) -> Path:

@@ -6,7 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from emd_fast.config import ConfigError, EMDConfig, RunConfig
+from emd_fast.config import ConfigError, RunConfig
+from emd_fast.run.passes import passes
 
 STEPS = (1, 2, 4, 8, 16)
 """K of the E-steps that are compared."""
@@ -123,28 +124,30 @@ def chosen(letters: str) -> list[str]:
     return [letter for letter in ALL if letter in found]
 
 
+def check(settings: RunConfig) -> None:
+    """Whether the settings of a study leave to the cells what they vary.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    emd = settings.emd
+    for name, found, wanted in (
+        ("objective", emd.objective, "emd"),
+        ("sampling", emd.sampling, "eps_z"),
+        ("guidance", emd.guidance, None),
+        ("noise_cancellation", emd.noise_cancellation, True),
+        ("num_classes", emd.num_classes, 10),
+        ("rungs", emd.calls, 1),
+    ):
+        if found != wanted:
+            raise ConfigError(f"{name} must be {wanted} for the study of fashion, whose cells vary it; got {found}")
+    if not settings.teacher.label_dropout:
+        raise ConfigError("teacher.label_dropout must be above 0 for the study of fashion: cell b has no classes")
+
+
 def settings_of(study: RunConfig, changes: dict[str, Any], seed: int) -> RunConfig:
     """The run of a variant: as many network passes as the study's settings make."""
     budget = study.emd.steps * passes(study.emd)
     emd = dataclasses.replace(study.emd, seed=seed, **changes)
     emd = dataclasses.replace(emd, steps=max(1, round(budget / passes(emd))))
     return dataclasses.replace(study, emd=emd)
-
-
-def passes(config: EMDConfig) -> int:
-    """Counts the network passes of an optimizer step.
-
-    A forward pass counts 1, a backward pass to the input 1, and a full backward pass 2. Where z does not
-    move, E-step and M-step share one pass of the generator.
-    """
-    k = config.langevin_steps if config.objective == "emd" else 1
-    moves_z = config.objective == "emd" and config.gamma_z != 0
-    fake_score = config.fake_score_updates * (1 + 1 + 2)
-    scores = k * ((1 if config.guidance is None else 2) + 1)
-    if config.objective == "sid":
-        scores *= 2  # backward passes to the input
-    if config.sampling == "x_z":
-        generated = 2 * (k + 1) if moves_z else 1
-    else:
-        generated = 2 * k if moves_z else 0
-    return fake_score + scores + generated + 1 + 2

@@ -26,8 +26,9 @@ from emd_fast.reporting import journal
 from emd_fast.reporting.progress import say
 from emd_fast.run import distill
 from emd_fast.run import folder as folders
-from emd_fast.run.fashion_cells import CELLS, TIMES, Cell, passes, settings_of
+from emd_fast.run.fashion_cells import CELLS, TIMES, Cell, check, settings_of
 from emd_fast.run.folder import RunError, locked, metrics_of
+from emd_fast.run.passes import passes
 from emd_fast.tasks import task_of
 from emd_fast.train import checkpoint, run_checkpoints
 from emd_fast.train.health import Diverged
@@ -57,9 +58,11 @@ def conduct(settings: RunConfig, folder: Path, cells: Sequence[str], seeds: int)
         The path of study.md.
 
     Raises:
+        ConfigError: settings that the cells vary.
         RunError: the folder was begun by other settings, or is in use.
         Interrupted: a signal ended the study.
     """
+    check(settings)
     with contextlib.ExitStack() as held:
         distributed.on_main(lambda: _open(folder, settings, held))
         task = task_of(settings)
@@ -168,7 +171,7 @@ def row_of(own: Path) -> dict[str, Any] | None:
         "least recall": min(by_class),
         "gradient norm": statistics.median(norms[len(norms) // 2 :]) if norms else None,
         "steps": metrics["steps"],
-        "passes": metrics["steps"] * passes(settings.emd),
+        "passes": round(metrics["steps"] * passes(settings.emd)),
         "seconds": metrics["seconds"]["distil"] - _evaluating(rows),
         "curve": {
             **{str(row["step"]): row["evaluation_frechet"] for row in rows if "evaluation_frechet" in row},
@@ -206,9 +209,9 @@ def _text(settings: RunConfig, folder: Path, seeds: int, results: dict[str, Rows
     parts = [
         "# Fashion-MNIST: the study",
         f"Images of {side}x{side}. {seeds} seeds for each variant, and one teacher. Each run makes about "
-        f"{settings.emd.steps * passes(settings.emd):,} network passes of {settings.emd.batch_size} samples, so that a "
-        "larger K makes fewer optimizer steps. A forward pass counts 1, a backward pass to the input 1, and a full "
-        "backward pass 2. A dash stands for a run that is not finished. The gradient norm is the median over the "
+        f"{settings.emd.steps * passes(settings.emd):,.0f} network passes of {settings.emd.batch_size} samples, so "
+        "that a larger K makes fewer optimizer steps. A forward pass counts 1, a backward pass to the input 1, and a "
+        "full backward pass 2. A dash stands for a run that is not finished. The gradient norm is the median over the "
         "second half of a run, before clipping. Seconds are those of the training alone.",
     ]
     if teacher is not None:

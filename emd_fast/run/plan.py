@@ -160,15 +160,14 @@ def _gathers(config: EMDConfig, name: str, gather: str, pieces: int) -> int:
     updates = config.fake_score_updates
     if gather == "phase":
         return 1 if name == "teacher" else 1 + updates
-    k = 1 if config.objective == "vsd" else config.langevin_steps
+    k = config.langevin_steps if config.objective == "emd" else 1
+    scores = 2 * k if config.objective == "sid" else k  # sid's gradient goes back through both
     if name == "teacher":
-        return pieces * (0 if config.adapter.score_passes == "joint" else k)
+        return pieces * (0 if config.adapter.score_passes == "joint" else scores)
     if name == "fake_score":  # an update has a forward and a backward pass
-        return pieces * (k + 2 * updates)
-    if config.sampling == "x_z":
-        chain = 2 * k + 2
-    else:
-        chain = 2 * k if config.objective != "vsd" and config.gamma_z != 0 else 1
+        return pieces * (scores + 2 * updates)
+    moves_z = config.objective == "emd" and config.gamma_z != 0
+    chain = (2 * k + 2 * (config.sampling == "x_z")) if moves_z else 1
     earlier = (1 + updates) * (config.calls - 1)
     m_step = 2
     return pieces * (chain + earlier + updates + m_step)

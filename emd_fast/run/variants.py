@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from emd_fast.config import ConfigError, EMDConfig, RunConfig
+from emd_fast.config import ConfigError, RunConfig
+from emd_fast.run.passes import passes
 
 
 @dataclass(frozen=True)
@@ -51,20 +52,6 @@ def comparison(settings: RunConfig, vary: str) -> Comparison:
         known = ", ".join(f"{of} of {task}" for task, of in _STUDIES)
         raise ConfigError(f"there is no study of {vary} of {settings.task}: the studies are {known}")
     return found(settings)
-
-
-def passes(config: EMDConfig) -> float:
-    """Counts the network passes of an optimizer step, per sample of the batch.
-
-    A forward pass counts 1, a backward pass to the input 1, and a full backward pass 2. The rungs of
-    samples are drawn evenly, so that a rollout takes (calls - 1) / 2 passes on average.
-    """
-    fake_score_step = 1 + 1 + 2
-    langevin_step = 3 if config.objective == "vsd" else 4
-    m_step = 1 + 2
-    steps = 1 if config.objective == "vsd" else config.langevin_steps
-    rollouts = (config.fake_score_updates + 1) * (config.calls - 1) / 2
-    return config.fake_score_updates * fake_score_step + steps * langevin_step + m_step + rollouts
 
 
 def _with(settings: RunConfig, name: str, **changes: Any) -> Variant:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from emd_fast import distributed
 from emd_fast.config import RunConfig
 from emd_fast.tasks import fashion_data, image_classifier
 from emd_fast.tasks.image_cache import cached
@@ -28,7 +29,7 @@ class Fashion(LabelledImages):
         self.folder = fashion_data.place_of(config.fashion.data)
 
     def open_references(self) -> None:
-        fashion_data.digest(self.folder)
+        self.check_basis(self.basis())
 
     def basis(self) -> dict[str, Any]:
         return {"data": fashion_data.digest(self.folder)}
@@ -63,8 +64,11 @@ class Fashion(LabelledImages):
 
     def of_teacher(self, trainer: EMDTrainer, cond: Tensor | None) -> Tensor:
         config = trainer.config
+        if distributed.is_sharded(trainer.teacher):  # all ranks must make the same passes
+            return super().of_teacher(trainer, cond)
         key = {
             "weights": trainer.teacher_facts["sha256"],
+            "dtypes": [str(trainer.compute_dtype), config.adapter.base_dtype],
             "labels": [] if cond is None else cond.tolist(),
             "n": len(self.labels()),
             "seed": config.seed,

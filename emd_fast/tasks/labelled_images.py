@@ -35,6 +35,8 @@ class LabelledImages(abc.ABC):
 
     def __init__(self, config: RunConfig, data: ImageData) -> None:
         self.config, self.data = config, data
+        self._opened: dict[str, Any] | None = None  # the basis of the references that were opened
+        self._trained_on: dict[str, Any] | None = None  # that of the teacher
 
     @abc.abstractmethod
     def metrics(self, samples: dict[str, LabelledSet], seed: int) -> dict[str, Any]:
@@ -57,11 +59,27 @@ class LabelledImages(abc.ABC):
     def _load_or_train(self, path: Path, on_step: OnStep | None) -> Denoiser:
         config = self.config.teacher
         if run_checkpoints.exists(path):
-            return read_teacher(path, config, self.data)
+            teacher, self._trained_on = read_teacher(path, config, self.data)
+            self.check_basis(self._opened)
+            return teacher
         callback = None if on_step is None else lambda step, loss: on_step(step, config.steps, loss)
         teacher = image_teacher.train(config, self.data, callback)
-        checkpoint.save(path, {"config": to_dict(config), "teacher": teacher.state_dict()})
+        self._trained_on = self.basis()
+        state = {"config": to_dict(config), "teacher": teacher.state_dict(), "basis": self._trained_on}
+        checkpoint.save(path, state)
         return teacher
+
+    def check_basis(self, opened: dict[str, Any] | None) -> None:
+        """Remembers what the references are made of, and compares it with what the teacher was trained on.
+
+        Raises:
+            CheckpointError: other images.
+        """
+        self._opened = opened
+        if opened is not None and self._trained_on is not None and opened != self._trained_on:
+            raise checkpoint.CheckpointError(
+                "the teacher was trained on other images: give their folder as --data, or choose another --out"
+            )
 
     def untrained_teacher(self) -> Denoiser:
         with torch.device("meta"):
@@ -132,8 +150,8 @@ class LabelledImages(abc.ABC):
         return self.labels() if trainer.config.num_classes else None
 
 
-def read_teacher(path: Path, config: TeacherConfig, data: ImageData) -> Denoiser:
-    """Reads a teacher that a run trained.
+def read_teacher(path: Path, config: TeacherConfig, data: ImageData) -> tuple[Denoiser, dict[str, Any] | None]:
+    """Reads a teacher that a run trained, and what its images were made of (`LabelledImages.basis`).
 
     Raises:
         CheckpointError: it is damaged, or was trained with another configuration.
@@ -145,7 +163,7 @@ def read_teacher(path: Path, config: TeacherConfig, data: ImageData) -> Denoiser
     if _forms(weights) != _forms(teacher.state_dict()) or not _is_of(state.get("config"), config):
         raise checkpoint.CheckpointError(f"{path} was trained with another [teacher] configuration; {remedy}")
     teacher.load_state_dict(weights)
-    return teacher.eval()
+    return teacher.eval(), state.get("basis")
 
 
 def _forms(tensors: Any) -> dict[str, Any]:

@@ -70,7 +70,8 @@ class Pretrained:
                 f"teacher_config is for a teacher in a single file, and {name} is none: leave --teacher-config out"
             )
         size = {key: getattr(settings, key) for key in ("sample_shape", "height", "width", "frames", "sizes")}
-        for key, value in size.items():
+        guidance = {key: getattr(settings, key) for key in ("embedded_guidance", "guidance_2")}
+        for key, value in {**size, **guidance}.items():
             if value is not None and (":" in name or self._is_edm):
                 option = key.replace("_", "-")
                 raise ConfigError(f"{key} is for diffusers folders, and {name} has its own: leave --{option} out")
@@ -85,7 +86,6 @@ class Pretrained:
             except (PickleError, OSError) as error:
                 raise ConfigError(str(error)) from None
         where = of_folders or device
-        guidance = {key: getattr(settings, key) for key in ("embedded_guidance", "guidance_2")}
         dtype = getattr(torch, settings.prompt_dtype)
         teacher = folders.load(name, config=config or None, device=where, prompt_dtype=dtype, **guidance, **size)
         teacher.check_t_star(self.config.emd.first_time)

@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 _CLASSES: dict[type, type] = {}
@@ -32,10 +33,7 @@ class AdaptedRows:
 
     @contextlib.contextmanager
     def without(self, plain: int, of: int) -> Iterator[None]:
-        """Context manager: the first `plain` of `of` equal parts of every batch pass without the adapter.
-
-        For passes without gradients.
-        """
+        """Context manager: the first `plain` of `of` equal parts of every batch pass without the adapter."""
         outer, self.plain = self.plain, (plain, of)
         try:
             yield
@@ -58,12 +56,13 @@ class _Layer:
             )
         first = len(x) // of * plain
         result: Tensor = self.base_layer(x, *args, **kwargs)
-        own = result[first:]
+        own, differentiated = result[first:], torch.is_grad_enabled()
         for name in self.active_adapters:
             a, b = self.lora_A[name], self.lora_B[name]
-            # Rounded as in peft's layer, which adds before it converts. In place: no gradient is wanted.
-            own += b(a(x[first:].to(a.weight.dtype))) * self.scaling[name]
-        return result
+            added = b(a(x[first:].to(a.weight.dtype))) * self.scaling[name]
+            # Rounded as in peft's layer, which adds before it converts. In place where no gradient is wanted.
+            own = (own + added).to(own.dtype) if differentiated else own.add_(added)
+        return torch.cat([result[:first], own]) if differentiated else result
 
 
 def _subclass(base: type) -> type:

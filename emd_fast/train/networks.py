@@ -161,6 +161,8 @@ def _make_trained(
     else:
         rungs.check_given(generator, config)
     _check_start(generator)
+    if fake_score is not None and fake_score.takes_rung and fake_score.rungs != config.calls:
+        raise ConfigError(f"rungs must be {fake_score.rungs}, as the given fake score takes, got {config.calls}")
     if fake_score is None:
         fake_score = started("fake_score")
         if config.calls > 1 and "fake_score" not in adapted:

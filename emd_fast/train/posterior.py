@@ -55,8 +55,10 @@ class PosteriorSampler:
         sample = sample_x_z if config.sampling == "x_z" else sample_eps_z
         if config.objective == "sid":
             sample = sample_sid
-        recomputed = config.compute.activation_checkpointing == "all"
-        generator: Any = self._networks[0]
+        generator, *scores = self._networks
+        recomputed: list[Any] = []
+        if config.compute.activation_checkpointing == "all":
+            recomputed = scores if config.objective == "sid" else [generator]
         settings = LangevinSettings(
             self.steps,
             gamma_eps,
@@ -68,7 +70,9 @@ class PosteriorSampler:
             self._measures,
             keeps_pass=watch is None and self._keeps_pass(batch),
         )
-        with activation_checkpoint(generator) if recomputed else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            for network in recomputed:
+                stack.enter_context(activation_checkpoint(network))
             return sample(self._networks, z, eps, t, batch.cond, settings, watch)
 
     def _keeps_pass(self, batch: MicroBatch) -> bool:

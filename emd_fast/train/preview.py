@@ -10,6 +10,7 @@ from torch import Tensor
 
 from emd_fast import ops
 from emd_fast.diffusion.denoiser import Condition
+from emd_fast.diffusion.rung import OnRung
 from emd_fast.distributed import gathered
 from emd_fast.noise import Noise, NoiseStream
 
@@ -36,9 +37,11 @@ def denoised(trainer: EMDTrainer, n: int, cond: Condition = None) -> dict[str, T
     middle = torch.full((n,), -math.log(drawn.low * drawn.high), device=trainer.device)
     t = schedule.t_from_log_snr(middle).clamp(schedule.t_min, schedule.t_max)
     x_t = ops.perturb(x, schedule.alpha(t), schedule.sigma(t), eps=eps, dtype=torch.float32)
+    last = trainer.config.calls - 1
+    on_rung = OnRung(x, torch.full((n,), last, dtype=torch.int64, device=trainer.device), cond) if last else cond
     with gathered(trainer.teacher, trainer.fake_score), trainer.autocast():
         return {
             "generator": x,
             "teacher": trainer.teacher.denoise(x_t, t, cond, trainer.config.guidance),
-            "fake_score": trainer.fake_score.denoise(x_t, t, cond),
+            "fake_score": trainer.fake_score.denoise(x_t, t, on_rung),
         }

@@ -174,7 +174,7 @@ class EMDTrainer:
         if step is not None:
             self.batches.at(step)
         samples = range(*distributed.share(self.config.batch_size)) if samples is None else samples
-        return self._e_step(self.batches.micro_batch(cond, 0, samples), watch)
+        return self._e_step(self.batches.micro_batch(cond, 0, samples), watch).bare()
 
     def _fake_score_update(self, cond: Condition, substep: int) -> tuple[Tensor, Tensor]:
         def losses(batch: MicroBatch) -> Tensor:

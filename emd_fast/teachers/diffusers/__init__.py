@@ -105,11 +105,11 @@ class DiffusersDenoiser(Denoiser):
         one.source, one.weights_dtype, one.prompt_dtype = self.source, self.weights_dtype, self.prompt_dtype
         return one.train(self.training)
 
-    def weight(self, t: Tensor, guidance: float | Tensor | None) -> float | Tensor | None:
+    def guidance_at(self, t: Tensor, guidance: float | Tensor | None) -> float | Tensor | None:
         if guidance is None or self.guidance_2 is None or not isinstance(self.network, Experts):
             return guidance
         below = self.network.below(self.trained.index(t))
-        return torch.where(below, torch.full_like(t, self.guidance_2), torch.as_tensor(guidance).to(t))
+        return torch.where(below, self.guidance_2, guidance).to(t.dtype)
 
     def sized(self, cond: Condition, shape: Sequence[int]) -> Condition:
         return self.network.sized(cond, shape, self._vae_config)

@@ -66,8 +66,8 @@ class Experts(Network):
 
     def _one_patch(self, network: nn.Module, x: Tensor, index: Tensor, given: dict[str, Tensor]) -> Tensor:
         sides = self.architecture.patch[-(x.dim() - 2) :]
-        patch = x[(slice(1), slice(None), *map(slice, sides))]
-        return self.architecture.call(network, patch, index[:1], {name: value[:1] for name, value in given.items()})
+        # Of every sample: one pass of several networks counts on its parts.
+        return self.architecture.call(network, x[(slice(None), slice(None), *map(slice, sides))], index, given)
 
 
 def _counts(parameter: Tensor) -> bool:
