@@ -148,7 +148,7 @@ def test_a_teacher_on_the_meta_device_is_rounded_there():
 def test_a_run_drops_the_teacher_that_it_has_rounded(tmp_path, monkeypatch):
     small = {"teacher.steps": 1, "teacher.batch_size": 4, "emd.compute.precision": "bfloat16", "emd.batch_size": 4}
     small |= {"emd.steps": 1, "emd.fake_score_warmup": 0, "emd.langevin_steps": 1}
-    made, watched = distill._teacher, []
+    made, watched = distill.teacher_of, []
 
     def watch(*arguments):
         teacher, seconds = made(*arguments)
@@ -159,7 +159,7 @@ def test_a_run_drops_the_teacher_that_it_has_rounded(tmp_path, monkeypatch):
         gc.collect()
         raise RunError("seen" if watched and not any(reference() is not None for reference in watched) else "alive")
 
-    monkeypatch.setattr(distill, "_teacher", watch)
+    monkeypatch.setattr(distill, "teacher_of", watch)
     monkeypatch.setattr(distill, "train", look)
     with pytest.raises(RunError, match="seen"):
         distill.distill(configuration.load("digits", small), tmp_path)

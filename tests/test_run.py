@@ -113,6 +113,8 @@ def test_a_signal_saves_and_stops_and_the_run_goes_on_bit_for_bit(tmp_path, monk
         return step(self, cond)
 
     monkeypatch.setattr(distill.EMDTrainer, "step", interrupted)
+    if number == signal.SIGHUP:
+        signal.signal(number, signal.SIG_DFL)  # under nohup it is ignored, and a run leaves it so
     stopped(128 + number, settings(save_every=100), tmp_path / "legs")
     assert not (tmp_path / "legs" / "metrics.json").exists()
     monkeypatch.undo()

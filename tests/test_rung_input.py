@@ -13,11 +13,11 @@ def test_a_given_fake_score_takes_the_rungs_of_the_run():
     given = digits_teacher()
     given.take_rungs(3)
     with pytest.raises(ConfigError, match="rungs must be 3, as the given fake score takes, got 2"):
-        EMDTrainer(digits_teacher(), config(rungs=2), fake_score=given)
+        EMDTrainer(digits_teacher(), config(rungs=2, num_classes=3), fake_score=given)
 
 
 def test_the_preview_is_that_of_the_last_rung():
-    trainer = EMDTrainer(digits_teacher(), config(rungs=2))
+    trainer = EMDTrainer(digits_teacher(), config(rungs=2, num_classes=3))
     before = denoised(trainer, 2)["fake_score"]
     for rung, same in ((0, True), (1, False)):
         with torch.no_grad():
