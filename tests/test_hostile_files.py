@@ -214,7 +214,7 @@ def moment(change):
 NONE = {
     "config": ["os.system"], "config.__class__": ["x"], "config.steps": ["4", {"a": 1}], "step": ["4", -1, 2**80],
     "skipped": [float("nan")], "teacher": ["x", {"path": None}], "groups": [[]],
-    "groups.generator": [[{"lr": 1e9}], []],
+    "groups.generator": [[{"lr": 1e9}], []], "clipped": [[1, 2]], "clipped.generator": [[1], [2, 1], [-1, 1], ["0", 1]],
 }  # fmt: skip
 FACTS = fields(NONE, ["facts"]) | {
     "no facts": at("facts", value={}),

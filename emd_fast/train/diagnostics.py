@@ -51,6 +51,13 @@ def check_step(records: Sequence[StepRecord]) -> None:
         raise RuntimeError("diagnostics need a step: call step() first")
 
 
+def mean_square(posteriors: Sequence[EStep], name: str, batch_size: int) -> Tensor:
+    """This rank's part of the mean of the square of an attribute over the batch of all ranks."""
+    tensors: list[Tensor] = [getattr(posterior, name) for posterior in posteriors]
+    shares = [x.square().mean() * (len(x) / batch_size) for x in tensors]
+    return sum(shares[1:], shares[0])
+
+
 @torch.no_grad()
 def diagnose(records: Sequence[StepRecord], batches: BatchSampler) -> dict[str, Tensor]:
     """Computes the diagnostics of one step. All ranks call it. The host does not wait.

@@ -14,6 +14,7 @@ from emd_fast.config import EMDConfig
 from emd_fast.distributed import TrainableParameters
 from emd_fast.train import optimizers, precision
 from emd_fast.train.activation_checkpoint import activation_checkpoint
+from emd_fast.train.clipping import Clipping
 
 
 class Learner:
@@ -39,6 +40,7 @@ class Learner:
         self.optimizer = optimizers.make(config.optimizer, self.trainable.parameters, lr)
         self._dtype, self._config = compute_dtype, config
         self._device = device
+        self.clipping = Clipping(config.optimizer.grad_clip, device)
 
     def schedule(self, step: int) -> None:
         """Sets the learning rate of an optimizer step."""
@@ -75,8 +77,7 @@ class Learner:
         self.trainable.reduce_gradients()
         norms = self.trainable.gradient_norms()
         norm = torch.linalg.vector_norm(norms)
-        if self._config.optimizer.grad_clip:
-            nn.utils.clip_grads_with_norm_(self.trainable.parameters, self._config.optimizer.grad_clip, norm)
+        self.clipping.clip(self.trainable.parameters, norm)
         finite = torch.isfinite(norm)
         self.trainable.note_bad(norms)
         if optimizers.skips_on_device(self.optimizer):

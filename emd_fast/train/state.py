@@ -55,8 +55,12 @@ class State:
             for name, learner in self.learners.items()
         }
 
-    def restore(self, path: Path, counters: Mapping[str, list[dict[str, int]]]) -> None:
-        """Reads the tensors of a checkpoint, and the counters of its facts, in place.
+    def clipped(self) -> dict[str, list[int]]:
+        """The numbers of clipped updates and of updates of each part that is trained. Waits for the device."""
+        return {name: learner.clipping.counts() for name, learner in self.learners.items()}
+
+    def restore(self, path: Path, saved: SavedFacts) -> None:
+        """Reads the tensors of a checkpoint in place, and takes the counters of its facts.
 
         Raises:
             CheckpointError: a damaged checkpoint, or one of another architecture; the error names
@@ -65,14 +69,15 @@ class State:
         there = checkpoint.shapes(path)
         moments = {name: _Moments(name, learner, path, there) for name, learner in self.learners.items()}
         for name, learner in self.learners.items():
-            if len(counters.get(name, ())) != len(learner.optimizer.param_groups):
+            if len(saved.counters.get(name, ())) != len(learner.optimizer.param_groups):
                 raise CheckpointError(f"{path} does not fit this {name}: its optimizer has other groups of parameters")
         tensors = self._weights()
         for own in moments.values():
             tensors |= own.tensors
         checkpoint.restore(path, tensors)
         for name, own in moments.items():
-            own.load(counters[name])
+            own.load(saved.counters[name])
+            self.learners[name].clipping.restore(*saved.clipped.get(name, (0, 0)))
 
     def _weights(self) -> dict[str, Tensor]:
         return {
@@ -143,6 +148,7 @@ class SavedFacts:
         step, skipped: number of steps done, number of updates skipped.
         teacher: {"path": str or None, "sha256": fingerprint}; "process" too, if this release wrote it.
         counters: as returned by `State.counters`.
+        clipped: as returned by `State.clipped`; empty in a checkpoint without these numbers.
     """
 
     config: EMDConfig
@@ -150,6 +156,7 @@ class SavedFacts:
     skipped: float
     teacher: dict[str, Any]
     counters: dict[str, list[dict[str, int]]]
+    clipped: dict[str, list[int]]
 
 
 def read_facts(path: str | Path, facts: Mapping[str, Any]) -> SavedFacts:
@@ -169,11 +176,25 @@ def read_facts(path: str | Path, facts: Mapping[str, Any]) -> SavedFacts:
         } if 0 <= step < 2**62 and 0 <= skipped < 2**62 and all(map(_are_counters, counters.values())):
             pass
         case _:
-            raise CheckpointError(f"{path} is not a checkpoint of a trainer: its facts are missing or of another form")
+            raise _foreign(path)
+    clipped = facts.get("clipped", {})
+    if not (isinstance(clipped, dict) and all(map(_are_clipped, clipped.values()))):
+        raise _foreign(path)
     try:
-        return SavedFacts(from_dict(EMDConfig, config, "emd"), step, skipped, teacher, counters)
+        return SavedFacts(from_dict(EMDConfig, config, "emd"), step, skipped, teacher, counters, clipped)
     except (ConfigError, TypeError) as error:
         raise CheckpointError(f"{path} holds a configuration this release cannot read: {error}") from None
+
+
+def _foreign(path: str | Path) -> CheckpointError:
+    return CheckpointError(f"{path} is not a checkpoint of a trainer: its facts are missing or of another form")
+
+
+def _are_clipped(counts: Any) -> bool:
+    match counts:
+        case [int() as clipped, int() as updates]:
+            return 0 <= clipped <= updates < 2**62
+    return False
 
 
 def _are_counters(groups: Any) -> bool:

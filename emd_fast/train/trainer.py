@@ -5,7 +5,7 @@ Reading order: `step`, then the three parts that it calls, in the words of docs/
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,8 +112,9 @@ class EMDTrainer:
 
         Returns:
             Device scalars, the same on every rank: generator_loss, fake_score_loss, drift_rms, z_rms,
-            generator_grad_norm, fake_score_grad_norm and skipped, the number of updates so far that
-            were skipped because their gradient was not finite.
+            generator_grad_norm, fake_score_grad_norm; generator_clipped and fake_score_clipped, the
+            share of the updates so far whose gradient was clipped; skipped, the number of updates so
+            far that were skipped because their gradient was not finite.
         """
         self._records = []  # frees the memory of the step before
         self.timer.start()
@@ -127,7 +128,7 @@ class EMDTrainer:
         self.ema.update(self.generator, self.steps_done)
         self.timer.end("m_step")
         self.steps_done += 1
-        drift, z = (self._mean_square(getattr(s, name) for s in posteriors) for name in ("drift", "z"))
+        drift, z = (diagnostics.mean_square(posteriors, name, self.config.batch_size) for name in ("drift", "z"))
         means = torch.stack([generator_loss, torch.stack([loss for loss, _ in fake_score]).mean(), drift, z])
         if distributed.world_size() > 1:
             dist.all_reduce(means)
@@ -138,6 +139,7 @@ class EMDTrainer:
             "z_rms": means[3].sqrt(),
             "generator_grad_norm": generator_norm,
             "fake_score_grad_norm": torch.stack([norm for _, norm in fake_score]).mean(),
+            **{f"{name}_clipped": learner.clipping.share() for name, learner in self.learners.items()},
             "skipped": self.skipped.clone(),
         }
 
@@ -223,11 +225,6 @@ class EMDTrainer:
         self.skipped += (~torch.isfinite(norm)).float()
         return norm
 
-    def _mean_square(self, tensors: Iterable[Tensor]) -> Tensor:
-        """Returns this rank's part of the mean over the global batch."""
-        shares = [x.square().mean() * (len(x) / self.config.batch_size) for x in tensors]
-        return sum(shares, torch.zeros((), device=self.device))
-
     def autocast(self) -> torch.autocast:
         """Context manager for passes of the networks in the compute dtype."""
         return precision.autocast(self.compute_dtype, self.device)
@@ -305,6 +302,7 @@ class EMDTrainer:
             "skipped": self.skipped.item(),
             "ranks": distributed.world_size(),
             "groups": self._state.counters(),
+            "clipped": self._state.clipped(),
         }
         self._writer.save(path, self._state.tensors(), facts, background=background, then=then)
 
@@ -340,7 +338,7 @@ class EMDTrainer:
             saved = read_facts(path, checkpoint.facts(path))
             check_config(path, saved.config, with_shift(config or saved.config, unwrap(teacher)))
             trainer = cls(teacher, config or saved.config, generator, fake_score, prompts)
-            trainer._state.restore(Path(path), saved.counters)
+            trainer._state.restore(Path(path), saved)
             trainer.skipped.fill_(saved.skipped)
             trainer.steps_done = saved.step
             check_process(path, saved.teacher, trainer.teacher_facts)
