@@ -330,7 +330,7 @@ def test_without_a_recipe_or_a_teacher_or_what_was_exported(call, refused, tmp_p
 @pytest.mark.slow
 @pytest.mark.skipif(folders.transformers_missing() is not None, reason=str(folders.transformers_missing()))
 @pytest.mark.parametrize(
-    ("recipe", "asked"), [("sd15", "num_inference_steps=1"), ("sd15-4", "timesteps=[600, 316, 97")]
+    ("recipe", "asked"), [("sd15", "num_inference_steps=1"), ("sd15-4", "timesteps=[625, 413, 208, 76")]
 )
 def test_the_recipes_of_stable_diffusion_run(call, tmp_path, recipe, asked):
     folders.stable_diffusion(tmp_path / "teacher")
