@@ -83,6 +83,7 @@ def measured(mode: str, precision: str, changes: dict) -> tuple[dict, dict]:
         ("fsdp", {"gather": "block"}),
         ("fsdp", {"gather": "block", "sampling": "x_z", "rungs": [2.0, 1.0, 0.5], "fake_score_updates": 1}),
         ("fsdp", {"gather": "block", "gamma_z": 0.0, "micro_batch_size": 2}),
+        ("fsdp", {"gather": "block", "objective": "sid"}),
     ],
 )
 def test_the_plan_is_what_a_trainer_holds_and_sends(ranks, mode, changes, precision):
@@ -180,7 +181,7 @@ def test_phase_that_cannot_fit_is_refused_with_what_helps():
 
 CHANGES = [
     {}, {"guidance": 1.5, "fake_score_updates": 1}, {"objective": "vsd"}, {"sampling": "x_z", "langevin_steps": 3},
-    {"gamma_z": 0.0, "langevin_steps": 3},
+    {"gamma_z": 0.0, "langevin_steps": 3}, {"objective": "sid"}, {"objective": "sid", "guidance": 1.5},
 ]  # fmt: skip
 
 
