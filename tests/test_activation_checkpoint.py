@@ -35,9 +35,8 @@ def test_a_run_is_the_same_bit_for_bit(fused, precision, objective):
         trainer.step()
         trainer.step()
         ends.append(states(trainer))
-    if (
-        objective == "sid"
-    ):  # without recomputation, E-step and M-step share a pass, whose products PyTorch rounds otherwise
+    if objective == "sid":
+        # Without recomputation E-step and M-step share a pass with gradients, whose products PyTorch rounds otherwise.
         del ends[0]
     for end in ends[1:]:
         assert [name for name, value in ends[0].items() if not torch.equal(value, end[name])] == []
