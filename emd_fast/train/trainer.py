@@ -240,7 +240,7 @@ class EMDTrainer:
 
     def gradient_variance(self) -> dict[str, Tensor]:
         """Returns the gradient's variance at the last step (`gradient_variance`). All ranks call it."""
-        return gradient_variance(self.learners["generator"], self._records, self.config.batch_size)
+        return gradient_variance(self.learners["generator"], self._records, self.config)
 
     # Samples ----------------------------------------------------------------------------------------------------------
 
