@@ -20,7 +20,7 @@ from emd_fast.fusion.fusing import fuse_known, fusion_report, unfuse
 from emd_fast.train import adapters, average, quantised_base, rungs
 from emd_fast.train.adapted_rows import AdaptedRows
 from emd_fast.train.cast_weights import cast_weights, trainable
-from emd_fast.train.fingerprint import fingerprint, process_of
+from emd_fast.train.fingerprint import fingerprint, process_of, sizes_of
 from emd_fast.train.gathering import Gather, check_passes, check_phase, choose_gather
 from emd_fast.train.memory import available
 from emd_fast.train.precision import compute_dtype
@@ -93,7 +93,7 @@ def prepare(teacher: Denoiser, config: EMDConfig, generator: nn.Module | None, f
             "path": unwrap(given).source,
             "sha256": fingerprint(unwrap(given)),
             "process": process_of(unwrap(given)),
-            **({"shapes": [list(shape.sample) for shape in shapes]} if len(shapes) > 1 else {}),
+            **sizes_of([shape.sample for shape in shapes]),
         }
     )
     trained = {"generator": generator, "fake_score": fake_score}
