@@ -23,9 +23,9 @@ from emd_fast.train.cast_weights import cast_weights, trainable
 from emd_fast.train.fingerprint import fingerprint, process_of, sizes_of
 from emd_fast.train.gathering import Gather, check_passes, check_phase, choose_gather
 from emd_fast.train.memory import available
+from emd_fast.train.parameter_counts import ParameterCounts
 from emd_fast.train.precision import compute_dtype
 from emd_fast.train.sample_sizes import Shape
-from emd_fast.train.sizes import Sizes
 
 # Of alpha at t_star where noise is predicted. The rounding of an output in float16 or TF32, 2^-11, times
 # 1 / alpha is then half of the data's standard deviation.
@@ -292,15 +292,15 @@ def _gather(
     if ranks == 1 or mode == "replicate":
         return Gather({}, "nothing is sharded")
     generator, teacher, fake_score = networks
-    sizes = Sizes.of(teacher, generator, fake_score, config.adapter)
+    counts = ParameterCounts.of(teacher, generator, fake_score, config.adapter)
     options: dict[str, Any] = {
         "reduced": dtype == torch.bfloat16,
         "shard_group": config.parallelism.shard_group,
         "available": available(device) if device.type == "cuda" else None,
     }
     if options["available"] is not None:
-        check_phase(sizes, config, mode, ranks, **options)
-    chosen = choose_gather(sizes, config, mode, ranks, **options)
+        check_phase(counts, config, mode, ranks, **options)
+    chosen = choose_gather(counts, config, mode, ranks, **options)
     check_passes(config, chosen, ranks)
     return chosen
 
