@@ -56,8 +56,8 @@ for part in "$@"; do
         profile) parts+=(profile-adm profile-sd15) ;;
         unet) parts+=(group_norm attention) ;;
         blocks) parts+=(convolution residual_block) ;;
-        info | build | smoke | test | ops | sanitize | group_norm | attention | convolution | residual_block | train | study | \
-            headline-kernels | headline-adm | headline-sd15 | profile-adm | profile-sd15 | \
+        info | build | smoke | test | ops | sanitize | group_norm | attention | convolution | residual_block | train | \
+            study | headline-kernels | headline-adm | headline-sd15 | profile-adm | profile-sd15 | \
             unet-adm | unet-sd15 | e_step-adm | e_step-sd15) parts+=("$part") ;;
         *)
             echo "run_gpu.sh: unknown part '$part'" >&2
@@ -280,7 +280,7 @@ train() {
 
 # The time of a run is mostly that of launches, so 32 channels and 128 samples cost little more than the recipe's.
 study() {
-    local work=runs/gpu-study code=0
+    local work=runs/gpu-study code=0 file
     local words=(--resolution 28 --teacher.channels 32 --teacher.steps 8000 --steps 400 --batch-size 128)
     if [ $device = cpu ]; then
         work=$scratch

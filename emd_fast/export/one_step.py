@@ -136,8 +136,8 @@ class OneStep(nn.Module):
 
         Args:
             n: number of samples.
-            cond: batched conditions, on any device. When None, a generator with classes takes all classes in
-                turn.
+            cond: batched conditions, on any device. When None, a generator with classes takes all
+                classes in turn.
             seed: seed of z; the trainer's when None.
             first_sample: global index of the first sample in noise stream 9.
             calls: stop after that many calls; all when None.
