@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import types
 
 import pytest
 import torch
@@ -11,11 +10,10 @@ from helpers import threads
 from emd_fast import config
 from emd_fast.config import TeacherConfig
 from emd_fast.run import distill
-from emd_fast.tasks import fashion_data, image_cache, image_classifier, image_teacher, labelled_images
+from emd_fast.tasks import fashion_data, image_cache, image_classifier, image_teacher
 from emd_fast.tasks.fashion import Fashion, Judge
 from emd_fast.tasks.image_classifier import ImageFeatures
 from emd_fast.tasks.image_metrics import METRICS
-from emd_fast.tasks.labelled_images import LabelledImages
 from emd_fast.train.checkpoint import CheckpointError
 
 FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
@@ -256,36 +254,6 @@ def test_a_run_does_not_go_on_with_other_images(tmp_path):
     again = Fashion(settings(written(tmp_path / "moved", packed=True)))
     again.open_references()
     again.make_teacher(tmp_path, None)
-
-
-def test_a_gpu_gets_the_networks_the_noise_and_the_labels(tmp_path, monkeypatch):
-    chosen = settings(written(tmp_path / "data"))
-    trained_on = []
-    train = image_teacher.train
-
-    def recorded(*given, device):
-        trained_on.append(device)
-        return train(*given)
-
-    monkeypatch.setattr(image_teacher, "train", recorded)
-    monkeypatch.setattr("emd_fast.tasks.fashion.default_device", lambda: META)
-    task = Fashion(chosen)
-    task.make_teacher(tmp_path, None)
-    assert trained_on == [META]
-    teacher = task.make_teacher(tmp_path, None)  # read from the folder
-    assert {tensor.device for tensor in (*teacher.parameters(), *teacher.buffers())} == {META}
-
-    passed = []
-
-    def sampled(teacher, z, cond, guidance):
-        passed.extend([z.device, cond.device])
-        return torch.zeros(len(z), 1, 14, 14)
-
-    monkeypatch.setattr(labelled_images, "heun", sampled)
-    monkeypatch.setattr(Fashion, "labels", lambda self: torch.arange(20) % 10)
-    trainer = types.SimpleNamespace(teacher=teacher, config=chosen.emd, device=META)
-    LabelledImages.of_teacher(task, trainer, task._conditions(trainer))
-    assert passed == [META, META]
 
 
 def test_what_a_gpu_computed_is_kept_apart(tmp_path, monkeypatch):
