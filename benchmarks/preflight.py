@@ -45,6 +45,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "profile-adm": ("benchmarks.profile", "benchmarks.e_step"),
     "profile-sd15": ("benchmarks.profile", "benchmarks.e_step", *_SD15),
     "train": ("benchmarks.train",),  # trains adm and says that sd15 needs diffusers
+    "study": ("emd_fast.cli.commands", "emd_fast.run.fashion_study", "tomli_w", "numpy", "matplotlib", "PIL"),
 }
 """Modules that each part imports."""
 
@@ -76,6 +77,20 @@ def broken(part: str) -> list[str]:
     return found
 
 
+def unread(part: str) -> list[str]:
+    """Reads the data of a part. Returns a line for what cannot be read."""
+    if part != "study":
+        return []
+    from emd_fast.tasks import fashion_data
+
+    try:
+        for split in ("train", "test"):
+            fashion_data.read(fashion_data.place_of(""), split)
+    except fashion_data.BadData as error:
+        return [f"needs Fashion-MNIST, DATA=FOLDER: {error}"]
+    return []
+
+
 def why_no_gpu() -> str | None:
     """Why PyTorch has no GPU here. None if it has one."""
     if importlib.util.find_spec("torch") is None:
@@ -98,7 +113,7 @@ def main(parts: Sequence[str]) -> int:
         print(f"no GPU is here: {why}")
         return 2
     for part in parts:
-        lacking[part] = lacking[part] or broken(part)
+        lacking[part] = lacking[part] or broken(part) or unread(part)
     _print(lacking)
     return 2 if all(lacking.values()) else 1 if any(lacking.values()) else 0
 

@@ -23,13 +23,16 @@ usage: benchmarks/run_gpu.sh FOLDER PART...
   unet-adm, unet-sd15        frozen forward pass, and a training step in a plain PyTorch loop
   e_step-adm, e_step-sd15    E-step at K = 2 at two batches; the variable SHAPE=B,K selects one shape instead
   train     50 steps of ADM-64 and of Stable Diffusion 1.5, random weights: images/s, MFU, peak memory
+  study     cells a and b of the study of Fashion-MNIST at 28x28, one seed, then a second as far as the time goes
 Variables:
   FULL=1        also contenders that torch.compile makes, which compile for minutes, and group_norm in NCHW
   WHEELS=DIR    wheels of packages that are not installed here; they are unpacked for this run alone
+  DATA=DIR      the four files of Fashion-MNIST, for study (default EMD_FAST_FASHION, or Debian's folder)
   LIMIT=N       seconds for all parts together
   DRY=1         runs every part on the CPU with small networks and tensors, as a check of this script
   PYTHON=NAME   the Python to use (default python3)
-Writes to FOLDER: run.log, and PART.json for each part that measures (ops: also ops-warm.json, ops.md, ops.png).
+Writes to FOLDER: run.log, and PART.json for each part that measures (ops: also ops-warm.json, ops.md, ops.png;
+study: study.json and study.md). The runs of study stay in runs/gpu-study of the checkout: a second call goes on there.
 TEXT
     exit 2
 }
@@ -54,7 +57,7 @@ for part in "$@"; do
         unet) parts+=(group_norm attention) ;;
         blocks) parts+=(convolution residual_block) ;;
         info | build | smoke | test | ops | sanitize | group_norm | attention | convolution | residual_block | train | \
-            headline-kernels | headline-adm | headline-sd15 | profile-adm | profile-sd15 | \
+            study | headline-kernels | headline-adm | headline-sd15 | profile-adm | profile-sd15 | \
             unet-adm | unet-sd15 | e_step-adm | e_step-sd15) parts+=("$part") ;;
         *)
             echo "run_gpu.sh: unknown part '$part'" >&2
@@ -67,6 +70,10 @@ wheels=${WHEELS:+$(cd "$WHEELS" 2>/dev/null && pwd)}
 if [ -n "${WHEELS:-}" ] && [ -z "$wheels" ]; then
     echo "run_gpu.sh: there is no folder WHEELS=$WHEELS" >&2
     exit 2
+fi
+if [ -n "${DATA:-}" ]; then
+    EMD_FAST_FASHION=$(cd "$DATA" 2>/dev/null && pwd) || { echo "run_gpu.sh: there is no folder DATA=$DATA" >&2; exit 2; }
+    export EMD_FAST_FASHION
 fi
 mkdir -p "$folder" || exit 1
 folder=$(cd "$folder" && pwd) || exit 1
@@ -269,6 +276,29 @@ train() {
     local words=(adm sd15 --seconds $((deadline - SECONDS - 30)))
     [ $device = cpu ] && words=(small --seconds 60 --steps 1 --batch 2 --langevin-steps 1)
     step "$python" -m benchmarks.train "${words[@]}" --device $device --json "$folder/train.json"
+}
+
+# The time of a run is mostly that of launches, so 32 channels and 128 samples cost little more than the recipe's.
+study() {
+    local work=runs/gpu-study code=0 file
+    local words=(--resolution 28 --teacher.channels 32 --teacher.steps 8000 --steps 400 --batch-size 128)
+    if [ $device = cpu ]; then
+        work=$scratch
+        words=(--resolution 28 --teacher.channels 4 --teacher.steps 2 --steps 2 --batch-size 4)
+        words+=(--fashion.classifier_steps 2)
+        local -x CUDA_VISIBLE_DEVICES=
+    fi
+    local -x EMD_FAST_CACHE=$work/cache
+    # Float32 as on a CPU, so that the figures of both can be compared.
+    words=(study fashion --cells a,b "${words[@]}" --precision float32 --out "$work/study")
+    # Seed 0 of all variants comes first. Not to reach the end of seed 1 is no failure.
+    step "$python" -m emd_fast "${words[@]}" --seeds 1 || code=$?
+    [ $code -eq 0 ] && [ $device = cuda ] && step "$python" -m emd_fast "${words[@]}" --seeds 2
+    # The study writes both after each run.
+    for file in study.json study.md; do
+        [ -e "$work/study/$file" ] && cp "$work/study/$file" "$folder/"
+    done
+    return $code
 }
 
 summary=()

@@ -37,7 +37,7 @@ from emd_fast.reporting.progress import summary
 from emd_fast.run.plan import plan
 from emd_fast.train import throughput
 from emd_fast.train.memory import GIB, available
-from emd_fast.train.sizes import Sizes
+from emd_fast.train.parameter_counts import ParameterCounts
 
 SCHEMA = 1
 BATCHES = {"small": 128, "adm": 64, "sd15": 16}
@@ -184,7 +184,8 @@ def _configured(
         ConfigError: even a micro-batch of one sample does not fit.
     """
     batch = options.batch or BATCHES[name]
-    sizes, each, room = Sizes.of(teacher, teacher, teacher), activations(teacher, kind, device), available(device)
+    counts, room = ParameterCounts.of(teacher, teacher, teacher), available(device)
+    each = activations(teacher, kind, device)
     size = micro or batch
     while True:
         config = EMDConfig(
@@ -199,7 +200,7 @@ def _configured(
             generator_lr=1e-5,
             fake_score_lr=1e-5,
         )
-        made = plan(sizes, config, devices=1, reduced=True, activations=each)
+        made = plan(counts, config, devices=1, reduced=True, activations=each)
         if micro or made.chosen.total <= _MEMORY_SHARE * room:
             return config, made.chosen.total
         if size == 1:

@@ -12,7 +12,7 @@ from emd_fast.config import AdapterConfig
 from emd_fast.run.plan import plan
 from emd_fast.train import adapters, networks
 from emd_fast.train.memory import GIB
-from emd_fast.train.sizes import Sizes
+from emd_fast.train.parameter_counts import ParameterCounts
 
 pytest.importorskip("peft")
 
@@ -48,15 +48,17 @@ def test_the_weights_of_an_e_step_are_little_more_than_the_base(flux):
 def test_the_plan_of_flux_fits_with_adapters_only(flux):
     three = flux, Generator(flux, 0.9), flux
     settings = config(adapter_rank=64, batch_size=16, parallel="fsdp", t_star=0.9)
-    sizes = Sizes.of(*three, settings.adapter)
-    assert 90e6 < sizes.generator == sizes.fake_score < 120e6 and sizes.teacher > 11e9
-    shared = plan(sizes, settings, devices=8, reduced=True).chosen
-    whole = plan(Sizes.of(*three), dataclasses.replace(settings, adapter_rank=0), devices=8, reduced=True).chosen
+    counts = ParameterCounts.of(*three, settings.adapter)
+    assert 90e6 < counts.generator == counts.fake_score < 120e6 and counts.teacher > 11e9
+    shared = plan(counts, settings, devices=8, reduced=True).chosen
+    whole = plan(
+        ParameterCounts.of(*three), dataclasses.replace(settings, adapter_rank=0), devices=8, reduced=True
+    ).chosen
     assert shared.total < 40 * GIB and 100 * GIB < whole.total
-    assert whole.memory["gathered"] == 3 * 2 * sizes.teacher
+    assert whole.memory["gathered"] == 3 * 2 * counts.teacher
     prepared = networks.prepare(flux, dataclasses.replace(settings, precision="bfloat16", fuse=False), None, None)
     held = size(p for network in prepared.three for p in network.parameters())
-    assert plan(sizes, settings, devices=1, reduced=True).chosen.memory["weights"] == pytest.approx(held, rel=1e-3)
+    assert plan(counts, settings, devices=1, reduced=True).chosen.memory["weights"] == pytest.approx(held, rel=1e-3)
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from emd_fast.run import distill
 from emd_fast.run.folder import RunError
 from emd_fast.run.plan import estimate
 from emd_fast.train.cast_weights import cast_weights, matmul_weights, trainable
-from emd_fast.train.sizes import Sizes
+from emd_fast.train.parameter_counts import ParameterCounts
 
 BF16 = torch.bfloat16
 
@@ -94,7 +94,7 @@ def test_copies_to_train_are_float32_whatever_the_teacher_is():
 def alive(fused: bool, given: bool) -> tuple[list[str], int, int]:
     """The float32 weights of products that outlive their owner; bytes of parameters, and those of the plan."""
     teacher = emd_fast.fuse(digits_teacher()) if fused else digits_teacher()
-    sizes = Sizes.of(teacher, teacher, teacher)
+    counts = ParameterCounts.of(teacher, teacher, teacher)
     names = {id(parameter): name for name, parameter in teacher.named_parameters()}
     watched = [(names[id(p)], weakref.ref(p), weakref.ref(p.untyped_storage())) for p in matmul_weights(teacher)]
     networks = {"generator": emd_fast.Generator(copy.deepcopy(teacher), 2.0)} if given else {}
@@ -104,7 +104,7 @@ def alive(fused: bool, given: bool) -> tuple[list[str], int, int]:
     gc.collect()
     owners = (trainer.teacher, trainer.generator, trainer.fake_score)
     held = sum(p.nbytes for network in owners for p in network.parameters())
-    planned = estimate(sizes, trainer.config, "replicate", 1, reduced=True).memory["weights"]
+    planned = estimate(counts, trainer.config, "replicate", 1, reduced=True).memory["weights"]
     assert len(watched) > 10 and trainer.config.compute.precision == "bfloat16"
     return [name for name, *references in watched if any(r() is not None for r in references)], held, int(planned)
 

@@ -94,6 +94,16 @@ def test_every_value_is_that_of_float64_by_hand(changes, schedule):
         assert any(map(math.isnan, bins))
 
 
+def test_without_a_chain_of_eps_nothing_is_said_about_it():
+    trainer = EMDTrainer(points_teacher(), config(objective="sid"))
+    sampled, generated = watched_step(trainer)
+    found, expected = trainer.diagnostics(), by_hand(trainer, sampled, generated)
+    assert expected.keys() - found.keys() == {"z_moved_rms", "eps_moved_rms", "signal_var_eps"}
+    for name, value in found.items():
+        assert value.item() == pytest.approx(expected[name], rel=2e-5, abs=2e-5, nan_ok=True), name
+    assert list(trainer.gradient_variance()) == ["generator_grad_var_drift"]
+
+
 def test_the_bins_divide_the_range_in_which_t_is_drawn_as_far_as_the_schedule_goes():
     for (low, high), (first, last) in (((0.05, 5.0), (0.05, 5.0)), ((1e-6, 1e6), (0.002, 80))):
         start, width = diagnostics.log_snr_bins(schedules.EDM(), TimeDistribution(low=low, high=high))
@@ -135,7 +145,7 @@ def test_the_variance_of_the_gradient_is_that_of_halves_by_hand(changes):
     trainer.step()
     found = trainer.gradient_variance()
     assert list(found) == ["generator_grad_var_drift", "generator_grad_var_eps"]
-    for target in diagnostics.SIGNALS:
+    for target in diagnostics.signals(trainer.config):
         each = gradients_of_samples(trainer, target)
         even, odd = each[::2], each[1::2]
         of_a_sample = (even.mean(0) - odd.mean(0)).square().sum() / (1 / len(even) + 1 / len(odd))

@@ -235,6 +235,7 @@ def updates(folder, **changes):
         {"parallel": "fsdp", "adapter_rank": 2},
         {"parallel": "fsdp", "gather": "block"},
         {"parallel": "fsdp", "gather": "block", "adapter_rank": 2},
+        {"parallel": "fsdp", "gather": "block", "adapter_rank": 2, "score_passes": "joint"},
     ],
 )
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

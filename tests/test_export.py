@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from emd_fast import Denoiser, EMDConfig, EMDTrainer, schedules
+from emd_fast import Denoiser, EMDConfig, EMDTrainer, Noise, schedules
 from emd_fast.export import pipeline
 from emd_fast.teachers import gaussian_mixture
 from emd_fast.teachers.mlp import PointGenerator, TimeMLP
@@ -60,6 +60,17 @@ def test_several_calls_in_a_file_give_the_bits_of_the_trainer(precision, tmp_pat
     assert torch.equal(loaded.sample(2, first_sample=3), trainer.generate(2, first_sample=3))
     with pytest.raises(ValueError, match=r"calls must be in \[1, 3\], the rungs of this generator, got 4"):
         loaded.sample(2, calls=4)
+
+
+def test_labels_follow_the_generator_to_its_device(tmp_path, monkeypatch):
+    trainer, labels = images(), torch.tensor([2, 1])
+    loaded = pipeline.load(pipeline.export(trainer, tmp_path / "one.safetensors", "safetensors")).to("meta")
+    passed = []
+    monkeypatch.setattr(loaded, "samples", lambda noises, cond: passed.append(cond) or noises)
+    loaded.sample(2, labels)
+    trainer.batches.noise = Noise(0, device="meta")
+    passed.append(trainer.batches.shown(2, cond=labels)[1])
+    assert [cond.device.type for cond in passed] == ["meta", "meta"]
 
 
 def test_the_file_of_one_call_has_the_facts_of_earlier_releases(tmp_path):

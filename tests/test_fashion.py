@@ -12,18 +12,21 @@ from emd_fast.config import TeacherConfig
 from emd_fast.run import distill
 from emd_fast.tasks import fashion_data, image_cache, image_classifier, image_teacher
 from emd_fast.tasks.fashion import Fashion, Judge
+from emd_fast.tasks.image_classifier import ImageFeatures
 from emd_fast.tasks.image_metrics import METRICS
 from emd_fast.train.checkpoint import CheckpointError
 
 FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 TINY = {"teacher.steps": 2, "teacher.channels": 4, "fashion.classifier_steps": 2, "emd.steps": 2}
 TINY |= {"emd.batch_size": 4, "emd.langevin_steps": 1}
+CPU, META = torch.device("cpu"), torch.device("meta")
 
 
 @pytest.fixture(autouse=True)
 def alone(tmp_path, monkeypatch):
-    """A cache of its own, and one thread: on shared cores a second one makes small networks slow."""
+    """A cache of its own, the CPU, and one thread: on shared cores a second one makes small networks slow."""
     monkeypatch.setenv(image_cache.VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setattr("emd_fast.tasks.fashion.default_device", lambda: CPU)
     monkeypatch.delenv(fashion_data.VARIABLE, raising=False)
     with threads(1):
         yield
@@ -177,21 +180,21 @@ def test_a_run_trains_its_classifier_and_its_references_once(tmp_path, monkeypat
     assert "recall by class" in (tmp_path / "run" / "report.md").read_text()
     assert {path.stem for path in (tmp_path / "run" / "samples").glob("*.png")} >= {"real", "teacher", "generator"}
     # Another process: the same numbers from the cache; another resolution has a classifier of its own.
-    again = Judge(folder, 14, 2)
+    again = Judge(folder, 14, 2, CPU)
     assert len(trained) == 1 and again.accuracy == metrics["classifier_accuracy"]
     assert again.real()["frechet"] == metrics["frechet"]["real"]
-    Judge(folder, 28, 2)
+    Judge(folder, 28, 2, CPU)
     assert len(trained) == 2
 
 
 def test_what_is_cached_is_what_is_computed(tmp_path):
     folder = written(tmp_path / "data")
-    first = Judge(folder, 14, 2)
+    first = Judge(folder, 14, 2, CPU)
     real = first.real()
     for entry in (tmp_path / "cache").iterdir():
         for file in entry.glob("*.bin") if entry.is_dir() else ():
             file.write_bytes(file.read_bytes()[:-1])  # damaged: made again
-    again = Judge(folder, 14, 2)
+    again = Judge(folder, 14, 2, CPU)
     assert again.real() == real and torch.equal(again.reference.features, first.reference.features)
 
 
@@ -251,6 +254,23 @@ def test_a_run_does_not_go_on_with_other_images(tmp_path):
     again = Fashion(settings(written(tmp_path / "moved", packed=True)))
     again.open_references()
     again.make_teacher(tmp_path, None)
+
+
+def test_what_a_gpu_computed_is_kept_apart(tmp_path, monkeypatch):
+    folder, trained = written(tmp_path / "data"), []
+    train = image_classifier.trained
+
+    def recorded(data, training, device):
+        trained.append(device.type)
+        return train(data, training)
+
+    monkeypatch.setattr(image_classifier, "trained", recorded)
+    monkeypatch.setattr(
+        "emd_fast.tasks.fashion.ImageFeatures", lambda network, shape, device: ImageFeatures(network, shape)
+    )
+    for device in (CPU, META, CPU):
+        Judge(folder, 14, 2, device)
+    assert trained == ["cpu", "meta"]
 
 
 def test_other_tasks_have_no_folder_of_images(refused):

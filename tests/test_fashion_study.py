@@ -19,6 +19,7 @@ from emd_fast.train.health import Diverged
 @pytest.fixture(autouse=True)
 def alone(tmp_path, monkeypatch):
     monkeypatch.setenv(image_cache.VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setattr("emd_fast.tasks.fashion.default_device", lambda: torch.device("cpu"))
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -17,8 +17,8 @@ from emd_fast.config import ConfigError
 from emd_fast.distributed import gathered, local
 from emd_fast.run.plan import estimate
 from emd_fast.train import networks
+from emd_fast.train.parameter_counts import ParameterCounts
 from emd_fast.train.preview import denoised
-from emd_fast.train.sizes import Sizes
 
 GROUPS = 4  # of test_distributed.Blocks: three blocks and the rest
 ADAPTERS = {"adapter_rank": 2, "adapter_targets": ["0", "first", "last"]}
@@ -129,8 +129,8 @@ def test_a_backward_pass_gathers_the_next_block_while_one_computes(ranks):
 def sent(changes) -> tuple[float, float]:
     """Bytes of weights that a step gathers with adapters, and those of the plan."""
     network, settings = even_teacher(), even_settings(parallel="fsdp", **ADAPTERS, **changes)
-    sizes = Sizes.of(network, network, network, settings.adapter)
-    planned = estimate(sizes, settings, "fsdp", 2, reduced=False).traffic["gathering weights"]
+    counts = ParameterCounts.of(network, network, network, settings.adapter)
+    planned = estimate(counts, settings, "fsdp", 2, reduced=False).traffic["gathering weights"]
     trainer = EMDTrainer(network, settings)
     trainer.step()
     with Received() as received:
@@ -366,7 +366,7 @@ def on_a_gpu(gather: str, memory: float) -> str:
 
 def test_a_trainer_chooses_by_the_memory_of_its_gpu(ranks):
     network, settings = deep_teacher(), even_settings(parallel="fsdp")
-    needs = estimate(Sizes.of(network, network, network), settings, "fsdp", 2, reduced=False).total
+    needs = estimate(ParameterCounts.of(network, network, network), settings, "fsdp", 2, reduced=False).total
     for rank in range(2):
         assert ranks(2, on_a_gpu, "auto", 2 * needs)[rank].startswith("by phase: auto: ")
         assert "by block" in ranks(2, on_a_gpu, "auto", needs)[rank]

@@ -18,7 +18,7 @@ from emd_fast.config import ConfigError
 from emd_fast.distributed import rows
 from emd_fast.run.plan import plan
 from emd_fast.train.memory import offloaded
-from emd_fast.train.sizes import Sizes
+from emd_fast.train.parameter_counts import ParameterCounts
 
 NETWORKS = ("generator", "teacher", "fake_score")
 
@@ -139,14 +139,14 @@ def held(changes) -> dict:
 def test_the_plan_counts_what_is_in_host_memory(ranks):
     settings = even_settings(parallel="fsdp", offload=["teacher", "fake_score"])
     network = even_teacher()
-    sizes = Sizes.of(network, network, network)
-    planned = offloaded(sizes, settings, "fsdp", 2, reduced=False)
+    counts = ParameterCounts.of(network, network, network)
+    planned = offloaded(counts, settings, "fsdp", 2, reduced=False)
     for found in ranks(2, held, {"offload": ["teacher", "fake_score"]}):
         assert found == pytest.approx(planned, rel=1e-6)
-    made, without = (plan(sizes, even_settings(parallel="fsdp", offload=o), devices=2) for o in (["teacher"], []))
+    made, without = (plan(counts, even_settings(parallel="fsdp", offload=o), devices=2) for o in (["teacher"], []))
     assert made.chosen.host == pytest.approx(without.chosen.total - made.chosen.total) and made.chosen.host > 0
     assert "the host, for a device" in made.table() and "the host" not in without.table()
-    assert plan(sizes, settings, devices=1).chosen.host == 0
+    assert plan(counts, settings, devices=1).chosen.host == 0
 
 
 @pytest.mark.parametrize(

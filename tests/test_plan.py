@@ -19,7 +19,7 @@ from emd_fast.run import distill
 from emd_fast.run.plan import Ceilings, estimate, plan
 from emd_fast.run.work import Work
 from emd_fast.train.memory import GIB
-from emd_fast.train.sizes import Sizes
+from emd_fast.train.parameter_counts import ParameterCounts
 
 
 def teacher() -> Denoiser:
@@ -83,16 +83,17 @@ def measured(mode: str, precision: str, changes: dict) -> tuple[dict, dict]:
         ("fsdp", {"gather": "block"}),
         ("fsdp", {"gather": "block", "sampling": "x_z", "rungs": [2.0, 1.0, 0.5], "fake_score_updates": 1}),
         ("fsdp", {"gather": "block", "gamma_z": 0.0, "micro_batch_size": 2}),
+        ("fsdp", {"gather": "block", "objective": "sid"}),
     ],
 )
 def test_the_plan_is_what_a_trainer_holds_and_sends(ranks, mode, changes, precision):
     network = teacher()
-    sizes = Sizes.of(network, network, network)
-    assert sizes.generator == sum(p.numel() for p in network.parameters()) and sizes.largest_block == 8 * 8 + 8
-    planned = estimate(sizes, settings(**changes), mode, 2, reduced=precision == "bfloat16")
+    counts = ParameterCounts.of(network, network, network)
+    assert counts.generator == sum(p.numel() for p in network.parameters()) and counts.largest_block == 8 * 8 + 8
+    planned = estimate(counts, settings(**changes), mode, 2, reduced=precision == "bfloat16")
     for held, received in ranks(2, measured, mode, precision, changes):
         if mode == "fsdp":  # the one that is in the works
-            held["gradients"] += 4 * (sizes.generator if "micro_batch_size" in changes else sizes.largest_block)
+            held["gradients"] += 4 * (counts.generator if "micro_batch_size" in changes else counts.largest_block)
         for name, size in held.items():
             assert size == pytest.approx(planned.memory[name], rel=1e-6), name
         for name, size in received.items():
@@ -100,11 +101,11 @@ def test_the_plan_is_what_a_trainer_holds_and_sends(ranks, mode, changes, precis
 
 
 def test_what_cannot_fit_is_refused_with_what_helps():
-    sizes = Sizes(860_000_000, 860_000_000, 860_000_000, 50_000_000)
+    counts = ParameterCounts(860_000_000, 860_000_000, 860_000_000, 50_000_000)
 
     def made(devices=64, activations=None, **changes):
         settings = config(**{"batch_size": 1024, **changes})
-        return plan(sizes, settings, devices=devices, reduced=True, activations=activations)
+        return plan(counts, settings, devices=devices, reduced=True, activations=activations)
 
     made(parallel="replicate").check(80 * GIB)
     with pytest.raises(ConfigError, match=r"needs 35\.\d GiB a device, and there are 20: try --parallel fsdp"):
@@ -126,11 +127,11 @@ def test_what_cannot_fit_is_refused_with_what_helps():
 
 
 AT_A_TIME = dict.fromkeys(("generator", "teacher", "fake_score"), 10**9)
-SMALL_BLOCKS = Sizes(12 * 10**9, 12 * 10**9, 12 * 10**9, 2 * 10**8, at_a_time=AT_A_TIME)
+SMALL_BLOCKS = ParameterCounts(12 * 10**9, 12 * 10**9, 12 * 10**9, 2 * 10**8, at_a_time=AT_A_TIME)
 
 
-def gathered_by(available, sizes=SMALL_BLOCKS, **changes):
-    made = plan(sizes, config(batch_size=8, parallel="fsdp", **changes), devices=8, reduced=True, available=available)
+def gathered_by(available, counts=SMALL_BLOCKS, **changes):
+    made = plan(counts, config(batch_size=8, parallel="fsdp", **changes), devices=8, reduced=True, available=available)
     return made.chosen.gather, made
 
 
@@ -180,7 +181,7 @@ def test_phase_that_cannot_fit_is_refused_with_what_helps():
 
 CHANGES = [
     {}, {"guidance": 1.5, "fake_score_updates": 1}, {"objective": "vsd"}, {"sampling": "x_z", "langevin_steps": 3},
-    {"gamma_z": 0.0, "langevin_steps": 3},
+    {"gamma_z": 0.0, "langevin_steps": 3}, {"objective": "sid"}, {"objective": "sid", "guidance": 1.5},
 ]  # fmt: skip
 
 
@@ -212,11 +213,11 @@ def test_activations_that_are_computed_again_are_a_forward_pass_more():
 
 
 def test_times_are_those_of_the_ceilings():
-    sizes, settings = Sizes(10**9, 10**9, 10**9, 10**8), config(batch_size=64, parallel="fsdp")
+    counts, settings = ParameterCounts(10**9, 10**9, 10**9, 10**8), config(batch_size=64, parallel="fsdp")
     work = Work(1e12, 2e12, 3e12)
 
     def seconds(devices, operations=None, received=None):
-        made = plan(sizes, settings, devices=devices, work=work, ceilings=Ceilings(operations, received))
+        made = plan(counts, settings, devices=devices, work=work, ceilings=Ceilings(operations, received))
         return made.chosen.seconds, sum(made.chosen.traffic.values())
 
     told, received = seconds(8, 1e14, 1e9)
@@ -255,8 +256,8 @@ def test_what_cannot_fit_is_refused_before_it_is_allocated(refused, monkeypatch)
 
 @pytest.mark.parametrize("recipe", ["gmm", "digits"])
 def test_a_plan_is_made_of_shapes_alone(recipe, monkeypatch):
-    seen, original = [], Sizes.of
-    monkeypatch.setattr(distill.Sizes, "of", lambda *given: seen.extend(given[:3]) or original(*given))
+    seen, original = [], ParameterCounts.of
+    monkeypatch.setattr(distill.ParameterCounts, "of", lambda *given: seen.extend(given[:3]) or original(*given))
     distill.plan_of(configuration.load(recipe), 4, Ceilings(1e12, 1e9))
     networks = [each for each in seen if isinstance(each, torch.nn.Module)]
     parameters = [p for network in networks for p in network.parameters()]

@@ -14,7 +14,7 @@ from emd_fast.config import ConfigError
 from emd_fast.run.plan import plan
 from emd_fast.train import networks
 from emd_fast.train.memory import GIB
-from emd_fast.train.sizes import Sizes
+from emd_fast.train.parameter_counts import ParameterCounts
 
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("peft")
@@ -123,8 +123,8 @@ def large(request):
 
 def planned(teacher, activations, room=DEVICE, **changes):
     settings = config(**{**SETTINGS, **changes})
-    sizes = Sizes.of(teacher, teacher, teacher, settings.adapter)
-    return plan(sizes, settings, devices=8, reduced=True, activations=activations, available=room)
+    counts = ParameterCounts.of(teacher, teacher, teacher, settings.adapter)
+    return plan(counts, settings, devices=8, reduced=True, activations=activations, available=room)
 
 
 @pytest.mark.slow

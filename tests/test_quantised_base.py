@@ -20,8 +20,8 @@ from emd_fast.run.plan import plan
 from emd_fast.train import networks, quantised_base
 from emd_fast.train.checkpoint import CheckpointError
 from emd_fast.train.fingerprint import fingerprint
+from emd_fast.train.parameter_counts import ParameterCounts
 from emd_fast.train.quantised_base import QuantisedLinear, dequantised, quantised
-from emd_fast.train.sizes import Sizes
 
 pytest.importorskip("peft")
 pytest.importorskip("torchao")
@@ -199,13 +199,13 @@ def test_a_whole_generator_starts_from_the_weights_as_they_came():
 def test_the_plan_counts_the_bytes_that_are_held(base_dtype, precision):
     teacher = wide_teacher()
     settings = config(adapter_rank=4, base_dtype=base_dtype, precision=precision)
-    sizes = Sizes.of(teacher, Generator(teacher, 2.0), teacher, settings.adapter)
-    found = plan(sizes, settings, devices=1, reduced=precision == "bfloat16").chosen.memory["weights"]
+    counts = ParameterCounts.of(teacher, Generator(teacher, 2.0), teacher, settings.adapter)
+    found = plan(counts, settings, devices=1, reduced=precision == "bfloat16").chosen.memory["weights"]
     prepared = networks.prepare(teacher, settings, None, None)
     tensors = {id(t): t for network in prepared.three for t in (*network.parameters(), *network.buffers())}
     assert found == pytest.approx(sum(t.nbytes for t in tensors.values()), rel=0.02)  # NF4's 16 numbers of each layer
-    assert found < 0.7 * 4 * (sizes.teacher + sizes.small)
-    assert [f.mode for f in plan(sizes, settings, devices=4).others] == []
+    assert found < 0.7 * 4 * (counts.teacher + counts.small)
+    assert [f.mode for f in plan(counts, settings, devices=4).others] == []
 
 
 def test_a_base_without_memory_is_quantised_too():

@@ -14,11 +14,15 @@ from pathlib import Path
 import pytest
 import setuptools
 import torch
+from test_fashion import written
 
 import benchmarks
 from benchmarks import preflight
 from benchmarks.harness.contenders import contenders_of
 from emd_fast import backends
+from emd_fast.cli import commands
+from emd_fast.cli.options import parse
+from emd_fast.run import fashion_cells
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "benchmarks" / "run_gpu.sh"
@@ -46,9 +50,10 @@ def test_a_wrong_word_is_a_usage_error(words, tmp_path):
 
 
 @needs_bash
-def test_a_folder_of_wheels_that_is_not_there_is_an_error(tmp_path):
-    done = run_gpu(tmp_path / "out", "info", WHEELS=str(tmp_path / "none"))
-    assert done.returncode == 2 and "there is no folder WHEELS=" in done.stderr
+def test_a_folder_that_is_not_there_is_an_error(tmp_path):
+    for name in ("WHEELS", "DATA"):
+        done = run_gpu(tmp_path / "out", "info", **{name: str(tmp_path / "none")})
+        assert done.returncode == 2 and f"there is no folder {name}=" in done.stderr
 
 
 @needs_bash
@@ -133,6 +138,59 @@ def test_what_is_stopped_can_say_what_it_has(tmp_path, fake):
     assert "1 failed, 2 passed" in done.stdout and "stopped after " in done.stdout
     assert "1 failed, 2 passed" in (tmp_path / "out" / "run.log").read_text()
     assert "no time is left for: " in done.stdout, "LIMIT holds for all parts together"
+
+
+# A study that writes its files, and then does not end.
+STUDY = """#!/bin/bash
+[[ "$*" == *" study "* ]] || exit 0
+echo "DATA $EMD_FAST_FASHION, CACHE $EMD_FAST_CACHE"
+out=$(sed 's/.*--out \\([^ ]*\\).*/\\1/' <<<"$*")
+mkdir -p "$out"
+echo "$*" | tee "$out/study.md" >"$out/study.json"
+[[ "$*" == *"$ENDS"* ]] && exit 0
+sleep 60 >/dev/null &
+trap 'kill $!; exit 130' INT
+wait
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """The script in a checkout of its own: the study writes into runs/ of it."""
+    (tmp_path / "checkout" / "benchmarks").mkdir(parents=True)
+    return shutil.copy(SCRIPT, tmp_path / "checkout" / "benchmarks")
+
+
+@needs_bash
+@pytest.mark.slow
+def test_the_study_leaves_its_tables_where_the_time_ends_it(tmp_path, fake, checkout):
+    out, python, data = tmp_path / "out", fake(STUDY), tmp_path / "data"
+    data.mkdir()
+    given = {"script": checkout, "PYTHON": python, "DATA": str(data)}
+    stopped = run_gpu(out, "study", LIMIT="2", ENDS="nothing", **given)
+    assert stopped.returncode == 1 and "stopped after " in stopped.stdout and "--seeds 2" not in stopped.stdout
+    assert (out / "study.md").read_text().endswith("--seeds 1\n") and (out / "study.json").exists()
+    assert f"DATA {data}, CACHE runs/gpu-study/cache" in stopped.stdout
+    begun = run_gpu(out, "study", LIMIT="2", ENDS="--seeds 1", **given)
+    assert begun.returncode == 0 and "stopped after " in begun.stdout, "the second seed may be cut"
+    assert (out / "study.md").read_text().endswith("--seeds 2\n")
+    assert run_gpu(out, "study", ENDS="--seeds", **given).returncode == 0
+
+
+@needs_bash
+def test_the_words_of_the_study_are_those_of_the_command_line(tmp_path, fake, checkout):
+    said = [
+        run_gpu(tmp_path / "out", "study", script=checkout, PYTHON=fake(STUDY), ENDS="--seeds", DRY=dry).stdout
+        for dry in ("", "1")
+    ]
+    commands_of = [re.findall(r"^\+ \S+ -m emd_fast (study .*)$", each, re.MULTILINE) for each in said]
+    assert [len(each) for each in commands_of] == [2, 1], "a dry run has one seed"
+    for words in (each.split() for found in commands_of for each in found):
+        options, rest = parse(words)
+        settings = commands._settings(options, rest)
+        fashion_cells.check(settings)
+        assert fashion_cells.chosen(options.cells) == ["a", "b"] and settings.fashion.resolution == 28
+        assert settings.emd.compute.precision == "float32"
 
 
 @needs_bash
@@ -240,6 +298,17 @@ def test_the_preflight_names_what_is_missing(tmp_path, monkeypatch, capsys):
     assert preflight.main(["e_step-adm"]) == 2 and "no GPU is here: none" in capsys.readouterr().out
     monkeypatch.setenv("DRY", "1")
     assert preflight.main(["e_step-adm"]) == 0
+
+
+def test_the_preflight_reads_the_images_of_the_study(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(preflight, "why_no_gpu", lambda: None)
+    monkeypatch.setattr(preflight.importlib, "import_module", lambda name: None)
+    monkeypatch.setenv("EMD_FAST_FASHION", str(written(tmp_path / "data")))
+    assert preflight.main(["study"]) == 0 and not capsys.readouterr().out
+    (tmp_path / "data" / "t10k-labels-idx1-ubyte").unlink()
+    assert preflight.main(["study", "info"]) == 1
+    (line,) = capsys.readouterr().out.splitlines()
+    assert re.match("study: needs Fashion-MNIST, DATA=FOLDER: .*data has no file t10k-labels-idx1-ubyte", line)
 
 
 def test_the_preflight_reports_an_import_that_fails(monkeypatch, capsys, tmp_path):

@@ -1,5 +1,6 @@
 """Runs of several sizes: the size of a step, conditions that state it, resume, replay, ranks, compile, commands."""
 
+import dataclasses
 import functools
 import itertools
 import re
@@ -12,7 +13,7 @@ from helpers import integers as plainly_drawn
 from torch._dynamo.utils import counters
 
 from emd_fast import Denoiser, EMDConfig, EMDTrainer, Generator, fuse, schedules
-from emd_fast.config import ConfigError
+from emd_fast.config import ConfigError, TimeDistribution
 from emd_fast.export import export
 from emd_fast.export import load as load_exported
 from emd_fast.fusion import compiled_blocks
@@ -206,6 +207,22 @@ def test_a_dynamic_shift_of_times_is_that_of_the_size(folder):
     assert several(folder(FLUX), FLUX, **times).config.time_distribution.shift == 3.0
     with pytest.raises(ConfigError, match="must have one shift, or one for each of 3 sizes"):
         several(path, FLUX, n=3, time_distribution={"kind": "shifted", "shift": [2.0, 3.0]})
+
+
+def test_a_run_of_several_shifts_says_which_sizes_it_has(folder, tmp_path):
+    path = folder(
+        FLUX, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_image_seq_len=4)
+    )
+    trainer = several(path, FLUX, sizes=[[64, 64], [64, 96]], time_distribution={"kind": "shifted"})
+    trainer.save(tmp_path / "checkpoint")
+    given = dataclasses.replace(trainer.config, time_distribution=TimeDistribution(kind="shifted"))
+    one = teachers.load(path, sizes=[[64, 64]])
+    said = r"was made with samples of the shapes \[\[4, 8, 8\], \[4, 8, 12\]\], not of one shape: give the teacher"
+    for options in ({}, {"config": given}, {"trains": False}):
+        with pytest.raises(CheckpointError, match=said):
+            EMDTrainer.resume(tmp_path / "checkpoint", one, **options)
+    same = teachers.load(path, sizes=[[64, 64], [64, 96]])
+    assert EMDTrainer.resume(tmp_path / "checkpoint", same, config=given).config == trainer.config
 
 
 def test_networks_of_ones_own():

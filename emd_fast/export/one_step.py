@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from emd_fast import ops
 from emd_fast.diffusion import ragged
@@ -135,8 +136,8 @@ class OneStep(nn.Module):
 
         Args:
             n: number of samples.
-            cond: batched conditions. When None, a generator with classes takes all classes in
-                turn.
+            cond: batched conditions, on any device. When None, a generator with classes takes all
+                classes in turn.
             seed: seed of z; the trainer's when None.
             first_sample: global index of the first sample in noise stream 9.
             calls: stop after that many calls; all when None.
@@ -158,6 +159,7 @@ class OneStep(nn.Module):
         ]
         if cond is None and self.metadata.num_classes:
             cond = torch.arange(first_sample, first_sample + n, device=device) % self.metadata.num_classes
+        cond = pytree.tree_map_only(Tensor, lambda leaf: leaf.to(device), cond)
         return self.samples(noises, cond)[-1]
 
     def encode(self, prompts: Sequence[str], *, embedded_guidance: float | None = None) -> Condition:

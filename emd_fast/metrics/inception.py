@@ -39,12 +39,15 @@ class InceptionScore:
         part = (torch.searchsorted(self._bounds, index, right=True) - 1).to(p.device)
         self._sums.index_add_(0, part, torch.cat([p, torch.xlogy(p, p).sum(1, keepdim=True)], 1))
 
-    def value(self) -> tuple[float, float]:
+    def value(self, *, whole: bool = False) -> tuple[float, float]:
         """Returns mean and standard deviation of the score over the splits.
 
         All ranks call it once, after each has added at least one batch.
+
+        Args:
+            whole: this rank has added all samples. It then needs no other rank.
         """
-        if distributed.world_size() > 1:
+        if distributed.world_size() > 1 and not whole:
             dist.all_reduce(self._sums)
         means = self._sums / self._bounds.diff().to(self._sums)[:, None]
         entropy = torch.xlogy(means[:, :-1], means[:, :-1]).sum(1)

@@ -31,8 +31,8 @@ from emd_fast.tasks import Task, task_of
 from emd_fast.train import checkpoint, optimizers, quantised_base, run_checkpoints, rungs
 from emd_fast.train.checkpoint import CheckpointError, CheckpointGone
 from emd_fast.train.memory import available
+from emd_fast.train.parameter_counts import ParameterCounts
 from emd_fast.train.precision import compute_dtype
-from emd_fast.train.sizes import Sizes
 from emd_fast.train.trainer import EMDTrainer
 
 T = TypeVar("T")
@@ -127,7 +127,7 @@ def plan_of(settings: RunConfig, devices: int = 0, ceilings: Ceilings = UNKNOWN,
     networks = teacher, generator, fake_score or teacher
     work = Work.of(*networks, settings.emd.num_classes) if ceilings.operations is not None else None
     return plan(
-        Sizes.of(*networks, settings.emd.adapter),
+        ParameterCounts.of(*networks, settings.emd.adapter),
         settings.emd,
         devices=devices,
         reduced=compute_dtype(settings.emd.compute.precision, task.device) == torch.bfloat16,

@@ -18,7 +18,7 @@ from emd_fast.train import quantised_base
 from emd_fast.train.adapters import NAMES
 from emd_fast.train.gathering import Gather, check_passes, choose_gather
 from emd_fast.train.memory import GIB, gib, memory, offloaded, shards
-from emd_fast.train.sizes import NETWORKS, Sizes
+from emd_fast.train.parameter_counts import NETWORKS, ParameterCounts
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Footprint:
 
 
 def estimate(
-    sizes: Sizes,
+    counts: ParameterCounts,
     config: EMDConfig,
     mode: str,
     devices: int,
@@ -80,7 +80,7 @@ def estimate(
     """Estimates the requirements of one parallel mode.
 
     Args:
-        sizes: parameter counts of the networks.
+        counts: parameter counts of the networks.
         config: the distillation.
         mode: "replicate", "fsdp" or "hybrid".
         devices: number of devices.
@@ -95,7 +95,7 @@ def estimate(
     samples = min(config.compute.micro_batch_size or share, share)
     updates = config.fake_score_updates
     chosen = choose_gather(
-        sizes,
+        counts,
         config,
         mode,
         devices,
@@ -107,20 +107,20 @@ def estimate(
     among = shards(mode, devices, shard_group)
     if chosen.by:
         passes = {name: _gathers(config, name, chosen.by[name], -(-share // samples)) for name in NETWORKS}
-        parameters = {name: getattr(sizes, name) for name in NETWORKS}
-        if sizes.adapters:  # the base is gathered once for all that share it, or in each of their passes
-            tied = ("teacher", *sizes.adapters)
+        parameters = {name: getattr(counts, name) for name in NETWORKS}
+        if counts.adapters:  # the base is gathered once for all that share it, or in each of their passes
+            tied = ("teacher", *counts.adapters)
             by_block = chosen.by["teacher"] == "block"
             passes["teacher"] = sum(passes[name] for name in tied) if by_block else 1 + updates
-            parameters |= dict.fromkeys(sizes.adapters, 0)
+            parameters |= dict.fromkeys(counts.adapters, 0)
         gathers = (2 if reduced else 4) * sum(passes[name] * parameters[name] for name in NETWORKS)
-        of = {name: 4.0 * getattr(sizes, name) * (updates if name == "fake_score" else 1) for name in NAMES}
-        scatters = sum(of[name] for name in NAMES if name not in sizes.adapters)
+        of = {name: 4.0 * getattr(counts, name) * (updates if name == "fake_score" else 1) for name in NAMES}
+        scatters = sum(of[name] for name in NAMES if name not in counts.adapters)
         reduces = {devices // among: scatters / among}
-        reduces[devices] = reduces.get(devices, 0.0) + sum(of[name] for name in sizes.adapters)
+        reduces[devices] = reduces.get(devices, 0.0) + sum(of[name] for name in counts.adapters)
     else:
         gathers = scatters = 0
-        reduces = {devices: 4.0 * (sizes.generator + updates * sizes.fake_score)}
+        reduces = {devices: 4.0 * (counts.generator + updates * counts.fake_score)}
     traffic = {
         "gathering weights": gathers * (among - 1) / among,
         "scattering gradients": scatters * (among - 1) / among,
@@ -136,7 +136,7 @@ def estimate(
         "a step, at least": None if computing is None or network is None else max(computing, network),
     }
     held = memory(
-        sizes,
+        counts,
         config,
         mode,
         devices,
@@ -145,7 +145,7 @@ def estimate(
         shard_group=shard_group,
         activations=activations or 0.0,
     )
-    host = sum(offloaded(sizes, config, mode, devices, reduced=reduced, shard_group=shard_group).values())
+    host = sum(offloaded(counts, config, mode, devices, reduced=reduced, shard_group=shard_group).values())
     return Footprint(mode, devices, held, traffic, seconds, chosen, host)
 
 
@@ -250,7 +250,7 @@ class Plan:
 
 
 def plan(
-    sizes: Sizes,
+    counts: ParameterCounts,
     config: EMDConfig,
     *,
     devices: int = 0,
@@ -263,7 +263,7 @@ def plan(
     """Plans every parallel mode that the devices allow, and selects the configured one.
 
     Args:
-        sizes, config, reduced, work, ceilings, available: as for `estimate`.
+        counts, config, reduced, work, ceilings, available: as for `estimate`.
         devices: number of devices; that of the process group when 0.
         activations: bytes of activations per sample in the M-step, None if not known. Of several
             sizes, those of the largest.
@@ -276,7 +276,7 @@ def plan(
     devices = devices or distributed.world_size()
     if config.batch_size < devices:
         raise ConfigError(f"batch_size must be at least the number of devices, {devices}, got {config.batch_size}")
-    network = sizes.teacher if "generator" in sizes.adapters else sizes.generator
+    network = counts.teacher if "generator" in counts.adapters else counts.generator
     mode, reason = quantised_base.resolve(config, network, devices)
     whole = config.adapter.base_dtype != "auto"  # on every device
     modes = ["replicate", "fsdp"] if devices > 1 and not whole else ["replicate"]
@@ -287,7 +287,7 @@ def plan(
         modes.append("hybrid")
     estimated = functools.partial(
         estimate,
-        sizes,
+        counts,
         devices=devices,
         reduced=reduced,
         shard_group=group,

@@ -7,11 +7,12 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from emd_fast import distributed
 from emd_fast.config import RunConfig
-from emd_fast.tasks import fashion_data, image_classifier
+from emd_fast.tasks import default_device, fashion_data, image_classifier
 from emd_fast.tasks.image_cache import cached
 from emd_fast.tasks.image_classifier import ImageFeatures, Training
 from emd_fast.tasks.image_metrics import LabelledSet, Reference, by_metric, check_sets, subset
@@ -27,6 +28,10 @@ class Fashion(LabelledImages):
     def __init__(self, config: RunConfig) -> None:
         super().__init__(config, fashion_data.data(config.fashion.data, config.fashion.resolution))
         self.folder = fashion_data.place_of(config.fashion.data)
+
+    @property
+    def device(self) -> torch.device:
+        return default_device()
 
     def open_references(self) -> None:
         self.check_basis(self.basis())
@@ -73,24 +78,26 @@ class Fashion(LabelledImages):
             "n": len(self.labels()),
             "seed": config.seed,
             "guidance": config.guidance,
+            **_of_device(trainer.device),
         }
         made = cached(
             "teacher-samples", key, lambda: {"samples": {"x": super(Fashion, self).of_teacher(trainer, cond)}}
         )
         samples: Tensor = made["samples"]["x"]
-        return samples
+        return samples.to(trainer.device)
 
     @property
     def _judge(self) -> Judge:
         fashion = self.config.fashion
-        return _judge(self.folder, fashion.resolution, fashion.classifier_steps)
+        return _judge(self.folder, fashion.resolution, fashion.classifier_steps, self.device)
 
 
 class Judge:
     """The classifier of a data folder, and the real images that sets are compared with.
 
     The classifier, the features of the held-out images and the metrics of real images of the train
-    split are computed once for a folder's content and a resolution, and kept in the cache.
+    split are computed once for a folder's content, a resolution and a kind of device, and kept in the
+    cache.
 
     Attributes:
         images: held-out images (N, 1, H, W): all of the test split, or as many as the train split has.
@@ -99,7 +106,7 @@ class Judge:
         key: what all of it depends on, as `cached` takes it.
     """
 
-    def __init__(self, folder: Path, resolution: int, steps: int) -> None:
+    def __init__(self, folder: Path, resolution: int, steps: int, device: torch.device) -> None:
         self._data = fashion_data.data(str(folder), resolution)
         training = Training(_WIDTHS, steps, _NOISE, flip=True)
         self.key = {
@@ -110,15 +117,16 @@ class Judge:
             "noise": training.noise,
             "flip": training.flip,
             "seed": training.seed,
+            **_of_device(device),
         }
         test, train = self._data.load("test"), self._data.load("train")
-        made = cached("classifier", self.key, lambda: self._trained(training))
+        made = cached("classifier", self.key, lambda: self._trained(training, device))
         network = image_classifier.untrained(self._data, training)
         network.load_state_dict(made["classifier"])
         self.accuracy: float = made["accuracy"]
         n = min(len(test[0]), len(train[0]))
         self.images, labels = subset(test, n, _SEED, _PICK_TEST) if n < len(test[0]) else test
-        self.reference = Reference(ImageFeatures(network, self._data.shape), self.images, labels)
+        self.reference = Reference(ImageFeatures(network, self._data.shape, device), self.images, labels)
 
     def real(self) -> dict[str, Any]:
         """The metrics of real images of the train split: the result of a perfect copy of them."""
@@ -127,11 +135,16 @@ class Judge:
         found: dict[str, Any] = cached("real", self.key, lambda: {"metrics": self.reference.full(*drawn)})["metrics"]
         return found
 
-    def _trained(self, training: Training) -> dict[str, Any]:
-        network = image_classifier.trained(self._data, training)
+    def _trained(self, training: Training, device: torch.device) -> dict[str, Any]:
+        network = image_classifier.trained(self._data, training, device)
         images, labels = self._data.load("test")
-        right = ImageFeatures(network, self._data.shape).predict(images) == labels
+        right = ImageFeatures(network, self._data.shape, device).predict(images).cpu() == labels
         return {"classifier": network.state_dict(), "accuracy": right.double().mean().item()}
+
+
+def _of_device(device: torch.device) -> dict[str, str]:
+    """The part of a key in the cache that says where an entry was computed; none for the CPU."""
+    return {} if device.type == "cpu" else {"device": device.type}
 
 
 _judge = functools.lru_cache(2)(Judge)

@@ -69,7 +69,7 @@ class Reference:
         return {
             **metrics,
             "recall_by_class": [_mean(covered[self.labels == label]) for label in range(classes)],
-            "inception_score": score.value()[0],
+            "inception_score": score.value(whole=True)[0],
             "total_variation": (shares - due).abs().sum().item() / 2,
         }
 

@@ -31,12 +31,16 @@ class LabelledImages(abc.ABC):
     """A task whose teacher is trained here, and whose metrics compare with held-out images."""
 
     prompts = None
-    device = torch.device("cpu")
 
     def __init__(self, config: RunConfig, data: ImageData) -> None:
         self.config, self.data = config, data
         self._opened: dict[str, Any] | None = None  # the basis of the references that were opened
         self._trained_on: dict[str, Any] | None = None  # that of the teacher
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks run: on the CPU, which is enough for small images."""
+        return torch.device("cpu")
 
     @abc.abstractmethod
     def metrics(self, samples: dict[str, LabelledSet], seed: int) -> dict[str, Any]:
@@ -61,9 +65,9 @@ class LabelledImages(abc.ABC):
         if run_checkpoints.exists(path):
             teacher, self._trained_on = read_teacher(path, config, self.data)
             self.check_basis(self._opened)
-            return teacher
+            return teacher.to(self.device)
         callback = None if on_step is None else lambda step, loss: on_step(step, config.steps, loss)
-        teacher = image_teacher.train(config, self.data, callback)
+        teacher = image_teacher.train(config, self.data, callback, device=self.device)
         self._trained_on = self.basis()
         state = {"config": to_dict(config), "teacher": teacher.state_dict(), "basis": self._trained_on}
         checkpoint.save(path, state)
@@ -123,7 +127,8 @@ class LabelledImages(abc.ABC):
 
     def of_teacher(self, trainer: EMDTrainer, cond: Tensor | None) -> Tensor:
         """Samples of the teacher, 18 Heun steps each."""
-        z = ops.normal((len(self.labels()), *self.data.shape), Noise(trainer.config.seed), stream=NoiseStream.SHOWN)
+        noise = Noise(trainer.config.seed, device=trainer.device)
+        z = ops.normal((len(self.labels()), *self.data.shape), noise, stream=NoiseStream.SHOWN)
         guidance = trainer.config.guidance
         return self._in_chunks(
             lambda first, n, cond: heun(trainer.teacher, z[first : first + n], cond, guidance=guidance), cond
@@ -147,7 +152,7 @@ class LabelledImages(abc.ABC):
 
     def _conditions(self, trainer: EMDTrainer) -> Tensor | None:
         """Labels of the held-out images as conditions, or None if the generator has no classes."""
-        return self.labels() if trainer.config.num_classes else None
+        return self.labels().to(trainer.device) if trainer.config.num_classes else None
 
 
 def read_teacher(path: Path, config: TeacherConfig, data: ImageData) -> tuple[Denoiser, dict[str, Any] | None]:

@@ -141,7 +141,7 @@ class BatchSampler:
         """Draws the z (n, ...) of samples that are shown to people, and returns it with their conditions.
 
         Args:
-            cond: their conditions; the prompts or classes in turn when None, or None without any.
+            cond: their conditions, on any device; the prompts or classes in turn when None, or None without any.
             shape: of one x; that of the first size when None.
         """
         sizes = self.sizes.shown(shape)
@@ -150,6 +150,7 @@ class BatchSampler:
             cond = self.looked_up(torch.tensor(which, dtype=torch.int64) % len(self.prompts))
         elif cond is None and self.config.num_classes:
             cond = torch.tensor(which, dtype=torch.int64, device=self.noise.device) % self.config.num_classes
+        cond = pytree.tree_map_only(Tensor, lambda leaf: leaf.to(self.noise.device), cond)
         return self.shown_z(n, first_sample, 0, sizes.latent), self.sizes.cond(cond, sizes)
 
     def shown_z(self, n: int, first_sample: int, rung: int, shape: Sequence[int]) -> Tensor:

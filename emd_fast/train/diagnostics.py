@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from emd_fast import distributed
-from emd_fast.config import TimeDistribution
+from emd_fast.config import EMDConfig, TimeDistribution
 from emd_fast.diffusion.denoiser import column
 from emd_fast.diffusion.schedules import Schedule
 from emd_fast.em.types import EStep
@@ -24,8 +24,6 @@ from emd_fast.train.batches import BatchSampler
 BINS = 8
 """Number of log-SNR bins of equal width."""
 _BIN, _RUNG = "drift_rms_bin", "drift_rms_rung"
-SIGNALS = ("drift", "eps")
-"""Targets of the M-step's regression, with and without noise cancellation."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +41,16 @@ class StepRecord:
     first_sample: int
     generated: Tensor
     weight: Tensor
+
+
+def signals(config: EMDConfig) -> tuple[str, ...]:
+    """Targets of the M-step's regression: with noise cancellation, and without it where there is a chain of eps."""
+    return ("drift", "eps") if has_chain(config) else ("drift",)
+
+
+def has_chain(config: EMDConfig) -> bool:
+    """Whether the E-step moves eps. With objective "sid" it does not: there, drift is the gradient of a loss."""
+    return config.objective != "sid"
 
 
 def check_step(records: Sequence[StepRecord]) -> None:
@@ -71,11 +79,11 @@ def diagnose(records: Sequence[StepRecord], batches: BatchSampler) -> dict[str, 
         Device scalars, float32, the same on every rank:
 
         sample_mean, sample_std: over all elements of g(z_K).
-        z_moved_rms, eps_moved_rms: RMS of z_K - z_0 and of eps_K - eps_0.
+        z_moved_rms, eps_moved_rms: RMS of z_K - z_0 and of eps_K - eps_0, where there is a chain.
         signal_var_drift: variance over the batch of weight (alpha / sigma) drift, averaged over
             the n elements of a sample. That quantity is -n times the gradient of a sample's loss
             with respect to its elements.
-        signal_var_eps: the same with eps_K in place of drift.
+        signal_var_eps: the same with eps_K in place of drift, where there is a chain.
         drift_rms_bin0 .. : RMS of drift by log-SNR, from the lowest (most noise) to the highest;
             NaN for a bin without a sample.
         drift_rms_rung0 .. : RMS of drift by rung, where the generator has several; NaN likewise.
@@ -108,28 +116,28 @@ def diagnose(records: Sequence[StepRecord], batches: BatchSampler) -> dict[str, 
     means, (count, total) = _over_ranks(sum(moved[1:], moved[0]), sum(grouped[1:], grouped[0]))
 
     # The variance takes two passes: E[x^2] - E[x]^2 would subtract two large numbers.
-    centres = _over_ranks(*(_sum(_signal(record, which) for record in records) / batch for which in SIGNALS))
+    targets = signals(batches.config)
+    centres = _over_ranks(*(_sum(_signal(record, which) for record in records) / batch for which in targets))
     squares = [
         torch.stack(
             [
                 _square(record.generated.float() - means[0]) / batch,
                 *(
                     _square(_signal(record, which) - centre) / batch
-                    for which, centre in zip(SIGNALS, centres, strict=True)
+                    for which, centre in zip(targets, centres, strict=True)
                 ),
             ]
         )
         for record in records
     ]
     (variances,) = _over_ranks(sum(squares[1:], squares[0]))
+    moves = {"z_moved_rms": means[1].sqrt(), "eps_moved_rms": means[2].sqrt()} if has_chain(batches.config) else {}
     names = [*(f"{_BIN}{i}" for i in range(BINS)), *(f"{_RUNG}{j}" for j in range(rungs))]
     return {
         "sample_mean": means[0],
         "sample_std": variances[0].sqrt(),
-        "z_moved_rms": means[1].sqrt(),
-        "eps_moved_rms": means[2].sqrt(),
-        "signal_var_drift": variances[1],
-        "signal_var_eps": variances[2],
+        **moves,
+        **{f"signal_var_{which}": variance for which, variance in zip(targets, variances[1:], strict=True)},
         **dict(zip(names, (total / count).sqrt().unbind(), strict=True)),
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -40,6 +41,11 @@ def process_of(teacher: Denoiser) -> list[list[float]]:
     t = torch.linspace(schedule.t_min, schedule.t_max, _TIMES, dtype=torch.float32, device="cpu")
     columns = (t, schedule.alpha(t), schedule.sigma(t), *teacher.network_inputs(t), *teacher.coefficients(t))
     return [[float(value) for value in row] for row in torch.stack([column.float() for column in columns], 1)]
+
+
+def sizes_of(shapes: Sequence[Sequence[int]]) -> dict[str, list[list[int]]]:
+    """{"shapes": of x} of a teacher of several sizes, and nothing of a teacher of one."""
+    return {"shapes": [list(shape) for shape in shapes]} if len(shapes) > 1 else {}
 
 
 def other_process(saved: Any, here: list[list[float]]) -> str | None:

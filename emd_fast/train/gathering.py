@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from emd_fast.config import ConfigError, EMDConfig
 from emd_fast.train.memory import gib, memory
-from emd_fast.train.sizes import NETWORKS, Sizes
+from emd_fast.train.parameter_counts import NETWORKS, ParameterCounts
 
 # Of the memory of a device: the rest is for activations, where they are not known, for buffers of
 # the collectives and for what the allocator cannot use.
@@ -34,7 +34,7 @@ class Gather:
 
 
 def choose_gather(
-    sizes: Sizes,
+    counts: ParameterCounts,
     config: EMDConfig,
     mode: str,
     devices: int,
@@ -52,7 +52,7 @@ def choose_gather(
     an adapter are gathered as the teacher, whose shards they use.
 
     Args:
-        sizes, config, mode, devices, reduced, shard_group: as for `run.plan.estimate`.
+        counts, config, mode, devices, reduced, shard_group: as for `run.plan.estimate`.
         activations: bytes of activations per sample, None if not known.
         available: bytes of memory of a device, None if not known.
     """
@@ -68,14 +68,14 @@ def choose_gather(
         return Gather(phase, "auto, and no memory of a GPU is known")
 
     total = functools.partial(
-        _total, sizes, config, mode, devices, reduced=reduced, shard_group=shard_group, activations=activations
+        _total, counts, config, mode, devices, reduced=reduced, shard_group=shard_group, activations=activations
     )
     room = (_ROOM if activations is None else _ROOM_BESIDE_ACTIVATIONS) * available
     limit = f"{room / available:g} of {gib(available)} GiB"
     if total(phase) <= room:
         return Gather(phase, f"auto: {gib(total(phase))} GiB with all by phase, within {limit}")
     by = phase
-    for more in _in_turn(sizes):
+    for more in _in_turn(counts):
         by = by | dict.fromkeys(more, "block")
         if total(by) <= room:
             break
@@ -83,7 +83,7 @@ def choose_gather(
 
 
 def _total(
-    sizes: Sizes,
+    counts: ParameterCounts,
     config: EMDConfig,
     mode: str,
     devices: int,
@@ -95,7 +95,7 @@ def _total(
 ) -> float:
     """Bytes on a device in all."""
     parts = memory(
-        sizes,
+        counts,
         config,
         mode,
         devices,
@@ -107,11 +107,11 @@ def _total(
     return sum(parts.values())
 
 
-def _in_turn(sizes: Sizes) -> Iterator[tuple[str, ...]]:
+def _in_turn(counts: ParameterCounts) -> Iterator[tuple[str, ...]]:
     """Networks that go over to blocks together. Those that gain nothing are left out."""
-    tied = {"teacher": ("teacher", *sizes.adapters)}
+    tied = {"teacher": ("teacher", *counts.adapters)}
     for name in ("teacher", "fake_score", "generator"):
-        if name not in sizes.adapters and sizes.at_a_time.get(name, getattr(sizes, name)) < getattr(sizes, name):
+        if name not in counts.adapters and counts.at_a_time.get(name, getattr(counts, name)) < getattr(counts, name):
             yield tied.get(name, (name,))
 
 
@@ -134,12 +134,19 @@ def check_passes(config: EMDConfig, gather: Gather, devices: int) -> None:
 
 
 def check_phase(
-    sizes: Sizes, config: EMDConfig, mode: str, devices: int, *, reduced: bool, shard_group: int, available: float
+    counts: ParameterCounts,
+    config: EMDConfig,
+    mode: str,
+    devices: int,
+    *,
+    reduced: bool,
+    shard_group: int,
+    available: float,
 ) -> None:
     """Checks that gather = "phase" fits in memory where it was asked for, activations left out.
 
     Args:
-        sizes, config, mode, devices, reduced, shard_group: as for `run.plan.estimate`.
+        counts, config, mode, devices, reduced, shard_group: as for `run.plan.estimate`.
         available: bytes of memory of a device.
 
     Raises:
@@ -148,7 +155,7 @@ def check_phase(
     if config.parallelism.gather != "phase" or mode == "replicate" or devices == 1:
         return
     phase, block = (
-        _total(sizes, config, mode, devices, dict.fromkeys(NETWORKS, how), reduced=reduced, shard_group=shard_group)
+        _total(counts, config, mode, devices, dict.fromkeys(NETWORKS, how), reduced=reduced, shard_group=shard_group)
         for how in ("phase", "block")
     )
     if phase > available:

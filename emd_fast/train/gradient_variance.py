@@ -8,36 +8,37 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from emd_fast.config import EMDConfig
 from emd_fast.distributed import gathered
 from emd_fast.em.m_step import m_step
-from emd_fast.train.diagnostics import SIGNALS, StepRecord, check_step
+from emd_fast.train.diagnostics import StepRecord, check_step, signals
 from emd_fast.train.learner import Learner
 
 
-def gradient_variance(generator: Learner, records: Sequence[StepRecord], batch: int) -> dict[str, Tensor]:
+def gradient_variance(generator: Learner, records: Sequence[StepRecord], config: EMDConfig) -> dict[str, Tensor]:
     """Estimates the variance of the gradient of a step, summed over the elements of the gradient.
 
-    It uses the current weights and costs two M-steps. All ranks call it. The generator has no
+    It uses the current weights and costs an M-step for each value. All ranks call it. The generator has no
     gradients afterwards, and training is not affected.
 
     Args:
         records: this rank's samples of the step.
-        batch: number of samples on all ranks.
+        config: that of the run; batch_size counts the samples of all ranks.
 
     Returns:
         Device scalars, the same on every rank and on any number of ranks: generator_grad_var_drift,
-        and generator_grad_var_eps with eps_K as the target of the regression.
+        and, where there is a chain, generator_grad_var_eps with eps_K as the target of the regression.
 
     Raises:
         RuntimeError: there are no records.
     """
     check_step(records)
     found = {}
-    for target in SIGNALS:
+    for target in signals(config):
 
         def losses(record: StepRecord, cancels: bool = target == "drift") -> Tensor:
             loss = m_step(generator.network, record.posterior, record.weight, noise_cancellation=cancels)
-            return loss * contrast(record.first_sample, len(loss), batch, loss.device)
+            return loss * contrast(record.first_sample, len(loss), config.batch_size, loss.device)
 
         with gathered(generator.network):
             generator.accumulate(records, losses)

@@ -1,4 +1,4 @@
-"""Memory of a device in a step, by purpose, from the sizes of the networks."""
+"""Memory of a device in a step, by purpose, from the parameter counts of the networks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from emd_fast import distributed
 from emd_fast.config import EMDConfig
 from emd_fast.train.adapters import NAMES
-from emd_fast.train.sizes import NETWORKS, Sizes
+from emd_fast.train.parameter_counts import NETWORKS, ParameterCounts
 
 GIB = 2**30
 # Per parameter: two moments; in 8 bits, with a scale for each 256 values.
@@ -18,7 +18,7 @@ _OPTIMIZER_BYTES = {"adamw": 8.0, "apex_adamw": 8.0, "adamw_8bit": 2.03}
 
 
 def memory(
-    sizes: Sizes,
+    counts: ParameterCounts,
     config: EMDConfig,
     mode: str,
     devices: int,
@@ -31,62 +31,64 @@ def memory(
     """Peak bytes on each device during a step, by purpose.
 
     Args:
-        sizes, config, mode, devices, reduced, shard_group, activations: as for `run.plan.estimate`.
+        counts, config, mode, devices, reduced, shard_group, activations: as for `run.plan.estimate`.
         gather: "phase" or "block" by network; not read where nothing is sharded.
     """
-    trained = sizes.generator + sizes.fake_score
+    trained = counts.generator + counts.fake_score
     compute = 2 if reduced else 4
     among = shards(mode, devices, shard_group)
     share = -(-config.batch_size // devices)
     samples = min(config.compute.micro_batch_size or share, share)
     if mode == "replicate" or devices == 1:
         found = {
-            "weights": 4.0 * (sizes.teacher + trained)
-            - (4.0 - compute) * sizes.matmul_weights
-            - (compute * sizes.quantised - sizes.quantised_bytes),
+            "weights": 4.0 * (counts.teacher + trained)
+            - (4.0 - compute) * counts.matmul_weights
+            - (compute * counts.quantised - counts.quantised_bytes),
             "gradients": 4.0 * trained,
             # All gradients of a network are summed in one buffer.
-            "gathered": 4.0 * max(sizes.generator, sizes.fake_score) if devices > 1 else 0.0,
+            "gathered": 4.0 * max(counts.generator, counts.fake_score) if devices > 1 else 0.0,
         }
     else:
-        sharded = {name: getattr(sizes, name) for name in NETWORKS if name not in sizes.adapters}
+        sharded = {name: getattr(counts, name) for name in NETWORKS if name not in counts.adapters}
         # With micro-batches the whole float32 gradient is kept until it is reduced once.
         whole = max((size for name, size in sharded.items() if name != "teacher"), default=0)
-        waiting = whole if share > samples else sizes.largest_block
+        waiting = whole if share > samples else counts.largest_block
         by_phase = sum(size for name, size in sharded.items() if gather[name] == "phase")
         # One network passes at a time.
-        by_block = max((sizes.at_a_time.get(n, size) for n, size in sharded.items() if gather[n] == "block"), default=0)
+        by_block = max(
+            (counts.at_a_time.get(n, size) for n, size in sharded.items() if gather[n] == "block"), default=0
+        )
         found = {
-            "weights": (4.0 * sizes.whole + compute * sizes.teacher) / among + 4.0 * sizes.small,
-            "gradients": 4.0 * sizes.whole / among + 4.0 * (waiting + sizes.small),
+            "weights": (4.0 * counts.whole + compute * counts.teacher) / among + 4.0 * counts.small,
+            "gradients": 4.0 * counts.whole / among + 4.0 * (waiting + counts.small),
             # All gradients of an adapter are summed in one buffer.
             "gathered": compute * (by_phase + by_block)
-            + 4.0 * max((getattr(sizes, name) for name in sizes.adapters), default=0),
+            + 4.0 * max((getattr(counts, name) for name in counts.adapters), default=0),
         }
-    copies = {name: 1 if name in sizes.adapters else among for name in NAMES}
+    copies = {name: 1 if name in counts.adapters else among for name in NAMES}
     moments = _OPTIMIZER_BYTES[config.optimizer.name]
     found |= {
-        "optimizer": sum(moments * getattr(sizes, name) / copies[name] for name in NAMES),
-        "average": 4.0 * sizes.generator / copies["generator"],
+        "optimizer": sum(moments * getattr(counts, name) / copies[name] for name in NAMES),
+        "average": 4.0 * counts.generator / copies["generator"],
         "activations": activations * samples,
     }
-    away = offloaded(sizes, config, mode, devices, reduced=reduced, shard_group=shard_group)
+    away = offloaded(counts, config, mode, devices, reduced=reduced, shard_group=shard_group)
     return {name: size - away.get(name, 0.0) for name, size in found.items()}
 
 
 def offloaded(
-    sizes: Sizes, config: EMDConfig, mode: str, devices: int, *, reduced: bool, shard_group: int = 0
+    counts: ParameterCounts, config: EMDConfig, mode: str, devices: int, *, reduced: bool, shard_group: int = 0
 ) -> dict[str, float]:
     """Bytes of one device that are in host memory, by purpose.
 
     Args:
-        sizes, config, mode, devices, reduced, shard_group: as for `memory`.
+        counts, config, mode, devices, reduced, shard_group: as for `memory`.
     """
     if mode == "replicate" or devices == 1:
         return {}
     among, away = shards(mode, devices, shard_group), config.parallelism.offload
-    teacher = sizes.teacher / among if "teacher" in away else 0.0
-    fake_score = sizes.fake_score / among if "fake_score" in away else 0.0
+    teacher = counts.teacher / among if "teacher" in away else 0.0
+    fake_score = counts.fake_score / among if "fake_score" in away else 0.0
     return {
         "weights": 4.0 * fake_score + (2 if reduced else 4) * teacher,
         "gradients": 4.0 * fake_score,

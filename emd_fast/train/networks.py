@@ -20,12 +20,12 @@ from emd_fast.fusion.fusing import fuse_known, fusion_report, unfuse
 from emd_fast.train import adapters, average, quantised_base, rungs
 from emd_fast.train.adapted_rows import AdaptedRows
 from emd_fast.train.cast_weights import cast_weights, trainable
-from emd_fast.train.fingerprint import fingerprint, process_of
+from emd_fast.train.fingerprint import fingerprint, process_of, sizes_of
 from emd_fast.train.gathering import Gather, check_passes, check_phase, choose_gather
 from emd_fast.train.memory import available
+from emd_fast.train.parameter_counts import ParameterCounts
 from emd_fast.train.precision import compute_dtype
 from emd_fast.train.sample_sizes import Shape
-from emd_fast.train.sizes import Sizes
 
 # Of alpha at t_star where noise is predicted. The rounding of an output in float16 or TF32, 2^-11, times
 # 1 / alpha is then half of the data's standard deviation.
@@ -93,7 +93,7 @@ def prepare(teacher: Denoiser, config: EMDConfig, generator: nn.Module | None, f
             "path": unwrap(given).source,
             "sha256": fingerprint(unwrap(given)),
             "process": process_of(unwrap(given)),
-            **({"shapes": [list(shape.sample) for shape in shapes]} if len(shapes) > 1 else {}),
+            **sizes_of([shape.sample for shape in shapes]),
         }
     )
     trained = {"generator": generator, "fake_score": fake_score}
@@ -292,15 +292,15 @@ def _gather(
     if ranks == 1 or mode == "replicate":
         return Gather({}, "nothing is sharded")
     generator, teacher, fake_score = networks
-    sizes = Sizes.of(teacher, generator, fake_score, config.adapter)
+    counts = ParameterCounts.of(teacher, generator, fake_score, config.adapter)
     options: dict[str, Any] = {
         "reduced": dtype == torch.bfloat16,
         "shard_group": config.parallelism.shard_group,
         "available": available(device) if device.type == "cuda" else None,
     }
     if options["available"] is not None:
-        check_phase(sizes, config, mode, ranks, **options)
-    chosen = choose_gather(sizes, config, mode, ranks, **options)
+        check_phase(counts, config, mode, ranks, **options)
+    chosen = choose_gather(counts, config, mode, ranks, **options)
     check_passes(config, chosen, ranks)
     return chosen
 

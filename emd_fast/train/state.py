@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from emd_fast.config import ConfigError, EMDConfig, forbidden_change, from_dict
+from emd_fast.diffusion.denoiser import Denoiser
 from emd_fast.train import checkpoint, optimizers
 from emd_fast.train.checkpoint import CheckpointError
-from emd_fast.train.fingerprint import other_process
+from emd_fast.train.fingerprint import other_process, sizes_of
 from emd_fast.train.learner import Learner
 
 
@@ -232,22 +233,39 @@ def check_process(path: str | Path, saved: Mapping[str, Any], here: Mapping[str,
         )
 
 
+def check_sizes(path: str | Path, saved: SavedFacts, teacher: Denoiser, trains: bool) -> None:
+    """Checks that the teacher given now has the sizes of a checkpoint, before anything is made for its sizes.
+
+    Sampling and export take a teacher of other sizes, unless the times of the run have a shift for each size.
+
+    Raises:
+        CheckpointError: the run draws from other sizes.
+    """
+    times = saved.config.time_distribution, saved.config.fake_score_time_distribution
+    if trains or any(isinstance(each.shift, list) for each in times):
+        _check_shapes(path, saved.teacher, sizes_of(teacher.sample_shapes))
+
+
 def check_teacher(path: str | Path, saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
     """Checks that the teacher of a checkpoint has the weights and the sizes of the one given now.
 
     Raises:
         CheckpointError: the fingerprints differ, or the run draws from other sizes.
     """
-    if saved.get("shapes") != here.get("shapes"):
-        raise CheckpointError(
-            f"{path} was made with samples of {_told(saved)}, not of {_told(here)}: give the teacher the same sizes, "
-            "or distil into another folder"
-        )
+    _check_shapes(path, saved, here)
     if saved["sha256"] != here["sha256"]:
         was, now = (f"{facts['path'] or 'no file'}, SHA-256 {facts['sha256'][:12]}" for facts in (saved, here))
         raise CheckpointError(
             f"{path} was made with a teacher of other weights ({was}) than this one ({now}): "
             "give the one it was made with, or distil into another folder"
+        )
+
+
+def _check_shapes(path: str | Path, saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    if saved.get("shapes") != here.get("shapes"):
+        raise CheckpointError(
+            f"{path} was made with samples of {_told(saved)}, not of {_told(here)}: give the teacher the same sizes, "
+            "or distil into another folder"
         )
 
 

@@ -29,7 +29,7 @@ from emd_fast.train.gradient_variance import gradient_variance
 from emd_fast.train.learner import Learner
 from emd_fast.train.posterior import PosteriorSampler
 from emd_fast.train.rungs import Rollout, generated
-from emd_fast.train.state import State, check_config, check_process, check_teacher, read_facts
+from emd_fast.train.state import State, check_config, check_process, check_sizes, check_teacher, read_facts
 from emd_fast.train.throughput import StepTimer
 from emd_fast.train.times import with_shift
 
@@ -237,7 +237,7 @@ class EMDTrainer:
 
     def gradient_variance(self) -> dict[str, Tensor]:
         """Returns the gradient's variance at the last step (`gradient_variance`). All ranks call it."""
-        return gradient_variance(self.learners["generator"], self._records, self.config.batch_size)
+        return gradient_variance(self.learners["generator"], self._records, self.config)
 
     # Samples ----------------------------------------------------------------------------------------------------------
 
@@ -336,6 +336,7 @@ class EMDTrainer:
         """
         with checkpoint.reading(path):
             saved = read_facts(path, checkpoint.facts(path))
+            check_sizes(path, saved, unwrap(teacher), trains)
             check_config(path, saved.config, with_shift(config or saved.config, unwrap(teacher)))
             trainer = cls(teacher, config or saved.config, generator, fake_score, prompts)
             trainer._state.restore(Path(path), saved)

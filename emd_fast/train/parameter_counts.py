@@ -20,7 +20,7 @@ _BLOCKS_AT_A_TIME = 3
 
 
 @dataclass(frozen=True)
-class Sizes:
+class ParameterCounts:
     """Parameter counts of the three networks. An analytic teacher has 0 parameters.
 
     Args:
@@ -48,7 +48,7 @@ class Sizes:
     @classmethod
     def of(
         cls, teacher: nn.Module, generator: nn.Module, fake_score: nn.Module, adapter: AdapterConfig | None = None
-    ) -> Sizes:
+    ) -> ParameterCounts:
         """Counts the parameters of networks on any device, including meta.
 
         Args:
