@@ -109,7 +109,8 @@ def test_the_output_depends_on_everything_and_on_no_other_sample():
         ({}, (8, 8), [1.0, 2.0], TypeError, "labels must be int64, got torch.float32"),
         ({}, (8, 8), None, ValueError, "labels must be given"),
         ({"num_classes": 0}, (8, 8), [0, 0], ValueError, "no classes"),
-        ({}, (7, 8), [0, 0], ValueError, "even height and width"),
+        ({"patch": 2}, (7, 8), [0, 0], ValueError, "whole patches of 2, got"),
+        ({"patch": 0}, (8, 8), [0, 0], ValueError, "patch must be at least 1, got 0"),
         ({"channels": 6}, (8, 8), [0, 0], ValueError, "channels must be a multiple of 4, got 6"),
     ],
 )
@@ -118,9 +119,22 @@ def test_bad_input(changes, shape, labels, error, message):
         SmallUNet(1, **changes)(torch.zeros(2, 1, *shape), torch.zeros(2), labels and torch.tensor(labels))
 
 
-def test_colour_images_without_classes_and_a_copy():
+def test_patches_are_positions_of_the_network():
+    network = randomised(SmallUNet(1, patch=2), 0)
+    labels = torch.tensor([0, 9])
+    x, c_noise = torch.randn(2, 1, 14, 10), torch.randn(2)
+    out = network(x, c_noise, labels)
+    inner = randomised(SmallUNet(4), 0)
+    inner.load_state_dict(network.state_dict())
+    split = x.reshape(2, 7, 2, 5, 2).permute(0, 2, 4, 1, 3).reshape(2, 4, 7, 5)
+    expected = inner(split, c_noise, labels).reshape(2, 2, 2, 7, 5).permute(0, 3, 1, 4, 2).reshape(x.shape)
+    torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("size", [(16, 12), (7, 9)])
+def test_colour_images_without_classes_and_a_copy(size):
     network = randomised(SmallUNet(3, channels=8, num_classes=0), 0)
-    x, c_noise = torch.randn(2, 3, 16, 12), torch.randn(2)
+    x, c_noise = torch.randn(2, 3, *size), torch.randn(2)
     out = network(x, c_noise)
     assert out.shape == x.shape
     fresh = SmallUNet(3, channels=8, num_classes=0)

@@ -31,12 +31,21 @@ def images(**changes):
     return EMDTrainer(teacher, EMDConfig(**options))
 
 
+def patches_without_a_class():
+    network = SmallUNet(1, channels=8, num_classes=3, embedding=16, null_label=3, patch=2)
+    initialise(network, 0)
+    teacher = Denoiser(network, schedules.EDM(), "edm", sigma_data=0.5, sample_shape=(1, 6, 6), null_cond=3)
+    return EMDTrainer(teacher, EMDConfig(steps=2, batch_size=4, langevin_steps=1, generator_lr=1e-2))
+
+
 def mlp_behind_a_denoiser():
     denoiser = Denoiser(TimeMLP(2, 8, 2, seed=1), schedules.VP(torch.linspace(1e-4, 0.02, 100)), "v", sample_shape=(2,))
     return EMDTrainer(denoiser, EMDConfig(steps=2, batch_size=4, langevin_steps=1, t_star=0.7, input_scale=0.5))
 
 
-@pytest.mark.parametrize("make", [points, images, mlp_behind_a_denoiser, lambda: images(precision="bfloat16")])
+@pytest.mark.parametrize(
+    "make", [points, images, patches_without_a_class, mlp_behind_a_denoiser, lambda: images(precision="bfloat16")]
+)
 @pytest.mark.parametrize("ema", [True, False])
 def test_the_file_gives_the_bits_of_the_trainer(make, ema, tmp_path):
     trainer = make()

@@ -26,6 +26,7 @@ class TeacherConfig:
     channels: int = setting(
         16, "channels of the UNet at full resolution, or of a head of the DiT", unit="channels", gt=0
     )
+    patch: int = setting(1, "side of the squares of pixels that are one position of the UNet", unit="pixels", gt=0)
     conditional: bool = setting(True, "condition on the class label")
     label_dropout: float = setting(
         0.0,
@@ -41,6 +42,8 @@ class TeacherConfig:
             raise ConfigError(f"label_dropout must be 0 without conditional, got {self.label_dropout!r}")
         if self.network == "dit" and (self.label_dropout or not self.conditional):
             raise ConfigError('conditional must be true and label_dropout 0 for network = "dit"')
+        if self.network == "dit" and self.patch != 1:
+            raise ConfigError(f'patch belongs to network = "unet", got {self.patch}: the DiT has patches of 2 pixels')
 
 
 @documented

@@ -21,7 +21,9 @@ from emd_fast.train.trainer import EMDTrainer
 
 _PICK_TEST, _PICK_TRAIN = 60_004, 60_005  # substeps of noise stream 9
 _SEED = 0  # of the choice of real images, so that all runs are compared with the same ones
-_WIDTHS, _NOISE = (32, 64, 128), 0.1
+# Channels of the classifier, by the side of an image.
+_WIDTHS = {14: (32, 96, 192), 28: (16, 32, 96, 192)}
+_NOISE = 0.1
 
 
 class Fashion(LabelledImages):
@@ -108,7 +110,7 @@ class Judge:
 
     def __init__(self, folder: Path, resolution: int, steps: int, device: torch.device) -> None:
         self._data = fashion_data.data(str(folder), resolution)
-        training = Training(_WIDTHS, steps, _NOISE, flip=True)
+        training = Training(_WIDTHS[resolution], steps, _NOISE, flip=True, norm=True)
         self.key = {
             "data": fashion_data.digest(folder),
             "resolution": resolution,
@@ -116,6 +118,7 @@ class Judge:
             "steps": steps,
             "noise": training.noise,
             "flip": training.flip,
+            "norm": training.norm,
             "seed": training.seed,
             **_of_device(device),
         }

@@ -20,6 +20,7 @@ FEATURES = 64
 _CHUNK = 1024  # images at a time
 _BATCH = 128
 _LEARNING_RATE = 3e-3
+_GROUPS = 4  # of every norm
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Training:
         noise: standard deviation of the noise on the images, which are in [-1, 1]. It regularises:
             features must not fit the train split more closely than new images.
         flip: mirror half of the images.
+        norm: a GroupNorm behind each convolution, which trains faster.
         seed: seed of the initial weights, the order and the noise.
     """
 
@@ -39,6 +41,7 @@ class Training:
     steps: int
     noise: float
     flip: bool = False
+    norm: bool = False
     seed: int = 0
 
 
@@ -86,19 +89,22 @@ class ImageFeatures:
 class Classifier(nn.Module):
     """Convolutions with SiLU, a hidden layer of 64 units, and a linear layer."""
 
-    def __init__(self, shape: tuple[int, int, int], classes: int, widths: tuple[int, ...]) -> None:
+    def __init__(
+        self, shape: tuple[int, int, int], classes: int, widths: tuple[int, ...], *, norm: bool = False
+    ) -> None:
         super().__init__()
         channels = (shape[0], *widths)
         self.convolutions = nn.ModuleList(
             nn.Conv2d(channels[i], channels[i + 1], 3, stride=1 if i == 0 else 2, padding=1) for i in range(len(widths))
         )
+        self.norms = nn.ModuleList(nn.GroupNorm(_GROUPS, width) if norm else nn.Identity() for width in widths)
         height, width = (-(-side // 2 ** (len(widths) - 1)) for side in shape[1:])
         self.hidden = nn.Linear(widths[-1] * height * width, FEATURES)
         self.last = nn.Linear(FEATURES, classes)
 
     def features(self, images: Tensor) -> Tensor:
-        for convolution in self.convolutions:
-            images = silu(convolution(images))
+        for convolution, norm in zip(self.convolutions, self.norms, strict=True):
+            images = silu(norm(convolution(images)))
         return silu(self.hidden(images.flatten(1)))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -108,7 +114,7 @@ class Classifier(nn.Module):
 
 def untrained(data: ImageData, training: Training) -> Classifier:
     """Builds the classifier with the initial weights of `training.seed`."""
-    network = Classifier(data.shape, data.classes, training.widths)
+    network = Classifier(data.shape, data.classes, training.widths, norm=training.norm)
     initialise(network, training.seed)
     return network
 

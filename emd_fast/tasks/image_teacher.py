@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from emd_fast import ops
-from emd_fast.config import TeacherConfig
+from emd_fast.config import ConfigError, TeacherConfig
 from emd_fast.diffusion.denoiser import Denoiser
 from emd_fast.diffusion.schedules import EDM
 from emd_fast.noise import Noise, NoiseStream
@@ -25,14 +25,20 @@ _GRAD_CLIP = 1.0
 def untrained(config: TeacherConfig, data: ImageData) -> Denoiser:
     """Builds the denoiser with the weights of `config.seed` (noise stream 13), for sigma in [0.002, 80].
 
-    Of `config` it uses network, channels, conditional, label_dropout and seed. With label_dropout the network
+    Of `config` it uses network, channels, patch, conditional, label_dropout and seed. With label_dropout the network
     has one more label, which stands for no class: it is `null_cond`, and what a condition of None means.
+
+    Raises:
+        ConfigError: patches that do not divide the images.
     """
     if config.network == "dit":
         return image_transformer.untrained(config, data)
+    if any(side % config.patch for side in data.shape[1:]):
+        size = "x".join(map(str, data.shape[1:]))
+        raise ConfigError(f"teacher.patch must divide images of {size} pixels, got {config.patch}")
     classes = data.classes if config.conditional else 0
     null_label = classes if config.label_dropout else None
-    network = SmallUNet(data.shape[0], config.channels, num_classes=classes, null_label=null_label)
+    network = SmallUNet(data.shape[0], config.channels, num_classes=classes, null_label=null_label, patch=config.patch)
     initialise(network, config.seed)
     return Denoiser(network, EDM(), "edm", sigma_data=data.sigma_data, sample_shape=data.shape, null_cond=null_label)
 
@@ -49,7 +55,7 @@ def train(
     Args:
         config: steps, batch_size, lr (peak value: linear warm-up over `warmup` steps, then cosine
             decay to 0), ema (decay per step), log_sigma_mean and log_sigma_std (of ln sigma, which
-            is normal), channels, conditional, label_dropout, seed.
+            is normal), channels, patch, conditional, label_dropout, seed.
         data: the images; its train split is used.
         on_step: called after every step with the number of steps done and the loss of the last
             one, a 0-dim tensor on `device`; reading it synchronises. An exception that it raises

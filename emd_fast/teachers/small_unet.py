@@ -6,7 +6,7 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate, scaled_dot_product_attention, silu
+from torch.nn.functional import interpolate, pixel_shuffle, pixel_unshuffle, scaled_dot_product_attention, silu
 
 from emd_fast import ops
 from emd_fast.noise import Noise, NoiseStream
@@ -29,6 +29,8 @@ class SmallUNet(nn.Module):
         num_classes: number of classes; 0 for a network without labels.
         embedding: width of the embedding of noise level and class.
         null_label: num_classes, for one more label that stands for no class. Labels of None mean it.
+        patch: side of the squares of pixels that are one position of the network. Patches of 2 let it
+            be twice as wide at the same cost.
     """
 
     frequencies: Tensor
@@ -40,9 +42,14 @@ class SmallUNet(nn.Module):
         num_classes: int = 10,
         embedding: int = 64,
         null_label: int | None = None,
+        patch: int = 1,
     ) -> None:
         super().__init__()
-        for name, value, least in (("in_channels", in_channels, 1), ("num_classes", num_classes, 0)):
+        for name, value, least in (
+            ("in_channels", in_channels, 1),
+            ("num_classes", num_classes, 0),
+            ("patch", patch, 1),
+        ):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         if channels < _GROUPS or channels % _GROUPS:
@@ -59,7 +66,8 @@ class SmallUNet(nn.Module):
         self.embedding = nn.Linear(embedding, embedding)
         self.rung_embedding: nn.Embedding | None = None
 
-        self.first = nn.Conv2d(in_channels, channels, 3, padding=1)
+        self.patch = patch
+        self.first = nn.Conv2d(in_channels * patch**2, channels, 3, padding=1)
         self.down_block = ResidualBlock(channels, channels)
         self.down = nn.Conv2d(channels, 2 * channels, 3, stride=2, padding=1)
         self.middle_block = ResidualBlock(2 * channels, 2 * channels)
@@ -68,7 +76,7 @@ class SmallUNet(nn.Module):
         self.up = nn.Conv2d(2 * channels, channels, 3, padding=1)
         self.up_block = ResidualBlock(2 * channels, channels)
         self.norm = nn.GroupNorm(_GROUPS, channels)
-        self.last = _starts_at_zero(nn.Conv2d(channels, in_channels, 3, padding=1))
+        self.last = _starts_at_zero(nn.Conv2d(channels, in_channels * patch**2, 3, padding=1))
 
         blocks = (self.down_block, self.middle_block, self.second_block, self.up_block)
         # One matrix product gives the scale and shift of all blocks. At this size the number of ops
@@ -86,7 +94,7 @@ class SmallUNet(nn.Module):
         """Returns the output (B, C, H, W), in the dtype of the parameters.
 
         Args:
-            x: (B, C, H, W) in the dtype of the parameters, H and W even.
+            x: (B, C, H, W) in the dtype of the parameters, H and W multiples of `patch`.
             c_noise: (B,), log(sigma) / 4 for EDM.
             labels: (B,) int64 in [0, num_classes], num_classes only where it is the null label; None
                 for a network without labels, or for the null label.
@@ -94,20 +102,20 @@ class SmallUNet(nn.Module):
 
         Raises:
             ValueError: labels that are missing, not expected, of a wrong shape or (CPU tensors)
-                out of range; odd H or W.
+                out of range; H or W not a multiple of `patch`.
             TypeError: labels that are not int64.
         """
-        if x.shape[2] % 2 or x.shape[3] % 2:
-            raise ValueError(f"x must have even height and width, got {tuple(x.shape)}")
+        if x.shape[2] % self.patch or x.shape[3] % self.patch:
+            raise ValueError(f"x must have a height and width of whole patches of {self.patch}, got {tuple(x.shape)}")
         modulation = self.modulation(self._embed(c_noise, labels, rung)).split(self._modulated, dim=1)
         # Convolutions and norms of this size are faster in channels_last.
-        full = self.first(x).contiguous(memory_format=torch.channels_last)
+        full = self.first(pixel_unshuffle(x, self.patch)).contiguous(memory_format=torch.channels_last)
         full = self.down_block(full, modulation[0])
         half = self.middle_block(self.down(full), modulation[1])
         half = self.second_block(self.attention(half), modulation[2])
-        raised = self.up(interpolate(half, scale_factor=2.0, mode="nearest"))
+        raised = self.up(interpolate(half, size=full.shape[2:], mode="nearest"))
         full = self.up_block(torch.cat([raised, full], dim=1), modulation[3])
-        return self.last(silu(self.norm(full)))
+        return pixel_shuffle(self.last(silu(self.norm(full))), self.patch)
 
     def _embed(self, c_noise: Tensor, labels: Tensor | None, rung: Tensor | None) -> Tensor:
         angles = c_noise.float()[:, None] * self.frequencies
