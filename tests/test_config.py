@@ -29,7 +29,7 @@ ABOVE_0 = (
     "emd.time_distribution.shift emd.fake_score_time_distribution.shift "
     "emd.fake_score_time_distribution.low emd.fake_score_time_distribution.high emd.fake_score_time_distribution.std "
     "emd.optimizer.generator_lr emd.optimizer.fake_score_lr emd.average.ema_power emd.average.ema_half_life "
-    "pretrained.height pretrained.width pretrained.frames fashion.classifier_steps"
+    "pretrained.height pretrained.width pretrained.frames fashion.classifier_steps teacher.patch"
 )
 AT_LEAST_0 = (
     "peak_tflops teacher.warmup emd.num_classes emd.fake_score_warmup emd.max_skipped emd.optimizer.weight_decay "

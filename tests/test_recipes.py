@@ -12,8 +12,8 @@ from emd_fast import Denoiser, config, schedules
 from emd_fast.run.plan import plan
 from emd_fast.teachers.edm_networks import DhariwalUNet, EDM2UNet, SongUNet
 from emd_fast.teachers.edm_networks.arguments import DhariwalArguments, EDM2Arguments, SongArguments
+from emd_fast.train.parameter_counts import ParameterCounts
 from emd_fast.train.rungs import times_of
-from emd_fast.train.sizes import Sizes
 
 PUBLISHED = [name for name in config.recipes() if config.load(name).task == "pretrained"]
 EDM = {
@@ -62,7 +62,7 @@ def test_the_memory_of_a_teacher_of_edm_is_that_of_the_plan(recipe):
     emd, said = config.load(recipe).emd, comments(recipe)
     totals = []
     for devices in (1, 8)[: 1 if recipe == "cifar10" else 2]:
-        table = plan(Sizes.of(teacher, teacher, teacher), emd, devices=devices, reduced=True).table()
+        table = plan(ParameterCounts.of(teacher, teacher, teacher), emd, devices=devices, reduced=True).table()
         totals.append(re.search(r"a device, in all +(\d+\.\d+)", table)[1])
     assert re.findall(r"([\d.]+) GiB", said) == totals
 
