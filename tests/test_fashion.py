@@ -139,10 +139,8 @@ def test_the_command_line_refuses_before_it_trains(tmp_path, refused):
     refused(2, "resolution must be 14 or 28, got 20", "distill", "fashion", "--resolution", 20)
     refused(2, "num_classes must be 10 for fashion", "distill", "fashion", "--num-classes", 3)
     refused(2, "label_dropout must be 0 without", "distill", "fashion", "--teacher.conditional", "false")
-    refused(
-        2, "teacher.patch must divide images of 14x14 pixels, got 4", "distill", "fashion", "--data", written(tmp_path / "data"),
-        "--teacher.patch", 4, "--out", tmp_path / "run",
-    )  # fmt: skip
+    four = ("--data", written(tmp_path / "data"), "--teacher.patch", 4, "--out", tmp_path / "run")
+    refused(2, "teacher.patch must divide images of 14x14 pixels, got 4", "distill", "fashion", *four)
     dit = ("--teacher.network", "dit", "--teacher.label-dropout", 0)
     refused(2, 'patch belongs to network = "unet", got 2', "distill", "fashion", *dit)
     assert not (tmp_path / "run" / "teacher").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 from pathlib import Path
@@ -23,7 +24,7 @@ _PICK_TEST, _PICK_TRAIN = 60_004, 60_005  # substeps of noise stream 9
 _SEED = 0  # of the choice of real images, so that all runs are compared with the same ones
 # Channels of the classifier, by the side of an image.
 _WIDTHS = {14: (32, 96, 192), 28: (16, 32, 96, 192)}
-_NOISE = 0.1
+_NOISE = 0.05
 
 
 class Fashion(LabelledImages):
@@ -110,16 +111,11 @@ class Judge:
 
     def __init__(self, folder: Path, resolution: int, steps: int, device: torch.device) -> None:
         self._data = fashion_data.data(str(folder), resolution)
-        training = Training(_WIDTHS[resolution], steps, _NOISE, flip=True, norm=True)
+        training = Training(_WIDTHS[resolution], steps, _NOISE, flip=True, norm=True, ema=0.999)
         self.key = {
             "data": fashion_data.digest(folder),
             "resolution": resolution,
-            "widths": list(training.widths),
-            "steps": steps,
-            "noise": training.noise,
-            "flip": training.flip,
-            "norm": training.norm,
-            "seed": training.seed,
+            **dataclasses.asdict(training),
             **_of_device(device),
         }
         test, train = self._data.load("test"), self._data.load("train")

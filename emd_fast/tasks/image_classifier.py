@@ -15,6 +15,7 @@ from emd_fast.noise import Noise, NoiseStream
 from emd_fast.tasks.image_data import ImageData
 from emd_fast.tasks.image_teacher import learning_rate_factor
 from emd_fast.teachers.small_unet import initialise
+from emd_fast.train.average import EMA
 
 FEATURES = 64
 _CHUNK = 1024  # images at a time
@@ -34,6 +35,7 @@ class Training:
             features must not fit the train split more closely than new images.
         flip: mirror half of the images.
         norm: a GroupNorm behind each convolution, which trains faster.
+        ema: decay per step of the average of the weights, which is the result. 0 is no average.
         seed: seed of the initial weights, the order and the noise.
     """
 
@@ -42,6 +44,7 @@ class Training:
     noise: float
     flip: bool = False
     norm: bool = False
+    ema: float = 0.0
     seed: int = 0
 
 
@@ -123,13 +126,13 @@ def trained(data: ImageData, training: Training, device: torch.device | str = "c
     """Trains a classifier on the train split, on one thread. All randomness is the noise contract's."""
     network = untrained(data, training).to(device)
     with _one_thread():
-        _train(network, data, training, torch.device(device))
-    return network
+        return _train(network, data, training, torch.device(device))
 
 
-def _train(network: Classifier, data: ImageData, training: Training, device: torch.device) -> None:
+def _train(network: Classifier, data: ImageData, training: Training, device: torch.device) -> Classifier:
     images, labels = (tensor.to(device) for tensor in data.load("train"))
     optimizer = torch.optim.AdamW(network.parameters(), lr=_LEARNING_RATE, weight_decay=0.05)
+    average = EMA(network, training.ema)
     noise = Noise(training.seed, device=device)
     for step in range(training.steps):
         noise.set(step=step)
@@ -146,6 +149,8 @@ def _train(network: Classifier, data: ImageData, training: Training, device: tor
         optimizer.zero_grad(set_to_none=True)
         cross_entropy(network(noisy), labels[chosen]).backward()
         optimizer.step()
+        average.update(network, step)
+    return average.module
 
 
 @contextlib.contextmanager
