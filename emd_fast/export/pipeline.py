@@ -257,11 +257,12 @@ def _points(network: Any) -> dict[str, Any]:
 
 
 def _small_unet(network: Any) -> dict[str, Any]:
+    null_label = {} if network.null_label is None else {"null_label": network.null_label}
     return {
         "in_channels": network.first.in_channels // network.patch**2,
         "channels": network.first.out_channels,
-        "num_classes": network.num_classes if network.null_label is None else network.null_label,
-        "null_label": network.null_label,
+        "num_classes": network.num_classes - len(null_label),
+        **null_label,
         "patch": network.patch,
         "embedding": network.embedding.out_features,
     }
