@@ -112,7 +112,7 @@ step() {
     fi
     if [ "$left" -le 0 ]; then
         echo "no time is left for: $*"
-        return 1
+        return 124
     fi
     echo "+ $*"
     # SIGINT lets pytest print the failures so far, and the benchmarks keep what they have written.
@@ -278,10 +278,10 @@ train() {
     step "$python" -m benchmarks.train "${words[@]}" --device $device --json "$folder/train.json"
 }
 
-# The time of a run is mostly that of launches, so 32 channels and 128 samples cost little more than the recipe's.
+# The time of a run is mostly that of launches, so 128 samples cost little more than the 64 of the recipe.
 study() {
     local work=runs/gpu-study code=0 file
-    local words=(--resolution 28 --teacher.channels 32 --teacher.steps 8000 --steps 400 --batch-size 128)
+    local words=(--resolution 28 --teacher.steps 8000 --steps 400 --batch-size 128)
     if [ $device = cpu ]; then
         work=$scratch
         words=(--resolution 28 --teacher.channels 4 --teacher.steps 2 --steps 2 --batch-size 4)
@@ -289,11 +289,14 @@ study() {
         local -x CUDA_VISIBLE_DEVICES=
     fi
     local -x EMD_FAST_CACHE=$work/cache
-    # Float32 as on a CPU, so that the figures of both can be compared.
+    # Networks this small gain little from bfloat16, and the figures are those of float32 elsewhere.
     words=(study fashion --cells a,b "${words[@]}" --precision float32 --out "$work/study")
-    # Seed 0 of all variants comes first. Not to reach the end of seed 1 is no failure.
+    # Seed 0 of all variants comes first. That the time ends seed 1 is no failure.
     step "$python" -m emd_fast "${words[@]}" --seeds 1 || code=$?
-    [ $code -eq 0 ] && [ $device = cuda ] && step "$python" -m emd_fast "${words[@]}" --seeds 2
+    if [ $code -eq 0 ] && [ $device = cuda ]; then
+        step "$python" -m emd_fast "${words[@]}" --seeds 2 || code=$?
+        [ $code -eq 124 ] && code=0
+    fi
     # The study writes both after each run.
     for file in study.json study.md; do
         [ -e "$work/study/$file" ] && cp "$work/study/$file" "$folder/"

@@ -244,5 +244,5 @@ def test_the_transformer_learns_and_its_weights_are_those_of_the_seed(dit):
 
 def test_the_transformer_needs_labels():
     for changes in ({"conditional": False}, {"label_dropout": 0.1}):
-        with pytest.raises(ConfigError, match='conditional must be true and label_dropout 0 for network = "dit"'):
+        with pytest.raises(ConfigError, match='network = "dit" has no label dropout, and its own patches'):
             TeacherConfig(network="dit", **changes)

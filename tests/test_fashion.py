@@ -26,7 +26,7 @@ CPU, META = torch.device("cpu"), torch.device("meta")
 def alone(tmp_path, monkeypatch):
     """A cache of its own, the CPU, and one thread: on shared cores a second one makes small networks slow."""
     monkeypatch.setenv(image_cache.VARIABLE, str(tmp_path / "cache"))
-    monkeypatch.setattr("emd_fast.tasks.fashion.default_device", lambda: CPU)
+    monkeypatch.setattr("emd_fast.tasks.fashion.distributed.default_device", lambda: CPU)
     monkeypatch.delenv(fashion_data.VARIABLE, raising=False)
     with threads(1):
         yield
@@ -140,9 +140,12 @@ def test_the_command_line_refuses_before_it_trains(tmp_path, refused):
     refused(2, "num_classes must be 10 for fashion", "distill", "fashion", "--num-classes", 3)
     refused(2, "label_dropout must be 0 without", "distill", "fashion", "--teacher.conditional", "false")
     four = ("--data", written(tmp_path / "data"), "--teacher.patch", 4, "--out", tmp_path / "run")
-    refused(2, "teacher.patch must divide images of 14x14 pixels, got 4", "distill", "fashion", *four)
-    dit = ("--teacher.network", "dit", "--teacher.label-dropout", 0)
-    refused(2, 'patch belongs to network = "unet", got 2', "distill", "fashion", *dit)
+    refused(2, "teacher.patch must divide images of 14x14 pixels into 2x2 or more, got 4", "distill", "fashion", *four)
+    for network in ("--teacher.patch", 14), ("--teacher.patch", 28):
+        refused(2, "pixels into 2x2 or more, got", "distill", "fashion", *four[:2], *network)
+    dit = ("distill", "fashion", "--teacher.network", "dit")
+    remedy = "give --teacher.conditional true --teacher.label-dropout 0 --teacher.patch 1"
+    refused(2, f'network = "dit" has no label dropout, and its own patches of 2 pixels: {remedy}', *dit)
     assert not (tmp_path / "run" / "teacher").exists()
 
 
@@ -234,7 +237,21 @@ def test_interim_metrics_are_those_of_the_end(tmp_path):
     (row,) = (row for row in rows if "evaluation_frechet" in row)
     for name in METRICS:
         assert row[f"evaluation_{name}"] == metrics[name]["generator"], name
-    assert Fashion(chosen).basis() == {"data": fashion_data.digest(folder)}
+
+
+def test_the_best_checkpoint_depends_on_the_judge_and_the_teacher_on_the_images_alone(tmp_path, monkeypatch):
+    folder = written(tmp_path / "data")
+    task = Fashion(settings(folder))
+    assert task.images() == {"data": fashion_data.digest(folder)}
+    assert task.basis().items() > task.images().items()
+    assert task.basis() == task._judge.key
+    before = task.basis()
+    assert Fashion(settings(folder, fashion__classifier_steps=3)).basis() != before
+    monkeypatch.setattr("emd_fast.tasks.fashion._NOISE", 0.3)
+    assert task.basis() != before
+    before = task.basis()
+    monkeypatch.setattr("emd_fast.tasks.fashion.distributed.default_device", lambda: torch.device("cuda"))
+    assert task.basis() != before
 
 
 def test_the_words_of_the_command_line(tmp_path, call):

@@ -8,7 +8,7 @@ import torch
 from test_fashion import settings, written
 
 from emd_fast import EMDTrainer, distributed
-from emd_fast.tasks import fashion, image_cache, labelled_images
+from emd_fast.tasks import image_cache, labelled_images
 from emd_fast.tasks.fashion import Fashion
 from emd_fast.tasks.image_metrics import Reference
 
@@ -18,13 +18,13 @@ CPU = torch.device("cpu")
 def passes_of_the_teacher(data, folder, mode) -> tuple[bool, int, list[float]]:
     """Whether the teacher is sharded, how often this rank sampled it, and a few of the samples."""
     os.environ[image_cache.VARIABLE] = str(folder / "cache")
-    sampled, heun, default_device = [], labelled_images.heun, fashion.default_device
+    sampled, heun, default_device = [], labelled_images.heun, distributed.default_device
 
     def counted(*given, **named):
         sampled.append(1)
         return heun(*given, **named)
 
-    labelled_images.heun, fashion.default_device = counted, lambda: CPU
+    labelled_images.heun, distributed.default_device = counted, lambda: CPU
     try:
         task = Fashion(settings(data, emd__parallelism__parallel=mode))
         distributed.on_main(lambda: task.make_teacher(folder, None) and None)
@@ -33,7 +33,7 @@ def passes_of_the_teacher(data, folder, mode) -> tuple[bool, int, list[float]]:
             samples = task.of_teacher(trainer, task._conditions(trainer))
         return distributed.is_sharded(trainer.teacher), len(sampled), samples[:2, 0, 0].tolist()
     finally:
-        labelled_images.heun, fashion.default_device = heun, default_device
+        labelled_images.heun, distributed.default_device = heun, default_device
         del os.environ[image_cache.VARIABLE]
 
 

@@ -19,7 +19,7 @@ from emd_fast.train.health import Diverged
 @pytest.fixture(autouse=True)
 def alone(tmp_path, monkeypatch):
     monkeypatch.setenv(image_cache.VARIABLE, str(tmp_path / "cache"))
-    monkeypatch.setattr("emd_fast.tasks.fashion.default_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr("emd_fast.tasks.fashion.distributed.default_device", lambda: torch.device("cpu"))
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -174,6 +174,16 @@ def test_another_study_in_the_folder_is_refused(tmp_path, two):
         for chosen in (settings, tiny(data, emd__steps=3)):
             fashion_study.conduct(chosen, tmp_path / "study", [], 1)
     fashion_study.conduct(tiny(data, log_every=5), tmp_path / "study", [], 1)  # may change
+
+
+def test_a_study_does_not_go_on_with_another_device_or_dtype(tmp_path, two, monkeypatch):
+    folder = tmp_path / "study"
+    settings = tiny(written(tmp_path / "data"))
+    fashion_study.conduct(settings, folder, [], 1)
+    fashion_study.conduct(settings, folder, [], 1)
+    monkeypatch.setattr("emd_fast.tasks.fashion.distributed.default_device", lambda: torch.device("cuda"))
+    with pytest.raises(RunError, match="holds a study on cpu in float32, and this one would go on on cuda in bfloat16"):
+        fashion_study.conduct(settings, folder, [], 1)
 
 
 def test_cells_and_seeds_are_words_of_this_study_alone(refused):

@@ -1,6 +1,7 @@
 """What the recipes for published teachers and docs/teachers.md say of them: sources, passes, memory."""
 
 import json
+import math
 import re
 from importlib import resources
 from pathlib import Path
@@ -12,6 +13,7 @@ from emd_fast import Denoiser, config, schedules
 from emd_fast.run.plan import plan
 from emd_fast.teachers.edm_networks import DhariwalUNet, EDM2UNet, SongUNet
 from emd_fast.teachers.edm_networks.arguments import DhariwalArguments, EDM2Arguments, SongArguments
+from emd_fast.train.average import profile
 from emd_fast.train.parameter_counts import ParameterCounts
 from emd_fast.train.rungs import times_of
 
@@ -93,6 +95,22 @@ def test_the_rungs_of_stable_diffusion_are_those_that_the_recipe_states():
     drawn = -schedule.log_snr(torch.arange(20, 981) / 999) / 2
     times = emd.time_distribution
     assert (times.mean, times.std) == pytest.approx((drawn.mean().item(), drawn.std().item()), abs=0.01)
+    every, times = -schedule.log_snr(torch.arange(1000) / 999) / 2, emd.fake_score_time_distribution
+    assert (times.mean, times.std) == pytest.approx((every.mean().item(), every.std().item()), abs=0.01)
+    assert (times.low, times.high) == pytest.approx((every.exp().min().item(), every.exp().max().item()), rel=0.05)
+
+
+@pytest.mark.parametrize("recipe", PUBLISHED)
+def test_a_half_life_that_a_run_does_not_reach_is_stated(recipe):
+    emd = config.load(recipe).emd
+    last = profile(emd.average, emd.batch_size)(emd.steps - 1)
+    reached = emd.batch_size / -math.log2(last)
+    told = f"{round(reached):,}"
+    text = (resources.files("emd_fast") / "recipes" / f"{recipe}.toml").read_text("utf-8")
+    if reached == pytest.approx(emd.average.ema_half_life, rel=0.05):
+        assert "at the end of this run" not in text
+    else:
+        assert f"{told} at the end of this run" in text and told in DOCS.read_text()
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from emd_fast.tasks.fashion import Fashion
 def test_a_run_computes_on_its_device_what_it_computes_on_the_cpu(tmp_path, monkeypatch, changes):
     chosen = settings(written(tmp_path / "data"), emd__compute__precision="float32", **changes)
     expected = distill.distill(chosen, tmp_path / "cpu")
-    monkeypatch.setattr("emd_fast.tasks.fashion.default_device", lambda: DEVICE)
+    monkeypatch.setattr("emd_fast.tasks.fashion.distributed.default_device", lambda: DEVICE)
     with second_device(monkeypatch):
         found = distill.distill(chosen, tmp_path / "other")
     for name in ("frechet", "recall", "precision", "inception_score", "total_variation", "classifier_accuracy"):
@@ -31,7 +31,7 @@ def test_a_run_computes_on_its_device_what_it_computes_on_the_cpu(tmp_path, monk
 
 def test_the_teacher_is_there_trained_or_read(tmp_path, monkeypatch):
     task = Fashion(settings(written(tmp_path / "data")))
-    monkeypatch.setattr("emd_fast.tasks.fashion.default_device", lambda: DEVICE)
+    monkeypatch.setattr("emd_fast.tasks.fashion.distributed.default_device", lambda: DEVICE)
     with second_device(monkeypatch):
         for _ in ("trained", "read"):
             teacher = task.make_teacher(tmp_path, None)

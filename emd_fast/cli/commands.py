@@ -192,6 +192,7 @@ def _generator(options: argparse.Namespace) -> tuple[Callable, Callable, Callabl
     Returns:
         Functions that generate, decode and encode prompts, and the number of classes.
     """
+    from emd_fast import distributed
     from emd_fast.export import pipeline
     from emd_fast.run import distill
     from emd_fast.tasks.pretrained import decoded
@@ -201,7 +202,7 @@ def _generator(options: argparse.Namespace) -> tuple[Callable, Callable, Callabl
             raise ConfigError("--raw needs a run folder: what was exported has one set of weights")
         if options.best:
             raise ConfigError("--best needs a run folder: what was exported is one checkpoint")
-        one_step = pipeline.load(options.run, device="cuda" if torch.cuda.is_available() else "cpu")
+        one_step = pipeline.load(options.run, device=distributed.default_device())
         generate = functools.partial(one_step.sample, calls=options.calls, shape=_shape(options, one_step))
         return generate, one_step.decode, one_step.encode, one_step.metadata.num_classes
     _, _, trainer = distill.open_run(options.run, best=options.best)

@@ -56,6 +56,7 @@ def _evaluate_run(options: argparse.Namespace) -> dict[str, Any]:
 
 def _evaluate_images(options: argparse.Namespace) -> dict[str, Any]:
     """Computes the metrics of an exported generator or of images in files."""
+    from emd_fast import distributed
     from emd_fast.export import pipeline
     from emd_fast.metrics import evaluation
     from emd_fast.metrics.images import ImageFiles, to_uint8
@@ -64,14 +65,13 @@ def _evaluate_images(options: argparse.Namespace) -> dict[str, Any]:
     config.from_dict(EvaluationConfig, files_of(options))  # checks which files need others
     if options.best or options.clip:
         raise ConfigError(f"{'--best' if options.best else '--clip'} needs a run folder")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    evaluator = evaluation.Evaluator.read(**files_of(options), device=device)
+    evaluator = evaluation.Evaluator.read(**files_of(options), device=distributed.default_device())
     if evaluator.compare_with is not None:
         say(evaluator.compare_with.summary)
     if (options.source / pipeline.EXPORTED).exists() or options.source.suffix == ".safetensors":
         if options.write_reference:
             raise ConfigError("--write-reference is for real images: a folder or .zip of them")
-        one_step = pipeline.load(options.source, device=device)
+        one_step = pipeline.load(options.source, device=distributed.default_device())
         n = options.samples or evaluation.COMPARABLE
 
         def images(first: int, n: int) -> torch.Tensor:

@@ -40,10 +40,11 @@ class TeacherConfig:
         validate(self)
         if self.label_dropout and not self.conditional:
             raise ConfigError(f"label_dropout must be 0 without conditional, got {self.label_dropout!r}")
-        if self.network == "dit" and (self.label_dropout or not self.conditional):
-            raise ConfigError('conditional must be true and label_dropout 0 for network = "dit"')
-        if self.network == "dit" and self.patch != 1:
-            raise ConfigError(f'patch belongs to network = "unet", got {self.patch}: the DiT has patches of 2 pixels')
+        if self.network == "dit" and (self.label_dropout or not self.conditional or self.patch != 1):
+            raise ConfigError(
+                'network = "dit" has no label dropout, and its own patches of 2 pixels: '
+                "give --teacher.conditional true --teacher.label-dropout 0 --teacher.patch 1"
+            )
 
 
 @documented

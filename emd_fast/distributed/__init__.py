@@ -8,7 +8,17 @@ Nothing here knows of the algorithm.
 from emd_fast.distributed.agreement import AsyncMax, FailedOnMain, GroupError, check_same, on_main, raise_together
 from emd_fast.distributed.borrowing import Borrowers
 from emd_fast.distributed.fsdp import gathered, gathers_by_block, is_fsdp, is_sharded, sync_gradients
-from emd_fast.distributed.group import LostRank, barrier, is_main, local_size, process_group, rank, share, world_size
+from emd_fast.distributed.group import (
+    LostRank,
+    barrier,
+    default_device,
+    is_main,
+    local_size,
+    process_group,
+    rank,
+    share,
+    world_size,
+)
 from emd_fast.distributed.modes import check_group, make_mesh, resolve
 from emd_fast.distributed.sharding import blocks_of, broadcast, device_of, offload_policy, shard
 from emd_fast.distributed.trainable_parameters import TrainableParameters, local
@@ -25,6 +35,7 @@ __all__ = [
     "broadcast",
     "check_group",
     "check_same",
+    "default_device",
     "device_of",
     "gathered",
     "gathers_by_block",

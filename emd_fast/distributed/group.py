@@ -136,6 +136,11 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def default_device() -> torch.device:
+    """The GPU of this process, or the CPU where there is none."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
 def barrier() -> None:
     """Blocks the host until every rank has called it."""
     if world_size() > 1:

@@ -151,7 +151,7 @@ def device_of(network: nn.Module) -> torch.device:
     tensor = next(iter(_named(network).values()), torch.zeros(()))
     if not _on_any_rank(tensor.is_meta):
         return tensor.device
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return group.default_device()
 
 
 def _on_any_rank(condition: bool) -> bool:

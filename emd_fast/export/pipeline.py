@@ -257,13 +257,15 @@ def _points(network: Any) -> dict[str, Any]:
 
 
 def _small_unet(network: Any) -> dict[str, Any]:
+    # Earlier releases read a network without these two.
+    patch = {} if network.patch == 1 else {"patch": network.patch}
     null_label = {} if network.null_label is None else {"null_label": network.null_label}
     return {
         "in_channels": network.first.in_channels // network.patch**2,
         "channels": network.first.out_channels,
         "num_classes": network.num_classes - len(null_label),
         **null_label,
-        "patch": network.patch,
+        **patch,
         "embedding": network.embedding.out_features,
     }
 

@@ -21,7 +21,7 @@ from emd_fast import distributed
 from emd_fast.config import Change, RunConfig, forbidden_change, to_dict
 from emd_fast.diffusion.denoiser import Denoiser
 from emd_fast.io.files import write_text
-from emd_fast.io.reading import read_json
+from emd_fast.io.reading import read_json, read_text
 from emd_fast.reporting import journal
 from emd_fast.reporting.progress import say
 from emd_fast.run import distill
@@ -29,9 +29,10 @@ from emd_fast.run import folder as folders
 from emd_fast.run.fashion_cells import CELLS, TIMES, Cell, check, settings_of
 from emd_fast.run.folder import RunError, locked, metrics_of
 from emd_fast.run.passes import passes
-from emd_fast.tasks import task_of
+from emd_fast.tasks import Task, task_of
 from emd_fast.train import checkpoint, run_checkpoints
 from emd_fast.train.health import Diverged
+from emd_fast.train.precision import compute_dtype
 from emd_fast.train.trainer import EMDTrainer
 
 _EVALUATIONS = 4  # along a training
@@ -64,8 +65,8 @@ def conduct(settings: RunConfig, folder: Path, cells: Sequence[str], seeds: int)
     """
     check(settings)
     with contextlib.ExitStack() as held:
-        distributed.on_main(lambda: _open(folder, settings, held))
         task = task_of(settings)
+        distributed.on_main(lambda: _open(folder, settings, task, held))
         task.open_references()
         teacher, _ = distill.teacher_of(task, folder)
 
@@ -90,11 +91,11 @@ def conduct(settings: RunConfig, folder: Path, cells: Sequence[str], seeds: int)
         return folder / "study.md"
 
 
-def _open(folder: Path, settings: RunConfig, held: contextlib.ExitStack) -> None:
-    """Locks the folder of a study until `held` closes, and writes its settings.
+def _open(folder: Path, settings: RunConfig, task: Task, held: contextlib.ExitStack) -> None:
+    """Locks the folder of a study until `held` closes, and writes its settings and where it computes.
 
     Raises:
-        RunError: the folder was begun by other settings, or is in use.
+        RunError: the folder was begun by other settings or on another kind of device, or is in use.
     """
     folder.mkdir(parents=True, exist_ok=True)
     held.enter_context(locked(folder))
@@ -107,7 +108,13 @@ def _open(folder: Path, settings: RunConfig, held: contextlib.ExitStack) -> None
             raise RunError(
                 f"{folder} holds a study with {change.key} = {change.was!r}, not {change.now!r}: choose another --out"
             )
+    dtype = compute_dtype(settings.emd.compute.precision, task.device)
+    here, place = f"{task.device.type} in {str(dtype).removeprefix('torch.')}", folder / "device"
+    before = read_text(place).strip() if place.exists() else here
+    if before != here:
+        raise RunError(f"{folder} holds a study on {before}, and this one would go on on {here}: choose another --out")
     folders.write_config(folder, settings)
+    write_text(place, f"{here}\n")
 
 
 def run_folder(folder: Path, settings: RunConfig, changes: dict[str, Any], seed: int) -> Path:

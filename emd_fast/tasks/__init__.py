@@ -58,11 +58,6 @@ class Task(Protocol):
         """Returns the contents of metrics.json. Rank 0 writes pictures into folder / "samples"."""
 
 
-def default_device() -> torch.device:
-    """The GPU of this process, or the CPU where there is none."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def task_of(config: RunConfig) -> Task:
     """Builds the task that `config.task` names."""
     from emd_fast.tasks.digits import Digits

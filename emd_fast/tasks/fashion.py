@@ -13,7 +13,7 @@ from torch import Tensor
 
 from emd_fast import distributed
 from emd_fast.config import RunConfig
-from emd_fast.tasks import default_device, fashion_data, image_classifier
+from emd_fast.tasks import fashion_data, image_classifier
 from emd_fast.tasks.image_cache import cached
 from emd_fast.tasks.image_classifier import ImageFeatures, Training
 from emd_fast.tasks.image_metrics import LabelledSet, Reference, by_metric, check_sets, subset
@@ -34,13 +34,19 @@ class Fashion(LabelledImages):
 
     @property
     def device(self) -> torch.device:
-        return default_device()
+        return distributed.default_device()
 
     def open_references(self) -> None:
-        self.check_basis(self.basis())
+        self.check_images(self.images())
+
+    def images(self) -> dict[str, Any]:
+        return {"data": fashion_data.digest(self.folder)}
 
     def basis(self) -> dict[str, Any]:
-        return {"data": fashion_data.digest(self.folder)}
+        fashion = self.config.fashion
+        return _judge_key(
+            self.folder, fashion.resolution, _training(fashion.resolution, fashion.classifier_steps), self.device
+        )
 
     def labels(self) -> Tensor:
         return self._judge.reference.labels
@@ -111,13 +117,8 @@ class Judge:
 
     def __init__(self, folder: Path, resolution: int, steps: int, device: torch.device) -> None:
         self._data = fashion_data.data(str(folder), resolution)
-        training = Training(_WIDTHS[resolution], steps, _NOISE, flip=True, norm=True, ema=0.999)
-        self.key = {
-            "data": fashion_data.digest(folder),
-            "resolution": resolution,
-            **dataclasses.asdict(training),
-            **_of_device(device),
-        }
+        training = _training(resolution, steps)
+        self.key = _judge_key(folder, resolution, training, device)
         test, train = self._data.load("test"), self._data.load("train")
         made = cached("classifier", self.key, lambda: self._trained(training, device))
         network = image_classifier.untrained(self._data, training)
@@ -139,6 +140,21 @@ class Judge:
         images, labels = self._data.load("test")
         right = ImageFeatures(network, self._data.shape, device).predict(images).cpu() == labels
         return {"classifier": network.state_dict(), "accuracy": right.double().mean().item()}
+
+
+def _training(resolution: int, steps: int) -> Training:
+    return Training(_WIDTHS[resolution], steps, _NOISE, flip=True, norm=True, ema=0.999)
+
+
+def _judge_key(folder: Path, resolution: int, training: Training, device: torch.device) -> dict[str, Any]:
+    """What the classifier and its features depend on, as plain values."""
+    return {
+        "data": fashion_data.digest(folder),
+        "resolution": resolution,
+        **dataclasses.asdict(training),
+        "widths": list(training.widths),
+        **_of_device(device),
+    }
 
 
 def _of_device(device: torch.device) -> dict[str, str]:

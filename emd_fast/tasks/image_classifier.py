@@ -35,7 +35,8 @@ class Training:
             features must not fit the train split more closely than new images.
         flip: mirror half of the images.
         norm: a GroupNorm behind each convolution, which trains faster.
-        ema: decay per step of the average of the weights, which is the result. 0 is no average.
+        ema: decay per step of the average of the weights, with the warm-up of `train.average.constant`. 0 is no
+            average.
         seed: seed of the initial weights, the order and the noise.
     """
 
@@ -90,7 +91,7 @@ class ImageFeatures:
 
 
 class Classifier(nn.Module):
-    """Convolutions with SiLU, a hidden layer of 64 units, and a linear layer."""
+    """Convolutions, each with a norm if `norm` and SiLU, a hidden layer of 64 units, and a linear layer."""
 
     def __init__(
         self, shape: tuple[int, int, int], classes: int, widths: tuple[int, ...], *, norm: bool = False
@@ -123,7 +124,11 @@ def untrained(data: ImageData, training: Training) -> Classifier:
 
 
 def trained(data: ImageData, training: Training, device: torch.device | str = "cpu") -> Classifier:
-    """Trains a classifier on the train split, on one thread. All randomness is the noise contract's."""
+    """Trains a classifier on the train split, on one thread. All randomness is the noise contract's.
+
+    Returns:
+        The network with the average of the weights that `training.ema` asks for.
+    """
     network = untrained(data, training).to(device)
     with _one_thread():
         return _train(network, data, training, torch.device(device))

@@ -29,13 +29,13 @@ def untrained(config: TeacherConfig, data: ImageData) -> Denoiser:
     has one more label, which stands for no class: it is `null_cond`, and what a condition of None means.
 
     Raises:
-        ConfigError: patches that do not divide the images.
+        ConfigError: patches that do not divide the images, or fewer than 2x2 of them.
     """
     if config.network == "dit":
         return image_transformer.untrained(config, data)
-    if any(side % config.patch for side in data.shape[1:]):
+    if any(side % config.patch or side < 2 * config.patch for side in data.shape[1:]):
         size = "x".join(map(str, data.shape[1:]))
-        raise ConfigError(f"teacher.patch must divide images of {size} pixels, got {config.patch}")
+        raise ConfigError(f"teacher.patch must divide images of {size} pixels into 2x2 or more, got {config.patch}")
     classes = data.classes if config.conditional else 0
     null_label = classes if config.label_dropout else None
     network = SmallUNet(data.shape[0], config.channels, num_classes=classes, null_label=null_label, patch=config.patch)

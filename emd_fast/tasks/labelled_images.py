@@ -34,7 +34,7 @@ class LabelledImages(abc.ABC):
 
     def __init__(self, config: RunConfig, data: ImageData) -> None:
         self.config, self.data = config, data
-        self._opened: dict[str, Any] | None = None  # the basis of the references that were opened
+        self._opened: dict[str, Any] | None = None  # the images of the references that were opened
         self._trained_on: dict[str, Any] | None = None  # that of the teacher
 
     @property
@@ -64,17 +64,21 @@ class LabelledImages(abc.ABC):
         config = self.config.teacher
         if run_checkpoints.exists(path):
             teacher, self._trained_on = read_teacher(path, config, self.data)
-            self.check_basis(self._opened)
+            self.check_images(self._opened)
             return teacher.to(self.device)
         callback = None if on_step is None else lambda step, loss: on_step(step, config.steps, loss)
         teacher = image_teacher.train(config, self.data, callback, device=self.device)
-        self._trained_on = self.basis()
+        self._trained_on = self.images()
         state = {"config": to_dict(config), "teacher": teacher.state_dict(), "basis": self._trained_on}
         checkpoint.save(path, state)
         return teacher
 
-    def check_basis(self, opened: dict[str, Any] | None) -> None:
-        """Remembers what the references are made of, and compares it with what the teacher was trained on.
+    def images(self) -> dict[str, Any]:
+        """Returns what identifies the images, as plain values. A teacher keeps it."""
+        return {}
+
+    def check_images(self, opened: dict[str, Any] | None) -> None:
+        """Remembers the images of the references, and compares them with those that the teacher was trained on.
 
         Raises:
             CheckpointError: other images.
@@ -156,7 +160,7 @@ class LabelledImages(abc.ABC):
 
 
 def read_teacher(path: Path, config: TeacherConfig, data: ImageData) -> tuple[Denoiser, dict[str, Any] | None]:
-    """Reads a teacher that a run trained, and what its images were made of (`LabelledImages.basis`).
+    """Reads a teacher that a run trained, and which images it was trained on (`LabelledImages.images`).
 
     Raises:
         CheckpointError: it is damaged, or was trained with another configuration.

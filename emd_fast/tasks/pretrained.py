@@ -23,7 +23,7 @@ from emd_fast.metrics.evaluation import Evaluator
 from emd_fast.metrics.images import to_uint8
 from emd_fast.reporting import pictures, video
 from emd_fast.reporting.progress import say
-from emd_fast.tasks import OnStep, default_device, encoded
+from emd_fast.tasks import OnStep, encoded
 from emd_fast.teachers import custom, edm
 from emd_fast.teachers import diffusers as folders
 from emd_fast.train import conditions
@@ -45,10 +45,10 @@ class Pretrained:
 
     @property
     def device(self) -> torch.device:
-        return default_device()
+        return distributed.default_device()
 
     def make_teacher(self, folder: Path, on_step: OnStep | None) -> Denoiser:
-        teacher = self._load(default_device())
+        teacher = self._load(distributed.default_device())
         self._check_classes(teacher)
         if self._is_judged:
             self._check_what_is_read_later(teacher)
@@ -114,7 +114,8 @@ class Pretrained:
             teacher.folder.check(teacher.channels)
         if not self.evaluator or teacher.sample_shape is None:
             return
-        shape = tuple(decoded(teacher, torch.zeros(1, *teacher.sample_shape, device=default_device())).shape[1:])
+        latent = torch.zeros(1, *teacher.sample_shape, device=distributed.default_device())
+        shape = tuple(decoded(teacher, latent).shape[1:])
         if len(shape) != 3 or shape[0] not in (1, 3):
             raise ConfigError(f"metrics need images of 1 or 3 channels, and samples are {shape}: leave --detector out")
         try:
@@ -171,7 +172,7 @@ class Pretrained:
         files = self.config.evaluation
         named = code.is_allowed(files.detector)
         return Evaluator.read(
-            files.detector, files.reference, files.compare_with, files.clip, default_device(), named=named
+            files.detector, files.reference, files.compare_with, files.clip, distributed.default_device(), named=named
         )
 
     def open_references(self) -> None:
@@ -246,7 +247,7 @@ def _check_taken(teacher: Denoiser, cond: Condition, what: str) -> None:
     """
     if teacher.sample_shape is None:  # the trainer refuses such a teacher
         return
-    device = next((parameter.device for parameter in teacher.parameters()), default_device())
+    device = next((parameter.device for parameter in teacher.parameters()), distributed.default_device())
     cond = pytree.tree_map(lambda leaf: leaf.to(device), cond)
     n = len(pytree.tree_leaves(cond)[0])
     try:

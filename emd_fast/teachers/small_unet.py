@@ -108,14 +108,16 @@ class SmallUNet(nn.Module):
         if x.shape[2] % self.patch or x.shape[3] % self.patch:
             raise ValueError(f"x must have a height and width of whole patches of {self.patch}, got {tuple(x.shape)}")
         modulation = self.modulation(self._embed(c_noise, labels, rung)).split(self._modulated, dim=1)
+        positions = x if self.patch == 1 else pixel_unshuffle(x, self.patch)
         # Convolutions and norms of this size are faster in channels_last.
-        full = self.first(pixel_unshuffle(x, self.patch)).contiguous(memory_format=torch.channels_last)
+        full = self.first(positions).contiguous(memory_format=torch.channels_last)
         full = self.down_block(full, modulation[0])
         half = self.middle_block(self.down(full), modulation[1])
         half = self.second_block(self.attention(half), modulation[2])
         raised = self.up(interpolate(half, size=full.shape[2:], mode="nearest"))
         full = self.up_block(torch.cat([raised, full], dim=1), modulation[3])
-        return pixel_shuffle(self.last(silu(self.norm(full))), self.patch)
+        out: Tensor = self.last(silu(self.norm(full)))
+        return out if self.patch == 1 else pixel_shuffle(out, self.patch)
 
     def _embed(self, c_noise: Tensor, labels: Tensor | None, rung: Tensor | None) -> Tensor:
         angles = c_noise.float()[:, None] * self.frequencies

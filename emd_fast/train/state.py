@@ -192,10 +192,9 @@ def _foreign(path: str | Path) -> CheckpointError:
 
 
 def _are_clipped(counts: Any) -> bool:
-    match counts:
-        case [int() as clipped, int() as updates]:
-            return 0 <= clipped <= updates < 2**62
-    return False
+    return (
+        type(counts) is list and [type(count) for count in counts] == [int, int] and 0 <= counts[0] <= counts[1] < 2**62
+    )
 
 
 def _are_counters(groups: Any) -> bool:
